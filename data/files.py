@@ -1,0 +1,228 @@
+"""Rows from files, and what makes a row a sound one.
+
+Every unsound row is named as ``file:line`` (in parquet and hub data the line is the row, counted from 1), and all of
+them are counted: one bad row in a million would otherwise surface hours into a run, or never.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SHOWN = 10  # unsound rows that a message spells out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sound rows, and where they come from: row ``i`` is line ``i + 1`` of ``source``."""
+
+    rows: Sequence[dict[str, Any]]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def column(self, name: str) -> list[Any]:
+        if isinstance(self.rows, datasets.Dataset):
+            return list(self.rows[name])
+        return [row[name] for row in self.rows]
+
+    def place(self, index: int) -> str:
+        return f"{self.source}:{index + 1}"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns that every row must have: the prompt, and with supervised data the completion."""
+
+    prompt: str = "prompt"
+    completion: str | None = None
+
+    def required(self) -> list[str]:
+        return [self.prompt] if self.completion is None else [self.prompt, self.completion]
+
+
+def read_file(path: str | Path, columns: Columns) -> Rows:
+    """Rows of a ``.jsonl`` or ``.parquet`` file.
+
+    Raises ValueError with one line for each unsound row: bytes that are not UTF-8, JSON that is cut or no object, a
+    missing column, a type that differs from the first row's, a prompt that is neither text nor messages. A blank line
+    is unsound too, except at the end.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{path}: no such file")
+    if file.suffix == ".parquet":
+        try:
+            table = pq.read_table(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
+        return check_dataset(datasets.Dataset(table), str(path), columns)
+    if file.suffix == ".jsonl":
+        return _read_jsonl(file, str(path), columns)
+    raise ValueError(f"{path}: give a .jsonl or .parquet file")
+
+
+def check_dataset(dataset: datasets.Dataset, source: str, columns: Columns) -> Rows:
+    """Rows of a data set whose columns have types already: presence of the columns and soundness of the texts.
+
+    Raises ValueError like ``read_file``.
+    """
+    missing = [name for name in columns.required() if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"{source}: no column {' or '.join(missing)}; its columns are {', '.join(dataset.column_names) or 'none'} "
+            f"(data.prompt_column and data.completion_column say which to take)"
+        )
+    check = _RowCheck(columns)
+    texts = dataset.select_columns(columns.required())
+    _raise_if_any(source, ((line, check(row)) for line, row in enumerate(texts, 1)))
+    return _not_empty(Rows(dataset, source))
+
+
+def _read_jsonl(file: Path, source: str, columns: Columns) -> Rows:
+    check = _RowCheck(columns)
+    rows: list[dict[str, Any]] = []
+
+    def problems() -> Iterator[tuple[int, str | None]]:
+        blank: list[int] = []
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    blank.append(number)
+                    continue
+                yield from ((before, "blank line") for before in blank)
+                blank.clear()
+                row, problem = _parse(line)
+                if problem is None:
+                    problem = check(row)
+                    rows.append(row)
+                yield number, problem
+
+    _raise_if_any(source, problems())
+    return _not_empty(Rows(rows, source))
+
+
+def _parse(line: bytes) -> tuple[Any, str | None]:
+    try:
+        return json.loads(line.decode("utf-8-sig")), None
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})"
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON, or cut off ({error.msg} at column {error.colno})"
+    except RecursionError:
+        return None, "JSON nested too deeply"
+
+
+class _RowCheck:
+    """What is wrong with a row, in words, or None. The first row with a sound prompt says which types are right."""
+
+    def __init__(self, columns: Columns):
+        self.columns = columns
+        self.kinds: dict[str, str | None] | None = None
+
+    def __call__(self, row: Any) -> str | None:
+        if not isinstance(row, dict):
+            return f"not an object of columns but {kind(row)}"
+        problems = [self._text_problem(name, row) for name in self.columns.required()]
+        if self.kinds is None:
+            if not any(problems):
+                self.kinds = {name: kind(value) for name, value in row.items()}
+        else:
+            problems += self._differences(row, self.kinds)
+        return "; ".join(dict.fromkeys(filter(None, problems))) or None
+
+    def _text_problem(self, name: str, row: dict[str, Any]) -> str | None:
+        if name not in row:
+            return f"column {name!r} is missing (there are {', '.join(map(repr, row)) or 'none'})"
+        return _text_problem(name, row[name])
+
+    def _differences(self, row: dict[str, Any], kinds: dict[str, str | None]) -> Iterator[str]:
+        for name in sorted(kinds.keys() - row.keys() - set(self.columns.required())):
+            yield f"column {name!r} is missing"
+        for name, value in row.items():
+            found = kind(value)
+            if name not in kinds:
+                yield f"column {name!r} is not in the first row"
+            elif kinds[name] is None or (kinds[name] == "an empty list" and found and "list" in found):
+                kinds[name] = found  # the first rows left it open
+            elif found not in (None, kinds[name]) and not _list_like(found, kinds[name]):
+                yield f"column {name!r} is {found}, in the first row it is {kinds[name]}"
+
+
+def _list_like(found: str, expected: str | None) -> bool:
+    """An empty list fits any list, and any list fits a mixed one."""
+    lists = expected is not None and "list" in expected and "list" in found
+    return lists and ("empty" in found or expected == "a mixed list")
+
+
+def kind(value: Any) -> str | None:
+    """The type of a JSON value in words; None for null, which any column may hold."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        inner = {kind(item) for item in value}
+        if not inner:
+            return "an empty list"
+        return f"a list of {str(inner.pop()).split(' ', 1)[-1]}s" if len(inner) == 1 else "a mixed list"
+    for types, name in ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (dict, "an object")):
+        if isinstance(value, types):
+            return name
+    return f"a {type(value).__name__}"
+
+
+def _text_problem(column: str, value: Any) -> str | None:
+    if isinstance(value, str):
+        if not value:
+            return f"column {column!r} is empty"
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"column {column!r} holds half a surrogate pair at character {error.start + 1}"
+        return None
+    if not isinstance(value, list):
+        return f"column {column!r} is {kind(value) or 'null'}, not a string or a list of messages"
+    if not value:
+        return f"column {column!r} is an empty list of messages"
+    for place, message in enumerate(value, 1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return f"column {column!r}: message {place} is not an object with the strings role and content"
+    return None
+
+
+def _raise_if_any(source: str, checked: Iterable[tuple[int, str | None]]) -> None:
+    """Go through all rows, then raise with the first few unsound ones and the number of the rest."""
+    shown: list[str] = []
+    unsound = total = 0
+    for line, problem in checked:
+        total += 1
+        if problem is not None:
+            unsound += 1
+            if unsound <= SHOWN:
+                shown.append(f"  {source}:{line}: {problem}")
+    if unsound > SHOWN:
+        shown.append(f"  and {unsound - SHOWN} more")
+    if unsound == total and total > 1:
+        shown.append("every row is: do data.prompt_column and data.completion_column name the right columns?")
+    if unsound:
+        raise ValueError("\n".join([f"{unsound} of {total} rows in {source} are corrupt:", *shown]))
+
+
+def _not_empty(rows: Rows) -> Rows:
+    if not len(rows):
+        raise ValueError(f"{rows.source}: no rows")
+    return rows
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

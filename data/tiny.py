@@ -1,0 +1,88 @@
+"""A tokenizer and a Llama-shaped model of under a million parameters, for runs without a model hub or a GPU.
+
+Numbers, operators and a few words are single tokens, so that a small model can learn to search instead of to spell.
+Anything else in ASCII falls back to letters and digits, so any such text can be encoded. ``data/tiny_base/`` holds
+the weights after a supervised start on ``data/traces.py``; ``python -m data.tiny FOLDER`` writes an untrained one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+WORDS = ("yes", "no", "so", "then", "try", "wait", "check", "target", "give", "up", "answer")
+LARGEST_WHOLE_NUMBER = 299  # larger numbers take a token more per further digit: 729 is 72 ##9
+CONTEXT = 512
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece over numbers, tags, punctuation and words; spaces are not kept, decoding puts one between tokens.
+
+    ``(6+3)*3`` comes back as ``( 6 + 3 ) * 3``, ``1234`` as ``1234``. The tags are ordinary tokens and stay in decoded
+    text; only padding, end of sequence and unknown are special. A character outside ASCII becomes ``<unk>``.
+    """
+    pieces = [PAD, EOS, UNKNOWN, *TAGS, *string.punctuation]
+    pieces += [str(n) for n in range(LARGEST_WHOLE_NUMBER + 1)]
+    pieces += [*string.ascii_letters, *WORDS]
+    pieces += ["##" + character for character in string.digits + string.ascii_letters]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=1000))
+    words = Regex(r"</?(?:think|answer)>|[0-9]+|[A-Za-z]+|\S")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Width 128, 4 layers, 4 heads sharing 2 key-value heads, tied embeddings: about 0.85 M parameters."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def make_tiny_model(seed: int = 0) -> LlamaForCausalLM:
+    """An untrained model for ``build_tokenizer()``; its weights are a function of the seed alone."""
+    tokenizer = build_tokenizer()
+    set_seed(seed)
+    model = LlamaForCausalLM(tiny_config(tokenizer))
+    model.generation_config = GenerationConfig(
+        do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def write_tiny_model(folder: str | Path, seed: int = 0) -> None:
+    """Save an untrained model and its tokenizer so that ``from_pretrained(folder)`` loads them."""
+    make_tiny_model(seed).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write an untrained tiny model and its tokenizer.")
+    parser.add_argument("folder")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_tiny_model(arguments.folder, arguments.seed)

@@ -1,0 +1,17 @@
+"""Rollout backends: one file each, chosen by ``rollout.backend``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grpo.backends.base import Backend
+    from grpo.config import Recipe
+    from grpo.policy import Policy
+
+
+def make_backend(recipe: Recipe, policy: Policy) -> Backend:
+    """The backend that the recipe names, holding no weights yet: ``sync`` comes first."""
+    from grpo.backends.hf import HFBackend
+
+    return HFBackend(policy, max_batch_size=recipe.rollout.max_batch_size)

@@ -1,0 +1,317 @@
+"""Atomic, verified checkpoints: files and folders only, nothing of models.
+
+A checkpoint is a folder ``step_000100/`` with one ``.safetensors`` file per dictionary of tensors, one ``.pt`` file per
+other state, and ``manifest.json``, which holds the sha256 of every file and of itself. It is written aside
+(``step_000100.tmp/``), the manifest last, synced to the disk, and renamed, so a folder that bears the final name is
+whole. What the disk does to it later is found by the hashes: neither ``torch.load`` nor safetensors notices a flipped
+bit. There is no pointer file: the latest checkpoint is the newest folder that verifies.
+
+One process writes. Folder names beside ``step_N``: ``.tmp`` is an unfinished write; ``.old`` is a checkpoint while its
+replacement moves in; ``.abandoned`` is newer than the checkpoint a run went back to (see ``set_aside_newer``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from grpo.errors import RunError, UserError
+
+log = logging.getLogger("grpo")
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
+
+# numpy.random.get_state() holds one array; these globals let weights_only loading rebuild it.
+_NUMPY_GLOBALS = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint does not verify; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back: everything that ``save_checkpoint`` was given, on the CPU."""
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    states: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    states: dict[str, Any],
+    manifest: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``root/step_{step:06d}`` atomically, delete the oldest beyond ``keep``, and return its path.
+
+    ``tensors[name]`` becomes ``name.safetensors`` (tied and non-contiguous tensors are stored as copies),
+    ``states[name]`` becomes ``name.pt``: containers, numbers, strings, tensors and numpy arrays, which load back
+    without running code. ``manifest`` holds the caller's JSON values. A checkpoint of the same step is replaced only
+    once the new one is whole.
+
+    Raises RunError where the disk refuses (full, quota, read-only, I/O error): the partial folder is gone and earlier
+    checkpoints are untouched. Raises TypeError for a state that could not be loaded back safely.
+    """
+    if keep < 2:
+        raise ValueError(f"keep must be at least 2, so that a damaged checkpoint has a predecessor (given: {keep})")
+    if clash := {"format", "files", "checksum"} & manifest.keys():
+        raise ValueError(f"the manifest key(s) {sorted(clash)} are checkpoint.py's own")
+    tensors = {name: _storable(group) for name, group in tensors.items()}
+    final = root / f"step_{step:06d}"
+    aside = final.with_name(final.name + ".tmp")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        aside.mkdir()
+        for name, group in tensors.items():
+            save_file(group, path := aside / f"{name}.safetensors")
+            _fsync(path)
+        for name, state in states.items():
+            torch.save(state, path := aside / f"{name}.pt")
+            _fsync(path)
+            _refuse_unsafe(path)
+        _write_manifest(aside, {**manifest, "step": step})
+        _move_in(aside, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save raises RuntimeError and safetensors its own error where a write fails; none is always an OSError.
+        raise RunError(_explain(final, error, needed=_nbytes([tensors, states]))) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _prune(root, keep)
+    return final
+
+
+def _storable(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as safetensors wants them: on the CPU, contiguous, and no two sharing memory."""
+    stored: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in group.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        stored[name] = plain
+    return stored
+
+
+def _refuse_unsafe(path: Path) -> None:
+    with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if unsafe:
+        raise TypeError(
+            f"the state {path.stem!r} holds {', '.join(unsafe)}, which cannot be loaded back without running code; "
+            "save containers, numbers, strings, tensors or numpy arrays instead"
+        )
+
+
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    # A trip through JSON first: what is hashed must be what a reader will get (lists for tuples, strings for keys).
+    content = json.loads(json.dumps({"format": FORMAT, **content, "files": files}))
+    content["checksum"] = _checksum(content)
+    path = folder / MANIFEST
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _fsync(path)
+    _fsync(folder)
+
+
+def _move_in(aside: Path, final: Path) -> None:
+    """Rename; where the step was saved before, keep that one readable as ``.old`` until the new one is in place."""
+    if final.exists():
+        replaced = final.with_name(final.name + ".old")
+        os.rename(final, replaced)
+        os.rename(aside, final)
+        _fsync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(aside, final)
+        _fsync(final.parent)
+
+
+def _sweep(root: Path) -> None:
+    """Clear what a killed process left: unfinished writes go; a checkpoint whose replacement never came returns."""
+    for path in root.glob("step_*.tmp"):
+        shutil.rmtree(path)
+    for path in root.glob("step_*.old"):
+        if path.with_suffix("").exists():
+            shutil.rmtree(path)
+        else:
+            os.rename(path, path.with_suffix(""))
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Delete the oldest beyond ``keep`` and what a resume set aside. Failing to is no reason to stop a run."""
+    for path in [*_folders(root)[keep:], *root.glob("step_*.abandoned")]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            log.warning("could not delete the old checkpoint %s: %s", path, error)
+
+
+def _explain(final: Path, error: BaseException, needed: int) -> str:
+    free = shutil.disk_usage(final.parent if final.parent.exists() else Path.cwd()).free
+    older = _folders(final.parent) if final.parent.exists() else []
+    full = "the disk is full; " if free < needed else ""
+    return (
+        f"could not write the checkpoint {final}: {full}it needs about {needed:,} bytes, {free:,} are free there "
+        f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+        + (f"Earlier checkpoints are intact, the newest is {older[0].name}. " if older else "")
+        + "Free some space or raise the quota, then go on with --resume."
+    )
+
+
+def _nbytes(value: Any) -> int:
+    """Bytes of all tensors and arrays inside nested containers."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(map(_nbytes, value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint in ``root`` that verifies, or None. A warning names each one skipped, and why."""
+    for path in _folders(root):
+        try:
+            _verify(path)
+            return path
+        except DamagedCheckpoint as damage:
+            log.warning("skipping checkpoint %s: %s", path, damage)
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint that someone named. Raises UserError where it is missing or does not verify."""
+    if not path.is_dir() or not ((path / MANIFEST).exists() or _FOLDER.fullmatch(path.name)):
+        raise UserError(f"no checkpoint at {path}: {_what_there_is(path)}")
+    try:
+        manifest = _verify(path)
+    except DamagedCheckpoint as damage:
+        raise UserError(
+            f"the checkpoint {path} cannot be used: {damage}. Name another one, or give --resume alone to take the "
+            "newest that verifies."
+        ) from damage
+    files = [path / name for name in manifest["files"]]
+    with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+        return Checkpoint(
+            step=manifest["step"],
+            tensors={file.stem: load_file(file) for file in files if file.suffix == ".safetensors"},
+            states={
+                file.stem: torch.load(file, map_location="cpu", weights_only=True)
+                for file in files
+                if file.suffix == ".pt"
+            },
+            manifest=manifest,
+        )
+
+
+def set_aside_newer(root: Path, step: int) -> list[Path]:
+    """Call when a run goes on from ``step``: newer checkpoints in ``root`` belong to a course that is now left.
+
+    They are renamed to ``step_N.abandoned``, so that ``latest_checkpoint`` does not return to them, and deleted after
+    the next successful save. Returns their new paths.
+    """
+    aside = []
+    for newer in (folder for folder in _folders(root) if _step(folder) > step):
+        target = newer.with_name(f"step_{_step(newer):06d}.abandoned")
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(newer, target)
+        aside.append(target)
+    return aside
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file has the size and hash that it names."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
+        files, checksum = manifest["files"], manifest.pop("checksum")
+        if checksum != _checksum(manifest):
+            raise DamagedCheckpoint(f"{MANIFEST} does not match its own checksum")
+        if manifest["format"] != FORMAT:
+            raise DamagedCheckpoint(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
+        for name, facts in files.items():
+            size = (path / name).stat().st_size
+            if size != facts["bytes"]:
+                raise DamagedCheckpoint(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
+            if _sha256(path / name) != facts["sha256"]:
+                raise DamagedCheckpoint(f"{name} has changed since it was written (sha256 differs)")
+    except OSError as error:
+        raise DamagedCheckpoint(f"{Path(error.filename or path).name}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{MANIFEST} is not readable ({error})") from error
+    return manifest
+
+
+def _folders(root: Path) -> list[Path]:
+    """Complete checkpoints by name, newest first; a ``.old`` one comes after the one that replaced it."""
+    found = [path for path in root.glob("step_*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (_step(path), path.suffix == ""), reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = _FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _what_there_is(path: Path) -> str:
+    for root in (path / "checkpoints", path, path.parent):
+        if names := [folder.name for folder in reversed(_folders(root))]:
+            return f"{root} has {', '.join(names)}"
+    return "the folder does not exist" if not path.parent.is_dir() else f"{path.parent} holds no checkpoint"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hashing and syncing
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,304 @@
+"""The ``grpo`` command: train, eval, validate, report.
+
+Nothing heavy is imported until a command has read its recipe. Exit codes: 0 done; 2 the recipe, the data or the command
+line is wrong; 143 preempted and saved; 130 Ctrl-C; 1 anything else, with a last line that says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grpo import __version__
+from grpo.errors import Preempted, RunError, UserError
+from grpo.recipe_file import dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from grpo.config import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]  # holds grpo/, rewards/ and data/, in a checkout and in site-packages
+
+app = typer.Typer(
+    name="grpo",
+    help="GRPO training from one YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as rollout.temperature=0.8.", show_default=False),
+]
+
+
+def main() -> None:
+    """Entry point of the ``grpo`` script and of ``python -m grpo``."""
+    app(prog_name="grpo")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"grpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    with exit_codes():
+        refuse_shadowed_packages()
+    _log_to_stderr()
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
+    resume_from: Annotated[str | None, typer.Option(metavar="PATH", help="Go on from this checkpoint.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe and data, print the resolved recipe, train nothing.")
+    ] = False,
+) -> None:
+    """Train as RECIPE says; everything is written to its training.output_dir."""
+    with exit_codes():
+        resolved = load_recipe(recipe, overrides or [])
+    with exit_codes(Path(resolved.training.output_dir)):
+        if dry_run:
+            from grpo.scoring import Scorer
+            from grpo.session import prepare_task
+
+            prepare_task(resolved)
+            Scorer(resolved.rewards, resolved.scoring).close()
+            typer.echo(dump_recipe(resolved), nl=False)
+        elif resolved.stage == "sft":
+            from grpo import sft
+
+            sft.train(resolved, resume_from or resume)
+        else:
+            from grpo import trainer
+
+            trainer.train(resolved, resume_from or resume)
+
+
+@app.command("eval")
+def evaluate(
+    recipe_or_run: Annotated[str, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe file or a run folder.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Model to evaluate. Default: the run's final/, or model.name.")
+    ] = None,
+) -> None:
+    """Evaluate a model on the held-out tasks of a recipe, or of the recipe that a run was made from."""
+    run = Path(recipe_or_run)
+    with exit_codes():
+        if run.is_dir():
+            recipe_or_run = str(_inside(run, "recipe.yaml", "is not a run folder"))
+            model = model or str(_inside(run, "final", "has no final model yet; name another with --model PATH"))
+        resolved = load_recipe(recipe_or_run, overrides or [])
+    with exit_codes(run if run.is_dir() else None):
+        from grpo.evaluate import evaluate_recipe
+
+        found = evaluate_recipe(resolved, model)
+        if is_first_of_node():
+            width = max(map(len, found), default=0)
+            for name, value in found.items():
+                typer.echo(f"{name:<{width}}  {value:.6g}")
+
+
+@app.command()
+def validate(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipe files, then overrides for them all.")
+    ],
+) -> None:
+    """Check recipes and their data without loading weights or reaching for the network; one line each."""
+    files = [a for a in recipes if "=" not in a or Path(a).exists()]
+    overrides = [a for a in recipes if a not in files]
+    failures = []
+    with exit_codes():
+        if not files:
+            raise UserError(f"no recipe given, only overrides: {' '.join(overrides)}")
+        for file in files:
+            try:
+                resolved = load_recipe(file, overrides)
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            try:
+                typer.echo(f"OK {file}{check_offline(resolved)}")
+            except UserError as error:
+                failures += [f"{file}: {line}" for line in str(error).splitlines()]
+        if failures:
+            raise UserError("\n".join(failures))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Draw a run: PNG curves and one self-contained HTML page."""
+    with exit_codes():
+        _inside(run, "metrics.jsonl", "is not a run folder")
+        from grpo.report import write_report
+
+        typer.echo(write_report(run))
+
+
+def check_offline(recipe: Recipe) -> str:
+    """Check reward functions, rows and prompts with what is on this machine; says what there is and what is left.
+
+    Raises UserError with everything found.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
+    from grpo.loading import load_configs, load_tokenizer
+    from grpo.scoring import Scorer
+    from grpo.session import prepare_task
+    from grpo.tasks import check_data
+
+    note, problems = "", []
+    try:
+        Scorer(recipe.rewards, recipe.scoring.model_copy(update={"workers": 1})).close()
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        note = check_data(recipe)
+    except UserError as error:
+        problems.append(str(error))
+    else:
+        try:
+            load_tokenizer(recipe.model)
+            load_configs(recipe.model)
+        except UserError:
+            source = recipe.model.tokenizer or recipe.model.name
+            note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"
+        else:
+            if not recipe.data.hub:
+                prepare_task(recipe)
+    if problems:
+        raise UserError("\n".join(problems))
+    return note
+
+
+def _inside(run: Path, name: str, complaint: str) -> Path:
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder")
+    if not (run / name).exists():
+        raise UserError(f"{run}: {complaint} (there is no {name} in it)")
+    return run / name
+
+
+@contextmanager
+def exit_codes(folder: Path | None = None) -> Iterator[None]:
+    """Turn whatever a command raises into a message on stderr and its exit code.
+
+    An unexpected exception's traceback goes to ``folder``/error.txt if that folder exists, else to stderr.
+    """
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except UserError as error:
+        if is_first_of_node():  # every process has read the same recipe
+            _say(str(error))
+        raise typer.Exit(2) from None
+    except Preempted as error:
+        if is_first_of_node():
+            _say(str(error))
+        raise typer.Exit(143) from None
+    except RunError as error:
+        _say(f"{_rank_prefix()}{error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if is_first_of_node():
+            _say("stopped by Ctrl-C")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        where = _keep_traceback(folder)
+        _say(f"{_rank_prefix()}{type(error).__name__}: {_first_line(error)}. {_advice(error)} {where}".rstrip())
+        raise typer.Exit(1) from None
+
+
+def _keep_traceback(folder: Path | None) -> str:
+    """Save the current traceback, or print it where there is no folder to save it in; says where it is."""
+    rank = os.environ.get("RANK", "0")
+    if folder is not None and folder.is_dir():
+        file = folder / ("error.txt" if rank == "0" else f"error_rank{rank}.txt")
+        try:
+            file.write_text(traceback.format_exc(), encoding="utf-8")
+            return f"The traceback is in {file}."
+        except OSError as error:
+            _say(f"cannot write {file}: {error.strerror}")
+    traceback.print_exc()
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+
+
+def _advice(error: BaseException) -> str:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            "Lower training.micro_batch_tokens (update) or rollout.max_batch_size (generation), "
+            "or set model.gradient_checkpointing=true; then go on with --resume."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some disk space, then go on with --resume."
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("grpo"):
+        return f"Install the package that holds {error.name}."
+    return "This is no mistake in the recipe that grpo knows of: please report it. --resume goes on from a checkpoint."
+
+
+def is_first_of_node() -> bool:
+    """Whether this is the process of its machine that speaks: the only one, or the first that a launcher started."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def _rank_prefix() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what ``sys.stderr`` is now: a progress display replaces it while it is on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("grpo")
+    if not log.handlers:
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO if is_first_of_node() else logging.ERROR)
+
+
+def refuse_shadowed_packages() -> None:
+    """``data`` and ``rewards`` are common names: if Python would import others than ours, say which, and stop."""
+    for name in ("data", "rewards"):
+        spec = importlib.util.find_spec(name)
+        origin = next(iter(spec.submodule_search_locations or [spec.origin or ""])) if spec else ""
+        if Path(origin).resolve() != ROOT / name:
+            where = f"is shadowed by {origin}; rename that or start from another folder" if origin else "is missing"
+            raise UserError(f"grpo's own package `{name}` ({ROOT / name}) {where}")

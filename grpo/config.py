@@ -1,0 +1,344 @@
+"""The recipe: one YAML file describes one run.
+
+This module is the schema alone (pydantic v2, unknown keys refused) and imports neither torch nor anything of ours.
+Loading, line numbers, overrides and hints live in ``recipe_file.py``. ``docs/recipe.md`` is generated from here.
+Names are TRL's wherever the meaning is TRL's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raise all problems of a section at once, one a line; ``recipe_file`` reports each by itself."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class LoraConfig(Section):
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    lora_alpha: PositiveInt = 32
+    """Scale: adapters are multiplied by lora_alpha / r."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the adapters' input while training."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names that get adapters; `all-linear` is every linear layer but the output head."""
+
+
+class ModelConfig(Section):
+    name: NonEmpty
+    """Hub id, a folder that `from_pretrained` loads, another run's `final/`, or a GGUF file."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type. Trained weights are always kept in float32; bfloat16 computes under autocast."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); null lets transformers choose."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights. The reference model is then the model without them."""
+    tokenizer: str | None = None
+    """Tokenizer to load, where it is not the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+
+
+class DataConfig(Section):
+    name: str | None = None
+    """A task of `data/`: its file's name (`countdown`)."""
+    path: str | None = None
+    """A `.jsonl` or `.parquet` file with a `prompt` column; other columns go to the reward functions."""
+    hub: str | None = None
+    """A dataset id on the hub."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the task's builder, or of `datasets.load_dataset` for a hub id (`name`, `split`)."""
+    template: Literal["none", "r1_zero", "tinyzero", "chat"] = "none"
+    """How a question becomes the model's prompt: the R1-Zero paper's, TinyZero's (prefills `<think>`), the tokenizer's
+    chat template, or nothing."""
+    system_prompt: str | None = None
+    """System message, with `template: chat`."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Extra arguments of the tokenizer's chat template."""
+    prompt_column: str = "prompt"
+    """Column that holds the question (a string or a list of messages)."""
+    completion_column: str = "completion"
+    """Column that holds the answer to imitate, with `stage: sft`."""
+    max_prompt_length: PositiveInt = 512
+    """Longest prompt in tokens; a longer one is an error that names its row."""
+    train_size: PositiveInt | None = None
+    """Rows to use for training; null uses all (generated tasks: their own default)."""
+    eval_size: NonNegativeInt = 256
+    """Held-out rows."""
+    eval_path: str | None = None
+    """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
+    shuffle: bool = True
+    """Draw training rows in a permutation computed from seed and epoch; false keeps the file's order."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        problems = []
+        given = [k for k in ("name", "path", "hub") if getattr(self, k)]
+        if len(given) != 1:
+            problems.append(f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})")
+        if self.template != "chat":
+            problems += [
+                f"{key} is only used with template: chat (template is {self.template})"
+                for key in ("system_prompt", "chat_template_kwargs")
+                if getattr(self, key)
+            ]
+        _refuse(problems)
+        return self
+
+
+class RewardConfig(Section):
+    name: str | None = None
+    """A built-in reward (`countdown`, `format`)."""
+    path: str | None = None
+    """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
+    weight: Finite = 1.0
+    """Factor in the sum of rewards."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Extra keyword arguments for every call."""
+    timeout: Positive | None = None
+    """Seconds one call may take; null takes `scoring.timeout`."""
+    needs_group: bool = False
+    """The function compares completions of a group: never split it, a failure costs the whole group."""
+
+    @model_validator(mode="after")
+    def _one_function(self) -> RewardConfig:
+        if (self.name is None) == (self.path is None):
+            raise ValueError("give exactly one of name, path")
+        if self.path is not None and not all(part.strip() for part in self.path.rpartition(":")):
+            raise ValueError(f"path: expected file.py:function or package.module:function, got {self.path!r}")
+        return self
+
+
+class ScoringConfig(Section):
+    workers: PositiveInt = 2
+    """Processes that run reward functions, per training process."""
+    timeout: Positive = 10.0
+    """Seconds one call of a reward function may take before its worker is killed."""
+    memory_limit_gb: Positive | None = 4.0
+    """Address space of a worker; null sets no limit."""
+    max_failure_rate: Fraction = 0.5
+    """Share of a step's completions that may be unscorable; above it the run stops with the first traceback."""
+
+
+class RolloutConfig(Section):
+    backend: Literal["hf"] = "hf"
+    """What generates: `hf` is transformers in the training process."""
+    num_generations: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Completions per prompt, G. At least 2: an advantage compares a completion with its group."""
+    max_completion_length: PositiveInt = 512
+    """Longest completion in tokens."""
+    temperature: Positive = 1.0
+    """Sampling temperature; the update computes its logprobs at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: smallest set of tokens with this probability; 1.0 is off."""
+    top_k: NonNegativeInt = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    min_p: Fraction | None = None
+    """Drop tokens less likely than this share of the likeliest; null is off."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end a completion (they stay in it), besides the model's end-of-sequence tokens."""
+    max_batch_size: PositiveInt = 512
+    """Most sequences decoded at once, per process."""
+
+
+class AlgorithmConfig(Section):
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    """How token losses are summed and what they are divided by; see docs/algorithms.md."""
+    beta: NonNegative = 0.0
+    """Weight of the KL penalty to the reference model; 0 loads no reference model."""
+    epsilon: Positive = 0.2
+    """Clip range below: ratios under 1 - epsilon give no gradient where the advantage is negative."""
+    epsilon_high: Positive | None = None
+    """Clip range above; null takes epsilon. DAPO's clip-higher is 0.28."""
+    delta: Positive | None = None
+    """Dual clip: upper bound of the ratio where the advantage is negative (above 1 + epsilon); null is off."""
+    num_iterations: PositiveInt = 1
+    """Passes over each rollout (mu in the GRPO paper)."""
+    num_minibatches: PositiveInt = 1
+    """Optimizer steps into which each pass over a rollout is split; divides prompts_per_step."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group, of the step, or not at all (Dr. GRPO)."""
+    baseline: Literal["group", "leave_one_out"] = "group"
+    """Subtract the group's mean reward, or the mean of the others (RLOO)."""
+    mask_truncated_completions: bool = False
+    """Leave completions that ran into max_completion_length out of the loss."""
+    sync_ref_model: bool = False
+    """Move the reference model toward the policy every ref_model_sync_steps steps."""
+    ref_model_sync_steps: PositiveInt = 512
+    """Steps between two moves of the reference model."""
+    ref_model_mixup_alpha: Fraction = 0.6
+    """ref = alpha * policy + (1 - alpha) * ref at each move (TR-DPO); 1.0 replaces it."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> AlgorithmConfig:
+        problems = []
+        if self.delta is not None and self.delta <= 1 + self.epsilon:
+            problems.append(f"delta ({self.delta}) must be above 1 + epsilon ({1 + self.epsilon})")
+        if self.sync_ref_model and self.beta == 0:
+            problems.append("sync_ref_model needs a reference model: set beta above 0")
+        _refuse(problems)
+        return self
+
+
+class OptimizerConfig(Section):
+    learning_rate: Positive = 1e-6
+    """Peak learning rate of AdamW."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, on matrices only."""
+    adam_beta1: BelowOne = 0.9
+    """AdamW's first-moment decay."""
+    adam_beta2: BelowOne = 0.999
+    """AdamW's second-moment decay."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW's denominator offset."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the global gradient norm to this; 0 is off."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or falling to lr_min_ratio of the peak at max_steps."""
+    lr_min_ratio: Fraction = 0.0
+    """Where linear and cosine end, as a share of the peak."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+
+
+class TrainingConfig(Section):
+    output_dir: NonEmpty
+    """Run folder: metrics, rollouts, checkpoints, the final model, the report."""
+    prompts_per_step: PositiveInt = 32
+    """Prompts drawn per step over all processes, P (with `stage: sft`: examples per step)."""
+    max_steps: PositiveInt = 100
+    """Steps: one rollout and its updates each (with `stage: sft`: optimizer steps)."""
+    max_seconds: Positive | None = None
+    """End the run after the step that passes this many seconds of training (evaluation not counted)."""
+    seed: NonNegativeInt = 0
+    """Root of every random draw."""
+    eval_every: NonNegativeInt = 50
+    """Evaluate every so many steps, besides before step 0 and at the end; 0: only there."""
+    save_every: NonNegativeInt = 50
+    """Checkpoint every so many steps, besides at the end; 0: only there."""
+    save_total_limit: Annotated[int, Field(ge=2, strict=True)] = 2
+    """Checkpoints kept, newest first; at least 2, so that a damaged one has a predecessor."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Padded tokens in one forward and backward pass, per process."""
+    micro_batch_size: PositiveInt | None = None
+    """Most sequences in one forward and backward pass; null is bounded by micro_batch_tokens alone."""
+    log_rollouts_every: NonNegativeInt = 1
+    """Write rollouts/step_N.jsonl every so many steps; 0 never."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch; null keeps torch's choice. Bit-exact resume needs the same number."""
+    dollars_per_hour: NonNegative | None = None
+    """Price of the machine; adds `cost_usd` to the metrics."""
+
+
+class EvaluationConfig(Section):
+    num_generations: PositiveInt = 1
+    """Completions per held-out prompt; pass@1 is their mean, pass@k for k up to this."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature of evaluation; 0 is greedy."""
+    max_completion_length: PositiveInt | None = None
+    """Longest completion in evaluation; null takes the rollout's."""
+    reward: str | None = None
+    """Reward whose value 1 counts as solved; null takes the first of `rewards`."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> EvaluationConfig:
+        if self.temperature == 0 and self.num_generations > 1:
+            raise ValueError(
+                f"temperature 0 is greedy: its {self.num_generations} completions would all be the same; "
+                "set num_generations to 1 or the temperature above 0"
+            )
+        return self
+
+
+class TrackingConfig(Section):
+    project: str = "grpo"
+    """Project name for the trackers."""
+    run_name: str | None = None
+    """Run name for the trackers; null takes the output folder's name."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; offline writes files that `wandb sync` uploads later."""
+    tensorboard: bool = False
+    """Write TensorBoard events to OUTPUT_DIR/tensorboard."""
+    trackio: bool = False
+    """Log to trackio (local first)."""
+
+
+class Recipe(Section):
+    stage: Literal["grpo", "sft"] = "grpo"
+    """`grpo` learns from rewards; `sft` imitates the completion column (cold start, distillation)."""
+    model: ModelConfig
+    """The model that is trained."""
+    data: DataConfig
+    """Its tasks: where the rows come from and how a row becomes a prompt."""
+    rewards: list[RewardConfig] = Field(default_factory=list)
+    """Reward functions; their weighted sum is the reward."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """How completions are sampled."""
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    """Advantages and the policy loss."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """AdamW and the learning rate's schedule."""
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    """The processes that run reward functions."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """Held-out accuracy during and after training."""
+    training: TrainingConfig
+    """The run: its folder, length, batch and rhythm."""
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """Trackers besides `metrics.jsonl`, which is always written."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        problems = []
+        if self.stage == "grpo" and not self.rewards:
+            problems.append("rewards: a grpo recipe needs at least one reward")
+        if self.stage == "grpo" and self.rewards and all(r.weight == 0 for r in self.rewards):
+            problems.append("rewards: every weight is 0, there is nothing to learn from")
+        functions = self.reward_names()
+        if self.evaluation.reward is not None and self.evaluation.reward not in functions:
+            problems.append(
+                f"evaluation.reward: {self.evaluation.reward} is not one of rewards ({', '.join(functions) or 'none'})"
+            )
+        if self.training.prompts_per_step % self.algorithm.num_minibatches:
+            problems.append(
+                f"training.prompts_per_step ({self.training.prompts_per_step}) is not divisible by "
+                f"algorithm.num_minibatches ({self.algorithm.num_minibatches})"
+            )
+        if self.algorithm.sync_ref_model and self.model.lora is not None:
+            problems.append(
+                "algorithm.sync_ref_model cannot be used with model.lora: the reference is the model without adapters, "
+                "which never moves"
+            )
+        _refuse(problems)
+        return self
+
+    def reward_names(self) -> list[str]:
+        """The rewards' names in metrics and in `evaluation.reward`: a built-in's own, else the function's after the
+        colon; the second of the same name is `name#2`."""
+        names = [reward.name or str(reward.path).rpartition(":")[2] for reward in self.rewards]
+        uses = [names[:i].count(name) for i, name in enumerate(names)]
+        return [f"{name}#{before + 1}" if before else name for name, before in zip(names, uses, strict=True)]

@@ -1,0 +1,15 @@
+"""The kinds of ending that a person is meant to read; anything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The recipe, the data or the command line is wrong. The CLI prints the message alone and exits 2."""
+
+
+class RunError(Exception):
+    """A run could not go on (non-finite loss, a reward that fails too often). Message alone, exit 1."""
+
+
+class Preempted(Exception):
+    """The machine asked for itself back (SIGTERM); the run has saved a checkpoint and stops. Exit 143."""

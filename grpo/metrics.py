@@ -1,0 +1,82 @@
+"""What a step's rollouts say, under TRL's metric names."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from grpo.advantages import zero_std
+from grpo.types import Group, Status
+
+
+def rewards_array(groups: list[Group]) -> np.ndarray:
+    """Rewards (P,G) as float64, NaN where a completion could not be scored."""
+    return np.array([[np.nan if r is None else r for r in group.rewards] for group in groups], dtype=np.float64)
+
+
+def completion_metrics(groups: list[Group]) -> dict[str, float]:
+    """Lengths in tokens over all completions, and over those that ended by themselves."""
+    completions = [c for group in groups for c in group.completions]
+    lengths = np.array([len(c.token_ids) for c in completions])
+    ended = np.array([c.status is Status.STOP for c in completions])
+    metrics = {
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": np.mean([c.status is Status.LENGTH for c in completions]),
+        "completions/mean_terminated_length": lengths[ended].mean() if ended.any() else 0.0,
+        "completions/min_terminated_length": lengths[ended].min() if ended.any() else 0.0,
+        "completions/max_terminated_length": lengths[ended].max() if ended.any() else 0.0,
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def reward_metrics(groups: list[Group]) -> dict[str, float]:
+    """Mean reward, spread within groups, share of groups without signal, each function's part, verdicts, custom ones."""
+    rewards_PG = rewards_array(groups)
+    scored_PG = ~np.isnan(rewards_PG)
+    metrics = {"frac_reward_zero_std": float(zero_std(rewards_PG).mean())}
+    if scored_PG.any():
+        spreads = [row[~np.isnan(row)].std(ddof=1) for row in rewards_PG if (~np.isnan(row)).sum() > 1]
+        metrics["reward"] = float(np.nanmean(rewards_PG))
+        metrics["reward_std"] = float(np.mean(spreads)) if spreads else 0.0
+    metrics["frac_unscored"] = float(1 - scored_PG.mean())
+    for name in groups[0].rewards_by_function:
+        values = [r for group in groups for r in group.rewards_by_function[name] if r is not None]
+        if values:
+            metrics[f"rewards/{name}/mean"] = float(np.mean(values))
+            metrics[f"rewards/{name}/std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    verdicts: Counter[str] = Counter()
+    for group in groups:
+        for name, counts in group.verdicts.items():
+            verdicts.update({f"verdicts/{name}/{verdict}": n for verdict, n in counts.items()})
+    custom: dict[str, list[float]] = {}
+    for group in groups:
+        for name, values in group.extra_metrics.items():
+            custom.setdefault(name, []).extend(values)
+    return metrics | {k: float(v) for k, v in verdicts.items()} | {k: float(np.mean(v)) for k, v in custom.items()}
+
+
+def rollout_rows(groups: list[Group], step: int, advantages_PG: np.ndarray | None = None) -> list[dict]:
+    """One JSON object a completion, for ``rollouts/``."""
+    rows = []
+    for p, group in enumerate(groups):
+        for g, completion in enumerate(group.completions):
+            row = {
+                "step": step,
+                "prompt_id": group.prompt.id,
+                "sample": g,
+                "prompt": group.prompt.text,
+                "completion": completion.text,
+                "status": completion.status.value,
+                "num_tokens": len(completion.token_ids),
+                "reward": group.rewards[g],
+                "rewards": {name: values[g] for name, values in group.rewards_by_function.items()},
+                "versions": [[s.start, s.end, s.version] for s in completion.versions],
+                "columns": group.prompt.columns | {k: v[g] for k, v in group.extra_columns.items()},
+            }
+            if advantages_PG is not None:
+                row["advantage"] = float(advantages_PG[p, g])
+            rows.append(row)
+    return rows

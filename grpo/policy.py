@@ -1,0 +1,317 @@
+"""The policy: the model that learns, its reference, its optimizer, and what accelerate wraps of them."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from grpo.config import OptimizerConfig, Recipe
+from grpo.errors import RunError
+from grpo.loading import DTYPES, add_adapters, load_weights
+from grpo.logprobs import token_logprobs
+from grpo.randomness import Stream, key
+from grpo.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ScoredLM(nn.Module):
+    """A causal LM whose forward returns log-probabilities of given completion tokens instead of logits.
+
+    Doing this inside one module's forward is what lets DDP, FSDP2 and ZeRO gather and synchronize its weights.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self._no_split_modules = getattr(causal_lm, "_no_split_modules", None)  # FSDP's unit of sharding
+
+    @property
+    def config(self) -> Any:
+        return self.causal_lm.config
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states, as the model's own forward makes them (scaling and soft-capping included)."""
+        config = self.config.get_text_config(decoder=True)
+        logits = self.causal_lm.get_output_embeddings()(hidden)
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def forward(
+        self, input_ids_BT: torch.Tensor, completion_mask_BT: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies (B,T), 0 outside the completion mask.
+
+        Sequences are padded on the right, so causal attention alone keeps padding out: no attention mask is needed.
+        """
+        hidden_BTH = self.causal_lm.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        predicts_BT = completion_mask_BT.roll(-1, dims=1)  # the position before a token predicts it
+        logps_N, entropy_N = token_logprobs(
+            hidden_BTH[predicts_BT],
+            input_ids_BT[completion_mask_BT],
+            self.head,
+            vocab_size=self.config.get_text_config(decoder=True).vocab_size,
+            temperature=temperature,
+        )
+        zeros_BT = torch.zeros(input_ids_BT.shape, dtype=torch.float32, device=input_ids_BT.device)
+        return (
+            zeros_BT.masked_scatter(completion_mask_BT, logps_N),
+            zeros_BT.masked_scatter(completion_mask_BT, entropy_N.detach()),
+        )
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compare ``head`` with the model's own logits on a few tokens: a model that scales them unknown to us is refused."""
+        was_training = self.training
+        self.eval()
+        device = next(self.causal_lm.parameters()).device
+        ids_BT = torch.arange(4, device=device)[None] % self.config.get_text_config(decoder=True).vocab_size
+        expected = self.causal_lm(input_ids=ids_BT, use_cache=False).logits.float()
+        ours = self.head(self.causal_lm.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state).float()
+        self.train(was_training)
+        if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-2):
+            raise RunError(
+                f"{type(self.causal_lm).__name__} turns hidden states into logits in a way that policy.ScoredLM.head "
+                "does not know; add it there"
+            )
+
+
+class Policy:
+    """The trained module with everything that belongs to it.
+
+    ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
+    Trained weights are float32; ``compute_dtype`` bfloat16 computes under autocast. With LoRA the frozen weights are
+    held in the compute type and the adapters in float32.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: list[int],
+        needs_reference: bool,
+    ):
+        self.accelerator = accelerator
+        self.tokenizer = tokenizer
+        self.stop_token_ids = stop_token_ids
+        self.compute_dtype = DTYPES[recipe.model.dtype]
+        self.device = accelerator.device
+        self.max_grad_norm = recipe.optimizer.max_grad_norm
+        self.is_lora = recipe.model.lora is not None
+
+        torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
+        causal_lm = load_weights(recipe.model, self.compute_dtype if self.is_lora else torch.float32)
+        self.peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
+        self.causal_lm = causal_lm
+        if recipe.model.gradient_checkpointing:
+            causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        scored = ScoredLM(causal_lm)
+        scored.check_head()
+        self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
+        self.needs_reference = needs_reference
+
+        optimizer = make_optimizer(scored, recipe.optimizer)
+        self.model, self.optimizer = accelerator.prepare(scored.train(), optimizer)
+        self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+
+    def _frozen_reference(self, recipe: Recipe) -> ScoredLM:
+        # A moving reference accumulates small steps, which bfloat16 would round away.
+        dtype = torch.float32 if recipe.algorithm.sync_ref_model else self.compute_dtype
+        reference = self.empty_copy(dtype)
+        reference.load_state_dict({name: t.to(dtype) for name, t in self.causal_lm.state_dict().items()}, strict=False)
+        return ScoredLM(reference).eval().requires_grad_(False)
+
+    def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A model of the same shape, weights not yet loaded, on the policy's device: to generate with, or a reference."""
+        twin = AutoModelForCausalLM.from_config(
+            self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
+        )
+        return twin.to(self.device).eval().requires_grad_(False)
+
+    def autocast(self) -> AbstractContextManager:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
+
+    def logprobs(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (with gradient where enabled) and entropies of a micro-batch, (B,T)."""
+        with self.autocast():
+            return self.model(batch.input_ids_BT, batch.completion_mask_BT, temperature)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """The same under the reference model: a frozen copy, or with LoRA the model without its adapters."""
+        with self.autocast():
+            if self.peft_model is not None:
+                with self.peft_model.disable_adapter():
+                    return self.model(batch.input_ids_BT, batch.completion_mask_BT, temperature)[0]
+            assert self.reference is not None
+            return self.reference(batch.input_ids_BT, batch.completion_mask_BT, temperature)[0]
+
+    def no_sync(self) -> AbstractContextManager:
+        """Within it, backward passes keep gradients to this process (all but the last micro-batch of a step)."""
+        return self.accelerator.no_sync(self.model)
+
+    def clip_gradients(self) -> float:
+        """Global gradient norm before clipping to ``max_grad_norm``; the same number on every process."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def step(self, learning_rate: float) -> None:
+        """One optimizer step at this learning rate; gradients are cleared."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def mix_reference(self, alpha: float) -> None:
+        """ref = alpha * policy + (1 - alpha) * ref (TR-DPO, arXiv:2404.09656)."""
+        assert self.reference is not None, "the reference of a LoRA policy is its base and does not move"
+        state = self.full_state()
+        for name, tensor in self.reference.causal_lm.state_dict().items():
+            if tensor.is_floating_point() and name in state:
+                tensor.lerp_(state[name].to(tensor), alpha)
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """The causal LM's whole state by name, as ``from_pretrained`` knows it, gathered from every process and with
+        LoRA adapters merged (computed aside: the policy's own weights are not touched). Called by all processes."""
+        named = self.accelerator.unwrap_model(self.model).state_dict().items()
+        state = {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named}
+        if self.peft_model is None:
+            return state
+        return merged_state(self.causal_lm, state)
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """The LoRA adapters alone, by peft's names."""
+        from peft import get_peft_model_state_dict
+
+        return {name: _whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the model: all weights, or with LoRA the adapters, whose base does not change."""
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        if self.peft_model is not None:
+            return {name: _whole(p.detach()) for name, p in named if p.requires_grad}
+        return {name: _whole(p.detach()) for name, p in named}
+
+    def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Inverse of ``trained_state``."""
+        named = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        for name, tensor in state.items():
+            _assign(named[name], tensor)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """AdamW's moments, gathered from every process where they are sharded. Called by all processes."""
+        if not self.sharded:
+            return self.optimizer.state_dict()
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Inverse of ``optimizer_state``."""
+        if not self.sharded:
+            self.optimizer.load_state_dict(state)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """What ``from_pretrained`` loads, in the compute type, merged; with LoRA the adapters beside it in adapter/.
+
+        Called by all processes; the first one writes.
+        """
+        state = {name: t.to(self.compute_dtype).cpu() for name, t in self.full_state().items()}
+        adapter = self.adapter_state() if self.peft_model is not None else None
+        if self.accelerator.is_main_process:
+            twin = AutoModelForCausalLM.from_config(self.causal_lm.config, dtype=self.compute_dtype)
+            twin.load_state_dict(state, strict=False)
+            twin.tie_weights()
+            twin.generation_config = self.causal_lm.generation_config
+            twin.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            if adapter is not None:
+                self.peft_model.save_pretrained(folder / "adapter", state_dict=adapter)
+        self.accelerator.wait_for_everyone()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def merged_state(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names and tensors of a LoRA model as if it had been merged: base + scaling * B A, computed in float32."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
+    merged = {}
+    for name, tensor in state.items():
+        owner, found, parameter = name.partition(".base_layer.")
+        if found and owner in layers:
+            if parameter == "weight":
+                layer = layers[owner]
+                adapter = layer.active_adapters[0]
+                tensor = (tensor.float() + layer.get_delta_weight(adapter).float()).to(tensor.dtype)
+            merged[f"{owner}.{parameter}"] = tensor
+        elif not any(name.startswith(f"{owner}.") for owner in layers):
+            merged[name] = tensor
+    return merged
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over what is trained; weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """The rate of step ``step`` (counted from 0): a function of the step alone, so that nothing has to be saved."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    done = min(done, 1.0)
+    if config.lr_scheduler_type == "linear":
+        share = 1 - done
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * (config.lr_min_ratio + (1 - config.lr_min_ratio) * share)

@@ -1,0 +1,126 @@
+"""The supervised stage: cold start, distillation, rejection-sampled data. Loss on the completion's tokens only.
+
+The loop is the trainer's without rollouts: examples in, token-mean cross-entropy, the same update machinery, run folder,
+checkpoints and resume.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from grpo.config import Recipe
+from grpo.packing import collate, plan_micro_batches
+from grpo.policy import Policy, learning_rate
+from grpo.report import write_report
+from grpo.session import (
+    Clock,
+    PreemptionGuard,
+    due,
+    finished,
+    make_accelerator,
+    on_main,
+    open_tracker,
+    prepare_folder,
+    prepare_task,
+    seed_step,
+)
+from grpo.tracking import Tracker
+from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
+from grpo.types import Batch, Sequence
+from grpo.update import backward
+
+Example = tuple[list[int], list[int]]  # token ids of prompt and completion
+
+
+def train(recipe: Recipe, resume: bool | str = False) -> None:
+    """Run a ``stage: sft`` recipe to its end, or from a checkpoint on."""
+    accelerator = make_accelerator(recipe)
+    tokenizer, stop_ids, task = prepare_task(recipe)
+    folder = prepare_folder(recipe, accelerator, resume)
+    policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
+    checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))
+    progress = restore_state(checkpoint, recipe, policy)
+    with open_tracker(folder, recipe, accelerator, progress) as tracker, PreemptionGuard(accelerator) as preemption:
+
+        def evaluate_and_log() -> None:
+            if task.eval_examples:
+                tracker.log(progress.step, {"eval/loss": held_out_loss(recipe, policy, task.eval_examples)})
+
+        if progress.step == 0 and recipe.evaluation.at_start:
+            evaluate_and_log()
+        while not finished(recipe, accelerator, progress):
+            seed_step(recipe, progress.step, accelerator.process_index)
+            train_step(recipe, folder, task.examples(progress.step), policy, tracker, progress)
+
+            stopping = preemption.requested()
+            done = finished(recipe, accelerator, progress)
+            if done or due(recipe.training.eval_every, progress.step):
+                evaluate_and_log()
+            if done or stopping or due(recipe.training.save_every, progress.step):
+                progress.metrics_offset = tracker.offset
+                save_state(folder, recipe, policy, progress)
+            if stopping and not done:
+                preemption.stop(folder, progress.step)
+    policy.save_pretrained(folder / "final")
+    on_main(accelerator, lambda: write_report(folder))
+
+
+def train_step(
+    recipe: Recipe, folder: Path, examples: list[Example], policy: Policy, tracker: Tracker, progress: Progress
+) -> None:
+    """One optimizer step on the mean cross-entropy (nats) of all completion tokens of ``examples``."""
+    clock = Clock()
+    rate = learning_rate(recipe.optimizer, progress.step, recipe.training.max_steps)
+    with clock("train"):
+        tokens = sum(len(completion) for _, completion in examples)
+
+        def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logps_BT, entropy_BT = policy.logprobs(batch, temperature=1.0)
+            return -(logps_BT * batch.mask_BT).sum() / tokens, {"entropy": (entropy_BT * batch.mask_BT).sum() / tokens}
+
+        totals, norm = backward(policy, _my_micro_batches(recipe, policy, examples), loss_of, folder)
+        policy.step(rate)
+    progress.step += 1
+    progress.num_tokens += sum(len(prompt) + len(completion) for prompt, completion in examples)
+    progress.seconds += clock.total()
+    tracker.log(
+        progress.step,
+        totals
+        | {
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "num_tokens": float(progress.num_tokens),
+            "step_time": clock.total(),
+            "time/train": clock.total(),
+            "tokens_per_second": tokens / clock.total(),
+        },
+    )
+
+
+@torch.no_grad()
+def held_out_loss(recipe: Recipe, policy: Policy, examples: list[Example]) -> float:
+    """Mean cross-entropy (nats a token) over the held-out completions, each process doing its share."""
+    sums_2 = torch.zeros(2, dtype=torch.float64, device=policy.device)
+    policy.model.eval()
+    for micro_batch in _my_micro_batches(recipe, policy, examples):
+        batch = collate(micro_batch, pad_token_id=policy.tokenizer.pad_token_id, device=policy.device)
+        logps_BT, _ = policy.logprobs(batch, temperature=1.0)
+        sums_2 += torch.stack([-(logps_BT * batch.mask_BT).sum(), batch.mask_BT.sum()]).double()
+    policy.model.train()
+    loss, tokens = policy.accelerator.reduce(sums_2, reduction="sum").tolist()
+    return loss / tokens
+
+
+def _my_micro_batches(recipe: Recipe, policy: Policy, examples: list[Example]) -> list[list[Sequence]]:
+    sequences = [
+        Sequence(prompt, completion, [0.0] * len(completion), advantage=1.0) for prompt, completion in examples
+    ]
+    plan = plan_micro_batches(
+        sequences,
+        max_tokens=recipe.training.micro_batch_tokens,
+        max_sequences=recipe.training.micro_batch_size,
+        world_size=policy.accelerator.num_processes,
+    )
+    return plan[policy.accelerator.process_index]

@@ -1,0 +1,195 @@
+"""GRPO, top to bottom: rollout, score, advantages, update, sync, evaluate, save.
+
+Deviations from the GRPO paper (DeepSeekMath, arXiv:2402.03300), all switchable in the recipe:
+- no KL penalty by default (``beta: 0``), as R1-Zero-like runs do since Dr. GRPO and DAPO;
+- the loss is a mean over tokens by default (``loss_type: dapo``), not over sequences, which would favour short answers;
+- groups without signal take no part in the forward and backward pass (they stay in the denominators).
+A *step* here is one rollout with all the optimizer updates made from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from grpo.advantages import group_advantages
+from grpo.backends import make_backend
+from grpo.backends.base import Backend, Request, Sampling
+from grpo.config import Recipe
+from grpo.evaluate import evaluate
+from grpo.metrics import completion_metrics, reward_metrics, rewards_array, rollout_rows
+from grpo.policy import Policy, learning_rate
+from grpo.randomness import Stream, key
+from grpo.report import write_report
+from grpo.scoring import Scorer
+from grpo.session import (
+    Clock,
+    PreemptionGuard,
+    due,
+    finished,
+    make_accelerator,
+    on_main,
+    open_tracker,
+    prepare_folder,
+    prepare_task,
+    seed_step,
+)
+from grpo.tracking import Tracker
+from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
+from grpo.types import Group, Prompt
+from grpo.update import optimizer_step, precompute_logprobs, to_sequences
+
+
+def train(recipe: Recipe, resume: bool | str = False) -> None:
+    """Run a ``stage: grpo`` recipe to its end, or from a checkpoint on (``resume``: True for the newest, or a path)."""
+    accelerator = make_accelerator(recipe)
+    tokenizer, stop_ids, task = prepare_task(recipe)
+    with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
+        folder = prepare_folder(recipe, accelerator, resume)
+        policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=recipe.algorithm.beta > 0)
+        checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))
+        progress = restore_state(checkpoint, recipe, policy)
+        backend = make_backend(recipe, policy)
+        backend.sync(policy, progress.step)
+        with open_tracker(folder, recipe, accelerator, progress) as tracker, PreemptionGuard(accelerator) as preemption:
+
+            def evaluate_and_log() -> None:
+                if task.eval_prompts:
+                    found, rows = evaluate(
+                        recipe, task.eval_prompts, backend, scorer, accelerator, version=progress.step
+                    )
+                    tracker.log(progress.step, found)
+                    tracker.log_rollouts(progress.step, rows, prefix="eval")
+
+            if progress.step == 0 and recipe.evaluation.at_start:
+                evaluate_and_log()
+            while not finished(recipe, accelerator, progress):
+                seed_step(recipe, progress.step, accelerator.process_index)
+                prompts = task.train_prompts(progress.step)
+                train_step(recipe, folder, prompts, policy, backend, scorer, tracker, progress)
+
+                stopping = preemption.requested()
+                done = finished(recipe, accelerator, progress)
+                if done or due(recipe.training.eval_every, progress.step):
+                    evaluate_and_log()
+                if done or stopping or due(recipe.training.save_every, progress.step):
+                    progress.metrics_offset = tracker.offset
+                    save_state(folder, recipe, policy, progress)
+                if stopping and not done:
+                    preemption.stop(folder, progress.step)
+        backend.close()
+        policy.save_pretrained(folder / "final")
+    on_main(accelerator, lambda: write_report(folder))
+
+
+def train_step(
+    recipe: Recipe,
+    folder: Path,
+    prompts: list[Prompt],
+    policy: Policy,
+    backend: Backend,
+    scorer: Scorer,
+    tracker: Tracker,
+    progress: Progress,
+) -> None:
+    """One rollout and the updates made from it. Moves ``progress`` on by a step and logs it."""
+    clock = Clock()
+    accelerator = policy.accelerator
+    with clock("rollout"):
+        requests = rollout_requests(recipe, prompts, progress.step)
+        mine = share_of(requests, accelerator)
+        completions = backend.generate(mine, Sampling.from_recipe(recipe.rollout), progress.step)
+    with clock("score"):
+        groups = [Group(request.prompt, c) for request, c in zip(mine, completions, strict=True)]
+        scorer.score(groups, progress.step)
+        groups = gather_object(groups)  # every process now holds the whole step, in the order of prompts
+
+    rewards_PG = rewards_array(groups)
+    advantages_PG = group_advantages(
+        rewards_PG, scale_rewards=recipe.algorithm.scale_rewards, baseline=recipe.algorithm.baseline
+    )
+    rate = learning_rate(recipe.optimizer, progress.step, recipe.training.max_steps)
+    with clock("train"):
+        updates = update(recipe, folder, policy, groups, advantages_PG, rate)
+    with clock("sync"):
+        backend.sync(policy, progress.step + 1)
+        algorithm = recipe.algorithm
+        if algorithm.sync_ref_model and (progress.step + 1) % algorithm.ref_model_sync_steps == 0:
+            policy.mix_reference(algorithm.ref_model_mixup_alpha)
+
+    generated = sum(len(c.token_ids) for group in groups for c in group.completions)
+    progress.step += 1
+    progress.num_tokens += generated + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
+    progress.seconds += clock.total()
+    metrics = reward_metrics(groups) | completion_metrics(groups) | mean_over_updates(updates)
+    metrics |= {"learning_rate": rate, "num_tokens": float(progress.num_tokens), "step_time": clock.total()}
+    metrics |= {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
+    metrics["tokens_per_second"] = generated / clock.total()
+    if recipe.training.dollars_per_hour is not None:
+        metrics["cost_usd"] = recipe.training.dollars_per_hour * progress.seconds / 3600
+    tracker.log(progress.step, metrics)
+    if due(recipe.training.log_rollouts_every, progress.step):
+        tracker.log_rollouts(progress.step, rollout_rows(groups, progress.step, advantages_PG))
+
+
+def rollout_requests(recipe: Recipe, prompts: list[Prompt], step: int) -> list[Request]:
+    """Every completion's key: (seed, step, prompt, sample). A prompt that comes twice in a step gets fresh samples."""
+    G = recipe.rollout.num_generations
+    seen: dict[int, int] = {}
+    requests = []
+    for prompt in prompts:
+        first = seen.get(prompt.id, 0)
+        seen[prompt.id] = first + G
+        keys = [key(recipe.training.seed, Stream.ROLLOUT.value, step, prompt.id, g) for g in range(first, first + G)]
+        requests.append(Request(prompt, keys))
+    return requests
+
+
+def share_of(requests: list[Request], accelerator: Accelerator) -> list[Request]:
+    """This process's prompts: a contiguous piece, so that gathering restores the order."""
+    size = len(requests) // accelerator.num_processes
+    return requests[accelerator.process_index * size : (accelerator.process_index + 1) * size]
+
+
+def update(
+    recipe: Recipe, folder: Path, policy: Policy, groups: list[Group], advantages_PG: np.ndarray, rate: float
+) -> list[dict[str, float]]:
+    """``num_iterations`` passes over the rollout in ``num_minibatches`` optimizer steps each; metrics of every step.
+
+    With a single optimizer step the policy that sampled is the policy being updated: its old log-probabilities are the
+    current ones, and no forward pass is spent on them.
+    """
+    algorithm, training, temperature = recipe.algorithm, recipe.training, recipe.rollout.temperature
+    sequences = to_sequences(groups, advantages_PG.tolist(), algorithm)
+    if algorithm.num_iterations * algorithm.num_minibatches > 1:
+        sequences = precompute_logprobs(
+            policy, sequences, training, temperature=temperature, reference=algorithm.beta > 0
+        )
+    size = len(sequences) // algorithm.num_minibatches
+    return [
+        optimizer_step(
+            policy,
+            sequences[start : start + size],
+            algorithm,
+            training,
+            temperature=temperature,
+            learning_rate=rate,
+            max_completion_length=recipe.rollout.max_completion_length,
+            dump_to=folder,
+        )
+        for _ in range(algorithm.num_iterations)
+        for start in range(0, len(sequences), size)
+    ]
+
+
+def mean_over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over a step's optimizer updates; ``sampling/`` compares sampler and trainer, so it is the first one's."""
+    done = [u for u in updates if "skipped" not in u]
+    metrics = {"updates_skipped": float(len(updates) - len(done))}
+    if done:
+        metrics |= {name: float(np.mean([u[name] for u in done])) for name in done[0]}
+        metrics |= {name: value for name, value in done[0].items() if name.startswith("sampling/")}
+    return metrics

@@ -1,0 +1,81 @@
+"""What a run is between two steps, and its way into a checkpoint and back.
+
+Because every random draw is a function of its key, this is short: weights, optimizer, a moving reference, and counters.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, set_aside_newer
+from grpo.config import Recipe
+from grpo.policy import Policy
+from grpo.same_run import check_same_run, run_identity
+
+log = logging.getLogger("grpo")
+
+
+@dataclass
+class Progress:
+    """Counters of a run. ``seconds`` is time spent in steps; ``metrics_offset`` the bytes of metrics.jsonl so far."""
+
+    step: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    metrics_offset: int = 0
+
+
+def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:
+    return run_identity(recipe, world_size=policy.accelerator.num_processes, threads=torch.get_num_threads())
+
+
+def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress) -> None:
+    """Write checkpoints/step_N. Called by all processes, which gather what is sharded; the first one writes."""
+    tensors = {"model": policy.trained_state()}
+    if policy.reference is not None and recipe.algorithm.sync_ref_model:
+        tensors["reference"] = policy.reference.causal_lm.state_dict()
+    optimizer = policy.optimizer_state()
+    if policy.accelerator.is_main_process:
+        save_checkpoint(
+            folder / "checkpoints",
+            progress.step,
+            tensors=tensors,
+            states={"optimizer": optimizer, "progress": asdict(progress)},
+            manifest=identity(recipe, policy),
+            keep=recipe.training.save_total_limit,
+        )
+    policy.accelerator.wait_for_everyone()
+
+
+def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
+    """The checkpoint to go on from: the one named, or the newest that verifies; None to start at step 0."""
+    if not resume:
+        return None
+    if isinstance(resume, str):
+        return Path(resume)
+    found = latest_checkpoint(folder / "checkpoints")
+    if found is None:
+        log.warning("--resume: no checkpoint in %s yet, starting at step 0", folder / "checkpoints")
+    return found
+
+
+def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress:
+    """Load a checkpoint into the policy; every process reads it. Raises UserError where it is another run's."""
+    if path is None:
+        return Progress()
+    checkpoint = load_checkpoint(path)
+    check_same_run(checkpoint.manifest, identity(recipe, policy))
+    policy.load_trained_state(checkpoint.tensors["model"])
+    policy.load_optimizer_state(checkpoint.states["optimizer"])
+    if "reference" in checkpoint.tensors and policy.reference is not None:
+        policy.reference.causal_lm.load_state_dict(checkpoint.tensors["reference"], strict=False)
+    policy.accelerator.wait_for_everyone()
+    if policy.accelerator.is_main_process:
+        set_aside_newer(path)
+        log.info("resuming from %s", path)
+    return Progress(**checkpoint.states["progress"])

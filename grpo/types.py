@@ -1,0 +1,125 @@
+"""What flows through a step, and the legend of dimension suffixes.
+
+Tensor and array names end in the dimensions they have, in order:
+
+    P  prompts in a step            B  sequences in a micro-batch     V  vocabulary
+    G  completions a prompt         T  token positions                H  hidden size
+
+``rewards_PG`` is prompts by completions; ``logps_BT`` is sequences by token positions. In (B,T) tensors of the update,
+position ``t`` describes the token at ``t`` itself (its logprob given everything before it), so index 0 is never valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Status(str, Enum):
+    """Why a completion ended. Never encoded as a reward."""
+
+    STOP = "stop"  # an end-of-sequence token or a stop string
+    LENGTH = "length"  # max_completion_length was reached first
+    ERROR = "error"  # the backend gave up on it; it has no reward
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task instance.
+
+    ``id`` is its row in the dataset: stable over epochs, restarts and processes, and part of the key of every random
+    draw made for it. ``prompt`` is what reward functions see (a string, or messages for chat data); ``text`` is what
+    the model sees, template applied, and ``token_ids`` its encoding. ``prefill`` is the tail of ``text`` that belongs
+    to the answer (``"<think>"``): verifiers that check a format put it before the completion. ``columns`` are the
+    row's other columns, handed to reward functions.
+    """
+
+    id: int
+    prompt: str | list[dict[str, str]]
+    text: str
+    token_ids: list[int]
+    prefill: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Tokens ``[start, end)`` of a completion were sampled by policy ``version`` (the steps completed when it was sampled)."""
+
+    start: int
+    end: int
+    version: int
+
+
+@dataclass
+class Completion:
+    """One sampled answer: its tokens (a final end-of-sequence token included) and how they came about.
+
+    ``sampler_logprobs[i]`` is the log-probability of ``token_ids[i]`` under the distribution it was actually drawn
+    from: after temperature and after top-k/top-p/min-p truncation (renormalized). ``text`` has special tokens removed.
+    """
+
+    token_ids: list[int]
+    sampler_logprobs: list[float]
+    status: Status
+    text: str
+    versions: list[VersionSpan]
+
+
+@dataclass
+class Group:
+    """A prompt with its G completions and, after scoring, their rewards.
+
+    ``rewards[g]`` is the weighted sum over reward functions, or None where no function could score the completion.
+    ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts why, where the function says so.
+    """
+
+    prompt: Prompt
+    completions: list[Completion]
+    rewards: list[float | None] = field(default_factory=list)
+    rewards_by_function: dict[str, list[float | None]] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, int]] = field(default_factory=dict)
+    extra_metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra_columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Sequence:
+    """One prompt+completion as the update sees it: what ``packing`` arranges into micro-batches.
+
+    ``weight`` is 0 for padding sequences that only keep processes in step with each other, else 1.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    sampler_logprobs: list[float]
+    advantage: float
+    valid: bool = True  # False: left out of loss and denominators (truncated and masked, or unscorable)
+    old_logprobs: list[float] | None = None
+    ref_logprobs: list[float] | None = None
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass
+class Batch:
+    """A micro-batch of B right-padded sequences of T positions, prompt first.
+
+    ``mask_BT`` is 1.0 at completion tokens that count, else 0.0. ``old_logps_BT`` is None when on-policy (the current
+    logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0.
+    """
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    completion_mask_BT: torch.Tensor  # bool: positions whose logprob is computed
+    mask_BT: torch.Tensor  # float: positions that count in the loss
+    advantages_B: torch.Tensor
+    sampler_logps_BT: torch.Tensor
+    old_logps_BT: torch.Tensor | None = None
+    ref_logps_BT: torch.Tensor | None = None

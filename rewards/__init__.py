@@ -1,0 +1,5 @@
+"""Verifiers: one file each, built on ``verify(...) -> Verdict``, usable without the trainer.
+
+``rewards.<name>.<name>_reward`` is the reward function of recipes' ``rewards: [{name: <name>}]``. It has TRL's
+signature, so it works in any trainer that speaks it. Nothing here imports ``grpo`` or torch.
+"""
