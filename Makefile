@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train the tiny model by GRPO for ten minutes on the CPU and draw what it learned
 	rm -rf runs/demo
 	$(BIN)/grpo train recipes/demo_cpu.yaml training.output_dir=runs/demo
-	@$(BIN)/python -m grpo.summary runs/demo --name demo
+	@$(BIN)/python -m grpo.summary runs/demo
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest
@@ -61,7 +61,7 @@ wheel: setup ## build the wheel in dist/
 	$(BIN)/python -m build --wheel --no-isolation
 
 wheel-check: wheel ## install the wheel in an empty environment and run the smoke recipe from it, outside of the checkout
-	launch/wheel_check.sh dist/*.whl
+	tests/wheel_check.sh dist/*.whl
 
 clean: ## remove what was built and the environment (runs and models stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

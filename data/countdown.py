@@ -155,7 +155,8 @@ def _solvable(nums_NK: np.ndarray, targets_N: np.ndarray) -> np.ndarray:
     for subset in range(1, everything):
         if subset not in values:
             joined = [pair for half in _halves(subset) for pair in _combine(values[half], values[subset ^ half])]
-            values[subset] = tuple(np.concatenate(parts, axis=1) for parts in zip(*joined, strict=True))
+            nums, dens = zip(*joined, strict=True)
+            values[subset] = np.concatenate(nums, axis=1), np.concatenate(dens, axis=1)
     found_N = np.zeros(len(nums_NK), dtype=bool)
     for half in _halves(everything):
         todo = np.flatnonzero(~found_N)  # a task with a solution needs no second one

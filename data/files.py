@@ -34,7 +34,7 @@ class Rows:
 
     def column(self, name: str) -> list[Any]:
         if isinstance(self.rows, datasets.Dataset):
-            return list(self.rows[name])
+            return self.rows.select_columns(name).to_dict()[name]  # many times faster than row by row
         return [row[name] for row in self.rows]
 
     def place(self, index: int) -> str:
@@ -85,8 +85,9 @@ def check_dataset(dataset: datasets.Dataset, source: str, columns: Columns) -> R
             f"(data.prompt_column and data.completion_column say which to take)"
         )
     check = _RowCheck(columns)
-    texts = dataset.select_columns(columns.required())
-    _raise_if_any(source, ((line, check(row)) for line, row in enumerate(texts, 1)))
+    texts = dataset.select_columns(columns.required()).to_dict()
+    rows = (dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True))
+    _raise_if_any(source, ((line, check(row)) for line, row in enumerate(rows, 1)))
     return _not_empty(Rows(dataset, source))
 
 
@@ -115,13 +116,13 @@ def _read_jsonl(file: Path, source: str, columns: Columns) -> Rows:
 
 def _parse(line: bytes) -> tuple[Any, str | None]:
     try:
-        return json.loads(line.decode("utf-8-sig")), None
+        return json.loads(line.decode("utf-8-sig").strip()), None
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})"
     except json.JSONDecodeError as error:
         return None, f"not valid JSON, or cut off ({error.msg} at column {error.colno})"
-    except RecursionError:
-        return None, "JSON nested too deeply"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return None, f"JSON that can't be read ({error})"
 
 
 class _RowCheck:

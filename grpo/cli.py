@@ -1,26 +1,22 @@
 """The ``grpo`` command: train, eval, validate, report.
 
-Nothing heavy is imported until a command has read its recipe. Exit codes: 0 done; 2 the recipe, the data or the command
-line is wrong; 143 preempted and saved; 130 Ctrl-C; 1 anything else, with a last line that says what to do.
+Nothing heavy is imported until a command has read its recipe. How commands end is in ``exit_codes.py``.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import logging
 import os
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grpo import __version__
-from grpo.errors import Preempted, RunError, UserError
+from grpo.errors import UserError
+from grpo.exit_codes import exit_codes, is_first_of_node
 from grpo.recipe_file import dump_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -164,7 +160,6 @@ def check_offline(recipe: Recipe) -> str:
     Raises UserError with everything found.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
-    from grpo.loading import load_configs, load_tokenizer
     from grpo.scoring import Scorer
     from grpo.session import prepare_task
     from grpo.tasks import check_data
@@ -176,21 +171,27 @@ def check_offline(recipe: Recipe) -> str:
         problems.append(str(error))
     try:
         note = check_data(recipe)
-    except UserError as error:
-        problems.append(str(error))
-    else:
-        try:
-            load_tokenizer(recipe.model)
-            load_configs(recipe.model)
-        except UserError:
+        if not _has_tokenizer(recipe):
             source = recipe.model.tokenizer or recipe.model.name
             note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"
-        else:
-            if not recipe.data.hub:
-                prepare_task(recipe)
+        elif not recipe.data.hub:
+            prepare_task(recipe)
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
     return note
+
+
+def _has_tokenizer(recipe: Recipe) -> bool:
+    from grpo.loading import load_configs, load_tokenizer
+
+    try:
+        load_tokenizer(recipe.model)
+        load_configs(recipe.model)
+    except UserError:
+        return False
+    return True
 
 
 def _inside(run: Path, name: str, complaint: str) -> Path:
@@ -199,82 +200,6 @@ def _inside(run: Path, name: str, complaint: str) -> Path:
     if not (run / name).exists():
         raise UserError(f"{run}: {complaint} (there is no {name} in it)")
     return run / name
-
-
-@contextmanager
-def exit_codes(folder: Path | None = None) -> Iterator[None]:
-    """Turn whatever a command raises into a message on stderr and its exit code.
-
-    An unexpected exception's traceback goes to ``folder``/error.txt if that folder exists, else to stderr.
-    """
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except UserError as error:
-        if is_first_of_node():  # every process has read the same recipe
-            _say(str(error))
-        raise typer.Exit(2) from None
-    except Preempted as error:
-        if is_first_of_node():
-            _say(str(error))
-        raise typer.Exit(143) from None
-    except RunError as error:
-        _say(f"{_rank_prefix()}{error}")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        if is_first_of_node():
-            _say("stopped by Ctrl-C")
-        raise typer.Exit(130) from None
-    except Exception as error:
-        where = _keep_traceback(folder)
-        _say(f"{_rank_prefix()}{type(error).__name__}: {_first_line(error)}. {_advice(error)} {where}".rstrip())
-        raise typer.Exit(1) from None
-
-
-def _keep_traceback(folder: Path | None) -> str:
-    """Save the current traceback, or print it where there is no folder to save it in; says where it is."""
-    rank = os.environ.get("RANK", "0")
-    if folder is not None and folder.is_dir():
-        file = folder / ("error.txt" if rank == "0" else f"error_rank{rank}.txt")
-        try:
-            file.write_text(traceback.format_exc(), encoding="utf-8")
-            return f"The traceback is in {file}."
-        except OSError as error:
-            _say(f"cannot write {file}: {error.strerror}")
-    traceback.print_exc()
-    return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0].rstrip(".")
-
-
-def _advice(error: BaseException) -> str:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            "Lower training.micro_batch_tokens (update) or rollout.max_batch_size (generation), "
-            "or set model.gradient_checkpointing=true; then go on with --resume."
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Free some disk space, then go on with --resume."
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("grpo"):
-        return f"Install the package that holds {error.name}."
-    return "This is no mistake in the recipe that grpo knows of: please report it. --resume goes on from a checkpoint."
-
-
-def is_first_of_node() -> bool:
-    """Whether this is the process of its machine that speaks: the only one, or the first that a launcher started."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
-
-
-def _rank_prefix() -> str:
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"[rank {rank}] "
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 class _StderrHandler(logging.StreamHandler):

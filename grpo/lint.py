@@ -7,11 +7,12 @@ off, a chat template that a base model has never seen. Each says how to cure it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import Recipe
 from grpo.errors import UserError
+
+SPECIAL_TOKENS = 4  # at most so many stand around a text besides its own
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -32,11 +33,11 @@ def lint(
     """
     errors = [
         *_end_errors(recipe, tokenizer, model_config, generation_config),
-        *_length_errors(recipe, model_config),
         *_chat_errors(recipe, tokenizer, stop_token_ids(tokenizer, model_config, generation_config)),
     ]
     if task is not None and not errors:  # without a usable template or EOS there is no telling what rows become
         errors += [*_row_errors(task, task.train), *_row_errors(task, task.held_out)]
+    errors += _length_errors(recipe, model_config)
     if errors:
         raise UserError("\n".join(errors))
     notes = [f"data: {note}" for note in task.notes] if task is not None else []
@@ -50,8 +51,7 @@ def stop_token_ids(
 
     Instruct models often have several, and which of the three files knows them all differs from model to model.
     """
-    sources = (tokenizer.eos_token_id, _text_config(model_config).eos_token_id, _generation_eos(generation_config))
-    return sorted(set().union(*map(_as_set, sources)))
+    return sorted(set().union(*_ends(tokenizer, model_config, generation_config)))
 
 
 def _end_errors(recipe: Recipe, tokenizer: Any, model_config: Any, generation_config: Any) -> Iterator[str]:
@@ -78,10 +78,7 @@ def _end_errors(recipe: Recipe, tokenizer: Any, model_config: Any, generation_co
 
 def _end_warnings(recipe: Recipe, tokenizer: Any, model_config: Any, generation_config: Any) -> Iterator[str]:
     """Stop tokens that disagree, and a tokenizer larger than the model."""
-    config = _text_config(model_config)
-    own, model, generation = map(
-        _as_set, (tokenizer.eos_token_id, config.eos_token_id, _generation_eos(generation_config))
-    )
+    own, model, generation = _ends(tokenizer, model_config, generation_config)
     if own and (model or generation) and not own & (generation or model):
         theirs = " and ".join(f"{token} ({_name(tokenizer, token)})" for token in sorted((model | generation) - own))
         yield (
@@ -92,9 +89,10 @@ def _end_warnings(recipe: Recipe, tokenizer: Any, model_config: Any, generation_
         )
     if not (own or model or generation):
         yield f"model: no end-of-sequence token: completions end only on rollout.stop ({recipe.rollout.stop})"
-    if len(tokenizer) > config.vocab_size:
+    vocabulary = _text_config(model_config).vocab_size
+    if len(tokenizer) > vocabulary:
         yield (
-            f"model: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: a text that holds one "
+            f"model: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: a text that holds one "
             f"of the last would fail. Do they belong together (model.tokenizer)?"
         )
 
@@ -142,55 +140,72 @@ def _chat_errors(recipe: Recipe, tokenizer: Any, stops: list[int]) -> Iterator[s
 def _row_errors(task: Task, part: Part) -> Iterator[str]:
     """Prompts (and supervised completions) that are too long, or that hold a chat template's tokens already."""
     recipe, data, markers = task.recipe, task.recipe.data, _turn_markers(task.tokenizer)
-    encode_completion = partial(task.tokenizer.encode, add_special_tokens=False)
-    too_long, marked, too_long_completions = [], [], []
+    prompts: dict[int, str] = {}
+    completions: dict[int, str] = {}
+    marked: dict[int, str] = {}
+    refused: list[str] = []
+    questions = part.rows.column(data.prompt_column)  # by column: reading rows one by one is slow
+    answers = part.rows.column(data.completion_column) if recipe.stage == "sft" else None
     for row in part.ids:
-        question = part.rows[row][data.prompt_column]
-        text, _ = task.render(question, part.rows.place(row))
-        if tokens := _longer_than(data.max_prompt_length, text, task.encode):
-            too_long.append((tokens, row))
-        if data.template != "none" and any(marker in str(question) for marker in markers):
-            marked.append(row)
-        if recipe.stage == "sft":
-            _, completion = task.texts(part, row)
-            if tokens := _longer_than(recipe.rollout.max_completion_length - 1, completion, encode_completion):
-                too_long_completions.append((tokens + 1, row))  # EOS included
-    if too_long:
-        yield _too_long("data.max_prompt_length", data.max_prompt_length, "prompts", too_long, part)
-    if too_long_completions:
-        limit = recipe.rollout.max_completion_length
-        yield _too_long("rollout.max_completion_length", limit, "completions to imitate", too_long_completions, part)
+        question, place = questions[row], part.rows.place(row)
+        try:
+            prompts[row], prefill = task.render(question, place)
+            if answers is not None:
+                completions[row] = task.answer(answers[row], prefill, place)
+        except UserError as error:
+            refused.append(str(error))
+        held = [marker for marker in markers if marker in str(question)]
+        if held and data.template != "none":
+            marked[row] = held[0]
+    if refused:
+        yield f"data: {len(refused)} of {len(part)} rows can't be used, the first is {refused[0]}"
+    limit = data.max_prompt_length
+    if too_long := _longer_than(limit, prompts, task.tokenizer, task.encode):
+        yield _too_long("data.max_prompt_length", limit, "prompts", too_long, part)
+    limit = recipe.rollout.max_completion_length
+    if too_long := _longer_than(limit, completions, task.tokenizer, task.encode_answer):
+        yield _too_long("rollout.max_completion_length", limit, "completions to imitate", too_long, part)
     if marked:
-        question = str(part.rows[marked[0]][data.prompt_column])
-        held = min(marker for marker in markers if marker in question)
+        row, marker = next(iter(marked.items()))
         yield (
-            f"data.template: {len(marked)} of {len(part)} prompts already hold a template's token, {held} "
-            f"(first {part.rows.place(marked[0])}); template: {data.template} would wrap them once more. Take "
-            f"template: none for prompts that are rendered already, or take the tokens out"
+            f"data.template: {len(marked)} of {len(part)} prompts already hold a template's token, {marker} (first "
+            f"{part.rows.place(row)}); template: {data.template} would wrap them once more. Take template: none for "
+            f"prompts that are rendered already, or take the tokens out"
         )
 
 
-def _too_long(key: str, limit: int, what: str, found: list[tuple[int, int]], part: Part) -> str:
-    tokens, row = max(found, key=lambda pair: pair[0])
+def _longer_than(
+    limit: int, texts: dict[int, str], tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]]
+) -> dict[int, int]:
+    """Rows whose text is longer than ``limit`` tokens, with that number.
+
+    No token is less than a byte, so that short texts need no counting; others are first counted many at once, and only
+    what may be too long is encoded just as it will be.
+    """
+    suspects = [row for row, text in texts.items() if len(text.encode()) + SPECIAL_TOKENS > limit]
+    found = {}
+    for start in range(0, len(suspects), 1000):
+        rows = suspects[start : start + 1000]
+        counts = map(len, tokenizer([texts[row] for row in rows])["input_ids"])
+        for row, count in zip(rows, counts, strict=True):
+            if count + SPECIAL_TOKENS > limit and (tokens := len(encode(texts[row]))) > limit:
+                found[row] = tokens
+    return found
+
+
+def _too_long(key: str, limit: int, what: str, found: dict[int, int], part: Part) -> str:
+    row = max(found, key=lambda row: found[row])
     return (
-        f"{key}: {len(found)} of {len(part)} {what} are longer than {limit} tokens; the longest has {tokens} "
+        f"{key}: {len(found)} of {len(part)} {what} are longer than {limit} tokens; the longest has {found[row]} "
         f"({part.rows.place(row)}). Raise it, or take those rows out"
     )
 
 
-def _longer_than(limit: int, text: str, encode: Callable[[str], list[int]]) -> int:
-    """The number of tokens if it is above the limit, else 0. A text of few bytes needs no counting."""
-    if len(text.encode()) + 2 <= limit:  # no token is less than a byte; BOS and a leading space are two more
-        return 0
-    tokens = len(encode(text))
-    return tokens if tokens > limit else 0
-
-
-def _turn_markers(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _turn_markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Special tokens that a template or the tokenizer puts around texts, and a question should not hold."""
     source = str(tokenizer.chat_template or "")
     ends = {tokenizer.bos_token, tokenizer.eos_token}
-    return {token for token in tokenizer.all_special_tokens if token in ends or token in source}
+    return sorted(token for token in tokenizer.all_special_tokens if token in ends or token in source)
 
 
 def _text_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -198,15 +213,17 @@ def _text_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
     return model_config.get_text_config()
 
 
-def _generation_eos(generation_config: GenerationConfig | None) -> int | list[int] | None:
-    return None if generation_config is None else generation_config.eos_token_id
+def _ends(tokenizer: Any, model_config: Any, generation_config: Any) -> tuple[set[int], set[int], set[int]]:
+    """End-of-sequence tokens by the tokenizer, the model's config and its generation config."""
 
+    def as_set(source: Any) -> set[int]:
+        token_ids = getattr(source, "eos_token_id", None)
+        if token_ids is None:
+            return set()
+        return {token_ids} if isinstance(token_ids, int) else set(token_ids)
 
-def _as_set(token_ids: int | list[int] | None) -> set[int]:
-    if token_ids is None:
-        return set()
-    return {token_ids} if isinstance(token_ids, int) else set(token_ids)
+    return as_set(tokenizer), as_set(_text_config(model_config)), as_set(generation_config)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    return tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else "unknown to the tokenizer"
+    return str(tokenizer.convert_ids_to_tokens(token)) if token < len(tokenizer) else "unknown to the tokenizer"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from grpo.config import LoraConfig, ModelConfig
 from grpo.errors import UserError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+transformers_logging.disable_progress_bar()  # a bar for loading takes a screen of its own in a log of one line a step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 32 * 1024 * 1024  # numbers of logits held at once: 128 MB in float32
+# Numbers of logits held at once: 64 MB in float32. Not much smaller: under 32 MB glibc keeps freed blocks in its heap,
+# which fragments until the process holds far more than it uses.
+CHUNK_LOGITS = 16 * 1024 * 1024
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 

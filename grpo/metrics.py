@@ -33,7 +33,7 @@ def completion_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def reward_metrics(groups: list[Group]) -> dict[str, float]:
-    """Mean reward, spread within groups, share of groups without signal, each function's part, verdicts, custom ones."""
+    """Mean reward, spread within groups, share of groups without signal, each function's part, verdicts, users' own."""
     rewards_PG = rewards_array(groups)
     scored_PG = ~np.isnan(rewards_PG)
     metrics = {"frac_reward_zero_std": float(zero_std(rewards_PG).mean())}

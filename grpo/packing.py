@@ -1,7 +1,7 @@
 """Sequences into micro-batches: by token budget, the same number on every process, the same plan everywhere.
 
-Every process knows all sequences of the optimizer step (the trainer gathers them: a few megabytes of integers), computes
-the same plan from them and takes its own share, so that nothing about the split has to be communicated.
+Every process knows all sequences of the optimizer step (the trainer gathers them: a few megabytes of integers),
+computes the same plan from them and takes its own share: nothing about the split has to be communicated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def plan_micro_batches(
 ) -> list[list[list[Sequence]]]:
     """For every process its micro-batches: ``plan[rank][i]`` is a list of sequences.
 
-    Sequences are taken longest first, so that those padded together are of like length, and a micro-batch is closed when
+    Sequences are taken longest first, so that those padded together are of like length; a micro-batch is closed when
     its padded size (sequences x longest) would pass ``max_tokens``. A single sequence longer than the budget gets a
     micro-batch of its own. Micro-batches are dealt to the process with the least work so far; where the count does not
     divide, processes get a zero-weight micro-batch, because unequal counts hang FSDP and ZeRO.

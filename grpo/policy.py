@@ -75,7 +75,7 @@ class ScoredLM(nn.Module):
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Compare ``head`` with the model's own logits on a few tokens: a model that scales them unknown to us is refused."""
+        """Refuse a model whose logits ``head`` does not reproduce, by comparing them on a few tokens."""
         was_training = self.training
         self.eval()
         device = next(self.causal_lm.parameters()).device
@@ -137,7 +137,7 @@ class Policy:
         return ScoredLM(reference).eval().requires_grad_(False)
 
     def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
-        """A model of the same shape, weights not yet loaded, on the policy's device: to generate with, or a reference."""
+        """A model of the same shape and device, weights not yet loaded: to generate with, or as a reference."""
         twin = AutoModelForCausalLM.from_config(
             self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
         )
@@ -184,9 +184,8 @@ class Policy:
         """ref = alpha * policy + (1 - alpha) * ref (TR-DPO, arXiv:2404.09656)."""
         assert self.reference is not None, "the reference of a LoRA policy is its base and does not move"
         state = self.full_state()
-        for name, tensor in self.reference.causal_lm.state_dict().items():
-            if tensor.is_floating_point() and name in state:
-                tensor.lerp_(state[name].to(tensor), alpha)
+        for name, parameter in self.reference.causal_lm.named_parameters():  # tied weights come once here
+            parameter.lerp_(state[name].to(parameter), alpha)
 
     @torch.no_grad()
     def full_state(self) -> dict[str, torch.Tensor]:
@@ -310,8 +309,5 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
         return config.learning_rate
     done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
     done = min(done, 1.0)
-    if config.lr_scheduler_type == "linear":
-        share = 1 - done
-    else:
-        share = 0.5 * (1 + math.cos(math.pi * done))
+    share = 1 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * (config.lr_min_ratio + (1 - config.lr_min_ratio) * share)

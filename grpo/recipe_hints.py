@@ -158,7 +158,7 @@ NOT_HERE = {
     "entropy_coeff": "not supported: there is no entropy bonus",
     "top_entropy_quantile": "not supported: all tokens count in the loss",
     "router_aux_loss_coef": "not supported: there is no router loss",
-    "disable_dropout": "leave it out: dropout is off, but for model.lora.lora_dropout",
+    "disable_dropout": "not supported: dropout is what the model's own configuration says, which is mostly 0",
     "gamma": "leave it out: the advantage of a completion is the same at all its tokens",
     "critic": "GRPO has no critic; the baseline is the group (algorithm.baseline)",
     "critic_learning_rate": "GRPO has no critic; the baseline is the group (algorithm.baseline)",

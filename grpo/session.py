@@ -93,7 +93,9 @@ def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
 
 
 @contextmanager
-def open_tracker(folder: Path, recipe: Recipe, accelerator: Accelerator, progress: Progress) -> Iterator[Tracker]:
+def open_tracker(
+    folder: Path, recipe: Recipe, accelerator: Accelerator, progress: Progress, resume: bool | str
+) -> Iterator[Tracker]:
     """The run's log on the first process; the others get one that says nothing."""
     if not accelerator.is_main_process:
         yield cast(Tracker, _Silent())
@@ -103,7 +105,7 @@ def open_tracker(folder: Path, recipe: Recipe, accelerator: Accelerator, progres
         recipe.tracking,
         recipe_dict=recipe.model_dump(mode="json"),
         total_steps=recipe.training.max_steps,
-        resume_offset=progress.metrics_offset if progress.step else None,
+        resume_offset=progress.metrics_offset if resume else None,
     )
     with tracker:
         yield tracker

@@ -1,7 +1,7 @@
 """The supervised stage: cold start, distillation, rejection-sampled data. Loss on the completion's tokens only.
 
-The loop is the trainer's without rollouts: examples in, token-mean cross-entropy, the same update machinery, run folder,
-checkpoints and resume.
+The loop is the trainer's without rollouts: examples in, token-mean cross-entropy; the same update machinery, run
+folder, checkpoints and resume.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
     checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))
     progress = restore_state(checkpoint, recipe, policy)
-    with open_tracker(folder, recipe, accelerator, progress) as tracker, PreemptionGuard(accelerator) as preemption:
+    with open_tracker(folder, recipe, accelerator, progress, resume) as tracker, PreemptionGuard(accelerator) as preemption:
 
         def evaluate_and_log() -> None:
             if task.eval_examples:

@@ -144,25 +144,23 @@ class Task:
 
     def example(self, part: Part, row: int) -> tuple[list[int], list[int]]:
         """Token ids of a row's prompt and of its completion, the latter with EOS."""
-        text, completion = self.texts(part, row)
-        completion_ids = self.tokenizer.encode(completion, add_special_tokens=False)
-        return self.encode(text), [*completion_ids, self.tokenizer.eos_token_id]
-
-    def texts(self, part: Part, row: int) -> tuple[str, str]:
-        """Prompt and completion of a supervised row; the completion without what the prompt prefills, or EOS."""
         data, columns, place = self.recipe.data, part.rows[row], part.rows.place(row)
         text, prefill = self.render(columns[data.prompt_column], place)
-        completion = columns[data.completion_column]
+        completion = self.answer(columns[data.completion_column], prefill, place)
+        return self.encode(text), self.encode_answer(completion)
+
+    def answer(self, completion: str | list[dict[str, str]], prefill: str, place: str) -> str:
+        """The text to imitate: without what the prompt has prefilled, and without EOS."""
         if not isinstance(completion, str):
             if len(completion) != 1:
                 raise UserError(f"{place}: the completion has {len(completion)} messages, need one")
             completion = completion[0]["content"]
-        return text, completion.removeprefix(prefill).removesuffix(self.tokenizer.eos_token)
+        return completion.removeprefix(prefill).removesuffix(self.tokenizer.eos_token)
 
     def render(self, question: str | list[dict[str, str]], place: str) -> tuple[str, str]:
         """What the model sees of a question, and the tail of it that counts as answer."""
         data = self.recipe.data
-        if data.template != "chat":
+        if data.template != "chat" and isinstance(question, str):
             return templates.plain(data.template, question)
         try:
             return templates.chat(question, self.tokenizer, data.system_prompt, **data.chat_template_kwargs)
@@ -182,6 +180,10 @@ class Task:
         if eos and not text.endswith(eos) and token_ids[-1:] == [tokenizer.eos_token_id]:
             token_ids.pop()
         return token_ids
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an answer to imitate, with EOS."""
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
 
 # --- what to train on and what to hold out ---------------------------------------------------------------------------
@@ -276,11 +278,8 @@ def _load_sources(recipe: Recipe) -> tuple[files.Rows, files.Rows | None]:
 
 def _check_use(data: DataConfig, rows: files.Rows) -> None:
     """Whether the template takes these prompts, and the reward functions these columns."""
-    if data.template != "chat":
-        if not isinstance(rows[0][data.prompt_column], str):
-            raise UserError(f"data.template: the prompts of {rows.source} are messages, which need template: chat")
-        if data.system_prompt is not None or data.chat_template_kwargs:
-            raise UserError("data.system_prompt and data.chat_template_kwargs have no effect without template: chat")
+    if data.template != "chat" and not isinstance(rows[0][data.prompt_column], str):
+        raise UserError(f"data.template: the prompts of {rows.source} are messages, which need template: chat")
     if clash := RESERVED_COLUMNS & rows[0].keys():
         raise UserError(f"{rows.source}: rename the column {min(clash)!r}: reward functions get that argument anyway")
 

@@ -54,7 +54,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
         progress = restore_state(checkpoint, recipe, policy)
         backend = make_backend(recipe, policy)
         backend.sync(policy, progress.step)
-        with open_tracker(folder, recipe, accelerator, progress) as tracker, PreemptionGuard(accelerator) as preemption:
+        with open_tracker(folder, recipe, accelerator, progress, resume) as tracker, PreemptionGuard(accelerator) as preemption:
 
             def evaluate_and_log() -> None:
                 if task.eval_prompts:

@@ -76,6 +76,6 @@ def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress
         policy.reference.causal_lm.load_state_dict(checkpoint.tensors["reference"], strict=False)
     policy.accelerator.wait_for_everyone()
     if policy.accelerator.is_main_process:
-        set_aside_newer(path)
+        set_aside_newer(Path(recipe.training.output_dir) / "checkpoints", checkpoint.step)
         log.info("resuming from %s", path)
     return Progress(**checkpoint.states["progress"])

@@ -48,7 +48,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class VersionSpan:
-    """Tokens ``[start, end)`` of a completion were sampled by policy ``version`` (the steps completed when it was sampled)."""
+    """Tokens ``[start, end)`` of a completion were sampled by policy ``version`` (steps completed by then)."""
 
     start: int
     end: int

@@ -1,8 +1,8 @@
 """One optimizer step from scored sequences: count, plan, forward, backward, check, step.
 
-The gradient is that of the whole step's loss whatever the number of micro-batches or processes: denominators are counted
-over everything before the first backward; each process's loss is multiplied by the world size, because wrappers average
-gradients over processes; gradients synchronize on the last micro-batch only.
+The gradient is that of the whole step's loss whatever the number of micro-batches or processes: denominators are
+counted over everything before the first backward; each process's loss is multiplied by the world size, because wrappers
+average gradients over processes; gradients synchronize on the last micro-batch only.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def optimizer_step(
 ) -> dict[str, float]:
     """Backward through ``sequences`` (those of all processes, the same list on each) and one step of the optimizer.
 
-    Returns metrics, equal on every process. Nothing is stepped, and ``{"skipped": 1}`` returned, where no sequence carries
-    signal: AdamW's momentum would move the weights without a gradient. Raises RunError on every process, before the
+    Returns metrics, equal on every process. Where no sequence carries signal nothing is stepped (AdamW's momentum would
+    move the weights without a gradient) and ``{"skipped": 1}`` returned. Raises RunError on every process, before the
     optimizer's step, where loss or gradient is not finite; the batch is then in ``dump_to``.
     """
     contributing = with_signal(sequences, algorithm)
@@ -179,10 +179,10 @@ def _stop_before_step(
     torch.save([[asdict(s) for s in micro_batch] for micro_batch in micro_batches], path)
     policy.accelerator.wait_for_everyone()
     raise RunError(
-        f"rank {rank}: the loss is {loss} and the gradient norm {norm}: stopped before the optimizer's step, weights are "
-        f"those of the step before. The batch is in {path}. Usual causes: a learning rate too high, log-probabilities of "
-        "-inf from a sampler that truncates (top_k, top_p), or bfloat16 overflow; resume from the last checkpoint with "
-        "a lower optimizer.learning_rate"
+        f"rank {rank}: the loss is {loss} and the gradient norm {norm}: stopped before the optimizer's step, so "
+        f"the weights are the last step's. The batch is in {path}. Usual causes: a learning rate too high, sampler "
+        "log-probabilities of -inf, or bfloat16 overflow; resume from the last checkpoint with a lower "
+        "optimizer.learning_rate"
     )
 
 

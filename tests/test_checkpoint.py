@@ -186,10 +186,11 @@ KILLER = """
         os._exit(0)
 
     step, found, killed = int(sys.argv[2]), [], True
+    for before in (10, 20):
+        save(Path(sys.argv[1]) / "before", before)
     while killed:
         root = Path(sys.argv[1]) / str(len(found))
-        save(root, 10)
-        save(root, 20)
+        shutil.copytree(root.parent / "before", root)
         if not (child := os.fork()):
             save_and_die(root, step, len(found) + 1)
         killed = os.waitpid(child, 0)[1] != 0

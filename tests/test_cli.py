@@ -197,6 +197,7 @@ def test_the_last_line_says_what_to_do(stand_in, error, advice):
 
 def test_only_the_first_process_of_a_machine_repeats_user_errors(stand_in, monkeypatch):
     stand_in("trainer", train=failing(UserError("wrong")))
+    monkeypatch.setattr("grpo.exit_codes.SECONDS_TO_SPEAK", 0.0)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     result = run("train", "recipe.yaml")
@@ -297,7 +298,7 @@ def rows(tiny_model):
     def rows(*lines: dict | str) -> None:
         text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
         Path("rows.jsonl").write_text(text)
-        source = "{path: rows.jsonl, eval_size: 0}"
+        source = "{path: rows.jsonl, eval_size: 0, max_prompt_length: 64}"
         recipe = RECIPE.replace("some/model", str(tiny_model)).replace("data: {name: countdown}", f"data: {source}")
         Path("rows.yaml").write_text(recipe + "rollout: {max_completion_length: 8}\n")
 

@@ -1,6 +1,6 @@
 """Attention for decoding one token a sequence: query heads that share a key-value head are handed over as positions.
 
-transformers' ``sdpa`` copies keys and values to every query head wherever there is a padding mask, which costs more than
+transformers' ``sdpa`` copies keys and values to every query head where there is a padding mask, which costs more than
 the attention itself. One query token needs no causal mask, so the heads of a group can stand where query positions do,
 and each key-value head is read once: 22 to 4.4 ms a layer for SmolLM2's heads, 64 sequences of 200 tokens, bfloat16.
 """
@@ -29,7 +29,7 @@ def decode_attention(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query (B, heads, Q, D), key and value (B, kv heads, T, D) to (B, Q, heads, D)."""
+    """transformers' interface: query (B, heads, Q, D), key and value (B, kv heads, T, D) to (B, Q, heads, D)."""
     B, heads, Q, D = query.shape
     kv_heads = key.shape[1]
     if Q != 1 or heads == kv_heads or kwargs.get("position_bias") is not None:

@@ -26,7 +26,7 @@ COMPACT_BELOW = 0.75  # drop finished sequences from the batch when fewer than t
 
 
 class HFBackend:
-    """Generates with the policy's module itself, or with a copy in the compute type where that differs or is sharded."""
+    """Generates with the policy's module itself, or a copy where the compute type differs or weights are sharded."""
 
     def __init__(self, policy: Policy, *, max_batch_size: int):
         self.tokenizer = policy.tokenizer

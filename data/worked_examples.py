@@ -1,0 +1,64 @@
+"""Countdown worked in plain text, for a pretrained model: the search traces of ``data/traces.py``, spelled its way.
+
+    6 3 9 = 27  ->  <think>6+3=9, 9+9=18 no
+                    6*3=18, 18+9=27 yes
+                    </think>
+                    <answer>(6*3)+9</answer>
+
+A tokenizer made for text spends a token on the space before a digit, so none stands there; one attempt is one line.
+The examples are of the same mixed diligence: most give up after an attempt or two and answer with what they have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from datasets import Dataset
+
+from data import countdown, traces
+
+GIVE_UP = (0.5, 0.25)
+LONGEST = 5
+
+
+def build(
+    split: countdown.Split,
+    size: int | None = None,
+    seed: int = 0,
+    *,
+    give_up: Sequence[float] = GIVE_UP,
+    longest: int = LONGEST,
+    spread: float = traces.SPREAD,
+    min_numbers: int = 3,
+    max_numbers: int = 3,
+    min_number: int = 1,
+    max_number: int = 9,
+    min_target: int = 1,
+    max_target: int = 60,
+) -> Dataset:
+    """Rows of ``prompt`` (compact form) and ``completion`` for one split; the arguments are those of ``traces.build``.
+
+    Raises ValueError where they make no sense.
+    """
+    rows = traces.build(
+        split,
+        size,
+        seed,
+        give_up=give_up,
+        longest=longest,
+        spread=spread,
+        min_numbers=min_numbers,
+        max_numbers=max_numbers,
+        min_number=min_number,
+        max_number=max_number,
+        min_target=min_target,
+        max_target=max_target,
+    ).to_list()
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": plain_text(row["completion"])} for row in rows])
+
+
+def plain_text(trace: str) -> str:
+    """A trace of ``data/traces.py`` without its spaces, one attempt a line."""
+    text = trace.replace(" ", "").replace(",", ", ").replace("</think>", "</think>\n")
+    return re.sub("yes|no", r" \g<0>\n", text)

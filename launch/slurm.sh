@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# A recipe under Slurm, one process a GPU, on one node or several; goes on by itself after preemption or the time limit.
+#
+#   sbatch --nodes 1 --gpus-per-node 8 --ntasks-per-node 8 --cpus-per-task 8 --time 8:00:00 \
+#     launch/slurm.sh RECIPE [a.b=c ...]
+#   SHARD=fsdp2 sbatch ...      splits weights and optimizer over the processes, as launch/fsdp2.yaml does
+#
+# Run it from the checkout, after `make setup`; GRPO names another grpo command. Three minutes before the end of the
+# time Slurm sends SIGUSR1 (on preemption SIGTERM): the run saves at the end of its step, exits 143 and is put back in
+# the queue. Raise @180 if a step of yours takes longer. --resume on a fresh folder starts at step 0.
+#SBATCH --job-name=grpo
+#SBATCH --output=slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@180
+set -uo pipefail
+trap : TERM # the processes of the run answer to signals, this script waits for them
+
+: "${1:?usage: sbatch [options] launch/slurm.sh RECIPE [a.b=c ...]}"
+export GRPO="${GRPO:-$PWD/.venv/bin/grpo}"
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+
+case "${SHARD:-none}" in
+  none) ;;
+  fsdp2)
+    export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP
+    export FSDP_RESHARD_AFTER_FORWARD=true FSDP_STATE_DICT_TYPE=SHARDED_STATE_DICT
+    ;;
+  *) echo "SHARD is fsdp2 or none, not $SHARD" >&2; exit 2 ;;
+esac
+
+# Each task becomes a process of the group by itself, so that Slurm's signals reach it and nothing stands between.
+srun --kill-on-bad-exit=1 bash -c '
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+  exec "$GRPO" train "$@" --resume' grpo "$@"
+status=$?
+
+if [ "$status" -eq 143 ]; then
+  echo "saved before the time was up; back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

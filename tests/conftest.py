@@ -1,0 +1,81 @@
+"""Fixtures that several rooms share: a real, tiny, untrained model in a folder, and policies made of it."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers, and inherited by the processes that tests start: one thread each, since
+# test processes share the cores; no network; nothing of the terminal that the tests were started from.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    WANDB_SILENT="true",
+    MPLBACKEND="Agg",
+    COLUMNS="200",
+)
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from data.tiny import write_tiny_model
+from grpo import policy as policy_module
+from grpo.config import Recipe
+from grpo.loading import load_tokenizer
+from grpo.policy import Policy
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder)
+    return folder
+
+
+def make_recipe(folder: Path, **sections: Any) -> Recipe:
+    """A recipe of the tiny model in float32; ``sections`` are merged over the defaults, section by section."""
+    recipe: dict[str, Any] = {
+        "model": {"name": str(folder), "dtype": "float32"},
+        "data": {"name": "countdown"},
+        "rewards": [{"name": "countdown"}],
+        "training": {"output_dir": "unused"},
+    }
+    for name, content in sections.items():
+        recipe[name] = recipe.get(name, {}) | content if isinstance(content, dict) else content
+    return Recipe.model_validate(recipe)
+
+
+def make_policy(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    sharpen: float = 1.0,
+    causal_lm: Any = None,
+    needs_reference: bool = False,
+    **sections: Any,
+) -> Policy:
+    """A policy of the tiny model, or of ``causal_lm``; ``sharpen`` multiplies its weights, for peaked distributions."""
+    sections["model"] = {"name": str(folder), "dtype": dtype} | sections.get("model", {})
+    recipe = make_recipe(folder, **sections)
+    tokenizer = load_tokenizer(recipe.model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process makes several
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    with pytest.MonkeyPatch.context() as patch:
+        if causal_lm is not None:
+            patch.setattr(policy_module, "load_weights", lambda *_: causal_lm)
+        policy = Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], needs_reference)
+    if sharpen != 1.0:
+        with torch.no_grad():
+            policy.causal_lm.get_input_embeddings().weight.mul_(sharpen)
+    return policy

@@ -1,0 +1,40 @@
+"""Starting real processes from tests: one by itself, or several under accelerate over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FSDP2 = [
+    "--use_fsdp",
+    "--fsdp_version=2",
+    "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
+    "--fsdp_cpu_ram_efficient_loading=false",
+    "--fsdp_reshard_after_forward=true",
+    "--fsdp_state_dict_type=FULL_STATE_DICT",
+]
+DDP = ["--multi_gpu"]  # accelerate's name for its torchrun launcher, gloo on a CPU
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+
+
+def run_python(*arguments: object, timeout: float = 110) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def launch(kind: list[str], *arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch`` a script or ``-m module`` on ``processes`` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    return run_python(
+        "-m", "accelerate.commands.launch", *kind, f"--num_processes={processes}", *common, *arguments
+    )

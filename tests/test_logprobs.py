@@ -1,0 +1,58 @@
+"""Chunked log-probabilities equal the plain ones, and their memory does not grow with tokens x vocabulary."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from grpo import logprobs
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_value_entropy_and_gradient_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * 50)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50).double()
+    hidden_NH = torch.randn(23, 16, dtype=torch.float64, requires_grad=True)
+    targets_N = torch.randint(50, (23,))
+    weights_N = torch.randn(23)
+
+    logps_N, entropy_N = logprobs.token_logprobs(hidden_NH, targets_N, head, vocab_size=50, temperature=0.7)
+    (logps_N * weights_N).sum().backward()
+    ours = hidden_NH.grad.clone(), head.weight.grad.clone()
+    hidden_NH.grad = head.weight.grad = None
+
+    plain_NV = (head(hidden_NH).float() / 0.7).log_softmax(-1)
+    (plain_NV.gather(1, targets_N[:, None])[:, 0] * weights_N).sum().backward()
+    torch.testing.assert_close(logps_N, plain_NV.gather(1, targets_N[:, None])[:, 0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy_N, -(plain_NV.exp() * plain_NV).sum(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[0], hidden_NH.grad, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(ours[1], head.weight.grad, atol=1e-6, rtol=1e-5)
+    assert not entropy_N.requires_grad
+
+
+PEAK = """
+import resource, sys, torch
+from grpo import logprobs
+N, V, H = int(sys.argv[1]), 40_000, 32
+head = torch.nn.Linear(H, V, bias=False)
+hidden = torch.randn(N, H, requires_grad=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+logprobs.token_logprobs(hidden, torch.zeros(N, dtype=torch.long), head, vocab_size=V)[0].sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def peak_mb(tokens: int) -> float:
+    """Growth of a fresh process's peak memory over one forward and backward, in MB."""
+    command = [sys.executable, "-c", PEAK, str(tokens)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
+    """4,000 more tokens of 40,000 words would be 610 MB of logits in float32, and as much again for their gradient."""
+    few, many = peak_mb(2_000), peak_mb(6_000)
+    assert many - few < 100, f"{few:.0f} MB at 2,000 tokens, {many:.0f} MB at 6,000"
