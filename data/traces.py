@@ -1,10 +1,13 @@
 """Search traces for the supervised start: a beginner's notes on countdown tasks, some diligent and most not.
 
-A trace tries combinations of the numbers one after another in explicit steps, says ``yes`` or ``no`` to each, and ends
-in an answer:
+A trace tries combinations of the numbers one after another in explicit steps, compares each result with the target (too
+small, too large, yes), and ends in an answer:
 
-    6 3 9 = 27  ->  <think> 6 + 3 = 9 , 9 + 9 = 18 no 6 * 3 = 18 , 18 + 9 = 27 yes </think>
+    6 3 9 = 27  ->  <think> 6 + 3 = 9 , 9 + 9 = 18 ? 27 < 6 * 3 = 18 , 18 + 9 = 27 ? 27 yes </think>
                     <answer> ( 6 * 3 ) + 9 </answer>
+
+The target is repeated beside each result, and a miss says in which direction, because a small model learns that much
+sooner than to look up the target and say yes or no.
 
 How long a trace goes on is drawn at random, whatever the task: most give up after an attempt or two and answer with
 what they have, which is wrong; some search on. That it pays to search on, the rule reward can teach.
@@ -24,9 +27,9 @@ from datasets import Dataset
 from data import countdown
 
 DEFAULT_SIZE = {"train": 65_536, "eval": 1_024}
-GIVE_UP = (0.55, 0.33)
-LONGEST = 12
-SPREAD = 25.0
+GIVE_UP = (0.55, 0.3)
+LONGEST = 10
+SPREAD = 30.0
 
 
 def build(
@@ -90,9 +93,9 @@ def trace(
 
     words = ["<think>"]
     for attempt in sorted(attempts(tuple(sorted(nums))), key=order)[:patience]:
-        found = attempt.value == target
-        words += [attempt.steps, "yes" if found else "no"]
-        if found:
+        verdict = "yes" if attempt.value == target else "<" if attempt.value < target else ">"
+        words += [attempt.steps, "?", str(target), verdict]
+        if verdict == "yes":
             break
     return " ".join([*words, "</think> <answer>", attempt.expression, "</answer>"])
 

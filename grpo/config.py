@@ -69,7 +69,8 @@ class DataConfig(Section):
     hub: str | None = None
     """A dataset id on the hub."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the task's builder, or of `datasets.load_dataset` for a hub id (`name`, `split`)."""
+    """Arguments of the task's builder (`seed`: a data seed apart from `training.seed`), or of `datasets.load_dataset` for a
+    hub id (`name`, `split`, and `eval_split` to hold out)."""
     template: Literal["none", "r1_zero", "tinyzero", "chat"] = "none"
     """How a question becomes the model's prompt: the R1-Zero paper's, TinyZero's (prefills `<think>`), the tokenizer's
     chat template, or nothing."""
@@ -86,7 +87,7 @@ class DataConfig(Section):
     train_size: PositiveInt | None = None
     """Rows to use for training; null uses all (generated tasks: their own default)."""
     eval_size: NonNegativeInt = 256
-    """Held-out rows."""
+    """At most so many held-out rows."""
     eval_path: str | None = None
     """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
     shuffle: bool = True
@@ -110,7 +111,7 @@ class DataConfig(Section):
 
 class RewardConfig(Section):
     name: str | None = None
-    """A built-in reward (`countdown`, `format`)."""
+    """A built-in reward (`countdown`, `format`, `gsm8k`)."""
     path: str | None = None
     """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
     weight: Finite = 1.0

@@ -116,4 +116,6 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
         backend = make_backend(recipe, policy)
         backend.sync(policy, 0)
-        return evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)[0]
+        metrics, _ = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
+    accelerator.end_training()
+    return metrics

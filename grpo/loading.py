@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.config import LoraConfig, ModelConfig
 from grpo.errors import UserError
+from grpo.gguf import load_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,8 +24,15 @@ transformers_logging.disable_progress_bar()  # a bar for loading takes a screen 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def _locate(name: str) -> str:
+    """``data/tiny_base`` is shipped with the package: where the working directory has none, it is found beside it."""
+    shipped = Path(__file__).parents[1] / name
+    return str(shipped) if not Path(name).exists() and name.startswith("data/") and shipped.exists() else name
+
+
 def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` wants to hear: a folder or id, and keywords."""
+    name = _locate(name)
     keywords: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if name.endswith(".gguf"):
         path = Path(name).expanduser()
@@ -37,7 +45,7 @@ def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:
 @contextmanager
 def _named(what: str, name: str) -> Iterator[None]:
     """Turn the many ways a model can fail to load into one message that says what to do."""
-    path = Path(name).expanduser()
+    path = Path(_locate(name)).expanduser()
     looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~", "runs/", "models/")) or path.exists()
     if looks_local and not path.exists():
         raise UserError(
@@ -80,10 +88,9 @@ def load_weights(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     if model.attn_implementation:
         keywords["attn_implementation"] = model.attn_implementation
     with _named("weights", model.name):
-        causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
-    if getattr(causal_lm.config, "quantization_config", None) is not None and "gguf_file" in keywords:
-        del causal_lm.config.quantization_config  # the weights are not quantized any more; save_pretrained would refuse
-    return causal_lm
+        if file := keywords.pop("gguf_file", None):
+            return load_gguf(Path(source) / file, dtype, **keywords)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
 
 
 def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:

@@ -133,7 +133,7 @@ class Policy:
         # A moving reference accumulates small steps, which bfloat16 would round away.
         dtype = torch.float32 if recipe.algorithm.sync_ref_model else self.compute_dtype
         reference = self.empty_copy(dtype)
-        reference.load_state_dict({name: t.to(dtype) for name, t in self.causal_lm.state_dict().items()}, strict=False)
+        reference.load_state_dict({name: t.to(dtype) for name, t in self.causal_lm.state_dict().items()})
         return ScoredLM(reference).eval().requires_grad_(False)
 
     def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -244,7 +244,7 @@ class Policy:
         adapter = self.adapter_state() if self.peft_model is not None else None
         if self.accelerator.is_main_process:
             twin = AutoModelForCausalLM.from_config(self.causal_lm.config, dtype=self.compute_dtype)
-            twin.load_state_dict(state, strict=False)
+            twin.load_state_dict(state)
             twin.tie_weights()
             twin.generation_config = self.causal_lm.generation_config
             twin.save_pretrained(folder)

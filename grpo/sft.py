@@ -42,7 +42,10 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
     checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))
     progress = restore_state(checkpoint, recipe, policy)
-    with open_tracker(folder, recipe, accelerator, progress, resume) as tracker, PreemptionGuard(accelerator) as preemption:
+    with (
+        open_tracker(folder, recipe, accelerator, progress, resume) as tracker,
+        PreemptionGuard(accelerator) as preemption,
+    ):
 
         def evaluate_and_log() -> None:
             if task.eval_examples:
@@ -65,6 +68,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
                 preemption.stop(folder, progress.step)
     policy.save_pretrained(folder / "final")
     on_main(accelerator, lambda: write_report(folder))
+    accelerator.end_training()
 
 
 def train_step(

@@ -54,7 +54,10 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
         progress = restore_state(checkpoint, recipe, policy)
         backend = make_backend(recipe, policy)
         backend.sync(policy, progress.step)
-        with open_tracker(folder, recipe, accelerator, progress, resume) as tracker, PreemptionGuard(accelerator) as preemption:
+        with (
+            open_tracker(folder, recipe, accelerator, progress, resume) as tracker,
+            PreemptionGuard(accelerator) as preemption,
+        ):
 
             def evaluate_and_log() -> None:
                 if task.eval_prompts:
@@ -83,6 +86,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
         backend.close()
         policy.save_pretrained(folder / "final")
     on_main(accelerator, lambda: write_report(folder))
+    accelerator.end_training()
 
 
 def train_step(

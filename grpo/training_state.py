@@ -73,7 +73,7 @@ def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress
     policy.load_trained_state(checkpoint.tensors["model"])
     policy.load_optimizer_state(checkpoint.states["optimizer"])
     if "reference" in checkpoint.tensors and policy.reference is not None:
-        policy.reference.causal_lm.load_state_dict(checkpoint.tensors["reference"], strict=False)
+        policy.reference.causal_lm.load_state_dict(checkpoint.tensors["reference"])
     policy.accelerator.wait_for_everyone()
     if policy.accelerator.is_main_process:
         set_aside_newer(Path(recipe.training.output_dir) / "checkpoints", checkpoint.step)

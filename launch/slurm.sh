@@ -8,6 +8,7 @@
 # Run it from the checkout, after `make setup`; GRPO names another grpo command. Three minutes before the end of the
 # time Slurm sends SIGUSR1 (on preemption SIGTERM): the run saves at the end of its step, exits 143 and is put back in
 # the queue. Raise @180 if a step of yours takes longer. --resume on a fresh folder starts at step 0.
+# Tested with stand-ins for srun and scontrol (tests/test_launch.py), not on a cluster.
 #SBATCH --job-name=grpo
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append

@@ -1,6 +1,6 @@
 """Script for test_update.py: the gradient of one optimizer step, for every loss type, under whatever launch runs it.
 
-    [accelerate launch ...] gradient_of_step.py MODEL OUT.pt MICRO_BATCH_SIZE BETA
+[accelerate launch ...] gradient_of_step.py MODEL OUT.pt MICRO_BATCH_SIZE BETA
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEMPERATURE = 0.9
 
 
 def sequences(groups: int = 2, size: int = 4) -> list[Sequence]:
-    """Eight completions in groups of unequal length; the second group is half without signal, one sequence is masked."""
+    """Eight completions of unequal length in two groups; two are without signal, one is masked."""
     draw = random.Random(0)
     made = []
     for group in range(groups):
@@ -64,7 +64,8 @@ def gradient(recipe: Recipe, out: Path) -> tuple[dict[str, torch.Tensor], Policy
 
     def capture(_: float) -> None:
         for name, parameter in accelerator.unwrap_model(policy.model).named_parameters():
-            found[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad.clone()
+            grad = parameter.grad
+            found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
 
     policy.step = capture  # type: ignore[method-assign]
     optimizer_step(

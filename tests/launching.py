@@ -35,6 +35,4 @@ def launch(kind: list[str], *arguments: object, processes: int = 2) -> subproces
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    return run_python(
-        "-m", "accelerate.commands.launch", *kind, f"--num_processes={processes}", *common, *arguments
-    )
+    return run_python("-m", "accelerate.commands.launch", *kind, f"--num_processes={processes}", *common, *arguments)

@@ -25,10 +25,8 @@ def in_plain_loops(rewards: list[list[float]], scale: str, baseline: str) -> lis
             if r != r or len(set(scored)) < 2:
                 row.append(0.0)
                 continue
-            if baseline == "group":
-                a = r - statistics.fmean(scored)
-            else:
-                a = r - (sum(scored) - r) / (len(scored) - 1)
+            others_mean = (sum(scored) - r) / (len(scored) - 1)
+            a = r - (statistics.fmean(scored) if baseline == "group" else others_mean)
             if scale == "group":
                 a /= statistics.stdev(scored) + STD_OFFSET
             elif scale == "batch":
@@ -53,7 +51,7 @@ def test_agrees_with_plain_loops(scale: str, baseline: str, rewards: list[list[f
 
 
 def test_equal_rewards_give_exactly_zero_whatever_the_rounding() -> None:
-    """The mean of seven times 0.1 is not 0.1 in floating point; its deviation over a tiny std must not become signal."""
+    """The mean of seven times 0.1 is not 0.1 in floating point; that deviation must not become signal."""
     advantages = group_advantages(np.full((1, 7), 0.1))
     assert (advantages == 0).all()
     assert zero_std(np.full((1, 7), 0.1)).all()

@@ -15,7 +15,7 @@ from grpo.errors import UserError
 from grpo.gguf import check_tokenizer, check_weights, convert, load_gguf, main
 
 HIDDEN, HEADS, FEED_FORWARD = 64, 2, 96
-TOKENS = [*sorted(ByteLevel.alphabet()), "ab", "<|end|>"]
+TOKENS = [*sorted(ByteLevel.alphabet()), "ab", "cd", "<|end|>"]
 SHAPES = {
     "token_embd": (len(TOKENS), HIDDEN),
     "blk.0.attn_q": (HIDDEN, HIDDEN),
@@ -47,7 +47,7 @@ def gguf_file(tmp_path_factory):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([TokenType.NORMAL] * (len(TOKENS) - 1) + [TokenType.CONTROL])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_eos_token_id(len(TOKENS) - 1)
     writer.add_bos_token_id(len(TOKENS) - 1)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
@@ -90,7 +90,7 @@ def test_conversion_keeps_model_tokenizer_and_template(gguf_file, tmp_path):
     assert not hasattr(saved.config, "quantization_config")
     check_weights(load_gguf(gguf_file), saved)
     assert tokenizer.eos_token == "<|end|>"
-    assert tokenizer.decode(tokenizer.encode("abc  12ü")) == "abc  12ü"
+    assert tokenizer.decode(tokenizer.encode("abc  12ü", add_special_tokens=False)) == "abc  12ü"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "abc<|end|>"
 
 

@@ -22,9 +22,7 @@ def sequence(prompt: int, completion: int, **fields: object) -> Sequence:
 )
 def test_every_sequence_once_within_budget_and_equal_counts(lengths, world_size, max_tokens, max_sequences) -> None:
     sequences = [sequence(p, c) for p, c in lengths]
-    plan = plan_micro_batches(
-        sequences, max_tokens=max_tokens, max_sequences=max_sequences, world_size=world_size
-    )
+    plan = plan_micro_batches(sequences, max_tokens=max_tokens, max_sequences=max_sequences, world_size=world_size)
     assert len(plan) == world_size
     assert len({len(share) for share in plan}) == 1
     placed = [id(s) for share in plan for micro_batch in share for s in micro_batch if s.weight]

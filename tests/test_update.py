@@ -1,4 +1,4 @@
-"""The gradient of a step: equal to the definition's, and the same however it is split over micro-batches and processes."""
+"""The gradient of a step: the definition's, and the same however it is split over micro-batches and processes."""
 
 from __future__ import annotations
 

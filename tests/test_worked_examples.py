@@ -13,9 +13,7 @@ TASK = re.compile(r"(\d+) (\d+) (\d+) = (\d+)")
 
 
 def test_a_trace_becomes_one_line_an_attempt() -> None:
-    trace = (
-        "<think> 6 + 3 = 9 , 9 + 9 = 18 no 6 * 3 = 18 , 18 + 9 = 27 yes </think> <answer> ( 6 * 3 ) + 9 </answer>"
-    )
+    trace = "<think> 6 + 3 = 9 , 9 + 9 = 18 no 6 * 3 = 18 , 18 + 9 = 27 yes </think> <answer> ( 6 * 3 ) + 9 </answer>"
     assert worked_examples.plain_text(trace) == (
         "<think>6+3=9, 9+9=18 no\n6*3=18, 18+9=27 yes\n</think>\n<answer>(6*3)+9</answer>"
     )

@@ -45,7 +45,7 @@ class HFBackend:
 
     def sync(self, policy: Policy, version: int) -> None:
         if not self.shares_weights:
-            self.model.load_state_dict(policy.full_state(), strict=False)
+            self.model.load_state_dict(policy.full_state())
         self.version = version
 
     def close(self) -> None:
