@@ -1,7 +1,7 @@
 """Countdown worked in plain text, for a pretrained model: the search traces of ``data/traces.py``, spelled its way.
 
-    6 3 9 = 27  ->  <think>6+3=9, 9+9=18 no
-                    6*3=18, 18+9=27 yes
+    6 3 9 = 27  ->  <think>6+3=9, 9+9=18, 27? low
+                    6*3=18, 18+9=27, 27? yes
                     </think>
                     <answer>(6*3)+9</answer>
 
@@ -20,6 +20,7 @@ from data import countdown, traces
 
 GIVE_UP = (0.5, 0.25)
 LONGEST = 5
+WORDS = {"<": "low", ">": "high", "yes": "yes"}  # how the attempt compares with the target
 
 
 def build(
@@ -59,6 +60,6 @@ def build(
 
 
 def plain_text(trace: str) -> str:
-    """A trace of ``data/traces.py`` without its spaces, one attempt a line."""
-    text = trace.replace(" ", "").replace(",", ", ").replace("</think>", "</think>\n")
-    return re.sub("yes|no", r" \g<0>\n", text)
+    """A trace of ``data/traces.py`` without its spaces, one attempt a line, comparisons in words."""
+    text = re.sub(r"\?(\d+)(yes|[<>])", lambda found: f",{found[1]}? {WORDS[found[2]]}\n", trace.replace(" ", ""))
+    return text.replace(",", ", ").replace("</think>", "</think>\n")

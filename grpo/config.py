@@ -69,8 +69,8 @@ class DataConfig(Section):
     hub: str | None = None
     """A dataset id on the hub."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the task's builder (`seed`: a data seed apart from `training.seed`), or of `datasets.load_dataset` for a
-    hub id (`name`, `split`, and `eval_split` to hold out)."""
+    """Arguments of the task's builder (`seed`: a data seed apart from `training.seed`), or for a hub id those of
+    `datasets.load_dataset` (`name`, `split`, and `eval_split` to hold out)."""
     template: Literal["none", "r1_zero", "tinyzero", "chat"] = "none"
     """How a question becomes the model's prompt: the R1-Zero paper's, TinyZero's (prefills `<think>`), the tokenizer's
     chat template, or nothing."""

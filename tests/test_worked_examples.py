@@ -13,9 +13,13 @@ TASK = re.compile(r"(\d+) (\d+) (\d+) = (\d+)")
 
 
 def test_a_trace_becomes_one_line_an_attempt() -> None:
-    trace = "<think> 6 + 3 = 9 , 9 + 9 = 18 no 6 * 3 = 18 , 18 + 9 = 27 yes </think> <answer> ( 6 * 3 ) + 9 </answer>"
+    trace = (
+        "<think> 6 + 3 = 9 , 9 + 9 = 18 ? 27 < 9 * 6 = 54 , 54 + 3 = 57 ? 27 > 6 * 3 = 18 , 18 + 9 = 27 ? 27 yes "
+        "</think> <answer> ( 6 * 3 ) + 9 </answer>"
+    )
     assert worked_examples.plain_text(trace) == (
-        "<think>6+3=9, 9+9=18 no\n6*3=18, 18+9=27 yes\n</think>\n<answer>(6*3)+9</answer>"
+        "<think>6+3=9, 9+9=18, 27? low\n9*6=54, 54+3=57, 27? high\n6*3=18, 18+9=27, 27? yes\n</think>\n"
+        "<answer>(6*3)+9</answer>"
     )
 
 
@@ -24,7 +28,9 @@ def test_examples_say_what_the_traces_say() -> None:
     theirs = traces.build("eval", 50, seed=3, give_up=(0.5,), longest=4)
     assert ours["prompt"] == theirs["prompt"]
     for our, their in zip(ours["completion"], theirs["completion"], strict=True):
-        assert "".join(our.split()) == their.replace(" ", "")
+        assert re.findall(r"\d+", our) == re.findall(r"\d+", their)
+        assert our.count("low") == their.count(" < ")
+        assert our.count("high") == their.count(" > ")
 
 
 def test_every_example_has_the_format_and_says_yes_exactly_where_the_answer_is_right() -> None:
