@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def tokenizer():
     [
         ("6 3 9 = 27", 5),
         ("(6+3)*3", 7),
-        ("<think> 6 + 3 = 9 no </think> <answer> 6 + 3 </answer>", 13),
+        ("<think> 6 + 3 = 9 < </think> <answer> 6 + 3 </answer>", 13),
         ("0 299 300 1234", 6),
         ("A conversation between User and Assistant's, e.g. {x} -5!", None),
     ],
@@ -89,16 +90,17 @@ def test_traces_are_true_and_end_in_an_answer(tokenizer):
         thinking = row["completion"].split("</think>")[0]
         assert verdict.outcome.value == ("correct" if "yes" in thinking else "wrong"), row
         assert tokenizer.decode(tokenizer.encode(row["completion"])) == row["completion"]
-        for step in thinking.removeprefix("<think>").replace("yes", ",").replace("no", ",").split(","):
-            if step.strip():
-                left, right = step.split("=")
-                assert eval(left) == int(right)  # our own text, not a model's
+        for left, right in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", thinking):
+            assert eval(left) == int(right)  # our own text, not a model's
+        for value, goal, says in re.findall(r"= (\d+) \? (\d+) (<|>|yes)", thinking):
+            assert int(goal) == target[0]
+            assert says == ("<" if int(value) < target[0] else ">" if int(value) > target[0] else "yes")
 
 
 def test_diligence_is_mixed_and_most_give_up():
     draw = random.Random(0)
     blind = [traces.trace([7, 8, 9], 1000, draw, give_up=(0.6, 0.3), longest=12) for _ in range(500)]
-    tried = [text.count("no") for text in blind]
+    tried = [text.count("?") for text in blind]
     shares = {n: tried.count(n) / len(tried) for n in (1, 2, 12)}
     assert set(tried) == {1, 2, 12}
     assert shares == pytest.approx({1: 0.6, 2: 0.3, 12: 0.1}, abs=0.06)
@@ -106,8 +108,8 @@ def test_diligence_is_mixed_and_most_give_up():
 
 def test_no_attempt_is_made_twice_and_a_small_spread_guesses_better():
     text = traces.trace([2, 3, 5], 1000, random.Random(0), give_up=(), longest=100)
-    tried = text.removeprefix("<think> ").split(" </think>")[0].split(" no")
-    assert len(tried) == len(set(tried)) == len(traces.attempts((2, 3, 5))) + 1
+    tried = text.removeprefix("<think> ").split(" </think>")[0].split(" ? 1000 < ")
+    assert len(tried) == len(set(tried)) == len(traces.attempts((2, 3, 5)))
 
     def hits(spread: float) -> int:
         draw = random.Random(0)
