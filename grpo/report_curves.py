@@ -251,7 +251,7 @@ def curves_png(run: Run, facts: dict[str, float]) -> bytes:
         figure = Figure(figsize=size, dpi=140, layout=layout, facecolor=LIGHT.paper)
         figure.suptitle(summary(run, facts), x=0.01, ha="left", fontsize=12, color=LIGHT.ink)
         axes = figure.subplots(rows, columns, squeeze=False).flat
-        for ax, panel in zip(axes, shown, strict=False):
+        for panel, ax in zip(shown, axes, strict=False):  # in this order zip takes no axes it does not use
             _dress(ax, LIGHT)
             panel.draw(ax, run, LIGHT)
             _finish(ax, LIGHT)
@@ -320,7 +320,7 @@ def _stack(ax: Axes, run: Run, names: list[str], c: Colours, labels: list[str], 
         parts = np.vstack([parts[: kept - 1], parts[kept - 1 :].sum(0)])
         labels = [*labels[: kept - 1], "other"]
     ax.stackplot(thinned(steps), thinned(parts), labels=labels, colors=c.series, alpha=0.82, linewidth=0)
-    legend = ax.legend(loc="lower left", frameon=True, ncols=4, columnspacing=1.0, handletextpad=0.5)
+    legend = ax.legend(loc="lower left", frameon=True, ncols=3, columnspacing=1.0, handletextpad=0.5)
     legend.get_frame().set(facecolor=c.paper, alpha=0.8, linewidth=0)
     ax.set_ylim(bottom=0)
 
