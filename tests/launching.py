@@ -24,7 +24,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
 
-def run_python(*arguments: object, timeout: float = 110) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: object, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
 

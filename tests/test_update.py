@@ -42,6 +42,7 @@ def test_micro_batching_does_not_change_it(
     assert distance(whole[loss_type], split) < 1e-5
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("kind", "sharded"), [(DDP, False), (FSDP2, True)], ids=["ddp", "fsdp2"])
 def test_two_processes_do_not_change_it(
     whole: Gradients, tiny_model: Path, tmp_path: Path, kind: list[str], sharded: bool

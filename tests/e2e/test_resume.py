@@ -16,6 +16,8 @@ import pytest
 
 from tests.launching import ROOT, environment, run_python
 
+pytestmark = pytest.mark.timeout(900)  # a dozen starts of a process, on machines of any speed
+
 STEPS = 36
 TIMES = ("time/", "step_time", "tokens_per_second")
 
@@ -74,7 +76,6 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.timeout(600)
 def test_ten_sigkills_leave_no_trace(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Killed at ten random moments, start-up, rollouts, updates and saving among them: the same bits in the end."""
     draw = random.Random(0)

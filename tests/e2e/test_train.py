@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests.e2e.test_resume import command, lines
 from tests.launching import DDP, FSDP2, launch, run_python
 
+pytestmark = pytest.mark.timeout(600)  # several launches each, on machines of any speed
+
 TRL_NAMES = {
     *("reward", "reward_std", "frac_reward_zero_std", "loss", "entropy", "kl", "grad_norm", "learning_rate"),
     *("rewards/share_of_small_numbers/mean", "rewards/share_of_small_numbers/std", "num_tokens", "step_time"),
