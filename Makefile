@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-demo: setup ## train the tiny model by GRPO for ten minutes on the CPU and draw what it learned
+demo: setup ## train the tiny model by GRPO for five minutes on the CPU and draw what it learned
 	rm -rf runs/demo
 	$(BIN)/grpo train recipes/demo_cpu.yaml training.output_dir=runs/demo
 	@$(BIN)/python -m grpo.summary runs/demo
