@@ -63,7 +63,6 @@ def collate(sequences: list[Sequence], *, pad_token_id: int, device: torch.devic
     """
     B, T = len(sequences), max(len(s) for s in sequences)
     input_ids_BT = torch.full((B, T), pad_token_id, dtype=torch.long)
-    attention_mask_BT = torch.zeros((B, T), dtype=torch.long)
     completion_mask_BT = torch.zeros((B, T), dtype=torch.bool)
     mask_BT = torch.zeros((B, T))
     optional = {
@@ -74,7 +73,6 @@ def collate(sequences: list[Sequence], *, pad_token_id: int, device: torch.devic
     for i, s in enumerate(sequences):
         start, end = len(s.prompt_ids), len(s)
         input_ids_BT[i, :end] = torch.tensor(s.prompt_ids + s.completion_ids)
-        attention_mask_BT[i, :end] = 1
         completion_mask_BT[i, start:end] = True
         mask_BT[i, start:end] = s.weight if s.valid else 0.0
         for name, tensor in optional.items():
@@ -87,7 +85,6 @@ def collate(sequences: list[Sequence], *, pad_token_id: int, device: torch.devic
 
     return Batch(
         input_ids_BT=input_ids_BT.to(device),
-        attention_mask_BT=attention_mask_BT.to(device),
         completion_mask_BT=completion_mask_BT.to(device),
         mask_BT=mask_BT.to(device),
         advantages_B=torch.tensor([s.advantage for s in sequences], dtype=torch.float32).to(device),

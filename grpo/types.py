@@ -116,7 +116,6 @@ class Batch:
     """
 
     input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor
     completion_mask_BT: torch.Tensor  # bool: positions whose logprob is computed
     mask_BT: torch.Tensor  # float: positions that count in the loss
     advantages_B: torch.Tensor
