@@ -211,12 +211,12 @@ class _StderrHandler(logging.StreamHandler):
 
 
 def _log_to_stderr() -> None:
-    log = logging.getLogger("grpo")
-    if not log.handlers:
-        handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        log.addHandler(handler)
-    log.setLevel(logging.INFO if is_first_of_node() else logging.ERROR)
+    for log in map(logging.getLogger, ("grpo", "rewards")):
+        if not log.handlers:
+            handler = _StderrHandler()
+            handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+            log.addHandler(handler)
+        log.setLevel(logging.INFO if is_first_of_node() else logging.ERROR)
 
 
 def refuse_shadowed_packages() -> None:

@@ -11,23 +11,19 @@ log2(G) + 1 of them.) What could not be scored is None and counted by its cause;
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import pkgutil
 import queue
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import rewards as builtin_rewards
 from grpo.config import RewardConfig, ScoringConfig
 from grpo.errors import RunError, UserError
-from grpo.scoring_call import FRAMEWORK_KEYS, FunctionSpec
+from grpo.scoring_call import FRAMEWORK_KEYS, Call, RewardFunction
+from grpo.scoring_functions import locate, start_own_workers
 from grpo.scoring_process import WorkerFailed, WorkerProcess
 from grpo.scoring_worker import Setup
 from grpo.types import Group, Status
@@ -49,12 +45,15 @@ class Scorer:
     """
 
     def __init__(self, rewards: Sequence[RewardConfig], scoring: ScoringConfig, *, max_steps: int = 0) -> None:
-        self.functions = _locate(rewards, scoring)
+        self.functions = locate(rewards, scoring)
         self.names = [function.key for function in self.functions]
         self._weights = [reward.weight for reward in rewards]
         self._needs_group = [reward.needs_group for reward in rewards]
         self._max_failure_rate = scoring.max_failure_rate
         self._told: set[int] = set()  # functions whose first failure has been shown
+        self._max_steps = max_steps
+        self._own_workers = start_own_workers(self.functions, scoring.workers)
+        self._run_here = {index: RewardFunction(self.functions[index]) for index in self._own_workers}
         limit = scoring.memory_limit_gb
         setup = Setup(self.functions, None if limit is None else int(limit * 2**30), max_steps)
         self._workers = [WorkerProcess(setup) for _ in range(scoring.workers)]
@@ -96,6 +95,8 @@ class Scorer:
 
     def close(self) -> None:
         """End the workers, whatever they are doing. May be called twice."""
+        for module in self._own_workers.values():
+            module.stop()
         for worker in self._workers:
             worker.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -106,18 +107,23 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, job: bytes, calls: int, timeout: float) -> Future[list[dict[str, Any]]]:
-        """Run a job of calls in the next free worker. Safe from several threads."""
+    def _submit(self, job: dict[str, Any], timeout: float) -> Future[list[dict[str, Any]]]:
+        """Run a job of calls in the next free worker, or here if the function has its own; from any thread."""
+        pickled = pickle.dumps(job)
 
         def run() -> list[dict[str, Any]]:
             worker = self._idle.get()
             try:
-                return worker.run(job, calls, timeout)
+                return worker.run(pickled, len(job["calls"]), timeout)
             finally:
                 self._idle.put(worker)
 
+        def run_here() -> list[dict[str, Any]]:
+            state = SimpleNamespace(global_step=job["step"], max_steps=self._max_steps)
+            return [Call(self._run_here[job["function"]], call, state).run() for call in job["calls"]]
+
         try:
-            return self._threads.submit(run)
+            return self._threads.submit(run_here if job["function"] in self._run_here else run)
         except RuntimeError:
             raise RunError("scoring was closed") from None
 
@@ -210,7 +216,7 @@ class _Round:
         function = pieces[0].function
         job = {"function": function, "step": self._step, "calls": [self._call(piece) for piece in pieces]}
         timeout = self._scorer.functions[function].timeout + (ASYNC_GRACE if is_async else 0)
-        future = self._scorer._submit(pickle.dumps(job), len(pieces), timeout)
+        future = self._scorer._submit(job, timeout)
         self._outstanding += 1
         future.add_done_callback(lambda done: self._finished.put((pieces, done)))
 
@@ -310,43 +316,3 @@ def _fill(
 def _weighted(weights: list[float], values: list[float | None]) -> float | None:
     scored = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
     return sum(scored) if scored else None
-
-
-def _locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[FunctionSpec]:
-    specs: list[FunctionSpec] = []
-    for index, reward in enumerate(rewards):
-        where = f"rewards[{index}]"
-        taken = sorted(FRAMEWORK_KEYS & reward.args.keys())
-        if taken:
-            raise UserError(f"{where}: args.{taken[0]} is a name the trainer passes itself")
-        place = _builtin(reward.name, where) if reward.name else _user_function(str(reward.path), where)
-        key, number = place["key"], 2
-        while any(spec.key == place["key"] for spec in specs):
-            place["key"], number = f"{key}_{number}", number + 1
-        specs.append(FunctionSpec(**place, args=reward.args, timeout=reward.timeout or scoring.timeout))
-    return specs
-
-
-def _builtin(name: str, where: str) -> dict[str, Any]:
-    if not name.isidentifier() or find_spec(f"rewards.{name}") is None:
-        known = [module.name for module in pkgutil.iter_modules(builtin_rewards.__path__)]
-        known = [m for m in known if hasattr(import_module(f"rewards.{m}"), f"{m}_reward")]
-        raise UserError(
-            f"{where}: no built-in reward {name!r} (there are: {', '.join(known)}); "
-            "a function of your own is `path: file.py:fn`"
-        )
-    attribute = f"{name}_reward"
-    source = f"rewards.{name}.{attribute}"
-    return {"key": name, "source": source, "module": f"rewards.{name}", "attribute": attribute, "builtin": True}
-
-
-def _user_function(path: str, where: str) -> dict[str, Any]:
-    place, _, attribute = path.rpartition(":")
-    if not place or not attribute.isidentifier():
-        raise UserError(f"{where}: path must be file.py:function or package.module:function, got {path!r}")
-    if place.endswith(".py") or "/" in place or os.sep in place:
-        file = Path(place).expanduser().resolve()
-        if not file.is_file():
-            raise UserError(f"{where}: there is no file {file}")
-        return {"key": attribute, "source": path, "file": str(file), "attribute": attribute}
-    return {"key": attribute, "source": path, "module": place, "attribute": attribute}

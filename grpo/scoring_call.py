@@ -147,10 +147,12 @@ class Call:
         self.columns: dict[str, list[Any]] = {}
         self.verdicts: list[tuple[str, str]] | None = None
 
-    def run(self, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
+    def run(self, loop: asyncio.AbstractEventLoop | None = None) -> dict[str, Any]:
+        """The answer of a plain function; ``loop`` awaits what one returns that is not declared async."""
         try:
             result = self.function.fn(**self._kwargs())
             if inspect.isawaitable(result):
+                assert loop is not None, "a function that is run without an event loop returned an awaitable"
                 result = loop.run_until_complete(_awaited(result))
             return self._answer(result)
         except BaseException as why:

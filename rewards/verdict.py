@@ -17,7 +17,9 @@ class Outcome(str, Enum):
     UNPARSEABLE = "unparseable"  # an answer, but not in the language that is allowed
     TRUNCATED = "truncated"  # max_completion_length came first
     TIMEOUT = "timeout"  # the answer (a program, a huge expression) took too long
-    DENIED = "denied"  # the answer tried something forbidden
+    LIMIT = "limit"  # a program wanted more memory, stack or output than it may have
+    DENIED = "denied"  # a program reached for something that is not there for it: files, network, processes
+    NO_RESULT = "no_result"  # a program ended, or said nonsense, before it had answered
     GOLD_UNPARSEABLE = "gold_unparseable"  # the row's own columns are broken: nobody could be right
     ERROR = "error"  # the completion was never finished, or the verifier broke
 

@@ -1,0 +1,18 @@
+"""A sandbox for model-written Python: hundreds of runs a second, and nothing that a program does outlives its run.
+
+    kernel.py     what Linux offers an unprivileged process: seccomp, Landlock, namespaces, mounts
+    confine.py    which of it applies here (the *level*), and how a zygote shuts itself in
+    zygote.py     the process that forks one child a run, in which the program runs
+    program.py    what happens in that child
+    values.py     plain values over a pipe, with their exact types
+    pool.py       the trainer's end: zygotes, deadlines, output limits, respawning
+    probe.py      real attacks, tried before a level is trusted
+
+Expected outputs never enter it: a program returns values, and whoever asked compares them. So a program that takes over
+its whole process still can do no more than return values of its choice.
+"""
+
+from rewards.sandbox.pool import Ended, Limits, Run, Sandbox, SandboxUnavailable
+from rewards.sandbox.probe import probed_sandbox
+
+__all__ = ["Ended", "Limits", "Run", "Sandbox", "SandboxUnavailable", "probed_sandbox"]

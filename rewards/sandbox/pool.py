@@ -1,0 +1,341 @@
+"""The trainer's end of the sandbox: zygotes, one run at a time in each, deadlines, output limits, respawning.
+
+A run is a channel, one end of a socket whose other end is in the program's process. What comes out of it is hostile
+bytes; this file counts them and cuts them off, and leaves reading them to whoever asked for the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from rewards.sandbox import confine, program
+from rewards.sandbox.program import Request
+
+logger = logging.getLogger(__name__)
+
+LEVELS = ("namespaces", "landlock", "bubblewrap")  # in the order they are tried
+START_TIMEOUT = 60.0
+GRACE = 0.4  # seconds that a zygote gets, after a deadline, to bury its child
+BOOT = "import sys; sys.path[:0] = [sys.argv[1]]; from rewards.sandbox.zygote import main; "
+BOOT += "sys.path.pop(0); main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
+
+
+class SandboxUnavailable(RuntimeError):
+    """No level of isolation works here; the message says what was tried and what would help."""
+
+
+class Ended(str, Enum):
+    EXITED = "exited"  # by itself: by exit, an exception or a signal; ``status`` tells
+    TIMEOUT = "timeout"
+    OUTPUT = "output"  # more than ``max_output`` bytes
+    STOPPED = "stopped"  # by the caller, who left the block without reading to the end
+    LOST = "lost"  # the zygote died under it; no fault of the program's is known
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``seconds`` of wall time for a run, megabytes of address space, bytes of output."""
+
+    seconds: float = 6.0
+    memory_mb: int = 1024
+    max_output: int = 1 << 16
+
+
+@dataclass
+class Run:
+    """One run under way: send requests, read lines, or collect everything up to its end."""
+
+    channel: socket.socket
+    deadline: float
+    max_output: int
+    ended: Ended | None = None
+    status: int | None = None  # exit status, or minus the signal
+    at_end: bool = False  # the program has closed its end
+    _buffer: bytes = b""
+    _received: int = 0
+
+    def send(self, data: bytes) -> None:
+        """Queue bytes for the program. Reads what it says meanwhile, so that neither waits for the other."""
+        view = memoryview(data)
+        while view and self.ended is None and not self.at_end:
+            readable, writable = self._wait(write=True)
+            if readable and not self._read():
+                return
+            if writable:
+                try:
+                    view = view[self.channel.send(view) :]
+                except BlockingIOError:
+                    continue
+                except OSError:  # it has closed its end
+                    return
+
+    def finish_sending(self) -> None:
+        with contextlib.suppress(OSError):
+            self.channel.shutdown(socket.SHUT_WR)
+
+    def line(self) -> bytes | None:
+        """The next line of output, without its end; None when there is none to come (``ended`` may say why)."""
+        while b"\n" not in self._buffer:
+            if self.ended is not None or self.at_end or not self._wait()[0] or not self._read():
+                return None
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def rest(self) -> bytes:
+        """All output up to the end."""
+        while self.ended is None and not self.at_end and self._wait()[0] and self._read():
+            pass
+        rest, self._buffer = self._buffer, b""
+        return rest
+
+    def _wait(self, write: bool = False) -> tuple[bool, bool]:
+        """Whether the channel can be read or written before the deadline."""
+        remaining = self.deadline - time.monotonic()
+        poll = select.poll()
+        poll.register(self.channel, select.POLLIN | (select.POLLOUT if write else 0))
+        events = poll.poll(max(0.0, remaining) * 1000) if remaining > 0 else []
+        if not events:
+            self.ended = Ended.TIMEOUT
+            return False, False
+        flags = events[0][1]
+        return bool(flags & (select.POLLIN | select.POLLHUP | select.POLLERR)), bool(flags & select.POLLOUT)
+
+    def _read(self) -> bool:
+        """Read what there is; False at the end of the output."""
+        try:
+            data = self.channel.recv(1 << 16)
+        except BlockingIOError:
+            return True
+        except OSError:
+            data = b""
+        self._received += len(data)
+        self._buffer += data
+        if self._received > self.max_output:
+            self.ended = Ended.OUTPUT
+            return False
+        self.at_end = not data
+        return not self.at_end
+
+
+class Sandbox:
+    """Runs model-written Python in ``workers`` zygotes at once, shut in at ``level``. Safe from several threads.
+
+    ``probe.probed_sandbox`` chooses the level; ``"unsafe"`` is none but resource limits. Close it, or use ``with``.
+
+    Raises:
+        SandboxUnavailable: the level does not work here.
+    """
+
+    def __init__(self, workers: int, level: str) -> None:
+        self.level = level
+        self._free: queue.SimpleQueue[_Zygote] = queue.SimpleQueue()
+        self._zygotes = [_Zygote(level) for _ in range(workers)]
+        try:
+            for zygote in self._zygotes:
+                zygote.start()
+                self._free.put(zygote)
+        except SandboxUnavailable:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """The zygotes' process ids."""
+        return [zygote.process.pid for zygote in self._zygotes if zygote.process is not None]
+
+    @contextlib.contextmanager
+    def run(self, request: Request, limits: Limits) -> Iterator[Run]:
+        """A run of a program in the next free zygote. When the block ends, so has the program, whatever it does."""
+        zygote = self._free.get()
+        try:
+            with zygote.run(request, limits) as run:
+                yield run
+        finally:
+            self._free.put(zygote)
+
+    def close(self) -> None:
+        """End all zygotes and what runs in them. May be called twice."""
+        for zygote in self._zygotes:
+            zygote.close()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Zygote:
+    """A zygote seen from the trainer. It lives as long as the *thread* that started it (PR_SET_PDEATHSIG), so all are
+    started from one that stays: ``_Starter``'s."""
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+        self.process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the process and wait until it has shut itself in; nothing to do where it runs already."""
+        if self._closed:
+            raise SandboxUnavailable("the sandbox was closed")
+        if self.process is not None and self.process.poll() is None:
+            return
+        self._kill()  # what is left of one that has died
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = _starter.start(_command(self.level, theirs.fileno()), theirs.fileno())
+        ours.settimeout(START_TIMEOUT)
+        try:
+            hello = json.loads(ours.recv(1 << 16) or b'{"refused": "its process ended at once"}')
+        except (OSError, ValueError) as why:
+            hello = {"refused": f"no answer: {why}"}
+        self._control = ours
+        if "ready" not in hello:
+            self._kill()
+            raise SandboxUnavailable(hello["refused"])
+
+    @contextlib.contextmanager
+    def run(self, request: Request, limits: Limits) -> Iterator[Run]:
+        self.start()
+        assert self._control is not None
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        run = Run(ours, time.monotonic() + limits.seconds, limits.max_output)
+        order = {"memory_bytes": limits.memory_mb << 20, "cpu_seconds": int(limits.seconds) + 2}
+        with ours:
+            try:
+                with theirs:
+                    socket.send_fds(self._control, [json.dumps(order).encode()], [theirs.fileno()])
+                run.send(program.pack(request))
+                yield run
+            except OSError as why:
+                logger.debug("a zygote was gone: %s", why)
+                run.ended = Ended.LOST
+            finally:
+                self._finish(run)
+
+    def _finish(self, run: Run) -> None:
+        """Wait for the child until the deadline where it is ending, and have it killed where it is not.
+
+        A zygote that does not answer is replaced by the next run."""
+        assert self._control is not None
+        try:
+            if run.ended is None and run.at_end and (status := self._wait_for_end(run.deadline)) is not None:
+                run.ended, run.status = Ended.EXITED, status
+                return
+            if run.ended is None:
+                run.ended = Ended.TIMEOUT if run.at_end else Ended.STOPPED
+            self._control.settimeout(GRACE)
+            self._control.send(b"kill")
+            run.status = _status(self._control.recv(1 << 16))
+        except (OSError, ValueError) as why:
+            logger.warning("a zygote of the sandbox does not answer (%s); it is replaced", why)
+            run.ended = run.ended if run.ended in (Ended.TIMEOUT, Ended.OUTPUT) else Ended.LOST
+            self._kill()
+
+    def _wait_for_end(self, deadline: float) -> int | None:
+        """The child's exit status; None if it has not ended by the deadline."""
+        assert self._control is not None
+        self._control.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            return _status(self._control.recv(1 << 16))
+        except TimeoutError:
+            return None
+
+    def close(self) -> None:
+        self._closed = True
+        self._kill()
+
+    def _kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+
+def _status(message: bytes) -> int:
+    if not message:
+        raise ConnectionError("its process has ended")
+    return int(json.loads(message)["status"])
+
+
+def _command(level: str, control_fd: int) -> list[str]:
+    """The zygote's command line. ``-S``: no site-packages; the environment is empty but for a fixed hash seed."""
+    source = str(Path(__file__).resolve().parents[2])
+    python = [os.path.realpath(sys.executable), "-S", "-c", BOOT, source, str(control_fd), str(os.getpid()), level]
+    if level != "bubblewrap":
+        return python
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise SandboxUnavailable("bwrap is not installed")
+    shown = [*confine.readable_paths(), str(Path(__file__).resolve().parents[1]), os.path.realpath(sys.executable)]
+    binds = [argument for path in shown for argument in ("--ro-bind", path, path)]
+    links = [argument for link, to in confine.library_links().items() for argument in ("--symlink", to, link)]
+    python[-2] = "0"  # as process 1 of its namespace the zygote sees no parent
+    isolation = ["--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session", "--dev", "/dev"]
+    return [bwrap, *isolation, *binds, *links, "--", *python]
+
+
+class _Starter:
+    """Starts processes from a thread that never ends, since the kernel ties their lives to their parent *thread*."""
+
+    def __init__(self) -> None:
+        self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def start(self, command: list[str], fd: int) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():  # a forked process has none
+                self._thread = threading.Thread(target=self._serve, daemon=True, name="sandbox-starter")
+                self._thread.start()
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._orders.put((command, fd, answer))
+        result = answer.get()
+        if isinstance(result, BaseException):
+            raise SandboxUnavailable(str(result)) from result
+        return result
+
+    def _serve(self) -> None:
+        while True:
+            command, fd, answer = self._orders.get()
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(fd,),
+                    env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"},
+                    cwd="/",
+                    start_new_session=True,
+                )
+            except OSError as why:
+                answer.put(why)
+            else:
+                answer.put(process)
+
+
+_starter = _Starter()

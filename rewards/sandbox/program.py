@@ -1,0 +1,173 @@
+"""What happens in the child of one run: a model's program, and answers on the channel.
+
+Three modes. ``calls``: the program gets calls and answers them, a line each. ``script``: it reads a standard input and
+writes its output straight into the channel. ``judge``: not a model's program but a data set's own test runs here, with
+the function that it tests behind the channel.
+
+The child is lost territory once a program has started: it may change whatever is written here. So nothing here decides
+anything, and no expected output is in the memory of a program.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, BinaryIO
+
+from rewards.sandbox import values
+
+HEADER = struct.Struct("=QQQ")  # sizes of mode, source and the mode's input
+# Names that LeetCode and its kin put before a solution, so that `List[int]` and `Counter` need no import here either.
+PRELUDE = """
+import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import bisect_left, bisect_right
+from collections import Counter, OrderedDict, defaultdict, deque
+from functools import cache, cmp_to_key, lru_cache, reduce
+from heapq import heapify, heappop, heappush
+from itertools import accumulate, combinations, permutations, product
+from math import ceil, comb, factorial, floor, gcd, inf, isqrt, sqrt
+from typing import *
+"""
+
+# What an exception says of a program: it wanted too much, it wanted what is not here, it left, it is no Python; the
+# rest is an error like any other.
+KINDS = (("limit", (MemoryError, RecursionError)), ("denied", OSError), ("exit", SystemExit), ("syntax", SyntaxError))
+EXIT_STATUS = {"limit": 101, "denied": 102, "exit": 0, "syntax": 103, "error": 1}  # of a script, whose channel is taken
+
+
+@dataclass(frozen=True)
+class Request:
+    """``input``: a script's standard input; for a judge the name of the function that it tests."""
+
+    mode: str
+    source: str
+    input: str = ""
+
+
+def pack(request: Request) -> bytes:
+    parts = [text.encode("utf-8", "surrogatepass") for text in (request.mode, request.source, request.input)]
+    return HEADER.pack(*map(len, parts)) + b"".join(parts)
+
+
+def receive(channel: int) -> Request:
+    sizes = HEADER.unpack(_read(channel, HEADER.size))
+    return Request(*(_read(channel, size).decode("utf-8", "surrogatepass") for size in sizes))
+
+
+def serve(channel: int, request: Request) -> None:
+    """Run the program; does not return. It ends by ``os._exit``: no atexit and no thread shall delay the end."""
+    if request.mode == "script":
+        os._exit(_run_script(request.source))
+    lines = open(channel, "rb", closefd=False)  # noqa: SIM115
+    if request.mode == "judge":
+        _judge(channel, lines, request)
+    else:
+        _answer_calls(channel, lines, request.source)
+    os._exit(0)
+
+
+def _run_script(source: str) -> int:
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    status = 0
+    try:
+        exec(compile(source, "<program>", "exec", dont_inherit=True), _namespace("__main__"))
+    except BaseException as why:
+        status = EXIT_STATUS[_kind(why)]
+    sys.stdout.flush()
+    return status
+
+
+def _answer_calls(channel: int, lines: BinaryIO, source: str) -> None:
+    """The first line says whether the program could be loaded; then a line for every call."""
+    namespace = _namespace("solution")
+    try:
+        exec(compile(source, "<program>", "exec", dont_inherit=True), namespace)
+    except BaseException as why:
+        _send(channel, _failure(why))
+        return
+    _send(channel, {"loaded": True})
+    for call in _received(lines):
+        try:
+            answer = {"value": _find(namespace, call["function"])(*call["arguments"])}
+        except BaseException as why:
+            answer = _failure(why)
+        _send(channel, answer)
+
+
+def _find(namespace: dict[str, Any], name: str) -> Any:
+    """A plain function or, else, a method of a class ``Solution``."""
+    if name in namespace:
+        return namespace[name]
+    if "Solution" in namespace:
+        return getattr(namespace["Solution"](), name)
+    raise NameError(f"the program defines no {name!r}")
+
+
+def _judge(channel: int, lines: BinaryIO, request: Request) -> None:
+    """Run a test that defines ``check(candidate)``; every call of the candidate is a question on the channel."""
+    answers = _received(lines)
+
+    def candidate(*arguments: Any) -> Any:
+        _send(channel, {"ask": list(arguments)})
+        answer = next(answers)
+        if "value" not in answer:
+            raise RuntimeError(f"the program failed: {answer}")
+        return answer["value"]
+
+    namespace = _namespace("test")
+    try:
+        exec(compile(request.source, "<test>", "exec", dont_inherit=True), namespace)
+        namespace[request.input] = candidate
+        namespace["check"](candidate)
+    except BaseException as why:
+        _send(channel, _failure(why))
+    else:
+        _send(channel, {"passed": True})
+
+
+@cache
+def prelude() -> dict[str, Any]:
+    """The names of PRELUDE. A zygote asks once, so that its children have them."""
+    namespace: dict[str, Any] = {}
+    exec(PRELUDE, namespace)
+    return namespace
+
+
+def _namespace(name: str) -> dict[str, Any]:
+    return {**prelude(), "__name__": name}
+
+
+def _kind(why: BaseException) -> str:
+    if isinstance(why, RuntimeError) and "start new thread" in str(why):
+        return "limit"
+    return next((kind for kind, classes in KINDS if isinstance(why, classes)), "error")
+
+
+def _failure(why: BaseException) -> dict[str, str]:
+    return {"failed": _kind(why), "message": f"{type(why).__name__}: {why}"[:300]}
+
+
+def _received(lines: BinaryIO) -> Iterator[Any]:
+    return (values.decode(line) for line in lines)
+
+
+def _send(channel: int, value: Any) -> None:
+    data = values.encode(value).encode() + b"\n"
+    while data:
+        data = data[os.write(channel, data) :]
+
+
+def _read(channel: int, size: int) -> bytes:
+    parts = []
+    while size:
+        part = os.read(channel, min(size, 1 << 20))
+        if not part:
+            raise EOFError("the channel ended before the request did")
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,144 @@
+"""The process that the programs of a sandbox are forked from, one at a time.
+
+A fresh interpreter, without CUDA, threads or anything of the trainer's, that has shut itself in (``confine.py``) and
+has imported what programs import most. For every run it is handed one end of a socket, the run's channel, and forks a
+child that takes on the run's limits and the system call filter and then serves the channel (``program.py``). The zygote
+reaps the child, kills it when asked to, and reports how it ended; it reads nothing that a program writes.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import sys
+from typing import Any
+
+from rewards.sandbox import confine, kernel, program
+
+# What programs import most, so that a run finds it in memory.
+WARM = """bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq io itertools json
+math operator queue re statistics string threading typing"""
+MAX_MESSAGE = 1 << 16
+MAX_THREADS = 64
+
+
+def main(control_fd: int, parent_pid: int, level: str) -> None:
+    """Entry point: shut in, say so, then run what is asked for until the control socket closes."""
+    kernel.die_with_parent(signal.SIGKILL, parent_pid)
+    control = socket.socket(fileno=control_fd)
+    for module in WARM.split():
+        importlib.import_module(module)
+    program.prelude()
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        _shut_in(level)
+        filter_ = b"" if level == "unsafe" else kernel.seccomp_program()
+    except (OSError, KeyError) as why:
+        control.send(json.dumps({"refused": str(why)}).encode())
+        return
+    sys.path[:] = [path for path in sys.path if "python" in path and "site-packages" not in path]
+    os.environ.clear()
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page that it looks at
+    control.send(json.dumps({"ready": level, "landlock": kernel.landlock_abi()}).encode())
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 1)
+        if not message:
+            break  # the trainer has gone
+        if not fds:
+            continue  # a kill that came too late
+        limits = json.loads(message)
+        child = os.fork()
+        if child == 0:
+            _become_program(fds[0], null, limits, filter_, level == "namespaces")
+        os.close(fds[0])
+        control.send(json.dumps(_reap(control, child)).encode())
+    os._exit(0)
+
+
+def _shut_in(level: str) -> None:
+    if level == "namespaces":
+        confine.enter_namespaces()
+        if kernel.landlock_abi():
+            confine.lock_files()
+    elif level == "landlock":
+        confine.enter_landlock()
+    elif level == "bubblewrap" and kernel.landlock_abi():
+        confine.lock_files()
+    kernel.no_new_privileges()
+
+
+def _become_program(channel: int, null: int, limits: dict[str, Any], filter_: bytes, own_user: bool) -> None:
+    """The child of a run. Ends in ``os._exit``, whatever happens."""
+    try:
+        os.setsid()
+        kernel.die_with_parent(signal.SIGKILL, os.getppid())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        channel = os.dup2(channel, 3, inheritable=False)
+        os.closerange(4, 256)
+        request = program.receive(channel)
+        if request.mode == "script":
+            os.dup2(_in_memory(request.input.encode("utf-8", "surrogatepass")), 0)
+            os.dup2(channel, 1)
+            os.closerange(3, 256)
+        _limit(limits, own_user)
+        random.seed(0)  # a reward should not depend on luck
+        if filter_:
+            kernel.seccomp(filter_)
+        program.serve(channel, request)
+    finally:
+        os._exit(1)
+
+
+def _in_memory(content: bytes) -> int:
+    """A file without a name that holds ``content``, to be read from its start."""
+    fd = os.memfd_create("stdin")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _limit(limits: dict[str, Any], own_user: bool) -> None:
+    memory, seconds = limits["memory_bytes"], limits["cpu_seconds"]
+    for what, limit in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, seconds),  # the trainer's clock comes first; this one counts for all threads
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_MEMLOCK, 0),
+        # counted for this user in this namespace; without one it would count what else the user runs
+        *([(resource.RLIMIT_NPROC, MAX_THREADS)] if own_user else []),
+    ):
+        _, ceiling = resource.getrlimit(what)
+        limit = limit if ceiling == resource.RLIM_INFINITY else min(limit, ceiling)
+        resource.setrlimit(what, (limit, limit))
+
+
+def _reap(control: socket.socket, child: int) -> dict[str, Any]:
+    """Wait for the child, or for the order to kill it; how it ended."""
+    end = os.pidfd_open(child)
+    killed = False
+    try:
+        poll = select.poll()
+        poll.register(end, select.POLLIN)
+        poll.register(control, select.POLLIN)
+        while not any(fd == end for fd, _ in poll.poll()):
+            if not control.recv(MAX_MESSAGE):
+                os._exit(0)  # the trainer has gone: so do we, and our children with us
+            killed = True
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(end)
+    _, status, usage = os.wait4(child, 0)
+    return {"status": os.waitstatus_to_exitcode(status), "killed": killed, "max_rss_kb": usage.ru_maxrss}
