@@ -253,6 +253,10 @@ class _Round:
         for reward, (verdict, detail) in zip(answer["rewards"], answer["verdicts"] or (), strict=False):
             if reward is None and verdict in UNSCORABLE_VERDICTS:
                 self._count(piece.function, verdict, 1, f"{verdict}: {detail}")
+        for index, value in answer["not_finite"]:
+            where = f"prompt {self._groups[piece.group].prompt.id}, completion {piece.samples[index]}"
+            expected = "expected a finite number, or None where a completion cannot be scored"
+            self._count(piece.function, "not_finite", 1, f"{where}: it returned {value}; {expected}")
 
     def _split(self, piece: _Piece, failure: dict[str, Any]) -> None:
         if len(piece.samples) > 1 and not self._scorer._needs_group[piece.function]:
@@ -297,10 +301,12 @@ def _fill(
                 continue
             for sample, value in zip(piece.samples, answer["rewards"], strict=True):
                 values[sample] = value
+            not_finite = dict(answer["not_finite"])
+            verdicts["not_finite"] += len(not_finite)
             if answer["verdicts"] is None:
-                verdicts["unscored"] += answer["rewards"].count(None)
+                verdicts["unscored"] += answer["rewards"].count(None) - len(not_finite)
             else:
-                verdicts.update(verdict for verdict, _ in answer["verdicts"])
+                verdicts.update(verdict for i, (verdict, _) in enumerate(answer["verdicts"]) if i not in not_finite)
             for metric, value in answer["metrics"]:
                 group.extra_metrics.setdefault(metric, []).append(value)
             for column, entries in answer["columns"].items():

@@ -51,7 +51,7 @@ class LoadError(Exception):
 
 
 class ContractError(Exception):
-    """A reward function broke its contract (wrong length, type, NaN): a bug in it, not a bad completion."""
+    """A reward function broke its contract (wrong length or type): a bug in it, not a bad completion."""
 
 
 class RewardFunction:
@@ -218,7 +218,14 @@ class Call:
     def _answer(self, result: Any) -> dict[str, Any]:
         values = self._one_each(result, "returned")
         rewards = [None if value is None else _number(value, "returned a list with") for value in values]
-        return {"rewards": rewards, "verdicts": self.verdicts, "metrics": self.metrics, "columns": self.columns}
+        not_finite = [i for i, reward in enumerate(rewards) if reward is not None and not math.isfinite(reward)]
+        return {
+            "rewards": [None if i in not_finite else reward for i, reward in enumerate(rewards)],
+            "not_finite": [(i, str(rewards[i])) for i in not_finite],
+            "verdicts": self.verdicts,
+            "metrics": self.metrics,
+            "columns": self.columns,
+        }
 
     def _one_each(self, values: Any, did: str) -> list[Any]:
         expected = f"expected a list with one entry for each of the {self.n} completions"
@@ -253,19 +260,16 @@ def _await_stack(coroutine: Any) -> str:
 
 
 def _number(value: Any, did: str) -> float:
-    """A finite float from what counts as a number: int, float, bool, a numpy scalar, a tensor of one element."""
+    """A float from what counts as a number: int, float, bool, a numpy scalar, a tensor of one element."""
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             value = value.item()
     if not isinstance(value, (int, float)):
         raise ContractError(f"{did} {_brief(value)}; expected numbers, or None where a completion cannot be scored")
     try:
-        number = float(value)
+        return float(value)
     except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ContractError(f"{did} {number}; expected finite numbers, or None where a completion cannot be scored")
-    return number
+        return math.inf
 
 
 def _plain(value: Any) -> Any:

@@ -79,8 +79,8 @@ def too_few(completions, **kwargs): return [1.0]
 def nothing(completions, **kwargs): return None
 def one_number(completions, **kwargs): return 1.0
 def words(completions, **kwargs): return ["good" for c in completions]
-def nan(completions, **kwargs): return [float("nan") for c in completions]
-def infinite(completions, **kwargs): return [float("inf") for c in completions]
+def nan(completions, **kwargs): return _each(completions, lambda c: float("nan"))
+def infinite(completions, **kwargs): return _each(completions, lambda c: 10**400)
 def extra_short(completions, log_extra, **kwargs):
     log_extra("x", [1])
     return [0.0] * len(completions)
@@ -166,6 +166,8 @@ def wait_until(condition, seconds=5.0) -> bool:
         ("await_forever", "timeout"),
         ("async_loops", "timeout"),
         ("async_rude", "error"),
+        ("nan", "not_finite"),
+        ("infinite", "not_finite"),
     ],
 )
 def test_one_bad_completion_costs_one(functions, function, verdict):
@@ -251,8 +253,6 @@ def test_a_hang_is_killed_in_time_with_all_its_processes(tmp_path):
         ("nothing", "returned NoneType None; expected a list"),
         ("one_number", "returned float 1.0; expected a list"),
         ("words", "returned a list with str 'good'; expected numbers, or None"),
-        ("nan", "returned a list with nan; expected finite numbers, or None"),
-        ("infinite", "returned a list with inf; expected finite numbers"),
         ("extra_short", r"log_extra\('x'\) got 1 values .*each of the 3 completions"),
     ],
 )
@@ -276,6 +276,12 @@ def test_too_many_failures_end_the_run_with_the_first_traceback(functions):
         assert part in message
     assert 'return _each(completions, lambda c: {}["no such key"])' in message
     assert "scoring_" not in message  # our own frames are of no use to a user
+
+
+def test_too_much_that_is_not_finite_ends_the_run_by_name(functions):
+    said = r"reward .nan. \(.*my_rewards.py:nan\).*not_finite 1.*prompt 7, completion 1: it returned nan; expected a f"
+    with scorer(RewardConfig(path=f"{functions}:nan"), max_failure_rate=0.0) as s, pytest.raises(RunError, match=said):
+        s.score([group("a", "bad", id=7)], step=1)
 
 
 @pytest.mark.parametrize("function", ["loops", "power_tower", "await_forever"])
