@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from benchmarks import math_rewards
 from rewards import code
 
 PROGRAM = "def f(xs):\n    return sorted(set(xs))[::-1]\n"
@@ -74,7 +75,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    print(json.dumps(programs(arguments.rounds, arguments.workers)))
+    results = programs(arguments.rounds, arguments.workers) | math_rewards.measure(arguments.rounds)
+    print("\n" + json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ``grpo`` command: train, eval, validate, report.
+"""The ``grpo`` command: train, eval, validate, audit, report.
 
 Nothing heavy is imported until a command has read its recipe. How commands end is in ``exit_codes.py``.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grpo import __version__
-from grpo.errors import UserError
+from grpo.errors import RunError, UserError
 from grpo.exit_codes import exit_codes, is_first_of_node
 from grpo.recipe_file import dump_recipe, load_recipe
 
@@ -145,6 +145,29 @@ def validate(
 
 
 @app.command()
+def audit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to try, of those to train on and held out.")] = 200,
+    gold: Annotated[
+        str | None,
+        typer.Option("--gold", metavar="TEMPLATE", help="A right completion, for rewards of yours: '#### {answer}'."),
+    ] = None,
+) -> None:
+    """Try the rewards of RECIPE on its rows: right answers must be paid, cheats must not."""
+    with exit_codes():
+        resolved = load_recipe(recipe, overrides or [])
+        if not resolved.data.hub:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # the tokenizer is used if it is here, and not worth a wait
+        from grpo.audit import audit as audit_rewards
+
+        findings = audit_rewards(resolved, rows, gold, typer.echo)
+        if findings:
+            raise RunError("\n".join([f"{recipe}: the rewards are not sound:", *(f"  {found}" for found in findings)]))
+        typer.echo(f"OK {recipe}: nothing was found")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Draw a run: PNG curves and one self-contained HTML page."""
     with exit_codes():
@@ -160,17 +183,17 @@ def check_offline(recipe: Recipe) -> str:
     Raises UserError with everything found.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
+    from grpo.row_checks import check_data
     from grpo.scoring import Scorer
     from grpo.session import prepare_task
-    from grpo.tasks import check_data
 
-    note, problems = "", []
+    note, problems, scorer = "", [], None
     try:
-        Scorer(recipe.rewards, recipe.scoring.model_copy(update={"workers": 1})).close()
+        scorer = Scorer(recipe.rewards, recipe.scoring.model_copy(update={"workers": 1}))
     except UserError as error:
         problems.append(str(error))
     try:
-        note = check_data(recipe)
+        note = check_data(recipe, scorer)
         if not _has_tokenizer(recipe):
             source = recipe.model.tokenizer or recipe.model.name
             note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"
@@ -178,6 +201,9 @@ def check_offline(recipe: Recipe) -> str:
             prepare_task(recipe)
     except UserError as error:
         problems.append(str(error))
+    finally:
+        if scorer is not None:
+            scorer.close()
     if problems:
         raise UserError("\n".join(problems))
     return note

@@ -111,7 +111,8 @@ class DataConfig(Section):
 
 class RewardConfig(Section):
     name: str | None = None
-    """A built-in reward (`countdown`, `format`, `gsm8k`)."""
+    """A built-in reward: `countdown`, `gsm8k`, `math`, `code` judge the answer, `format` the form, `overlong`,
+    `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
     path: str | None = None
     """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
     weight: Finite = 1.0

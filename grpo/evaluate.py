@@ -113,6 +113,7 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     if not task.eval_prompts:
         raise UserError("data.eval_size is 0: there is nothing to evaluate on")
     with Scorer(recipe.rewards, recipe.scoring) as scorer:
+        scorer.check_columns(task.columns)
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
         backend = make_backend(recipe, policy)
         backend.sync(policy, 0)

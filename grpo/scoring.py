@@ -14,7 +14,7 @@ import logging
 import pickle
 import queue
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -87,7 +87,8 @@ class Scorer:
             UserError: a function needs a column that the rows do not have, or a column has a name that is taken.
             RunError: a function broke its contract, or more of a step failed than ``scoring.max_failure_rate`` allows.
         """
-        self._check_columns(groups)
+        for columns in {tuple(sorted(group.prompt.columns)) for group in groups}:
+            self.check_columns(columns)
         round_ = _Round(self, groups, step)
         round_.run()
         for index, group in enumerate(groups):
@@ -127,24 +128,24 @@ class Scorer:
         except RuntimeError:
             raise RunError("scoring was closed") from None
 
-    def _check_columns(self, groups: Sequence[Group]) -> None:
-        for columns in {tuple(sorted(group.prompt.columns)) for group in groups}:
-            taken = sorted(FRAMEWORK_KEYS.intersection(columns))
-            if taken:
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise UserError where a function needs a column that rows with these do not have, or where names clash."""
+        taken = sorted(FRAMEWORK_KEYS.intersection(columns))
+        if taken:
+            raise UserError(
+                f"data: the rows have a column {taken[0]!r}, a name under which reward functions get something "
+                "else from the trainer; rename or drop the column"
+            )
+        for function, needs in zip(self.functions, self._needs_columns, strict=True):
+            missing = [name for name in needs if name not in columns]
+            if missing:
                 raise UserError(
-                    f"data: the rows have a column {taken[0]!r}, a name under which reward functions get something "
-                    "else from the trainer; rename or drop the column"
+                    f"reward {function.key!r} ({function.source}) needs {', '.join(missing)}: neither a column of the "
+                    f"rows ({', '.join(sorted(columns)) or 'none'}) nor in its args"
                 )
-            for function, needs in zip(self.functions, self._needs_columns, strict=True):
-                missing = [name for name in needs if name not in columns]
-                if missing:
-                    raise UserError(
-                        f"reward {function.key!r} ({function.source}) needs {', '.join(missing)}, which "
-                        f"the rows do not have (their columns: {', '.join(columns) or 'none'})"
-                    )
-                twice = sorted(function.args.keys() & set(columns))
-                if twice:
-                    raise UserError(f"reward {function.key!r}: args.{twice[0]} is also a column of the rows")
+            twice = sorted(function.args.keys() & set(columns))
+            if twice:
+                raise UserError(f"reward {function.key!r}: args.{twice[0]} is also a column of the rows")
 
     def _load_errors(self, why: WorkerFailed) -> str:
         causes = why.args[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,7 @@ def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[Func
         place = _builtin(reward.name, where) if reward.name else _user_function(str(reward.path), where)
         key, number = place["key"], 2
         while any(spec.key == place["key"] for spec in specs):
-            place["key"], number = f"{key}_{number}", number + 1
+            place["key"], number = f"{key}#{number}", number + 1
         specs.append(FunctionSpec(**place, args=reward.args, timeout=reward.timeout or scoring.timeout))
     return specs
 
@@ -81,3 +81,12 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
                 raise UserError(f"rewards[{index}] ({spec.source}): {why}") from None
             modules[index] = module
     return modules
+
+
+def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[str, Callable[[dict[str, Any]], str | None]]]:
+    """What built-in rewards can say of a row before anything is sampled: name, and the function to ask.
+
+    ``check_row(columns)`` of a reward's module gives the reason why no completion could be right, None where one could.
+    """
+    modules = {reward.name: import_module(f"rewards.{reward.name}") for reward in rewards if reward.name}
+    return [(name, module.check_row) for name, module in modules.items() if hasattr(module, "check_row")]

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 
 import data as data_room
-from data import files, templates
+from data import countdown, files, templates
 from grpo.config import DataConfig, Recipe
 from grpo.errors import UserError
 from grpo.lint import lint, stop_token_ids
@@ -31,7 +31,7 @@ from grpo.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Part", "Task", "check_data", "lint", "load_task", "stop_token_ids"]
+__all__ = ["Part", "Task", "countdown_solution", "lint", "load_parts", "load_task", "stop_token_ids"]
 
 # Arguments that every reward function gets; a column of that name would clash.
 RESERVED_COLUMNS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -50,18 +50,7 @@ class Part:
 
 def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
     """Load, check and part the rows of a recipe. Raises UserError where they are unsound or too few."""
-    return Task(recipe, tokenizer, *_load_parts(recipe))
-
-
-def check_data(recipe: Recipe) -> str:
-    """Check the rows of a recipe without tokenizer, weights or network, and say in words what is there.
-
-    Raises UserError like ``load_task``. Rows of a hub id are left to the run.
-    """
-    if recipe.data.hub:
-        return f": the rows of {recipe.data.hub} are checked when a run loads them"
-    train, held_out, notes = _load_parts(recipe)
-    return "; ".join([f": {len(train)} rows to train on, {len(held_out)} held out", *notes])
+    return Task(recipe, tokenizer, *load_parts(recipe))
 
 
 class Task:
@@ -83,6 +72,11 @@ class Task:
     def train_prompts(self, step: int) -> list[Prompt]:
         """The ``prompts_per_step`` prompts of the step that follows ``step`` completed ones, all different rows."""
         return [self.prompt(self.train, row) for row in self.train_rows(step)]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a prompt, by name: what reward functions get."""
+        return list(self.prompt(self.train, self.train.ids[0]).columns)
 
     @cached_property
     def eval_prompts(self) -> list[Prompt]:
@@ -189,8 +183,16 @@ class Task:
 # --- what to train on and what to hold out ---------------------------------------------------------------------------
 
 
-def _load_parts(recipe: Recipe) -> tuple[Part, Part, list[str]]:
-    """Rows to train on, rows held out, and notes. Raises UserError."""
+def countdown_solution(nums: Any, target: Any) -> str | None:
+    """An expression that solves a countdown row; None where its columns are broken or nothing solves it."""
+    try:
+        return next(countdown.solutions(list(nums), int(target)), None)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def load_parts(recipe: Recipe) -> tuple[Part, Part, list[str]]:
+    """Rows to train on, rows held out, and notes; needs no tokenizer. Raises UserError."""
     data, notes = recipe.data, []
     rows, held_out_rows = _load_sources(recipe)
     if held_out_rows is None:

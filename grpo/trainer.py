@@ -48,6 +48,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     accelerator = make_accelerator(recipe)
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
+        scorer.check_columns(task.columns)
         folder = prepare_folder(recipe, accelerator, resume)
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=recipe.algorithm.beta > 0)
         checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))

@@ -8,24 +8,22 @@ that every test has its answer.
 from __future__ import annotations
 
 import os
-import re
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from rewards.code_tests import BrokenTests, Calls, Check, Script, Tests, parse_tests
-from rewards.sandbox import Ended, Limits, Run, Sandbox, probed_sandbox, values
-from rewards.sandbox.program import EXIT_STATUS, Request
+from rewards.sandbox import Ended, Limits, Run, Sandbox, probed_sandbox
+from rewards.sandbox.program import EXIT_STATUS, LOADED, MAX_MESSAGE, PASSED, Request, call_line, value_line
 from rewards.tags import NoAnswer, after_thinking, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
 MAX_PROGRAM = 1 << 16  # characters
-FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*$|```", re.MULTILINE)
-PYTHON = frozenset({"python", "python3", "py"})
-LOADED = {"loaded": True}
+PYTHON = frozenset({"", "python", "python3", "py"})
 FAILURES = {
     "limit": Outcome.LIMIT,
     "denied": Outcome.DENIED,
@@ -63,9 +61,9 @@ def verify(
         program = extract_program(prefill + completion)
     except NoAnswer as why:
         return Verdict(Outcome.NO_ANSWER, str(why))
-    results = run_tests(parsed, program, limits or Limits())
+    results = run_tests(parsed, program, limits or Limits(), every=partial_credit)
     if any(result.outcome is Outcome.ERROR for result in results):
-        results = run_tests(parsed, program, limits or Limits())
+        results = run_tests(parsed, program, limits or Limits(), every=partial_credit)
     return _summary(results, partial_credit)
 
 
@@ -101,78 +99,102 @@ def code_reward(
     return rewards_of(verdicts, kwargs.get("log_verdict"))
 
 
+def check_row(row: dict[str, Any]) -> str | None:
+    """Why no completion could be right for a row, None where one could."""
+    try:
+        parse_tests(row.get("tests"))
+    except BrokenTests as why:
+        return str(why)
+    return None
+
+
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
 def extract_program(text: str) -> str:
     """The last fenced Python block after the thinking, without the indentation that all of it shares.
 
-    A fence opens with three backticks and, on the same line, ``python``, ``py`` or nothing. Raises NoAnswer where there
-    is no closed one, or the program is empty or longer than MAX_PROGRAM.
+    A fence is a line that begins with three backticks; the one that opens a block says ``python``, ``py`` or nothing
+    behind them, the one that closes it nothing. Raises NoAnswer where there is no closed block, or where the program is
+    empty or longer than MAX_PROGRAM.
     """
-    blocks, opened = [], None
-    answer = after_thinking(text)
-    for fence in FENCE.finditer(answer):
-        if opened is None:
-            if fence[1] is not None:
-                opened = fence
+    block: list[str] | None = None  # lines of the block that is open
+    program: list[str] | None = None
+    for line in after_thinking(text).split("\n"):
+        fence = line.strip()
+        if block is None:
+            if fence.startswith("```") and "`" not in fence[3:]:
+                language = (fence[3:].split() or [""])[0].lower()
+                block, is_python = [], language in PYTHON
+        elif fence == "```":
+            program, block = (block if is_python else program), None
         else:
-            if opened[1].lower() in PYTHON | {""}:
-                blocks.append(answer[opened.end() : fence.start()])
-            opened = None
-    if opened is not None:
+            block.append(line)
+    if block is not None:
         raise NoAnswer("the last code block is not closed")
-    if not blocks:
+    if program is None:
         raise NoAnswer("no fenced Python block after the thinking")
-    program = textwrap.dedent(blocks[-1].strip("\n")).rstrip()
-    if not program.strip():
+    source = "\n".join(program)
+    if len(source) > MAX_PROGRAM:
+        raise NoAnswer(f"a program of {len(source)} characters, more than {MAX_PROGRAM}")
+    if not source.strip():
         raise NoAnswer("the program is empty")
-    if len(program) > MAX_PROGRAM:
-        raise NoAnswer(f"a program of {len(program)} characters, more than {MAX_PROGRAM}")
-    return program + "\n"
+    return textwrap.dedent(source.strip("\n")).rstrip() + "\n"
 
 
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 
-def run_tests(tests: Tests, program: str, limits: Limits) -> list[Verdict]:
-    """A verdict for every test; the first one not correct says why a program fails. At least one."""
+def run_tests(tests: Tests, program: str, limits: Limits, every: bool = False) -> list[Verdict]:
+    """Verdicts of the tests in order, up to the first that is not correct or, with ``every``, of all."""
     if isinstance(tests, Calls):
         return _run_calls(tests, program, limits)
     if isinstance(tests, Script):
-        return [
-            _run_script(program, given, expected, limits)
-            for given, expected in zip(tests.inputs, tests.outputs, strict=True)
-        ]
+        return _run_scripts(tests, program, limits, every)
     return [_run_check(tests, program, limits)]
 
 
 def _run_calls(tests: Calls, program: str, limits: Limits) -> list[Verdict]:
-    answers: list[dict[str, Any]] = []
-    size, wanted = sum(len(values.encode(output)) for output in tests.outputs), len(tests.outputs)
-    with _sandbox().run(Request("calls", program), _room_for(size, limits)) as run:
+    expected = [value_line(output) for output in tests.outputs]
+    answers: list[bytes] = []
+    with _sandbox().run(Request("calls", program), _room_for(sum(map(len, expected)), limits)) as run:
         for arguments in tests.inputs:
-            run.send(_line({"function": tests.fn_name, "arguments": arguments}))
+            run.send(call_line(tests.fn_name, *arguments).encode() + b"\n")
         run.finish_sending()
-        loaded = _answer(run)
-        if loaded == LOADED:
-            while len(answers) < wanted and (answer := _answer(run)) is not None:
+        loaded = run.line()
+        if loaded == LOADED.encode():
+            while len(answers) < len(expected) and (answer := run.line()) is not None:
                 answers.append(answer)
-        surplus = len(answers) == wanted and bool(run.rest())
-    if loaded is not None and loaded != LOADED:
-        return [_failed(loaded)] * wanted
+        surplus = len(answers) == len(expected) and bool(run.rest())
+    if loaded is not None and loaded != LOADED.encode():
+        return [_failed(loaded)] * len(expected)
     if surplus:  # forged, and nobody knows which lines
-        return [Verdict(Outcome.NO_RESULT, "more answers than calls")] * wanted
-    results = [_compare(answer, expected) for answer, expected in zip(answers, tests.outputs, strict=False)]
-    return results + [_ending(run)] * (wanted - len(results))
+        return [Verdict(Outcome.NO_RESULT, "more answers than calls")] * len(expected)
+    results = [_compared(answer, line) for answer, line in zip(answers, expected, strict=False)]
+    return results + [_ending(run)] * (len(expected) - len(results))
 
 
-def _compare(answer: dict[str, Any], expected: Any) -> Verdict:
-    if answer.keys() != {"value"}:
-        return _failed(answer)
-    if values.same(answer["value"], expected):
+def _compared(answer: bytes, expected: str) -> Verdict:
+    """Whether an answer is the line that it should be; it is not read, for it may be anything."""
+    if answer == expected.encode():
         return Verdict(Outcome.CORRECT)
-    return Verdict(Outcome.WRONG, f"returned {_brief(answer['value'])}, not {_brief(expected)}")
+    if answer.startswith(b"value "):
+        return Verdict(Outcome.WRONG, f"returned {_brief(answer[6:])}, not {_brief(expected[6:])}")
+    return _failed(answer)
+
+
+def _run_scripts(tests: Script, program: str, limits: Limits, every: bool) -> list[Verdict]:
+    """One run an input, within four times the seconds of one; after a run that was too slow there is no further one."""
+    results: list[Verdict] = []
+    end = time.monotonic() + 4 * limits.seconds
+    for given, expected in zip(tests.inputs, tests.outputs, strict=True):
+        result = _run_script(program, given, expected, limits)
+        results.append(result)
+        if result.outcome is Outcome.TIMEOUT or time.monotonic() > end:
+            break
+        if result.outcome is not Outcome.CORRECT and not every:
+            break
+    return results + [Verdict(Outcome.TIMEOUT, "no time was left")] * (len(tests.inputs) - len(results))
 
 
 def _run_script(program: str, given: str, expected: str, limits: Limits) -> Verdict:
@@ -185,7 +207,7 @@ def _run_script(program: str, given: str, expected: str, limits: Limits) -> Verd
         if run.status and failure:
             return Verdict(FAILURES[failure], "as the program says by its exit status")
         if output.strip():
-            return Verdict(Outcome.WRONG, f"wrote {_brief(output[:100])}, not {_brief(expected)}")
+            return Verdict(Outcome.WRONG, f"wrote {_brief(output)}, not {_brief(expected)}")
     return _ending(run)
 
 
@@ -195,43 +217,43 @@ def _lines(text: str) -> list[str]:
 
 
 def _run_check(tests: Check, program: str, limits: Limits) -> Verdict:
-    """The data set's test in a run of its own, in the sandbox too; the program's function answers it from another."""
-    limits = _room_for(1 << 20, limits)
-    with _sandbox().run(Request("calls", program), limits) as run:
-        loaded = _answer(run)
-        if loaded is not None and loaded != LOADED:
+    """The data set's test in a run of its own, in the sandbox too; the program answers it from another.
+
+    Lines are handed on from one to the other as they are. Both places are taken before either clock starts, and there
+    are as many for judges as for programs, so that nobody waits with a clock ticking.
+    """
+    limits = _room_for(1 << 18, limits)
+    failure = None  # the program's last, which its test may have expected
+    with (
+        _sandbox().place() as place,
+        _judges().place() as judges_place,
+        place.run(Request("calls", program), limits) as run,
+        judges_place.run(Request("judge", tests.source, tests.fn_name), limits) as judge,
+    ):
+        loaded = run.line()
+        if loaded is not None and loaded != LOADED.encode():
             return _failed(loaded)
-        with _judges().run(Request("judge", tests.source, tests.fn_name), limits) as judge:
-            while loaded and (message := _answer(judge)) is not None:
-                if message == {"passed": True}:
-                    return Verdict(Outcome.CORRECT)
-                if message.keys() != {"ask"}:
-                    return Verdict(Outcome.WRONG, _brief(message.get("message")))
-                run.send(_line({"function": tests.fn_name, "arguments": message["ask"]}))
-                answer = _answer(run)
-                if answer is None:
-                    break
-                if answer.keys() != {"value"}:
-                    return _failed(answer)
-                judge.send(_line(answer))
-    return _ending(run)
+        while loaded is not None and (message := judge.line()) is not None:
+            if message == PASSED.encode():
+                return Verdict(Outcome.CORRECT)
+            if not message.startswith(b"call "):
+                return failure or Verdict(Outcome.WRONG, _failed(message).detail)
+            run.send(message + b"\n")
+            answer = run.line()
+            if answer is None:
+                break
+            failure = _failed(answer) if answer.startswith(b"failed ") else None
+            judge.send(answer + b"\n")
+    return _ending(judge if run.ended is Ended.STOPPED else run)
 
 
-def _answer(run: Run) -> dict[str, Any] | None:
-    """The next message of a run; None where none comes, a nonsensical one included."""
-    line = run.line()
-    if line is None:
-        return None
-    try:
-        message = values.decode(line)
-    except values.Malformed:
-        return None
-    return message if isinstance(message, dict) and message else None
-
-
-def _failed(message: dict[str, Any]) -> Verdict:
-    """What a program says of its own failure."""
-    return Verdict(FAILURES.get(str(message.get("failed")), Outcome.WRONG), _brief(message.get("message")))
+def _failed(line: bytes) -> Verdict:
+    """What a program says of its own failure; NO_RESULT where it says nothing that makes sense."""
+    what, _, rest = line[: 8 * MAX_MESSAGE].decode("ascii", "replace").partition(" ")
+    kind, _, message = rest.partition(" ")
+    if what != "failed":
+        return Verdict(Outcome.NO_RESULT, "said what is no answer")
+    return Verdict(FAILURES.get(kind, Outcome.WRONG), _brief(message.strip('"')))
 
 
 def _ending(run: Run) -> Verdict:
@@ -242,8 +264,6 @@ def _ending(run: Run) -> Verdict:
         return Verdict(Outcome.LIMIT, "too much output")
     if run.ended is Ended.LOST:
         return Verdict(Outcome.ERROR, "the sandbox lost the run")
-    if run.ended is Ended.STOPPED:
-        return Verdict(Outcome.NO_RESULT, "said what is no answer")
     if run.status in (-9, -24):  # SIGXCPU, or the kernel's hand
         return Verdict(Outcome.LIMIT, f"killed by signal {-run.status}")
     return Verdict(Outcome.NO_RESULT, f"ended with status {run.status} and without an answer")
@@ -265,15 +285,8 @@ def _room_for(size: int, limits: Limits) -> Limits:
     return Limits(limits.seconds, limits.memory_mb, max(limits.max_output, 1 << (4 * size + 1).bit_length()))
 
 
-def _line(message: dict[str, Any]) -> bytes:
-    return values.encode(message).encode() + b"\n"
-
-
-def _brief(value: Any) -> str:
-    try:
-        text = value if isinstance(value, str) else repr(value)
-    except ValueError:  # Python writes no integer of over 4300 digits
-        text = f"a large {type(value).__name__}"
+def _brief(value: str | bytes) -> str:
+    text = value[:101].decode("ascii", "backslashreplace") if isinstance(value, bytes) else value
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -311,7 +324,7 @@ def _sandbox() -> Sandbox:
 
 def _judges() -> Sandbox:
     """Where the tests of data sets run, apart, so that a program that waits for its judge never waits for a place."""
-    return _opened(_judges, 1)
+    return _opened(_judges, _settings["workers"])
 
 
 def _opened(which: Callable[[], Sandbox], workers: int) -> Sandbox:

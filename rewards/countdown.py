@@ -78,6 +78,15 @@ def countdown_reward(
     return rewards_of(verdicts, kwargs.get("log_verdict"))
 
 
+def check_row(row: dict[str, Any]) -> str | None:
+    """Why no completion could be right for a row, None where one could."""
+    try:
+        _gold(row.get("nums"), row.get("target"))
+    except (TypeError, ValueError) as broken:
+        return str(broken)
+    return None
+
+
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:
     """Value of an expression of the grammar and the integers it uses, in order.
 

@@ -2,6 +2,8 @@
 
 Strict on purpose: whatever else passes (a second answer, junk after ``</answer>``, an empty block, a nested
 ``<think>``) is found and repeated by the policy. The format says nothing about the answer being right.
+
+``verify`` pays for the whole form or nothing; ``graded`` for parts of it, for models that never write it by chance.
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ from rewards.verdict import Outcome, Verdict, rewards_of
 
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 FORMAT = re.compile(r"\s*<think>(?P<thinking>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
+IN_ORDER = re.compile(
+    r"(?P<before>.*)<think>(?P<thinking>.*)</think>(?P<between>.*)<answer>(?P<answer>.*)</answer>(?P<after>.*)",
+    re.DOTALL,
+)
+MAX_POINTS = 10
 
 
 def verify(completion: str, *, prefill: str = "", status: str = "stop") -> Verdict:
@@ -39,16 +46,52 @@ def verify(completion: str, *, prefill: str = "", status: str = "stop") -> Verdi
     return Verdict(Outcome.CORRECT)
 
 
+def graded(completion: str, *, prefill: str = "", status: str = "stop") -> Verdict:
+    """The form of one completion in tenths: 1 exactly where ``verify`` says correct, less by every fault.
+
+        1/10   for each of the four tags that is there exactly once
+        1/10   for all four, once each and in order; what follows is only looked at then
+        2/10   for thinking that is not empty
+        2/10   for an answer that is not empty
+        1/10   for nothing around the tags
+
+    A repeated tag loses its own tenth and all that follows, so tags by the dozen earn less than one of each; no text
+    earns more by repeating one. Tags of the prefill are the prompt's work: they earn nothing, and what the others are
+    worth is scaled up to 1. The bare tags in order, with nothing in them, earn 0.6; a completion without tags 0.
+    """
+    strict = verify(completion, prefill=prefill, status=status)
+    if strict.outcome is not Outcome.WRONG:
+        return strict
+    text = prefill + completion
+    given = sum(prefill.count(tag) == 1 for tag in TAGS)
+    points = sum(text.count(tag) == 1 for tag in TAGS) - given
+    match = IN_ORDER.fullmatch(text) if points + given == len(TAGS) else None
+    if match is not None:
+        inside = [bool(match[part].strip()) for part in ("thinking", "answer")]
+        outside = "".join(match[part] for part in ("before", "between", "after")).strip()
+        points += 1 + 2 * sum(inside) + (not outside)
+    return Verdict(Outcome.WRONG, strict.detail, max(0, points) / (MAX_POINTS - given))
+
+
+JUDGES = {False: verify, True: graded}
+
+
 def format_reward(
     prompts: list[Any],
     completions: list[Any],
     status: list[str] | None = None,
     prefill: list[str] | None = None,
+    *,
+    graded: bool = False,
     **kwargs: Any,
 ) -> list[float | None]:
-    """1 where the completion has the format, else 0. TRL's signature: lists with one entry a completion."""
+    """1 where the completion has the format, else 0, or with ``graded`` the tenths that ``graded()`` counts.
+
+    TRL's signature: lists with one entry a completion.
+    """
+    judge = JUDGES[graded]
     verdicts = [
-        verify(text_of(completion), prefill=prefill_i, status=status_i)
+        judge(text_of(completion), prefill=prefill_i, status=status_i)
         for completion, prefill_i, status_i in zip(
             completions, prefill or [""] * len(completions), status or ["stop"] * len(completions), strict=True
         )

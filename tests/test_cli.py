@@ -337,6 +337,23 @@ def test_validate_names_corrupt_rows_and_reward_functions(rows):
     assert "nowhere.py" in result.stderr
 
 
+def test_validate_finds_rows_that_nothing_could_be_right_on(rows):
+    bad = ROW | {"nums": [-1, 2]}
+    rows(*[ROW] * 20, bad, *[ROW] * 20, *[bad] * 9)
+    result = run("validate", "rows.yaml")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "reward 'countdown' can score nothing on 10 of 50 rows:" in result.stderr
+    assert "rows.jsonl:21: nums must hold at least one number and none below 0, got [-1, 2]" in result.stderr
+    assert "and 5 more" in result.stderr
+
+
+def test_validate_finds_a_missing_column(rows):
+    rows(*[{"prompt": "1 2 = 3", "nums": [1, 2]}] * 40)
+    result = run("validate", "rows.yaml")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "reward 'countdown' (rewards.countdown.countdown_reward) needs target: neither a column" in result.stderr
+
+
 def test_validate_says_what_it_could_not_check():
     result = run("validate", "recipe.yaml", "model.name=runs/not/yet/final")
     assert result.exit_code == 0, result.output

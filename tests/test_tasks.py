@@ -15,7 +15,8 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from data import templates
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.tasks import check_data, lint, load_task, stop_token_ids
+from grpo.row_checks import check_data
+from grpo.tasks import lint, load_task, stop_token_ids
 
 CHAT = (
     "{% for m in messages %}<|start|>{{ m.role }} : {{ m.content }}"

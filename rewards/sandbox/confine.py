@@ -13,6 +13,7 @@ and inherited by its children, so that they cost a run nothing.
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ STAGE = "/sys"  # a folder that is always there and holds no Python: the new roo
 
 
 def readable_paths() -> list[str]:
-    """What a program may read: the standard library and the libraries that its extension modules load."""
+    """The folders of the standard library and of the libraries that its extension modules load."""
     candidates = [sysconfig.get_path("stdlib"), os.path.join(sys.base_prefix, "lib"), "/usr/lib", "/usr/lib64"]
     candidates += ["/lib", "/lib64", os.path.dirname(os.__file__)]
     found: list[str] = []
@@ -33,6 +34,25 @@ def readable_paths() -> list[str]:
         if not any(path == parent or path.startswith(parent + "/") for parent in found):
             found.append(path)
     return found
+
+
+def hidden_paths() -> list[str]:
+    """Installed packages within them: no program needs them, and a data set with its solutions may be one."""
+    names = ("site-packages", "dist-packages")
+    patterns = [f"{path}/{below}{name}" for path in readable_paths() for below in ("", "python*/") for name in names]
+    return sorted({os.path.realpath(found) for pattern in patterns for found in glob.glob(pattern)})
+
+
+def _without(paths: list[str], hidden: list[str]) -> list[str]:
+    """Paths that together hold what is below ``paths``, except what is below ``hidden``."""
+    result = []
+    for path in paths:
+        if not any(h == path or h.startswith(path + "/") for h in hidden):
+            result.append(path)
+        elif path not in hidden:
+            below = [os.path.join(path, name) for name in os.listdir(path)]
+            result += _without([name for name in below if not os.path.islink(name)], hidden)  # links may lead elsewhere
+    return result
 
 
 def enter_namespaces() -> None:
@@ -103,6 +123,8 @@ def _build_root(paths: list[str], links: dict[str, str]) -> None:
     for path in paths:
         os.makedirs(STAGE + path, exist_ok=True)
         kernel.bind(path, STAGE + path)
+    for path in hidden_paths():
+        kernel.mount_tmpfs(STAGE + path)
     for link, target in links.items():
         if not os.path.lexists(STAGE + link):
             os.symlink(target, STAGE + link)
@@ -134,7 +156,7 @@ def lock_files() -> None:
     if not kernel.landlock_abi():
         raise OSError("this kernel has no Landlock")
     kernel.no_new_privileges()
-    kernel.landlock_read_only(readable_paths())
+    kernel.landlock_read_only(_without(readable_paths(), hidden_paths()))
 
 
 def _open_to_all(path: str) -> bool:

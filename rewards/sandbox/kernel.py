@@ -116,12 +116,12 @@ def landlock_read_only(readable: Sequence[str]) -> None:
     ruleset = _syscall("landlock_create_ruleset", 444, attributes, len(attributes), 0)
     try:
         for path in readable:
-            folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
-                rule = struct.pack("=Qi", READ_FILE | READ_DIR, folder)
+                rule = struct.pack("=Qi", READ_FILE | (READ_DIR if os.path.isdir(path) else 0), place)
                 _syscall("landlock_add_rule", 445, ruleset, 1, rule, 0)
             finally:
-                os.close(folder)
+                os.close(place)
         _syscall("landlock_restrict_self", 446, ruleset, 0)
     finally:
         os.close(ruleset)
@@ -151,16 +151,18 @@ close_range 436 436
 """
 # glibc asks for these first and does without where they do not exist.
 ABSENT = {"clone3": (435, 435), "openat2": (437, 437), "faccessat2": (439, 439)}
-# Allowed with the right argument: name, numbers, index of the argument, mask, what it may be under the mask.
+# Allowed with the right arguments: name, numbers, and of each argument that counts its index, a mask, and what it may
+# be under the mask.
 WHOLE = 0xFFFFFFFF
-CONDITIONAL: list[tuple[str, tuple[int, int], int, int, tuple[int, ...]]] = [
-    ("clone", (56, 220), 0, CLONE_THREAD, (CLONE_THREAD,)),  # a thread, no process
-    ("socketpair", (53, 199), 0, WHOLE, (1,)),  # AF_UNIX: asyncio wakes itself through one
-    ("prlimit64", (302, 261), 2, WHOLE, (0,)),  # with no new limit: reading alone
-    ("sendto", (44, 206), 4, WHOLE, (0,)),  # to the other end of that pair, to no address
-    ("recvfrom", (45, 207), 4, WHOLE, (0,)),
-    ("ioctl", (16, 29), 1, WHOLE, (0x5401, 0x5421)),  # TCGETS: is this a terminal? FIONBIO: non-blocking
-    ("fcntl", (72, 25), 1, WHOLE, (0, 1, 2, 3, 4, 1030)),  # duplicates and flags; no owner to send signals to
+NULL = (0,)
+CONDITIONAL: list[tuple[str, tuple[int, int], list[tuple[int, int, tuple[int, ...]]]]] = [
+    ("clone", (56, 220), [(0, CLONE_THREAD, (CLONE_THREAD,))]),  # a thread, no process
+    ("socketpair", (53, 199), [(0, WHOLE, (1,))]),  # AF_UNIX: asyncio wakes itself through one
+    ("sendto", (44, 206), [(3, WHOLE, (0,)), (4, WHOLE, NULL)]),  # to the other end of that pair, to no address
+    ("recvfrom", (45, 207), [(3, WHOLE, (0,)), (4, WHOLE, NULL)]),
+    ("prlimit64", (302, 261), [(2, WHOLE, NULL)]),  # with no new limit: reading alone
+    ("ioctl", (16, 29), [(1, WHOLE, (0x5401, 0x5421))]),  # TCGETS: is this a terminal? FIONBIO: non-blocking
+    ("fcntl", (72, 25), [(1, WHOLE, (0, 1, 2, 3, 4, 1030))]),  # duplicates and flags; no owner to send signals to
 ]
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -181,23 +183,25 @@ def seccomp_program() -> bytes:
             code += [_bpf(JEQ, 0, 1, int(number)), _bpf(RET, 0, 0, ALLOW)]
     for numbers in ABSENT.values():
         code += [_bpf(JEQ, 0, 1, numbers[which]), _bpf(RET, 0, 0, ERRNO | ENOSYS)]
-    for _, numbers, argument, mask, values in CONDITIONAL:
-        checks = _check_argument(argument, mask, values)
+    for _, numbers, conditions in CONDITIONAL:
+        checks = [check for condition in conditions for check in _check_argument(*condition)]
+        checks.append(_bpf(RET, 0, 0, ALLOW))
         code += [_bpf(JEQ, 0, len(checks), numbers[which]), *checks]
     code.append(_bpf(RET, 0, 0, ERRNO | EPERM))
     return b"".join(code)
 
 
 def _check_argument(argument: int, mask: int, values: tuple[int, ...]) -> list[bytes]:
-    """Instructions that allow the call if an argument, under a mask, is one of ``values``, and refuse it otherwise."""
+    """Instructions that refuse the call unless an argument, under a mask, is one of ``values``."""
     low, high = ARGUMENTS + 8 * argument, ARGUMENTS + 8 * argument + 4
+    refuse = _bpf(RET, 0, 0, ERRNO | EPERM)
     checks = []
     if mask == WHOLE:  # then the upper half, which is part of a pointer, must be 0
-        checks += [_bpf(LD, 0, 0, high), _bpf(JEQ, 1, 0, 0), _bpf(RET, 0, 0, ERRNO | EPERM)]
+        checks += [_bpf(LD, 0, 0, high), _bpf(JEQ, 1, 0, 0), refuse]
     checks += [_bpf(LD, 0, 0, low), _bpf(AND, 0, 0, mask)]
-    for value in values:
-        checks += [_bpf(JEQ, 0, 1, value), _bpf(RET, 0, 0, ALLOW)]
-    return [*checks, _bpf(RET, 0, 0, ERRNO | EPERM)]
+    for left, value in zip(reversed(range(len(values))), values, strict=True):
+        checks.append(_bpf(JEQ, left + 1, 0, value))  # over the values that are left, and over the refusal
+    return [*checks, refuse]
 
 
 def seccomp(program: bytes) -> None:

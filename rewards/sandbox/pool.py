@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("namespaces", "landlock", "bubblewrap")  # in the order they are tried
 START_TIMEOUT = 60.0
-GRACE = 0.4  # seconds that a zygote gets, after a deadline, to bury its child
+BURIAL = 10.0  # seconds that a zygote gets to bury a killed child, before its next run; freeing memory takes a while
 BOOT = "import sys; sys.path[:0] = [sys.argv[1]]; from rewards.sandbox.zygote import main; "
 BOOT += "sys.path.pop(0); main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
 
@@ -91,7 +91,9 @@ class Run:
             self.channel.shutdown(socket.SHUT_WR)
 
     def line(self) -> bytes | None:
-        """The next line of output, without its end; None when there is none to come (``ended`` may say why)."""
+        """The next line of output, without its end; None when there is none to come (``ended`` may say why).
+
+        Hostile bytes: compare them, hand them on, but do not read values from them."""
         while b"\n" not in self._buffer:
             if self.ended is not None or self.at_end or not self._wait()[0] or not self._read():
                 return None
@@ -107,10 +109,10 @@ class Run:
 
     def _wait(self, write: bool = False) -> tuple[bool, bool]:
         """Whether the channel can be read or written before the deadline."""
-        remaining = self.deadline - time.monotonic()
+        remaining = max(0.0, self.deadline - time.monotonic())  # 0: what is there already still counts
         poll = select.poll()
-        poll.register(self.channel, select.POLLIN | (select.POLLOUT if write else 0))
-        events = poll.poll(max(0.0, remaining) * 1000) if remaining > 0 else []
+        poll.register(self.channel, select.POLLIN | (select.POLLOUT if write and remaining else 0))
+        events = poll.poll(remaining * 1000)
         if not events:
             self.ended = Ended.TIMEOUT
             return False, False
@@ -145,8 +147,8 @@ class Sandbox:
 
     def __init__(self, workers: int, level: str) -> None:
         self.level = level
-        self._free: queue.SimpleQueue[_Zygote] = queue.SimpleQueue()
-        self._zygotes = [_Zygote(level) for _ in range(workers)]
+        self._free: queue.SimpleQueue[Place] = queue.SimpleQueue()
+        self._zygotes = [Place(level) for _ in range(workers)]
         try:
             for zygote in self._zygotes:
                 zygote.start()
@@ -161,14 +163,19 @@ class Sandbox:
         return [zygote.process.pid for zygote in self._zygotes if zygote.process is not None]
 
     @contextlib.contextmanager
-    def run(self, request: Request, limits: Limits) -> Iterator[Run]:
-        """A run of a program in the next free zygote. When the block ends, so has the program, whatever it does."""
+    def place(self) -> Iterator[Place]:
+        """The next free zygote, for one run after the other. Waits for it without a limit: no run's clock ticks yet."""
         zygote = self._free.get()
         try:
-            with zygote.run(request, limits) as run:
-                yield run
+            yield zygote
         finally:
             self._free.put(zygote)
+
+    @contextlib.contextmanager
+    def run(self, request: Request, limits: Limits) -> Iterator[Run]:
+        """A run of a program in the next free zygote. When the block ends, so has the program, whatever it does."""
+        with self.place() as place, place.run(request, limits) as run:
+            yield run
 
     def close(self) -> None:
         """End all zygotes and what runs in them. May be called twice."""
@@ -182,21 +189,22 @@ class Sandbox:
         self.close()
 
 
-class _Zygote:
-    """A zygote seen from the trainer. It lives as long as the *thread* that started it (PR_SET_PDEATHSIG), so all are
-    started from one that stays: ``_Starter``'s."""
+class Place:
+    """A zygote seen from the trainer: one run at a time, ``run``. It lives as long as the *thread* that started it
+    (PR_SET_PDEATHSIG), so all are started from one that stays, ``_Starter``'s."""
 
     def __init__(self, level: str) -> None:
         self.level = level
         self.process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._burying = False  # a child was killed, and the zygote has not yet said that it is gone
         self._closed = False
 
     def start(self) -> None:
         """Start the process and wait until it has shut itself in; nothing to do where it runs already."""
         if self._closed:
             raise SandboxUnavailable("the sandbox was closed")
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.process.poll() is None and self._is_ready():
             return
         self._kill()  # what is left of one that has died
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -232,10 +240,22 @@ class _Zygote:
             finally:
                 self._finish(run)
 
-    def _finish(self, run: Run) -> None:
-        """Wait for the child until the deadline where it is ending, and have it killed where it is not.
+    def _is_ready(self) -> bool:
+        """Whether the zygote is free for a run; waits for the burial of the last."""
+        if not self._burying:
+            return True
+        assert self._control is not None
+        self._control.settimeout(BURIAL)
+        try:
+            _status(self._control.recv(1 << 16))
+        except (OSError, ValueError) as why:
+            logger.warning("a zygote of the sandbox does not answer (%s); it is replaced", why)
+            return False
+        self._burying = False
+        return True
 
-        A zygote that does not answer is replaced by the next run."""
+    def _finish(self, run: Run) -> None:
+        """Wait for the child until the deadline where it is ending; have it killed where it is not."""
         assert self._control is not None
         try:
             if run.ended is None and run.at_end and (status := self._wait_for_end(run.deadline)) is not None:
@@ -243,11 +263,10 @@ class _Zygote:
                 return
             if run.ended is None:
                 run.ended = Ended.TIMEOUT if run.at_end else Ended.STOPPED
-            self._control.settimeout(GRACE)
             self._control.send(b"kill")
-            run.status = _status(self._control.recv(1 << 16))
+            self._burying = True
         except (OSError, ValueError) as why:
-            logger.warning("a zygote of the sandbox does not answer (%s); it is replaced", why)
+            logger.warning("a zygote of the sandbox has ended (%s); it is replaced", why)
             run.ended = run.ended if run.ended in (Ended.TIMEOUT, Ended.OUTPUT) else Ended.LOST
             self._kill()
 
@@ -270,6 +289,7 @@ class _Zygote:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+        self._burying = False
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -290,8 +310,10 @@ def _command(level: str, control_fd: int) -> list[str]:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SandboxUnavailable("bwrap is not installed")
-    shown = [*confine.readable_paths(), str(Path(__file__).resolve().parents[1]), os.path.realpath(sys.executable)]
-    binds = [argument for path in shown for argument in ("--ro-bind", path, path)]
+    own = [str(Path(__file__).resolve().parents[1]), os.path.realpath(sys.executable)]
+    binds = [argument for path in confine.readable_paths() for argument in ("--ro-bind", path, path)]
+    binds += [argument for path in confine.hidden_paths() for argument in ("--tmpfs", path)]
+    binds += [argument for path in own for argument in ("--ro-bind", path, path)]
     links = [argument for link, to in confine.library_links().items() for argument in ("--symlink", to, link)]
     python[-2] = "0"  # as process 1 of its namespace the zygote sees no parent
     isolation = ["--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session", "--dev", "/dev"]

@@ -6,10 +6,11 @@ The same attacks, and fifty more, are in the tests; these four stand for files, 
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
+from pathlib import Path
 
-from rewards.sandbox import values
 from rewards.sandbox.pool import LEVELS, Limits, Sandbox, SandboxUnavailable
 from rewards.sandbox.program import Request
 
@@ -18,8 +19,8 @@ logger = logging.getLogger(__name__)
 ATTACKS = {
     "start a process": "import os\npid = os.fork()\nif pid == 0:\n    os._exit(0)\nos.waitpid(pid, 0)",
     "use the network": "import socket\nsocket.socket().bind(('127.0.0.1', 0))",
-    "write a file": "open('/tmp/grpo_sandbox_probe', 'w')",
-    "read a secret": "open({secret!r}).read()",
+    "write a file": "open({folder!r} + '/written', 'w')",
+    "read a secret": "open({folder!r} + '/secret').read()",
 }
 LIMITS = Limits(seconds=10.0)
 
@@ -56,10 +57,10 @@ def probed_sandbox(workers: int = 2, *, allow_unsafe: bool = False) -> Sandbox:
 
 def attacked(sandbox: Sandbox) -> list[str]:
     """What a program in this sandbox could do and should not, in words."""
-    with tempfile.NamedTemporaryFile() as secret:
-        secret.write(b"secret")
-        secret.flush()
-        sources = {what: source.format(secret=secret.name) for what, source in ATTACKS.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)  # as open as a file tree can be
+        Path(folder, "secret").write_text("secret")
+        sources = {what: source.format(folder=folder) for what, source in ATTACKS.items()}
         return [what for what, source in sources.items() if not _refused(sandbox, source)]
 
 
@@ -67,4 +68,4 @@ def _refused(sandbox: Sandbox, source: str) -> bool:
     with sandbox.run(Request("calls", source), LIMITS) as run:
         run.finish_sending()
         line = run.line()
-    return line is not None and values.decode(line).get("failed") == "denied"
+    return line is not None and line.startswith(b"failed denied ")

@@ -1,26 +1,32 @@
 """What happens in the child of one run: a model's program, and answers on the channel.
 
-Three modes. ``calls``: the program gets calls and answers them, a line each. ``script``: it reads a standard input and
-writes its output straight into the channel. ``judge``: not a model's program but a data set's own test runs here, with
-the function that it tests behind the channel.
+Three modes. ``calls``: the program gets calls and answers them. ``script``: it reads a standard input and writes its
+output straight into the channel. ``judge``: not a model's program but a data set's own test runs here, with the
+function that it tests behind the channel. Calls and answers are lines:
 
-The child is lost territory once a program has started: it may change whatever is written here. So nothing here decides
-anything, and no expected output is in the memory of a program.
+    call NAME ARGUMENTS   value VALUE   failed KIND MESSAGE   loaded   passed
+
+with ARGUMENTS and VALUE as ``values.py`` writes them. The child is lost territory once a program has started: it may
+change whatever is written here. So nothing here decides anything, and no expected output is in a program's memory.
 """
 
 from __future__ import annotations
 
+import builtins
+import json
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, BinaryIO
 
 from rewards.sandbox import values
 
 HEADER = struct.Struct("=QQQ")  # sizes of mode, source and the mode's input
+LOADED, PASSED = "loaded", "passed"
+MAX_MESSAGE = 300
 # Names that LeetCode and its kin put before a solution, so that `List[int]` and `Counter` need no import here either.
 PRELUDE = """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
@@ -58,6 +64,14 @@ def receive(channel: int) -> Request:
     return Request(*(_read(channel, size).decode("utf-8", "surrogatepass") for size in sizes))
 
 
+def call_line(function: str, *arguments: Any, **named: Any) -> str:
+    return f"call {function} {values.encode_in_order([list(arguments), named])}"
+
+
+def value_line(value: Any) -> str:
+    return f"value {values.encode(value)}"
+
+
 def serve(channel: int, request: Request) -> None:
     """Run the program; does not return. It ends by ``os._exit``: no atexit and no thread shall delay the end."""
     if request.mode == "script":
@@ -85,49 +99,58 @@ def _run_script(source: str) -> int:
 def _answer_calls(channel: int, lines: BinaryIO, source: str) -> None:
     """The first line says whether the program could be loaded; then a line for every call."""
     namespace = _namespace("solution")
-    try:
+
+    def load() -> str:
         exec(compile(source, "<program>", "exec", dont_inherit=True), namespace)
-    except BaseException as why:
-        _send(channel, _failure(why))
-        return
-    _send(channel, {"loaded": True})
-    for call in _received(lines):
-        try:
-            answer = {"value": _find(namespace, call["function"])(*call["arguments"])}
-        except BaseException as why:
-            answer = _failure(why)
-        _send(channel, answer)
+        return LOADED
+
+    loaded = _outcome(load)
+    _send(channel, loaded)
+    if loaded == LOADED:
+        for line in lines:
+            _send(channel, _outcome(partial(_called, namespace, line)))
 
 
-def _find(namespace: dict[str, Any], name: str) -> Any:
-    """A plain function or, else, a method of a class ``Solution``."""
+def _called(namespace: dict[str, Any], line: bytes) -> str:
+    """The answer to a call: of a plain function or, else, of a method of a class ``Solution``."""
+    _, name, arguments = line.decode().split(" ", 2)
+    positional, named = values.decode(arguments)
     if name in namespace:
-        return namespace[name]
-    if "Solution" in namespace:
-        return getattr(namespace["Solution"](), name)
-    raise NameError(f"the program defines no {name!r}")
+        function = namespace[name]
+    elif "Solution" in namespace:
+        function = getattr(namespace["Solution"](), name)
+    else:
+        raise NameError(f"the program defines no {name!r}")
+    return value_line(function(*positional, **named))
 
 
 def _judge(channel: int, lines: BinaryIO, request: Request) -> None:
-    """Run a test that defines ``check(candidate)``; every call of the candidate is a question on the channel."""
-    answers = _received(lines)
+    """Run a test that defines ``check(candidate)``; every call of the candidate goes over the channel."""
 
-    def candidate(*arguments: Any) -> Any:
-        _send(channel, {"ask": list(arguments)})
-        answer = next(answers)
-        if "value" not in answer:
-            raise RuntimeError(f"the program failed: {answer}")
-        return answer["value"]
+    def candidate(*arguments: Any, **named: Any) -> Any:
+        _send(channel, call_line(request.input, *arguments, **named))
+        what, _, rest = lines.readline().decode().rstrip("\n").partition(" ")
+        if what == "value":
+            return values.decode(rest)
+        raise _exception(rest.partition(" ")[2])
 
-    namespace = _namespace("test")
-    try:
+    def check() -> str:
+        namespace = _namespace("test")
         exec(compile(request.source, "<test>", "exec", dont_inherit=True), namespace)
         namespace[request.input] = candidate
         namespace["check"](candidate)
-    except BaseException as why:
-        _send(channel, _failure(why))
-    else:
-        _send(channel, {"passed": True})
+        return PASSED
+
+    _send(channel, _outcome(check))
+
+
+def _exception(message: str) -> BaseException:
+    """What a program raised, as far as it can be known here: a test may expect a ValueError."""
+    text = str(json.loads(message or '""'))
+    kind = getattr(builtins, text.partition(":")[0], None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        return kind(text)
+    return RuntimeError(f"the program failed: {text}")
 
 
 @cache
@@ -142,22 +165,22 @@ def _namespace(name: str) -> dict[str, Any]:
     return {**prelude(), "__name__": name}
 
 
+def _outcome(act: Callable[[], str]) -> str:
+    """The line that ``act`` gives, or one that tells how it failed."""
+    try:
+        return act()
+    except BaseException as why:
+        return f"failed {_kind(why)} {json.dumps(f'{type(why).__name__}: {why}'[:MAX_MESSAGE])}"
+
+
 def _kind(why: BaseException) -> str:
     if isinstance(why, RuntimeError) and "start new thread" in str(why):
         return "limit"
     return next((kind for kind, classes in KINDS if isinstance(why, classes)), "error")
 
 
-def _failure(why: BaseException) -> dict[str, str]:
-    return {"failed": _kind(why), "message": f"{type(why).__name__}: {why}"[:300]}
-
-
-def _received(lines: BinaryIO) -> Iterator[Any]:
-    return (values.decode(line) for line in lines)
-
-
-def _send(channel: int, value: Any) -> None:
-    data = values.encode(value).encode() + b"\n"
+def _send(channel: int, line: str) -> None:
+    data = line.encode() + b"\n"
     while data:
         data = data[os.write(channel, data) :]
 

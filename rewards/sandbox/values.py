@@ -1,89 +1,85 @@
-"""Plain Python values as JSON that keeps their exact types, and the comparison that respects them.
+"""Plain Python values as one line of JSON that keeps their exact types, written in exactly one way.
 
-None, bool, int, float, str, list, tuple, dict, set, frozenset, bytes and complex, nothing else: an instance of a
-subclass, or of any other class, arrives as ``Foreign`` and equals nothing, whatever its ``__eq__`` says at home.
+None, bool, int, float, str, list, tuple, dict, set, frozenset, bytes and complex; an instance of any other class, a
+subclass included, is written as foreign and equals nothing. Two values are the same, in type and value all the way
+down, if and only if their lines are: so answers are compared as bytes, and nothing that a hostile process sends is ever
+read as a value by those who judge it. (-0.0 is written as 0.0, whose equal it is. The order of a dictionary does not
+count.)
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 MAX_DEPTH = 100
 SMALL = 2**53  # larger integers travel in hexadecimal: Python refuses to read decimals of over 4300 digits
 
 
-@dataclass(frozen=True)
 class Foreign:
-    """A value that cannot travel: its type's name is all that is known of it."""
+    """A value that could not travel: its type's name is all that is known of it. Equals nothing, itself included."""
 
-    type_name: str
+    def __init__(self, type_name: str) -> None:
+        self.type_name = type_name
 
     def __eq__(self, other: object) -> bool:
         return False
 
     __hash__ = object.__hash__
 
+    def __repr__(self) -> str:
+        return f"<{self.type_name}>"
+
 
 class Malformed(ValueError):
-    """Bytes that no honest run sends."""
+    """Text that ``encode`` does not write."""
 
 
 def encode(value: Any) -> str:
-    """A value as one line of JSON; ``decode`` gives it back with the same types."""
-    return json.dumps(_tag(value, 0))
+    """A value as one line, the same for equal values: dictionaries and sets are sorted."""
+    return json.dumps(_tag(value, 0, sorted))
+
+
+def encode_in_order(value: Any) -> str:
+    """A value as one line, dictionaries in their own order, which a function may see in its arguments."""
+    return json.dumps(_tag(value, 0, lambda items, key: list(items)))
 
 
 def decode(line: str | bytes) -> Any:
-    """The value of a line that may come from a hostile process.
+    """The value of a line. For the processes of a sandbox: hostile text may take all the time and memory there is.
 
     Raises:
-        Malformed: it is not what ``encode`` writes.
+        Malformed: ``encode`` does not write that.
     """
     try:
         return _untag(json.loads(line), 0)
-    except (ValueError, TypeError, RecursionError, KeyError) as why:
+    except Exception as why:  # wrong types, huge numbers, no memory, endless nesting: whatever bytes can make of it
         raise Malformed(f"{type(why).__name__}: {why}"[:200]) from None
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two decoded values are equal in type and value, all the way down. NaN equals nothing; 1 is not True."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict):
-        return len(a) == len(b) and all(key in b and same(value, b[key]) for key, value in a.items()) and _keys(a, b)
-    if isinstance(a, (set, frozenset)):
-        return a == b and _keys(a, b)
-    return bool(a == b)
-
-
-def _keys(a: Any, b: Any) -> bool:
-    """Equal keys may still differ in type: 1 and True and 1.0 find each other in a dict."""
-    types = {key: type(key) for key in b}
-    return all(types.get(key) is type(key) for key in a)
-
-
-def _tag(value: Any, depth: int) -> Any:
+def _tag(value: Any, depth: int, order: Callable[..., list[Any]]) -> Any:
     kind = type(value)
-    if value is None or kind is bool or kind is str or kind is float:
+    if value is None or kind is bool or kind is str:
         return value
+    if kind is float:
+        return value or 0.0
     if kind is int:
         return value if -SMALL < value < SMALL else {"int": hex(value)}
     if depth >= MAX_DEPTH:
         return {"foreign": "nested too deeply"}
-    if kind is list:
-        return [_tag(item, depth + 1) for item in value]
-    if kind is tuple or kind is set or kind is frozenset:
-        return {kind.__name__: [_tag(item, depth + 1) for item in value]}
+    if kind is list or kind is tuple:
+        items = [_tag(item, depth + 1, order) for item in value]
+        return items if kind is list else {"tuple": items}
+    if kind is set or kind is frozenset:
+        return {kind.__name__: order((_tag(item, depth + 1, order) for item in value), key=json.dumps)}
     if kind is dict:
-        return {"dict": [[_tag(key, depth + 1), _tag(item, depth + 1)] for key, item in value.items()]}
+        pairs = ([_tag(key, depth + 1, order), _tag(item, depth + 1, order)] for key, item in value.items())
+        return {"dict": order(pairs, key=lambda pair: json.dumps(pair[0]))}
     if kind is bytes:
         return {"bytes": value.hex()}
     if kind is complex:
-        return {"complex": [value.real, value.imag]}
+        return {"complex": [value.real or 0.0, value.imag or 0.0]}
     return {"foreign": kind.__name__}
 
 

@@ -8,6 +8,8 @@ reaps the child, kills it when asked to, and reports how it ended; it reads noth
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -38,6 +40,8 @@ def main(control_fd: int, parent_pid: int, level: str) -> None:
     program.prelude()
     null = os.open(os.devnull, os.O_RDWR)
     try:
+        _volunteer_for_death()
+        tasks = MAX_THREADS + (_tasks_of_user() if level in ("landlock", "unsafe") else 0)
         _shut_in(level)
         filter_ = b"" if level == "unsafe" else kernel.seccomp_program()
     except (OSError, KeyError) as why:
@@ -45,6 +49,7 @@ def main(control_fd: int, parent_pid: int, level: str) -> None:
         return
     sys.path[:] = [path for path in sys.path if "python" in path and "site-packages" not in path]
     os.environ.clear()
+    del sys.argv[1:], sys.orig_argv[1:]
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page that it looks at
     control.send(json.dumps({"ready": level, "landlock": kernel.landlock_abi()}).encode())
@@ -55,9 +60,10 @@ def main(control_fd: int, parent_pid: int, level: str) -> None:
         if not fds:
             continue  # a kill that came too late
         limits = json.loads(message)
+        fcntl.fcntl(null, fcntl.F_SETFL, os.O_RDWR)  # shared by all runs: what one may have set is undone
         child = os.fork()
         if child == 0:
-            _become_program(fds[0], null, limits, filter_, level == "namespaces")
+            _become_program(fds[0], null, limits | {"tasks": tasks}, filter_)
         os.close(fds[0])
         control.send(json.dumps(_reap(control, child)).encode())
     os._exit(0)
@@ -75,7 +81,23 @@ def _shut_in(level: str) -> None:
     kernel.no_new_privileges()
 
 
-def _become_program(channel: int, null: int, limits: dict[str, Any], filter_: bytes, own_user: bool) -> None:
+def _volunteer_for_death() -> None:
+    """Where memory runs out, the kernel shall take this process and its children, not the trainer."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def _tasks_of_user() -> int:
+    """How many threads this user runs; in a user namespace of its own a limit counts only those in there."""
+    total = 0
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{process}").st_uid == os.geteuid():
+                total += len(os.listdir(f"/proc/{process}/task"))
+    return total
+
+
+def _become_program(channel: int, null: int, limits: dict[str, Any], filter_: bytes) -> None:
     """The child of a run. Ends in ``os._exit``, whatever happens."""
     try:
         os.setsid()
@@ -90,7 +112,7 @@ def _become_program(channel: int, null: int, limits: dict[str, Any], filter_: by
             os.dup2(_in_memory(request.input.encode("utf-8", "surrogatepass")), 0)
             os.dup2(channel, 1)
             os.closerange(3, 256)
-        _limit(limits, own_user)
+        _limit(limits)
         random.seed(0)  # a reward should not depend on luck
         if filter_:
             kernel.seccomp(filter_)
@@ -108,7 +130,7 @@ def _in_memory(content: bytes) -> int:
     return fd
 
 
-def _limit(limits: dict[str, Any], own_user: bool) -> None:
+def _limit(limits: dict[str, Any]) -> None:
     memory, seconds = limits["memory_bytes"], limits["cpu_seconds"]
     for what, limit in (
         (resource.RLIMIT_AS, memory),
@@ -117,8 +139,7 @@ def _limit(limits: dict[str, Any], own_user: bool) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_MEMLOCK, 0),
-        # counted for this user in this namespace; without one it would count what else the user runs
-        *([(resource.RLIMIT_NPROC, MAX_THREADS)] if own_user else []),
+        (resource.RLIMIT_NPROC, limits["tasks"]),  # does not bind root
     ):
         _, ceiling = resource.getrlimit(what)
         limit = limit if ceiling == resource.RLIM_INFINITY else min(limit, ceiling)

@@ -79,6 +79,12 @@ def attacks(canary: str, port: int) -> list[Attack]:
         _tries(18, "memory through /proc", "open('/proc/self/mem', 'rb').read(1)"),
         _tries(19, "/etc/passwd", "open('/etc/passwd').read()"),
         _tries(19, "HOME", "import os\nos.listdir(os.path.expanduser('~root'))"),
+        _tries(
+            19,
+            "installed packages",
+            "import sys, os\nsys.path.append(os.path.dirname(os.__file__) + '/site-packages')\n"
+            "os.listdir(sys.path[-1])\nimport pip",
+        ),
         _tries(20, "kill the parent", "import os\nos.kill(os.getppid() or 1, 9)"),
         _tries(21, "kill everyone", "import os\nos.kill(-1, 9)"),
         _tries(22, "killpg", "import os\nos.killpg(0, 9)"),
@@ -136,6 +142,20 @@ def attacks(canary: str, port: int) -> list[Attack]:
             "    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()" + THEN_HONEST,
             LIMIT,
         ),
+        Attack(
+            40,
+            "ten thousand threads without stacks",
+            "import ctypes, _thread\n_thread.stack_size(32768)\nimport time\nfor _ in range(10000):\n"
+            "    _thread.start_new_thread(time.sleep, (1000,))" + THEN_HONEST,
+            LIMIT,
+        ),
+        Attack(
+            29,
+            "leave flags on a shared descriptor",
+            "import fcntl, os\ndef f(x):\n    for fd in range(3):\n"
+            "        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK)\n    return None",
+            WRONG,
+        ),
         Attack(41, "os._exit(0)", "import os\ndef f(x):\n    os._exit(0)", NO_RESULT),
         Attack(41, "os._exit(0) in a script", "import os\nos._exit(0)", NO_RESULT, script=True),
         Attack(42, "sys.exit(0)", "import sys\ndef f(x):\n    sys.exit(0)", NO_RESULT),
@@ -151,23 +171,33 @@ def attacks(canary: str, port: int) -> list[Attack]:
         Attack(
             46,
             "forged rows, too many",
-            'import os\ndef f(x):\n    os.write(3, b\'{"dict": [["value", 2]]}\\n\' * 9)\n    os._exit(0)',
-            NO_RESULT | WRONG,
-        ),
-        Attack(
-            46,
-            "forged rows, too few",
-            'import os\nos.write(3, b\'{"dict": [["loaded", true]]}\\n\')\nos._exit(0)',
+            "import os\ndef f(x):\n    os.write(3, b'value 2\\nvalue 3\\nvalue 4\\nvalue 5\\n')\n    os._exit(0)",
             NO_RESULT,
         ),
+        Attack(46, "forged rows, too few", "import os\nos.write(3, b'loaded\\nvalue 2\\n')\nos._exit(0)", NO_RESULT),
         Attack(
-            46, "forged verdict", 'import os\nos.write(3, b\'{"dict": [["passed", true]]}\\n\' * 4)\nos._exit(0)', WRONG
+            46, "forged rows, guessed", "import os\nos.write(3, b'loaded\\n' + b'value 2\\n' * 3)\nos._exit(0)", WRONG
         ),
+        Attack(46, "forged verdict", "import os\nos.write(3, b'loaded\\n' + b'passed\\n' * 3)\nos._exit(0)", NO_RESULT),
         Attack(
             46,
             "forged nonsense",
             "import os\nos.write(3, b'{}\\n[\\n' + b'[' * 60000 + b'\\n')\nos._exit(0)",
             NO_RESULT,
+        ),
+        Attack(
+            46,
+            "forged numbers that no reader survives",
+            "import os\nos.write(3, b'loaded\\nvalue {\"complex\": [' + b'9' * 400"
+            " + b', 1]}\\nfailed ' + b'9' * 9000 + b'\\n')\nos._exit(0)",
+            WRONG | NO_RESULT,
+        ),
+        Attack(
+            46,
+            "forged set whose hashes collide",
+            "import os\ndef f(x):\n    items = ', '.join(str(i * (2**61 - 1)) for i in range(2000))\n"
+            "    os.write(3, f'value {{\"set\": [{items}]}}\\n'.encode())\n    return x + 1",
+            NO_RESULT | WRONG | LIMIT,
         ),
         Attack(
             47,
@@ -241,6 +271,9 @@ MUST_PASS = {
         "import sys\nsys.setrecursionlimit(20000)\ndef f(x, n=10000):\n    return f(x, n - 1) if n else x + 1"
     ),
     "imports": "import ctypes, decimal, hashlib, struct, unicodedata, uuid, zlib\ndef f(x):\n    return x + 1",
+    "what the run before may have left": (
+        "import fcntl\ndef f(x):\n    return x + 1 + sum(fcntl.fcntl(fd, fcntl.F_GETFL) & 0o6000 for fd in range(3))"
+    ),
     "a method": "class Solution:\n    def f(self, x: int) -> int:\n        return x + 1",
     "prints": "def f(x):\n    print('debugging')\n    return x + 1",
     "main guard": "def f(x):\n    return x + 1\nif __name__ == '__main__':\n    raise ValueError(input())",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import time
 from collections.abc import Iterator
 from importlib.resources import files
 
@@ -59,7 +60,9 @@ def outcome(tests: object, program: str, **kwargs) -> Outcome:
         ("1. do\n   ```python\n   if x:\n     y\n   ```\n", "if x:\n  y\n"),
         ("``` python \n def f ( x ) : return x \n ```", "def f ( x ) : return x\n"),
         ("```python title='a'\nx = 1\n```", "x = 1\n"),
-        (fenced("s = '`'"), "s = '`'\n"),
+        (fenced("s = '```'"), "s = '```'\n"),
+        ("so ``` python ```\n" + fenced("x = 1"), "x = 1\n"),
+        (fenced("x = 1").replace("\n", "\r\n"), "x = 1\n"),
     ],
 )
 def test_the_last_python_block_after_the_thinking(text: str, program: str) -> None:
@@ -159,7 +162,8 @@ def test_statuses_and_prefill() -> None:
 
 def test_a_huge_integer_is_compared_and_not_printed() -> None:
     tests = {"fn_name": "f", "inputs": [[9000]], "outputs": [1]}
-    assert verify(tests, fenced("def f(x): return 10 ** x")).detail.endswith("returned a large int, not 1")
+    assert verify(tests, fenced("def f(x): return 10 ** x")).outcome is Outcome.WRONG
+    assert verify({**tests, "outputs": [10**9000]}, fenced("def f(x): return 10 ** x")).outcome is Outcome.CORRECT
 
 
 @pytest.mark.parametrize(
@@ -204,6 +208,58 @@ def test_expected_values_and_test_text_stay_outside() -> None:
     assert expected not in dump.partition(", not ")[0]
     check = {"fn_name": "f", "test": f"def check(candidate):\n    assert '{marker}' not in candidate('x')\n"}
     assert outcome(check, source.replace("return repr", "return '' if 0 else repr")) in (Outcome.CORRECT, Outcome.LIMIT)
+
+
+# --- what attacks have taught ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("```" + " " * 10**6 + "`", "```" + "a" * 10**6 + "`", "`" * 10**6, "```\n" * 10**5, " " * 10**6 + "```"),
+        "```python\n" + (" " * 1000 + "\n") * 1000 + "```",
+    ],
+)
+def test_a_megabyte_is_read_at_once(text: str) -> None:
+    begun = time.perf_counter()
+    with contextlib.suppress(NoAnswer):
+        extract_program(text)
+    assert time.perf_counter() - begun < 1.0
+
+
+def test_a_hanging_program_costs_its_neighbours_nothing_whoever_judges() -> None:
+    hangs = "def f(x):\n    while True: pass"
+    completions = [fenced(program) for program in (hangs, RIGHT, hangs, RIGHT, RIGHT, RIGHT)]
+    code.stop()
+    code.start(2)
+    rewards = code_reward([""] * 6, completions, [CHECK] * 6, timeout=1.0)
+    assert rewards == [0, 1, 0, 1, 1, 1]
+
+
+def test_a_script_has_four_times_its_seconds_for_all_inputs() -> None:
+    tests = {"fn_name": None, "inputs": ["x\n"] * 50, "outputs": ["x\n"] * 50}
+    begun = time.perf_counter()
+    slow = "import time\ntime.sleep(0.4)\nprint('x')"
+    assert verify(tests, fenced(slow), limits=Limits(0.5)).outcome is Outcome.TIMEOUT
+    assert time.perf_counter() - begun < 3.5
+    begun = time.perf_counter()
+    hangs = "while True: pass"
+    assert verify(tests, fenced(hangs), limits=Limits(0.5), partial_credit=True).outcome is Outcome.TIMEOUT
+    assert time.perf_counter() - begun < 1.5
+
+
+def test_a_test_may_expect_an_exception_and_name_its_arguments() -> None:
+    test = """
+def check(candidate):
+    assert candidate(x=1) == 2
+    try:
+        candidate("no")
+    except TypeError:
+        return
+    assert False
+"""
+    assert outcome({"fn_name": "f", "test": test}, RIGHT) is Outcome.CORRECT
+    assert outcome({"fn_name": "f", "test": test}, "def f(x): return 2") is Outcome.WRONG
 
 
 # --- HumanEval -------------------------------------------------------------------------------------------------------
