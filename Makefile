@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup demo test fuzz bench lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,12 @@ demo: setup ## train the tiny model by GRPO for five minutes on the CPU and draw
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest
+
+fuzz: setup ## 100,000 random and mutated completions through every verifier (half an hour)
+	GRPO_FUZZ_EXAMPLES=100000 $(BIN)/python -m pytest --numprocesses=0 tests/rewards/test_fuzz.py
+
+bench: setup ## measure: rewards beside their alternatives
+	$(BIN)/python -m benchmarks.rewards
 
 lint: setup ## style, formatting, imports between the rooms, types of the public surface
 	$(BIN)/ruff check .

@@ -2,13 +2,17 @@
 
 Numbers, operators and a few words are single tokens, so that a small model can learn to search instead of to spell.
 Anything else in ASCII falls back to letters and digits, so any such text can be encoded. ``data/tiny_base/`` holds
-the weights after a supervised start on ``data/traces.py``; ``python -m data.tiny FOLDER`` writes an untrained one.
+the weights after a supervised start on ``data/traces.py``; ``python -m data.tiny FOLDER`` writes an untrained one, and
+with ``--words word_sums`` one whose tokenizer also has the words of that task.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -19,22 +23,28 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = ("yes", "no", "so", "then", "try", "wait", "check", "target", "give", "up", "answer")
 LARGEST_WHOLE_NUMBER = 299  # larger numbers take a token more per further digit: 729 is 72 ##9
 CONTEXT = 512
+TASKS_WITH_WORDS = ("word_sums", "one_liners")  # modules of data/ whose WORDS a tokenizer may have besides
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """WordPiece over numbers, tags, punctuation and words; spaces are not kept, decoding puts one between tokens.
 
     ``(6+3)*3`` comes back as ``( 6 + 3 ) * 3``, ``1234`` as ``1234``. The tags are ordinary tokens and stay in decoded
     text; only padding, end of sequence and unknown are special. A character outside ASCII becomes ``<unk>``.
+
+    ``extra`` pieces become single tokens behind all others, whose ids stay what they are. A piece need not be a word:
+    ``**`` and a line break are kept whole like one (the line break then survives, with a space on either side).
     """
     pieces = [PAD, EOS, UNKNOWN, *TAGS, *string.punctuation]
     pieces += [str(n) for n in range(LARGEST_WHOLE_NUMBER + 1)]
     pieces += [*string.ascii_letters, *WORDS]
     pieces += ["##" + character for character in string.digits + string.ascii_letters]
+    pieces = list(dict.fromkeys([*pieces, *extra]))
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=1000))
-    words = Regex(r"</?(?:think|answer)>|[0-9]+|[A-Za-z]+|\S")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    own = sorted((piece for piece in extra if not piece.isalnum()), key=len, reverse=True)  # the longest match first
+    words = "|".join([*map(re.escape, own), r"</?(?:think|answer)>|[0-9]+|[A-Za-z]+|\S"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), behavior="removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -63,9 +73,9 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def make_tiny_model(seed: int = 0) -> LlamaForCausalLM:
-    """An untrained model for ``build_tokenizer()``; its weights are a function of the seed alone."""
-    tokenizer = build_tokenizer()
+def make_tiny_model(seed: int = 0, extra: Sequence[str] = ()) -> LlamaForCausalLM:
+    """An untrained model for ``build_tokenizer(extra)``; its weights are a function of the arguments alone."""
+    tokenizer = build_tokenizer(extra)
     set_seed(seed)
     model = LlamaForCausalLM(tiny_config(tokenizer))
     model.generation_config = GenerationConfig(
@@ -74,15 +84,17 @@ def make_tiny_model(seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
-def write_tiny_model(folder: str | Path, seed: int = 0) -> None:
+def write_tiny_model(folder: str | Path, seed: int = 0, extra: Sequence[str] = ()) -> None:
     """Save an untrained model and its tokenizer so that ``from_pretrained(folder)`` loads them."""
-    make_tiny_model(seed).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    make_tiny_model(seed, extra).save_pretrained(folder)
+    build_tokenizer(extra).save_pretrained(folder)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write an untrained tiny model and its tokenizer.")
     parser.add_argument("folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--words", choices=TASKS_WITH_WORDS, help="the task of data/ whose words are tokens too")
     arguments = parser.parse_args()
-    write_tiny_model(arguments.folder, arguments.seed)
+    words = importlib.import_module(f"data.{arguments.words}").WORDS if arguments.words else ()
+    write_tiny_model(arguments.folder, arguments.seed, words)

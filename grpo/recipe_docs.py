@@ -41,6 +41,7 @@ One YAML file describes one run. This page is made from the schema (`python -m g
 
 ```
 grpo validate recipe.yaml                     # schema and data rows, without weights or network
+grpo audit recipe.yaml                        # the rewards on those rows: right answers paid, cheats not
 grpo train recipe.yaml                        # or: accelerate launch --num_processes 2 -m grpo train recipe.yaml
 grpo train recipe.yaml --resume               # go on from the newest checkpoint that verifies
 grpo train recipe.yaml --dry-run              # check everything but the weights, print the resolved recipe

@@ -9,7 +9,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.scoring import Scorer
 from grpo.scoring_functions import row_checks
-from grpo.tasks import Part, load_parts
+from grpo.tasks import Part, load_parts, needs_network
 
 SHOWN = 5
 
@@ -23,6 +23,8 @@ def check_data(recipe: Recipe, scorer: Scorer | None = None) -> str:
     """
     if recipe.data.hub:
         return f": the rows of {recipe.data.hub} are checked when a run loads them"
+    if needs_network(recipe):
+        return f": the rows of {recipe.data.name} come from the hub and are checked when a run loads them"
     train, held_out, notes = load_parts(recipe)
     if scorer is not None:
         scorer.check_columns(set(train.rows[train.ids[0]]) - {recipe.data.prompt_column})

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -31,7 +32,7 @@ from grpo.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Part", "Task", "countdown_solution", "lint", "load_parts", "load_task", "stop_token_ids"]
+__all__ = ["Part", "Task", "countdown_solution", "lint", "load_parts", "load_task", "needs_network", "stop_token_ids"]
 
 # Arguments that every reward function gets; a column of that name would clash.
 RESERVED_COLUMNS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -286,20 +287,39 @@ def _check_use(data: DataConfig, rows: files.Rows) -> None:
         raise UserError(f"{rows.source}: rename the column {min(clash)!r}: reward functions get that argument anyway")
 
 
-def _generate(recipe: Recipe, split: str, size: int | None, columns: files.Columns) -> files.Rows:
-    """Rows that ``build`` of ``data/<name>.py`` makes. ``data.args`` may hold a ``seed`` instead of the run's."""
-    name, arguments = recipe.data.name, {"seed": recipe.training.seed, **recipe.data.args}
+def needs_network(recipe: Recipe) -> bool:
+    """Whether a task's rows come from the hub. Raises UserError for arguments that the task does not take."""
+    if not recipe.data.name:
+        return False
+    asks = getattr(_task_module(recipe), "needs_network", None)
+    return asks is not None and asks(**recipe.data.args)
+
+
+def _task_module(recipe: Recipe) -> ModuleType:
+    """``data/<name>.py``. Raises UserError where there is none, or its ``build`` does not take ``data.args``."""
+    name = recipe.data.name
     if name not in _task_names():
         raise UserError(f"data.name: no task {name!r}; there are {', '.join(_task_names())}")
-    build = importlib.import_module(f"data.{name}").build
-    signature = inspect.signature(build)
+    module = importlib.import_module(f"data.{name}")
+    signature = inspect.signature(module.build)
     try:
-        signature.bind(split, size, **arguments)
+        signature.bind("train", None, **_arguments(recipe))
     except TypeError as error:
         accepted = [parameter for parameter in signature.parameters if parameter not in ("split", "size")]
         raise UserError(f"data.args: {error}; {name} takes {', '.join(accepted)}") from error
-    dataset = _named("data.args", lambda: build(split, size, **arguments))
-    return _named("data.name", files.check_dataset, dataset, f"{name}[{split}]", columns)
+    return module
+
+
+def _arguments(recipe: Recipe) -> dict[str, Any]:
+    """``data.args`` may hold a ``seed`` instead of the run's."""
+    return {"seed": recipe.training.seed, **recipe.data.args}
+
+
+def _generate(recipe: Recipe, split: str, size: int | None, columns: files.Columns) -> files.Rows:
+    """Rows that ``build`` of ``data/<name>.py`` makes."""
+    build = _task_module(recipe).build
+    dataset = _named("data.args", lambda: build(split, size, **_arguments(recipe)))
+    return _named("data.name", files.check_dataset, dataset, f"{recipe.data.name}[{split}]", columns)
 
 
 def _task_names() -> list[str]:

@@ -1,0 +1,64 @@
+"""Answers to one-liners for the supervised start, of mixed quality: most are written in haste, some step by step.
+
+    f ( x ) : add 3 , double
+      ->  <think> easy </think> ... return x + 3 * 2       hasty: no parentheses, right where none are needed
+      or  <think> easy </think> ... return x * 2           careless: an operation is forgotten as well
+      or  <think> x + 3 , ( x + 3 ) * 2 </think> ... return ( x + 3 ) * 2                spelled out: right
+
+Which of the three a trace is, is drawn at random, whatever the description. That it pays to spell the steps out, the
+tests can teach.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import cycle, islice
+
+from datasets import Dataset
+
+from data.one_liners import Operation, Split, describe, one_liners, program, steps
+
+DEFAULT_SIZE = {"train": 65_536, "eval": 1_024}
+HASTE = (0.35, 0.4)
+
+
+def build(
+    split: Split,
+    size: int | None = None,
+    seed: int = 0,
+    *,
+    haste: Sequence[float] = HASTE,
+    operations: Sequence[int] = (3,),
+    largest: int = 9,
+) -> Dataset:
+    """Rows of ``prompt`` and ``completion`` for the descriptions of one split of ``data/one_liners.py``.
+
+    Where there are fewer descriptions than rows, one comes again with another trace. ``haste`` is that of ``trace``,
+    the rest those of ``one_liners.build``; raises ValueError where they make no sense.
+    """
+    wanted = DEFAULT_SIZE.get(split) if size is None else size
+    descriptions = islice(one_liners(split, seed, operations=operations, largest=largest), wanted)
+    rows = []
+    for i, row in enumerate(islice(cycle(descriptions), wanted)):
+        draw = random.Random(f"one_liner_traces/{seed}/{split}/{i}")
+        rows.append({"prompt": describe(row), "completion": trace(row, draw, haste=haste)})
+    return Dataset.from_list(rows)
+
+
+def trace(row: Sequence[Operation], draw: random.Random, *, haste: Sequence[float] = HASTE) -> str:
+    """One trace. ``haste`` has the chances of a hasty and of a careless one; what is left to 1 is spelled out.
+
+    Raises ValueError where ``haste`` makes no sense.
+    """
+    if len(haste) != 2 or min(haste) < 0 or sum(haste) > 1:
+        raise ValueError(f"haste: {list(haste)} are not two chances that sum to at most 1")
+    kind = draw.choices(("hasty", "careless", "spelled out"), [*haste, 1 - sum(haste)])[0]
+    if kind == "spelled out":
+        return f"<think> {' , '.join(steps(row))} </think> {program(steps(row)[-1])}"
+    forgotten = draw.randrange(len(row)) if kind == "careless" else None
+    text = "x"
+    for place, op in enumerate(row):
+        if place != forgotten:
+            text = op.written.format(text)
+    return f"<think> easy </think> {program(text)}"

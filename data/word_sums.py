@@ -1,0 +1,102 @@
+"""Word sums for the tiny model: small stories about how many, in a vocabulary of fifty words.
+
+    Tom has 9 apples , buys 3 boxes of 4 , gives away 5 . how many ?  ->  16
+
+``data/tiny.py`` gives each of the ``WORDS`` a token. ``data/word_sum_traces.py`` holds the answers to imitate; the
+reward is ``math``. What makes two stories the same sum is their numbers and operations alone, whoever owns what: a sum
+belongs to the held-out split or to the training split by a hash of those.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Literal, NamedTuple
+
+from datasets import Dataset
+
+from data.splits import held_out
+
+Split = Literal["train", "eval"]
+
+DEFAULT_SIZE = {"train": 16_384, "eval": 1_024}
+EVAL_SHARE = 8  # one sum in so many is held out
+GIVE_UP_AFTER = 10_000  # draws in a row without a new story
+
+NAMES = ("Ann", "Ben", "Eva", "Ida", "Kim", "Leo", "Max", "Sam", "Tom", "Zoe")
+THINGS = ("apples", "books", "cards", "coins", "eggs", "nuts", "pens", "stamps")
+MORE = ("finds {}", "gets {}", "buys {}")
+LESS = ("loses {}", "sells {}", "gives away {}")
+BOXES = "{} boxes of {}"
+WORDS = (
+    *NAMES, *THINGS, "has", "finds", "gets", "buys", "loses", "sells", "gives", "away", "boxes", "of", "how", "many",
+    "about",
+)  # fmt: skip
+
+
+class WordSum(NamedTuple):
+    """A story, how it is worked out one operation at a time, and what comes out."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: int
+
+    @property
+    def key(self) -> str:
+        return " , ".join(self.steps)
+
+
+def build(
+    split: Split, size: int | None = None, seed: int = 0, *, events: int = 2, largest: int = 9, most: int = 30
+) -> Dataset:
+    """Rows of ``prompt`` (a story) and ``answer`` (the number as text), no story twice.
+
+    Things come or go ``events`` times, one by one or in boxes; numbers in a story are 1 to ``largest``, and nobody ever
+    has more than ``most`` things or fewer than none. Row ``i`` does not depend on ``size`` (None is ``DEFAULT_SIZE``).
+    Raises ValueError for arguments that make no sense, or that allow fewer stories than asked for.
+    """
+    wanted = DEFAULT_SIZE[split] if size is None and split in DEFAULT_SIZE else size
+    sums = list(islice(word_sums(split, seed, events=events, largest=largest, most=most), wanted))
+    if size is not None and len(sums) < size:
+        raise ValueError(f"word_sums has only {len(sums)} distinct {split} stories, {size} were asked for")
+    return Dataset.from_dict({"prompt": [s.question for s in sums], "answer": [str(s.answer) for s in sums]})
+
+
+def word_sums(split: Split, seed: int, *, events: int = 2, largest: int = 9, most: int = 30) -> Iterator[WordSum]:
+    """The distinct stories of a split in an order that the seed decides; arguments and errors as of ``build``."""
+    if split not in DEFAULT_SIZE:
+        raise ValueError(f"split is train or eval, not {split!r}")
+    for name, value, low, high in (("events", events, 1, 5), ("largest", largest, 3, 99), ("most", most, largest, 999)):
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{name} is an integer from {low} to {high}, not {value!r}")
+    draw, seen, barren = random.Random(f"word_sums/{split}/{seed}"), set(), 0
+    while barren < GIVE_UP_AFTER:
+        story = _story(draw, events, largest, most)
+        barren += 1
+        if story.question not in seen and held_out(story.key, EVAL_SHARE) == (split == "eval"):
+            seen.add(story.question)
+            barren = 0
+            yield story
+
+
+def _story(draw: random.Random, events: int, largest: int, most: int) -> WordSum:
+    total = draw.randint(2, largest)  # "1 apples" would read badly
+    told = [f"{draw.choice(NAMES)} has {total} {draw.choice(THINGS)}"]
+    steps: list[str] = []
+    while len(told) <= events:
+        boxed, sign = draw.random() < 0.4, draw.choice((1, -1))
+        if boxed:
+            boxes, each = draw.randint(2, 4), draw.randint(2, min(5, largest))
+            number, words = boxes * each, BOXES.format(boxes, each)
+        else:
+            number = draw.randint(1, largest)
+            words = str(number)
+        if not 0 <= total + sign * number <= most:
+            continue
+        if boxed:
+            steps.append(f"{boxes} * {each} = {number}")
+        steps.append(f"{total} {'+' if sign > 0 else '-'} {number} = {total + sign * number}")
+        total += sign * number
+        told.append(draw.choice(MORE if sign > 0 else LESS).format(words))
+    return WordSum(" , ".join(told) + " . how many ?", tuple(steps), total)
