@@ -1,7 +1,6 @@
 """The parent's end of the math workers: start them, ask them, kill them when they are late, start them again.
 
-Safe from many threads at once. A worker lives as long as the *thread* that started it (PR_SET_PDEATHSIG), so all are
-started by one thread of this module's own that stays.
+Safe from many threads at once.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ import json
 import os
 import queue
 import select
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
+
+from rewards.processes import kill, on_staying_thread
 
 START_TIMEOUT = 120.0  # seconds; sympy may come from a cold network disk
 BOOT = "import sys; sys.path[:] = sys.argv[4:]; from rewards.math_worker import serve; serve(*map(int, sys.argv[1:4]))"
@@ -107,7 +105,7 @@ class _Worker:
             command = [sys.executable, "-c", BOOT, str(theirs_in), str(theirs_out), str(os.getpid()), *path]
             try:
                 # A new interpreter: no fork (CUDA, threads), nor multiprocessing's spawn, which runs __main__ again.
-                self.process = _on_staying_thread(
+                self.process = on_staying_thread(
                     lambda: subprocess.Popen(
                         command,
                         stdin=subprocess.DEVNULL,
@@ -157,7 +155,7 @@ class _Worker:
         with self._lock:
             self._closed = True
             if self.process is not None:
-                _kill(self.process)
+                kill(self.process)
 
     def _reply(self, timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
@@ -186,41 +184,8 @@ class _Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.05)
         own = process.poll()
-        _kill(process)
+        kill(process)
         return f"ended with status {own}" if own is not None else "was killed"
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-# --- the thread that starts workers ----------------------------------------------------------------------------------
-
-_jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-_thread: threading.Thread | None = None
-_thread_lock = threading.Lock()
-
-
-def _on_staying_thread(function: Callable[[], Any]) -> Any:
-    global _thread
-    with _thread_lock:
-        if _thread is None or not _thread.is_alive():
-            _thread = threading.Thread(target=_run_jobs, name="math-workers", daemon=True)
-            _thread.start()
-    result: Future[Any] = Future()
-    _jobs.put((function, result))
-    return result.result()
-
-
-def _run_jobs() -> None:
-    while True:
-        function, result = _jobs.get()
-        try:
-            result.set_result(function())
-        except BaseException as why:  # the caller's to handle
-            result.set_exception(why)
 
 
 # --- the pool of this process ----------------------------------------------------------------------------------------
@@ -261,10 +226,9 @@ def current() -> Pool:
 
 
 def _forget() -> None:
-    """In a forked child: the workers, the thread and the locks are the parent's."""
-    global _pool, _thread, _jobs, _pool_lock, _thread_lock
-    _pool, _thread, _jobs = None, None, queue.SimpleQueue()
-    _pool_lock, _thread_lock = threading.Lock(), threading.Lock()
+    """In a forked child: the workers and the lock are the parent's."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
 
 
 atexit.register(stop)

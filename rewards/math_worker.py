@@ -8,16 +8,12 @@ it are sympy objects.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import re
 import resource
 import signal
 import sys
-import threading
-import time
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +21,7 @@ from rewards import math_forms
 from rewards.math_compare import same_form, same_value, unknown_values
 from rewards.math_exact import NotExact
 from rewards.math_text import Unreadable
+from rewards.processes import die_with_parent
 
 MEMORY = 2 << 30  # bytes of address space
 SMALL = 1e-60  # what is computed to 30 digits and is above this is not zero
@@ -43,7 +40,7 @@ DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)", re.ASCII)
 
 def serve(pipe_in: int, pipe_out: int, parent_pid: int) -> None:
     """Entry point of the process: answer requests until the pipe closes."""
-    _die_with(parent_pid)
+    die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     memory = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)  # the parent may have a limit of its own
@@ -149,22 +146,3 @@ def _differs_somewhere(difference: Any) -> bool:
         except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):
             continue
     return False
-
-
-def _die_with(parent_pid: int) -> None:
-    """Never outlive the parent, even if it is SIGKILLed while sympy holds the interpreter."""
-    bound = False
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            pr_set_pdeathsig = 1
-            bound = ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) == 0
-    if os.getppid() != parent_pid:  # it died before the kernel knew
-        os._exit(1)
-    if not bound:
-        threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
-
-
-def _watch_parent(parent_pid: int) -> None:
-    while os.getppid() == parent_pid:
-        time.sleep(1)
-    os._exit(1)

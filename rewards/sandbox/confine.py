@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import glob
 import os
-import signal
 import sys
 import sysconfig
 
+from rewards.processes import die_with_parent
 from rewards.sandbox import kernel
 
 NOBODY = 65534
@@ -64,13 +64,13 @@ def enter_namespaces() -> None:
     child = os.fork()
     if child:
         _end_with(child)
-    kernel.die_with_parent(signal.SIGKILL, 0)  # seen from inside, the parent is no process at all: number 0
+    die_with_parent(0)  # seen from inside, the parent is no process at all: number 0
     _build_root(paths, links)
     if was_root:  # the namespace's user 1 is nobody outside: not root, even should a wall fall
         os.setgroups([])
         os.setresgid(1, 1, 1)
         os.setresuid(1, 1, 1)
-        kernel.die_with_parent(signal.SIGKILL, 0)  # the change of user has undone it
+        die_with_parent(0)  # the change of user has undone it
     kernel.drop_capabilities()
 
 
@@ -146,7 +146,7 @@ def enter_landlock() -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        kernel.die_with_parent(signal.SIGKILL, parent)
+        die_with_parent(parent)
     os.chdir("/")
     lock_files()
 

@@ -17,7 +17,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_THREAD = 0x10000000, 0x20000000, 0x40000000, 0x00010000
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 38, 22
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 38, 22
 
 
 def _call(name: str, *arguments: object) -> int:
@@ -40,13 +40,6 @@ def _syscall(name: str, number: int, *arguments: object) -> int:
 
 def unshare(flags: int) -> None:
     _call("unshare", flags)
-
-
-def die_with_parent(signal_number: int, parent_pid: int) -> None:
-    """SIGKILL (say) for this process when its parent ends, even if that has ended already. Lost at a change of user."""
-    _call("prctl", PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        os._exit(1)
 
 
 def no_new_privileges() -> None:

@@ -13,18 +13,16 @@ import os
 import queue
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
+from rewards.processes import kill, on_staying_thread
 from rewards.sandbox import confine, program
 from rewards.sandbox.program import Request
 
@@ -190,8 +188,7 @@ class Sandbox:
 
 
 class Place:
-    """A zygote seen from the trainer: one run at a time, ``run``. It lives as long as the *thread* that started it
-    (PR_SET_PDEATHSIG), so all are started from one that stays, ``_Starter``'s."""
+    """A zygote seen from the trainer: one run at a time, ``run``."""
 
     def __init__(self, level: str) -> None:
         self.level = level
@@ -209,7 +206,7 @@ class Place:
         self._kill()  # what is left of one that has died
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.process = _starter.start(_command(self.level, theirs.fileno()), theirs.fileno())
+            self.process = _start(_command(self.level, theirs.fileno()), theirs.fileno())
         ours.settimeout(START_TIMEOUT)
         try:
             hello = json.loads(ours.recv(1 << 16) or b'{"refused": "its process ended at once"}')
@@ -285,9 +282,7 @@ class Place:
 
     def _kill(self) -> None:
         if self.process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            kill(self.process)
             self.process = None
         self._burying = False
         if self._control is not None:
@@ -320,44 +315,19 @@ def _command(level: str, control_fd: int) -> list[str]:
     return [bwrap, *isolation, *binds, *links, "--", *python]
 
 
-class _Starter:
-    """Starts processes from a thread that never ends, since the kernel ties their lives to their parent *thread*."""
-
-    def __init__(self) -> None:
-        self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-
-    def start(self, command: list[str], fd: int) -> subprocess.Popen[bytes]:
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():  # a forked process has none
-                self._thread = threading.Thread(target=self._serve, daemon=True, name="sandbox-starter")
-                self._thread.start()
-        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._orders.put((command, fd, answer))
-        result = answer.get()
-        if isinstance(result, BaseException):
-            raise SandboxUnavailable(str(result)) from result
-        return result
-
-    def _serve(self) -> None:
-        while True:
-            command, fd, answer = self._orders.get()
-            try:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(fd,),
-                    env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"},
-                    cwd="/",
-                    start_new_session=True,
-                )
-            except OSError as why:
-                answer.put(why)
-            else:
-                answer.put(process)
-
-
-_starter = _Starter()
+def _start(command: list[str], fd: int) -> subprocess.Popen[bytes]:
+    try:
+        return on_staying_thread(
+            lambda: subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(fd,),
+                env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"},
+                cwd="/",
+                start_new_session=True,
+            )
+        )
+    except OSError as why:
+        raise SandboxUnavailable(str(why)) from why

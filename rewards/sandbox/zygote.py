@@ -22,6 +22,7 @@ import socket
 import sys
 from typing import Any
 
+from rewards.processes import die_with_parent
 from rewards.sandbox import confine, kernel, program
 
 # What programs import most, so that a run finds it in memory.
@@ -33,7 +34,7 @@ MAX_THREADS = 64
 
 def main(control_fd: int, parent_pid: int, level: str) -> None:
     """Entry point: shut in, say so, then run what is asked for until the control socket closes."""
-    kernel.die_with_parent(signal.SIGKILL, parent_pid)
+    die_with_parent(parent_pid)
     control = socket.socket(fileno=control_fd)
     for module in WARM.split():
         importlib.import_module(module)
@@ -101,7 +102,7 @@ def _become_program(channel: int, null: int, limits: dict[str, Any], filter_: by
     """The child of a run. Ends in ``os._exit``, whatever happens."""
     try:
         os.setsid()
-        kernel.die_with_parent(signal.SIGKILL, os.getppid())
+        die_with_parent(os.getppid())
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         for fd in (0, 1, 2):
             os.dup2(null, fd)

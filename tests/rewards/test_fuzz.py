@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import math as math_
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +88,20 @@ def workers() -> Iterator[None]:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(completion=COMPLETIONS, status=st.sampled_from(["stop", "stop", "stop", "length", "error"]))
 def test_no_completion_breaks_a_verifier(completion: str, status: str) -> None:
-    columns = {name: [value] for name, value in ROWS.items()}
+    columns = {name: [value] for name, value in ROWS.items()} | {"completion_ids": [list(map(ord, completion))]}
     for name, (reward, arguments) in REWARDS.items():
-        ids = {"completion_ids": [list(map(ord, completion))]}
-        begun, cpu_begun = time.monotonic(), time.process_time()
-        values = reward(
-            prompts=["p"], completions=[completion], status=[status], prefill=[""], **columns, **ids, **arguments
-        )
-        seconds, cpu_seconds = time.monotonic() - begun, time.process_time() - cpu_begun
-        assert len(values) == 1
-        assert values[0] is None or -1.0 <= values[0] <= 1.0, name
-        assert (values[0] is None) <= (status == "error"), (
-            f"{name}: a completion may not be unscorable by its own doing"
-        )
+        call = partial(reward, ["p"], [completion], status=[status], prefill=[""], **columns, **arguments)
+        value, seconds, cpu_seconds = timed(call)
+        if cpu_seconds > CPU_SECONDS or seconds > SLACK.get(name, math_.inf):  # once may be a pause of the machine's
+            value, seconds, cpu_seconds = timed(call)
+        assert value is None or -1.0 <= value <= 1.0, name
+        assert (value is None) <= (status == "error"), f"{name}: a completion may not be unscorable by its own doing"
         assert cpu_seconds < CPU_SECONDS, f"{name} took {cpu_seconds:.2f} s of the processor"
-        assert seconds < SLACK.get(name, float("inf")), f"{name} took {seconds:.2f} s"
+        assert seconds < SLACK.get(name, math_.inf), f"{name} took {seconds:.2f} s"
+
+
+def timed(call: Callable[[], list[float | None]]) -> tuple[float | None, float, float]:
+    """The one reward that a call gives, its seconds, and those of the processor."""
+    begun, cpu_begun = time.monotonic(), time.process_time()
+    (value,) = call()
+    return value, time.monotonic() - begun, time.process_time() - cpu_begun
