@@ -9,62 +9,19 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
+
+from grpo.report_drawing import LIGHT, STYLE, THEMED, Colours, dress, finish, noisy, smooth, stack, thinned
 
 if TYPE_CHECKING:
     from grpo.report import Run
-
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.axisbelow": True,
-    "ytick.major.size": 0,
-    "xtick.major.size": 3,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "legend.handlelength": 1.4,
-    "svg.fonttype": "none",
-}
-
-
-@dataclass(frozen=True)
-class Colours:
-    """``ink`` for text, ``muted`` for ticks, ``grid`` for lines behind, ``series`` for data, strongest first."""
-
-    paper: str
-    ink: str
-    muted: str
-    grid: str
-    series: tuple[str, ...]
-
-
-LIGHT = Colours(
-    paper="#ffffff",
-    ink="#1c2230",
-    muted="#667085",
-    grid="#e6e9ef",
-    series=("#2563eb", "#ea6a1a", "#0f9d76", "#8b5cf6", "#d6336c", "#98a2b3", "#b58900", "#0891b2"),
-)
-# Placeholders in the SVG, replaced by CSS variables: the page decides what they look like, by light and by dark.
-THEMED = Colours(
-    paper="#fe0000",
-    ink="#fe0001",
-    muted="#fe0002",
-    grid="#fe0003",
-    series=tuple(f"#fe01{i:02x}" for i in range(len(LIGHT.series))),
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +62,7 @@ def _accuracy(ax: Axes, run: Run, c: Colours) -> None:
 def _reward(ax: Axes, run: Run, c: Colours) -> None:
     parts = run.names("rewards/")
     parts = [name for name in parts if name.endswith("/mean")]
-    _noisy(ax, run, "reward", c.series[0], "reward" if len(parts) > 1 else None)
+    noisy(ax, run, "reward", c.series[0], "reward" if len(parts) > 1 else None)
     if len(parts) > 1:
         for i, name in enumerate(parts):
             steps, values = run.series(name)
@@ -115,7 +72,7 @@ def _reward(ax: Axes, run: Run, c: Colours) -> None:
 
 
 def _length(ax: Axes, run: Run, c: Colours) -> None:
-    _noisy(ax, run, "completions/mean_length", c.series[0], "training")
+    noisy(ax, run, "completions/mean_length", c.series[0], "training")
     steps, values = run.series("eval/completions/mean_length")
     if len(steps):
         ax.plot(steps, values, "o-", color=c.series[1], markersize=4, linewidth=1.2, label="held-out")
@@ -127,14 +84,14 @@ def _length(ax: Axes, run: Run, c: Colours) -> None:
 
 
 def _entropy(ax: Axes, run: Run, c: Colours) -> None:
-    _noisy(ax, run, "entropy", c.series[3])
+    noisy(ax, run, "entropy", c.series[3])
     ax.set_ylim(bottom=0)
 
 
 def _time(ax: Axes, run: Run, c: Colours) -> None:
     order = {f"time/{part}": i for i, part in enumerate(("rollout", "score", "train", "sync"))}
     names = sorted(run.names("time/"), key=lambda name: order.get(name, len(order)))
-    _stack(ax, run, names, c, [name.removeprefix("time/") for name in names])
+    stack(ax, run, names, c, [name.removeprefix("time/") for name in names])
 
 
 def _verdicts(ax: Axes, run: Run, c: Colours) -> None:
@@ -148,7 +105,7 @@ def _verdicts(ax: Axes, run: Run, c: Colours) -> None:
     verdicts = [name.rpartition("/")[2] for name in names]
     good_first = (c.series[2], *(s for s in c.series if s != c.series[2])) if "correct" in verdicts else c.series
     shades = Colours(c.paper, c.ink, c.muted, c.grid, good_first)
-    _stack(ax, run, names, shades, [v.replace("_", " ") for v in verdicts], normalize=True)
+    stack(ax, run, names, shades, [v.replace("_", " ") for v in verdicts], normalize=True)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylim(0, 1)
 
@@ -162,21 +119,21 @@ def _signal(ax: Axes, run: Run, c: Colours) -> None:
     for i, (name, label) in enumerate(shares.items()):
         steps, values = run.series(name)
         if len(steps) and (i < 2 or values.any()):
-            _noisy(ax, run, name, c.series[(1, 4, 5)[i]], label)
+            noisy(ax, run, name, c.series[(1, 4, 5)[i]], label)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_ylim(0, min(1.02, max(0.1, ax.get_ylim()[1])))
     ax.legend()
 
 
 def _divergence(ax: Axes, run: Run, c: Colours) -> None:
-    _noisy(ax, run, "kl", c.series[3], "KL to reference")
-    _noisy(ax, run, "clip_ratio/region_mean", c.series[1], "clipped tokens")
+    noisy(ax, run, "kl", c.series[3], "KL to reference")
+    noisy(ax, run, "clip_ratio/region_mean", c.series[1], "clipped tokens")
     ax.set_ylim(bottom=0)
     ax.legend()
 
 
 def _grad_norm(ax: Axes, run: Run, c: Colours) -> None:
-    _noisy(ax, run, "grad_norm", c.series[5])
+    noisy(ax, run, "grad_norm", c.series[5])
     _, values = run.series("grad_norm")
     positive = values[values > 0]
     if len(positive) and positive.max() > 50 * np.median(positive):
@@ -186,7 +143,7 @@ def _grad_norm(ax: Axes, run: Run, c: Colours) -> None:
 
 
 def _loss(ax: Axes, run: Run, c: Colours) -> None:
-    _noisy(ax, run, "loss", c.series[0], "training")
+    noisy(ax, run, "loss", c.series[0], "training")
     steps, values = run.series("eval/loss")
     if len(steps):
         ax.plot(steps, values, "o-", color=c.series[1], markersize=4, linewidth=1.2, label="held-out")
@@ -200,7 +157,7 @@ def _learning_rate(ax: Axes, run: Run, c: Colours) -> None:
 
 
 def _speed(ax: Axes, run: Run, c: Colours) -> None:
-    _noisy(ax, run, "tokens_per_second", c.series[7])
+    noisy(ax, run, "tokens_per_second", c.series[7])
     ax.set_ylim(bottom=0)
 
 
@@ -252,9 +209,9 @@ def curves_png(run: Run, facts: dict[str, float]) -> bytes:
         figure.suptitle(summary(run, facts), x=0.01, ha="left", fontsize=12, color=LIGHT.ink)
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for panel, ax in zip(shown, axes, strict=False):  # in this order zip takes no axes it does not use
-            _dress(ax, LIGHT)
+            dress(ax, LIGHT)
             panel.draw(ax, run, LIGHT)
-            _finish(ax, LIGHT)
+            finish(ax, LIGHT)
             ax.set_title(panel.title, loc="left", fontweight="bold", color=LIGHT.ink, fontsize=10)
         for ax in list(axes):
             ax.remove()
@@ -282,78 +239,15 @@ def summary(run: Run, facts: dict[str, float]) -> str:
     return f"{run.name}: " + ", ".join(parts) if parts else run.name
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centered moving mean over a twentieth of the run; short runs stay as they are."""
-    width = len(values) // 20
-    if width < 2:
-        return values
-    window = np.ones(2 * (width // 2) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def thinned(values: np.ndarray, most: int = 500) -> np.ndarray:
-    """Means of neighbours along the last axis, so that a long run's picture has at most ``most`` points to a curve."""
-    size = -(-values.shape[-1] // most)
-    whole = values.shape[-1] // size * size
-    return values[..., :whole].reshape(*values.shape[:-1], -1, size).mean(-1) if size > 1 else values
-
-
-def _noisy(ax: Axes, run: Run, name: str, colour: str, label: str | None = None) -> None:
-    """The smoothed metric over its faint self."""
-    steps, values = run.series(name)
-    if not len(steps):
-        return
-    smoothed = smooth(values)
-    if smoothed is not values:
-        ax.plot(thinned(steps), thinned(values), color=colour, linewidth=0.8, alpha=0.3)
-    ax.plot(thinned(steps), thinned(smoothed), color=colour, label=label, marker="o" if len(steps) == 1 else None)
-
-
-def _stack(ax: Axes, run: Run, names: list[str], c: Colours, labels: list[str], *, normalize: bool = False) -> None:
-    """Stacked areas of metrics that add up; a part that a step did not log is 0 there."""
-    steps = np.array([row["step"] for row in run.training], dtype=float)
-    parts = np.array([smooth(np.array([row.get(name) or 0.0 for row in run.training])) for name in names])
-    if normalize:
-        parts = parts / np.maximum(parts.sum(0), 1e-12)
-    kept = len(c.series)
-    if len(parts) > kept:
-        parts = np.vstack([parts[: kept - 1], parts[kept - 1 :].sum(0)])
-        labels = [*labels[: kept - 1], "other"]
-    ax.stackplot(thinned(steps), thinned(parts), labels=labels, colors=c.series, alpha=0.82, linewidth=0)
-    legend = ax.legend(loc="lower left", frameon=True, ncols=3, columnspacing=1.0, handletextpad=0.5)
-    legend.get_frame().set(facecolor=c.paper, alpha=0.8, linewidth=0)
-    ax.set_ylim(bottom=0)
-
-
-def _dress(ax: Axes, c: Colours) -> None:
-    ax.set_facecolor("none")
-    ax.grid(axis="y", color=c.grid, linewidth=0.9)
-    ax.spines["bottom"].set_color(c.grid)
-    ax.tick_params(colors=c.muted, labelcolor=c.muted)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
-
-
-def _finish(ax: Axes, c: Colours) -> None:
-    legend = ax.get_legend()
-    if legend:
-        for text in legend.get_texts():
-            text.set_color(c.muted)
-    if ax.get_ylim()[1] >= 10_000:
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
-    ax.margins(x=0.02)
-    ax.set_xlabel("step", color=c.muted, loc="right", labelpad=1)
-
-
 def _svg(panel: Panel, run: Run) -> str:
     # the salt makes the ids inside the picture its own, and the same on every drawing
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         figure.patch.set_alpha(0.0)
         ax = figure.add_subplot()
-        _dress(ax, THEMED)
+        dress(ax, THEMED)
         panel.draw(ax, run, THEMED)
-        _finish(ax, THEMED)
+        finish(ax, THEMED)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     markup = file.getvalue()
