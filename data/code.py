@@ -58,7 +58,8 @@ def build(
     difficulties: Sequence[str] | None = None,
     skip_unsound: bool = False,
 ) -> Dataset:
-    """Rows of ``prompt`` (the task and how to answer it) and ``tests``: ``size`` of them that the seed picks.
+    """Rows of ``prompt`` (the task and how to answer it), ``tests`` and ``solution`` (a program that is said to be
+    right, for ``grpo audit``; null where there is none): ``size`` of them that the seed picks.
 
     ``path`` takes the place of ``train``: a folder with ``train`` (and, but for HumanEval, ``test``) as .jsonl or
     .parquet, or the file to train on. ``eval_path`` takes the place of ``eval``. ``max_tests`` keeps a task's first
@@ -93,6 +94,7 @@ def build(
         {
             "prompt": [row["prompt"] for row in rows],
             "tests": [json.dumps(_first(row["tests"], max_tests), allow_nan=False) for row in rows],
+            "solution": [row["solution"] for row in rows],
         }
     )
 

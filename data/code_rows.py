@@ -33,7 +33,8 @@ HOW_TO_ANSWER = {
 
 
 def row_of(row: dict[str, Any]) -> dict[str, Any]:
-    """``prompt``, ``tests`` as a dictionary, and ``difficulty`` in lower case (empty where not given).
+    """``prompt``, ``tests`` as a dictionary, ``solution`` (None where there is none), and ``difficulty`` in lower case
+    (empty where not given).
 
     Raises ValueError where the row's tests can't be used.
     """
@@ -49,6 +50,7 @@ def row_of(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": f"{question.strip()}\n\n{block}{how.replace('{name}', name or '')}\n",
         "tests": tests,
+        "solution": _solution(row.get("solutions")),
         "difficulty": difficulty,
     }
 
@@ -60,8 +62,16 @@ def _human_eval_row(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": f"{HOW_TO_ANSWER['complete']}\n\n```python\n{prompt.strip()}\n```\n",
         "tests": tests,
+        "solution": prompt + row["canonical_solution"] if row.get("canonical_solution") else None,
         "difficulty": "",
     }
+
+
+def _solution(solutions: Any) -> str | None:
+    """The first of APPS' and TACO's ``solutions``, a list or its JSON text (empty text where there are none)."""
+    if isinstance(solutions, str):
+        solutions = _json(solutions, "solutions") if solutions.strip() else None
+    return solutions[0] if isinstance(solutions, list) and solutions and isinstance(solutions[0], str) else None
 
 
 def _tests(row: dict[str, Any]) -> dict[str, Any]:

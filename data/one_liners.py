@@ -62,7 +62,13 @@ def build(
     rows = list(islice(one_liners(split, seed, operations=operations, largest=largest), wanted))
     if size is not None and len(rows) < size:
         raise ValueError(f"one_liners has only {len(rows)} distinct {split} descriptions, {size} were asked for")
-    return Dataset.from_dict({"prompt": [describe(row) for row in rows], "tests": [tests(row) for row in rows]})
+    return Dataset.from_dict(
+        {
+            "prompt": [describe(row) for row in rows],
+            "tests": [tests(row) for row in rows],
+            "solution": [f"def f(x): return {steps(row)[-1]}" for row in rows],
+        }
+    )
 
 
 def one_liners(
