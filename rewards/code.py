@@ -49,22 +49,8 @@ def verify(
     Raises:
         SandboxUnavailable: there is no way here to run the program safely.
     """
-    try:
-        parsed = parse_tests(tests)
-    except BrokenTests as why:
-        return Verdict(Outcome.GOLD_UNPARSEABLE, str(why))
-    if status == "error":
-        return Verdict(Outcome.ERROR, "the completion was never finished")
-    if status == "length":
-        return Verdict(Outcome.TRUNCATED)
-    try:
-        program = extract_program(prefill + completion)
-    except NoAnswer as why:
-        return Verdict(Outcome.NO_ANSWER, str(why))
-    results = run_tests(parsed, program, limits or Limits(), every=partial_credit)
-    if any(result.outcome is Outcome.ERROR for result in results):
-        results = run_tests(parsed, program, limits or Limits(), every=partial_credit)
-    return _summary(results, partial_credit)
+    task = _read(tests, prefill + completion, status)
+    return task if isinstance(task, Verdict) else _judge(*task, partial_credit, limits or Limits())
 
 
 def code_reward(
@@ -86,17 +72,46 @@ def code_reward(
     space, ``partial_credit`` pays the share of tests passed, ``allow_unsafe`` runs even where nothing isolates.
     """
     n = len(completions)
-    limits = Limits(timeout, memory_mb)
     start(allow_unsafe=allow_unsafe)
-    judge = partial(verify, partial_credit=partial_credit, limits=limits)
-    with ThreadPoolExecutor(min(n, os.cpu_count() or 1) or 1) as threads:
-        verdicts = list(
-            threads.map(
-                lambda job: judge(job[0], job[1], prefill=job[2], status=job[3]),
-                zip(tests, map(text_of, completions), prefill or [""] * n, status or ["stop"] * n, strict=True),
-            )
+    tasks = [
+        _read(tests_i, prefill_i + text_of(completion), status_i)
+        for tests_i, completion, prefill_i, status_i in zip(
+            tests, completions, prefill or [""] * n, status or ["stop"] * n, strict=True
         )
+    ]
+    programs = {_key(task): task for task in tasks if not isinstance(task, Verdict)}  # what several wrote runs once
+    judge = partial(_judge, partial_credit=partial_credit, limits=Limits(timeout, memory_mb))
+    with ThreadPoolExecutor(max(1, min(len(programs), _settings["workers"]))) as threads:
+        judged = dict(zip(programs, threads.map(lambda task: judge(*task), programs.values()), strict=True))
+    verdicts = [task if isinstance(task, Verdict) else judged[_key(task)] for task in tasks]
     return rewards_of(verdicts, kwargs.get("log_verdict"))
+
+
+def _key(task: tuple[Tests, str]) -> tuple[int, str]:
+    return id(task[0]), task[1]
+
+
+def _read(tests: Any, text: str, status: str) -> Verdict | tuple[Tests, str]:
+    """Tests and program of a completion, or the verdict where there is nothing to run."""
+    try:
+        parsed = parse_tests(tests)
+    except BrokenTests as why:
+        return Verdict(Outcome.GOLD_UNPARSEABLE, str(why))
+    if status == "error":
+        return Verdict(Outcome.ERROR, "the completion was never finished")
+    if status == "length":
+        return Verdict(Outcome.TRUNCATED)
+    try:
+        return parsed, extract_program(text)
+    except NoAnswer as why:
+        return Verdict(Outcome.NO_ANSWER, str(why))
+
+
+def _judge(tests: Tests, program: str, partial_credit: bool, limits: Limits) -> Verdict:
+    results = run_tests(tests, program, limits, every=partial_credit)
+    if any(result.outcome is Outcome.ERROR for result in results):  # the sandbox was lost under it: once may be chance
+        results = run_tests(tests, program, limits, every=partial_credit)
+    return _summary(results, partial_credit)
 
 
 def check_row(row: dict[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 TESTS = {"fn_name": "f", "inputs": [[1], [2], [3]], "outputs": [2, 3, 4]}
 SCRIPT_TESTS = {"fn_name": None, "inputs": ["1 2\n"], "outputs": ["3\n5\n"]}
 HONEST = "def f(x):\n    return x + 1\n"
-SECONDS = 1.0
+SECONDS = 0.5
 
 DENIED, WRONG, NO_RESULT = {"denied"}, {"wrong"}, {"no_result"}
 LIMIT = {"limit", "timeout"}
