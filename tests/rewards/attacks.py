@@ -303,6 +303,9 @@ def main(level: str) -> None:
             longest = max(longest, time.monotonic() - begun)
             if verdict.outcome.value not in attack.verdicts:
                 bad.append([attack.number, attack.name, verdict.outcome.value, verdict.detail])
+            after = code.verify(TESTS, as_completion(HONEST), limits=Limits(10.0))
+            if after.outcome.value != "correct":
+                bad.append([60, f"the next program after {attack.name}", after.outcome.value, after.detail])
     for name, program in MUST_PASS.items():
         verdict = code.verify(TESTS, as_completion(program), limits=Limits(10.0))
         if verdict.outcome.value != "correct":
