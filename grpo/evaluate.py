@@ -104,7 +104,7 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     from grpo.backends import make_backend
     from grpo.policy import Policy
     from grpo.scoring import Scorer
-    from grpo.session import make_accelerator, prepare_task
+    from grpo.session import leave, make_accelerator, prepare_task
 
     if model is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model, "lora": None})})
@@ -118,5 +118,5 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
         backend = make_backend(recipe, policy)
         backend.sync(policy, 0)
         metrics, _ = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
-    accelerator.end_training()
+    leave(accelerator, policy)
     return metrics

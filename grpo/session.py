@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, TypeVar, cast
 
 import torch
@@ -117,6 +117,22 @@ class _Silent:
     def log(self, *_: object, **__: object) -> None: ...
 
     def log_rollouts(self, *_: object, **__: object) -> None: ...
+
+
+_kept: list[Any] = []  # what holds a process group, to the end of the process
+
+
+def leave(accelerator: Accelerator, policy: Any) -> None:
+    """Leave the launch's processes; the last thing a stage does.
+
+    A gloo group that is destroyed waits for its thread while it holds the interpreter's lock, and the thread may want
+    that lock to let go of the last tensors it sent: a deadlock of a few in a thousand runs. So the thread gets a moment
+    first, and what holds the group (DDP's model) is never destroyed.
+    """
+    if accelerator.num_processes > 1:
+        _kept.append(policy)
+        sleep(0.2)
+    accelerator.end_training()
 
 
 def seed_step(recipe: Recipe, step: int, rank: int) -> None:

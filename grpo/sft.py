@@ -19,6 +19,7 @@ from grpo.session import (
     PreemptionGuard,
     due,
     finished,
+    leave,
     make_accelerator,
     on_main,
     open_tracker,
@@ -68,7 +69,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
                 preemption.stop(folder, progress.step)
     policy.save_pretrained(folder / "final")
     on_main(accelerator, lambda: write_report(folder))
-    accelerator.end_training()
+    leave(accelerator, policy)
 
 
 def train_step(

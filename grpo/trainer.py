@@ -30,6 +30,7 @@ from grpo.session import (
     PreemptionGuard,
     due,
     finished,
+    leave,
     make_accelerator,
     on_main,
     open_tracker,
@@ -87,7 +88,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
         backend.close()
         policy.save_pretrained(folder / "final")
     on_main(accelerator, lambda: write_report(folder))
-    accelerator.end_training()
+    leave(accelerator, policy)
 
 
 def train_step(
