@@ -61,7 +61,7 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file" + ("" if Path(path).is_absolute() else f" (from {Path.cwd()})"))
     if file.suffix == ".parquet":
         try:
             table = pq.read_table(file)

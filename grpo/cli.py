@@ -76,11 +76,15 @@ def train(
         resolved = load_recipe(recipe, overrides or [])
     with exit_codes(Path(resolved.training.output_dir)):
         if dry_run:
+            from grpo.row_checks import unscorable_rows
             from grpo.scoring import Scorer
             from grpo.session import prepare_task
 
-            prepare_task(resolved)
-            Scorer(resolved.rewards, resolved.scoring).close()
+            _, _, task = prepare_task(resolved)
+            with Scorer(resolved.rewards, resolved.scoring) as scorer:
+                scorer.check_columns(task.columns)
+                if unscorable := unscorable_rows(resolved, [task.train, task.held_out]):
+                    raise UserError("\n".join(unscorable))
             typer.echo(dump_recipe(resolved), nl=False)
         elif resolved.stage == "sft":
             from grpo import sft

@@ -66,7 +66,8 @@ def evaluate(
     """Metrics and rollout rows of the held-out prompts, equal on every process; each process does its share.
 
     Draws depend on the seed, prompt and sample but not on the step: two evaluations differ by the weights alone.
-    A completion counts as solved where the recipe's evaluation reward is at least 1.
+    A completion counts as solved where the recipe's evaluation reward is at least 1. Prompts with a completion that
+    could not be scored are left out of the accuracy and counted in ``eval/unscored/…``.
     """
     evaluation = recipe.evaluation
     sampling = Sampling(
@@ -87,7 +88,9 @@ def evaluate(
     groups = sorted(gather_object(groups), key=lambda group: group.prompt.id)
 
     name = evaluation.reward or next(iter(groups[0].rewards_by_function))
-    solved_PG = np.array([[r is not None and r >= 1 for r in group.rewards_by_function[name]] for group in groups])
+    # A prompt with a completion that could not be scored says nothing of the model (all unscored: nobody solved any).
+    scored = [group for group in groups if None not in group.rewards_by_function[name]] or groups
+    solved_PG = np.array([[r is not None and r >= 1 for r in group.rewards_by_function[name]] for group in scored])
     metrics = accuracy_metrics(solved_PG)
     metrics |= {f"eval/{k}": v for k, v in completion_metrics(groups).items()}
     for function in groups[0].rewards_by_function:

@@ -42,7 +42,7 @@ def exit_codes(folder: Path | None = None) -> Iterator[None]:
         _say(f"{_rank_prefix()}{error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        _say_once("stopped by Ctrl-C")
+        _say_once("stopped by Ctrl-C; what came after the last checkpoint, if there is one, is not saved")
         raise typer.Exit(130) from None
     except Exception as error:
         where = _keep_traceback(folder)

@@ -47,10 +47,11 @@ def _named(what: str, name: str) -> Iterator[None]:
     """Turn the many ways a model can fail to load into one message that says what to do."""
     path = Path(_locate(name)).expanduser()
     looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~", "runs/", "models/")) or path.exists()
-    if looks_local and not path.exists():
+    if (looks_local or (path.parent.name and path.parent.is_dir())) and not path.exists():
         raise UserError(
             f"model.name: {name} does not exist (from {Path.cwd()}); give a folder that holds config.json and weights, "
-            "a GGUF file or a hub id. A stage that starts from another run needs that run's final/ first"
+            "a GGUF file or a hub id. A stage that starts from another run needs that run's final/ first, and where a "
+            "model is made here the recipe's header says how"
         )
     try:
         yield

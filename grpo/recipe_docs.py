@@ -69,7 +69,7 @@ override rollout.num_generations=1: must be at least 2, got 1. Completions per p
 | 2 | the recipe, the data or the command line is wrong |
 | 143 | preempted (SIGTERM), and saved: start again with `--resume` |
 | 130 | Ctrl-C |
-| 1 | anything else; the last line says what to do, a traceback is in `OUTPUT_DIR/error.txt` |
+| 1 | anything else; the last line says what to do; a traceback, if there is one, is in `OUTPUT_DIR/error.txt` |
 """
 
 

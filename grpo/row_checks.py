@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +10,11 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.scoring import Scorer
 from grpo.scoring_functions import row_checks
-from grpo.tasks import Part, load_parts, needs_network
+from grpo.tasks import Part, Task, load_parts, needs_network
 
 SHOWN = 5
+
+log = logging.getLogger("grpo")
 
 
 def check_data(recipe: Recipe, scorer: Scorer | None = None) -> str:
@@ -28,20 +31,29 @@ def check_data(recipe: Recipe, scorer: Scorer | None = None) -> str:
     train, held_out, notes = load_parts(recipe)
     if scorer is not None:
         scorer.check_columns(set(train.rows[train.ids[0]]) - {recipe.data.prompt_column})
-        for name, check in row_checks(recipe.rewards):
-            _refuse_unscorable(name, check, [train, held_out])
+        if unscorable := unscorable_rows(recipe, [train, held_out]):
+            raise UserError("\n".join(unscorable))
     return "; ".join([f": {len(train)} rows to train on, {len(held_out)} held out", *notes])
 
 
-def _refuse_unscorable(name: str, check: Callable[[dict[str, Any]], str | None], parts: list[Part]) -> None:
-    """Raise with the first rows on which this reward could pay nobody, and the number of the rest."""
-    found = list(_unscorable(check, parts))
-    if found:
-        shown = [f"  {where}: {why}" for where, why in found[:SHOWN]]
-        if len(found) > SHOWN:
-            shown.append(f"  and {len(found) - SHOWN} more")
-        total = sum(map(len, parts))
-        raise UserError("\n".join([f"reward {name!r} can score nothing on {len(found)} of {total} rows:", *shown]))
+def unscorable_rows(recipe: Recipe, parts: list[Part]) -> list[str]:
+    """For each reward that could pay nobody on some rows: how many, and the first of them by place. Empty if none."""
+    messages = []
+    for name, check in row_checks(recipe.rewards):
+        found = list(_unscorable(check, parts))
+        if found:
+            shown = [f"  {where}: {why}" for where, why in found[:SHOWN]]
+            if len(found) > SHOWN:
+                shown.append(f"  and {len(found) - SHOWN} more")
+            total = sum(map(len, parts))
+            messages.append("\n".join([f"reward {name!r} can score nothing on {len(found)} of {total} rows:", *shown]))
+    return messages
+
+
+def warn_of_unscorable_rows(recipe: Recipe, task: Task) -> None:
+    """A run goes on beside such rows: they are unscored, and counted, but who has them should know before it starts."""
+    for message in unscorable_rows(recipe, [task.train, task.held_out]):
+        log.warning(message)
 
 
 def _unscorable(check: Callable[[dict[str, Any]], str | None], parts: list[Part]) -> Iterator[tuple[str, str]]:

@@ -45,6 +45,8 @@ class Tracker:
         self.folder = folder
         self._file = _open_at(folder / "metrics.jsonl", resume_offset)
         step, seconds = _so_far(folder / "metrics.jsonl")
+        if resume_offset is not None:
+            _forget_rollouts(folder / "rollouts", after=step)
         self._trackers = open_trackers(folder, tracking, recipe_dict, first_step=step + 1)
         max_seconds = recipe_dict.get("training", {}).get("max_seconds")
         self._progress = progress_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
@@ -122,6 +124,14 @@ def _so_far(path: Path) -> tuple[int, float]:
     rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
     seconds = sum(row.get("step_time") or 0.0 for row in rows)
     return max((row["step"] for row in rows), default=0), seconds
+
+
+def _forget_rollouts(folder: Path, after: int) -> None:
+    """Remove rollouts of steps that the run has gone back behind: a report would mix them with what comes."""
+    for file in folder.glob("*_*.jsonl"):
+        number = file.stem.rpartition("_")[2]
+        if number.isdigit() and int(number) > after:
+            file.unlink()
 
 
 def _number(value: Any) -> float | int | None:

@@ -24,6 +24,7 @@ from grpo.metrics import completion_metrics, reward_metrics, rewards_array, roll
 from grpo.policy import Policy, learning_rate
 from grpo.randomness import Stream, key
 from grpo.report import write_report
+from grpo.row_checks import warn_of_unscorable_rows
 from grpo.scoring import Scorer
 from grpo.session import (
     Clock,
@@ -50,6 +51,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
+        on_main(accelerator, lambda: warn_of_unscorable_rows(recipe, task))
         folder = prepare_folder(recipe, accelerator, resume)
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=recipe.algorithm.beta > 0)
         checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))

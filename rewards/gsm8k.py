@@ -24,7 +24,7 @@ NUMBER = re.compile(
 GOLD_MARK = "####"
 
 
-def verify(gold: str, completion: str, *, prefill: str = "", status: str = "stop") -> Verdict:
+def verify(gold: Any, completion: str, *, prefill: str = "", status: str = "stop") -> Verdict:
     """Judge one completion (text after the prompt; ``prefill`` is the prompt's tail that belongs to the answer).
 
     ``gold`` is the row's worked solution, which ends in ``#### 72``. ``status`` is how the completion ended: one cut
@@ -33,9 +33,8 @@ def verify(gold: str, completion: str, *, prefill: str = "", status: str = "stop
     """
     expected = _number(gold.rpartition(GOLD_MARK)[2]) if isinstance(gold, str) and GOLD_MARK in gold else None
     if expected is None:
-        return Verdict(
-            Outcome.GOLD_UNPARSEABLE, f"answer must end in {GOLD_MARK} and a number, got {str(gold)[-40:]!r}"
-        )
+        broken = f"answer must end in {GOLD_MARK} and a number (bare ones are for reward math), got {str(gold)[-40:]!r}"
+        return Verdict(Outcome.GOLD_UNPARSEABLE, broken)
     if status == "error":
         return Verdict(Outcome.ERROR, "the completion was never finished")
     if status == "length":
@@ -75,6 +74,12 @@ def gsm8k_reward(
         )
     ]
     return rewards_of(verdicts, kwargs.get("log_verdict"))
+
+
+def check_row(row: dict[str, Any]) -> str | None:
+    """Why no completion could be right for a row, None where one could."""
+    verdict = verify(row.get("answer"), "")
+    return verdict.detail if verdict.outcome is Outcome.GOLD_UNPARSEABLE else None
 
 
 def _number(text: str) -> Decimal | None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -145,7 +146,11 @@ def test_train_calls_its_stage(stand_in, stage, switches, resume):
          "the loss is NaN at step 3: lower optimizer.learning_rate\n"),
         (Preempted("saved run/checkpoints/step_000004; start again with --resume"), 143,
          "saved run/checkpoints/step_000004; start again with --resume\n"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "stopped by Ctrl-C; what came after the last checkpoint, if there is one, is not saved\n",
+        ),
     ],
 )  # fmt: skip
 def test_expected_endings_print_their_message_alone(stand_in, error, code, message):
@@ -345,6 +350,22 @@ def test_validate_finds_rows_that_nothing_could_be_right_on(rows):
     assert "reward 'countdown' can score nothing on 10 of 50 rows:" in result.stderr
     assert "rows.jsonl:21: nums must hold at least one number and none below 0, got [-1, 2]" in result.stderr
     assert "and 5 more" in result.stderr
+
+
+def test_a_dry_run_finds_them_too(rows):
+    rows(*[ROW] * 40, ROW | {"nums": [-1, 2]})
+    result = run("train", "rows.yaml", "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "reward 'countdown' can score nothing on 1 of 41 rows:\n  rows.jsonl:41: nums must hold" in result.stderr
+
+
+def test_a_folder_one_letter_away_is_no_hub_id(tmp_path):
+    (tmp_path / "mine").mkdir()
+    started = time.monotonic()
+    result = run("train", "recipe.yaml", "model.name=mine/tiny_bse")
+    assert result.exit_code == 2
+    assert "model.name: mine/tiny_bse does not exist" in result.stderr
+    assert time.monotonic() - started < 20, "without asking the hub"
 
 
 def test_validate_finds_a_missing_column(rows):

@@ -54,6 +54,21 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_rollouts_of_steps_that_a_run_goes_back_behind_are_forgotten(tmp_path):
+    with open_tracker(tmp_path) as tracker:
+        offsets = []
+        for step in (0, 1, 2):
+            tracker.log(step, {"reward": 0.5})
+            tracker.log_rollouts(step, [{"completion": "a"}])
+            offsets.append(tracker.offset)
+        tracker.log_rollouts(2, [{"completion": "a"}], prefix="eval")
+    with open_tracker(tmp_path, resume_offset=offsets[1]):
+        assert sorted(file.name for file in (tmp_path / "rollouts").iterdir()) == [
+            "step_000000.jsonl",
+            "step_000001.jsonl",
+        ]
+
+
 def test_numbers_read_back_to_the_same_bits_and_non_finite_ones_are_null(tmp_path):
     values = {
         "float": 0.1 + 0.2,
