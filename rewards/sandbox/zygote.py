@@ -53,7 +53,7 @@ def main(control_fd: int, parent_pid: int, level: str) -> None:
     del sys.argv[1:], sys.orig_argv[1:]
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page that it looks at
-    control.send(json.dumps({"ready": level, "landlock": kernel.landlock_abi()}).encode())
+    control.send(json.dumps({"ready": level}).encode())
     while True:
         message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 1)
         if not message:
@@ -147,10 +147,9 @@ def _limit(limits: dict[str, Any]) -> None:
         resource.setrlimit(what, (limit, limit))
 
 
-def _reap(control: socket.socket, child: int) -> dict[str, Any]:
+def _reap(control: socket.socket, child: int) -> dict[str, int]:
     """Wait for the child, or for the order to kill it; how it ended."""
     end = os.pidfd_open(child)
-    killed = False
     try:
         poll = select.poll()
         poll.register(end, select.POLLIN)
@@ -158,9 +157,8 @@ def _reap(control: socket.socket, child: int) -> dict[str, Any]:
         while not any(fd == end for fd, _ in poll.poll()):
             if not control.recv(MAX_MESSAGE):
                 os._exit(0)  # the trainer has gone: so do we, and our children with us
-            killed = True
             os.kill(child, signal.SIGKILL)
     finally:
         os.close(end)
-    _, status, usage = os.wait4(child, 0)
-    return {"status": os.waitstatus_to_exitcode(status), "killed": killed, "max_rss_kb": usage.ru_maxrss}
+    _, status = os.waitpid(child, 0)
+    return {"status": os.waitstatus_to_exitcode(status)}
