@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz bench lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-vllm fuzz bench lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +26,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+setup-vllm: $(VLLM_STAMP) ## make the environment of the vLLM engine in .venv-vllm (its CPU build; Python 3.11 or newer)
+
+# The list is complete, so pip resolves nothing but torch's own needs. `setup` has looked at $(PYTHON).
+$(VLLM_STAMP): constraints-vllm.txt | setup
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $$($(PYTHON) --version) is too old: vLLM needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt pip torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	@touch $@
+
 demo: setup ## train the tiny model by GRPO for five minutes on the CPU and draw what it learned
 	rm -rf runs/demo
 	$(BIN)/grpo train recipes/demo_cpu.yaml training.output_dir=runs/demo
@@ -31,6 +44,11 @@ demo: setup ## train the tiny model by GRPO for five minutes on the CPU and draw
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest
+
+# One test at a time: each starts engines, and an engine takes what cores there are.
+test-vllm: setup setup-vllm smollm2 ## run the tests of the vLLM backend against real engines
+	GRPO_VLLM_PYTHON="$(CURDIR)/$(VLLM_VENV)/bin/python" \
+	  $(BIN)/python -m pytest --numprocesses=0 -p no:cacheprovider --timeout=600 tests/vllm_engine
 
 fuzz: setup ## 100,000 random and mutated completions through every verifier (half an hour)
 	GRPO_FUZZ_EXAMPLES=100000 $(BIN)/python -m pytest --numprocesses=0 tests/rewards/test_fuzz.py
@@ -71,5 +89,5 @@ wheel: setup ## build the wheel in dist/
 wheel-check: wheel ## install the wheel in an empty environment and run the smoke recipe from it, outside of the checkout
 	tests/wheel_check.sh dist/*.whl
 
-clean: ## remove what was built and the environment (runs and models stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+clean: ## remove what was built and the environments (runs and models stay)
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

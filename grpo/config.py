@@ -1,6 +1,6 @@
 """The recipe: one YAML file describes one run.
 
-This module is the schema alone (pydantic v2, unknown keys refused) and imports neither torch nor anything of ours.
+This is the schema alone (pydantic v2, unknown keys refused), without torch; ``config_*.py`` hold its larger sections.
 Loading, line numbers, overrides and hints live in ``recipe_file.py``. ``docs/recipe.md`` is generated from here.
 Names are TRL's wherever the meaning is TRL's.
 """
@@ -9,26 +9,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonEmpty = Annotated[str, Field(min_length=1)]
-
-
-def _refuse(problems: list[str]) -> None:
-    """Raise all problems of a section at once, one a line; ``recipe_file`` reports each by itself."""
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
+from grpo.config_algorithm import AlgorithmConfig
+from grpo.config_base import (
+    BelowOne,
+    Finite,
+    Fraction,
+    NonEmpty,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+    refuse,
+)
+from grpo.config_vllm import VllmOptions
 
 
 class LoraConfig(Section):
@@ -105,7 +101,7 @@ class DataConfig(Section):
                 for key in ("system_prompt", "chat_template_kwargs")
                 if getattr(self, key)
             ]
-        _refuse(problems)
+        refuse(problems)
         return self
 
 
@@ -144,9 +140,9 @@ class ScoringConfig(Section):
     """Share of a step's completions that may be unscorable; above it the run stops with the first traceback."""
 
 
-class RolloutConfig(Section):
-    backend: Literal["hf"] = "hf"
-    """What generates: `hf` is transformers in the training process."""
+class RolloutConfig(VllmOptions):
+    backend: Literal["hf", "vllm"] = "hf"
+    """What generates: `hf` is transformers in the training process, `vllm` an engine beside it or servers elsewhere."""
     num_generations: Annotated[int, Field(ge=2, strict=True)] = 8
     """Completions per prompt, G. At least 2: an advantage compares a completion with its group."""
     max_completion_length: PositiveInt = 512
@@ -162,45 +158,17 @@ class RolloutConfig(Section):
     stop: list[str] = Field(default_factory=list)
     """Strings that end a completion (they stay in it), besides the model's end-of-sequence tokens."""
     max_batch_size: PositiveInt = 512
-    """Most sequences decoded at once, per process."""
-
-
-class AlgorithmConfig(Section):
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
-    """How token losses are summed and what they are divided by; see docs/algorithms.md."""
-    beta: NonNegative = 0.0
-    """Weight of the KL penalty to the reference model; 0 loads no reference model."""
-    epsilon: Positive = 0.2
-    """Clip range below: ratios under 1 - epsilon give no gradient where the advantage is negative."""
-    epsilon_high: Positive | None = None
-    """Clip range above; null takes epsilon. DAPO's clip-higher is 0.28."""
-    delta: Positive | None = None
-    """Dual clip: upper bound of the ratio where the advantage is negative (above 1 + epsilon); null is off."""
-    num_iterations: PositiveInt = 1
-    """Passes over each rollout (mu in the GRPO paper)."""
-    num_minibatches: PositiveInt = 1
-    """Optimizer steps into which each pass over a rollout is split; divides prompts_per_step."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the standard deviation of the group, of the step, or not at all (Dr. GRPO)."""
-    baseline: Literal["group", "leave_one_out"] = "group"
-    """Subtract the group's mean reward, or the mean of the others (RLOO)."""
-    mask_truncated_completions: bool = False
-    """Leave completions that ran into max_completion_length out of the loss."""
-    sync_ref_model: bool = False
-    """Move the reference model toward the policy every ref_model_sync_steps steps."""
-    ref_model_sync_steps: PositiveInt = 512
-    """Steps between two moves of the reference model."""
-    ref_model_mixup_alpha: Fraction = 0.6
-    """ref = alpha * policy + (1 - alpha) * ref at each move (TR-DPO); 1.0 replaces it."""
+    """Most sequences decoded at once, per process (`backend: hf`)."""
+    overlap: bool = False
+    """With `backend: vllm`: sample the next step's completions while this step trains, one step off-policy; what is in
+    flight goes on under the new weights. `algorithm.importance_sampling_mode` corrects for it."""
 
     @model_validator(mode="after")
-    def _bounds(self) -> AlgorithmConfig:
-        problems = []
-        if self.delta is not None and self.delta <= 1 + self.epsilon:
-            problems.append(f"delta ({self.delta}) must be above 1 + epsilon ({1 + self.epsilon})")
-        if self.sync_ref_model and self.beta == 0:
-            problems.append("sync_ref_model needs a reference model: set beta above 0")
-        _refuse(problems)
+    def _backend_settings(self) -> RolloutConfig:
+        problems = self.vllm_problems(self.backend)
+        if self.overlap and self.backend != "vllm":
+            problems.append(f"overlap needs backend: vllm (backend is {self.backend}, which samples with the trainer)")
+        refuse(problems)
         return self
 
 
@@ -315,6 +283,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.algorithm.importance_sampling_mode is None:
+            mode = "token_truncate" if self.rollout.backend == "vllm" else "none"
+            self.algorithm = self.algorithm.model_copy(update={"importance_sampling_mode": mode})
         problems = []
         if self.stage == "grpo" and not self.rewards:
             problems.append("rewards: a grpo recipe needs at least one reward")
@@ -335,7 +306,7 @@ class Recipe(Section):
                 "algorithm.sync_ref_model cannot be used with model.lora: the reference is the model without adapters, "
                 "which never moves"
             )
-        _refuse(problems)
+        refuse(problems)
         return self
 
     def reward_names(self) -> list[str]:

@@ -13,3 +13,7 @@ class RunError(Exception):
 
 class Preempted(Exception):
     """The machine asked for itself back (SIGTERM); the run has saved a checkpoint and stops. Exit 143."""
+
+
+class BackendFailed(RunError):
+    """What generates is gone for good, or does not hold the policy. The trainer saves a checkpoint before it ends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,8 +119,8 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     with Scorer(recipe.rewards, recipe.scoring) as scorer:
         scorer.check_columns(task.columns)
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
-        backend = make_backend(recipe, policy)
-        backend.sync(policy, 0)
-        metrics, _ = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
+        with closing(make_backend(recipe, policy)) as backend:
+            backend.sync(policy, 0)
+            metrics, _ = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
     leave(accelerator, policy)
     return metrics

@@ -84,6 +84,42 @@ def kl_k3(logps_BT: torch.Tensor, ref_logps_BT: torch.Tensor) -> torch.Tensor:
     return difference_BT.exp() - difference_BT - 1
 
 
+def importance_ratio(
+    old_logps_BT: torch.Tensor, sampler_logps_BT: torch.Tensor, mask_BT: torch.Tensor, *, mode: str
+) -> torch.Tensor:
+    """How much likelier what was sampled is to the trainer than it was to the sampler, (B,T), without gradient.
+
+    ``token_*`` modes: exp(old - sampler) of each token; ``sequence_*``: that of the whole completion, the product over
+    its tokens that count, at every position. Where the mask is 0 the inputs may hold anything, inf and nan included.
+    """
+    log_ratio_BT = torch.where(mask_BT > 0, old_logps_BT.detach() - sampler_logps_BT, 0.0)
+    if mode.startswith("sequence_"):
+        log_ratio_BT = log_ratio_BT.sum(1, keepdim=True).expand_as(log_ratio_BT)
+    return log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def importance_weights(
+    old_logps_BT: torch.Tensor,
+    sampler_logps_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    *,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float,
+) -> torch.Tensor:
+    """Factors of the surrogate, (B,T), that make up for a sampler which is not quite the policy; without gradient.
+
+    Outside [``clip_min``, ``clip_max``] ``importance_ratio`` is clamped (``*_truncate``; Yao et al. 2025) or replaced
+    by 0 (``*_mask``; Liu et al. 2025).
+    """
+    ratio_BT = importance_ratio(old_logps_BT, sampler_logps_BT, mask_BT, mode=mode)
+    low = 0.0 if clip_min is None else clip_min
+    # Asking what is outside, rather than inside, lets a nan through to the loss, where it stops the run.
+    outside_BT = (ratio_BT < low) | (ratio_BT > clip_max)
+    bounded = {"truncate": ratio_BT.clamp(low, clip_max), "mask": ratio_BT.masked_fill(outside_BT, 0.0)}
+    return bounded[mode.rpartition("_")[2]]
+
+
 def policy_loss(
     logps_BT: torch.Tensor,
     old_logps_BT: torch.Tensor | None,
@@ -97,6 +133,7 @@ def policy_loss(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     delta: float | None = None,
+    weights_BT: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's share of the step's loss, and sums for the metrics.
 
@@ -108,6 +145,8 @@ def policy_loss(
         advantages_B: one advantage a sequence.
         mask_BT: 1.0 at tokens that count, else 0.0.
         counts: what the whole optimizer step holds.
+        weights_BT: factors of the surrogate (not of the KL penalty, nor in the denominator), finite everywhere:
+            ``importance_weights``. None means 1.
 
     Returns:
         The loss (a scalar; summed over micro-batches and processes it is the step's loss) and, detached, sums over this
@@ -122,6 +161,8 @@ def policy_loss(
     ratio_BT = (logps_BT - old_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
     loss_BT = variant.objective(ratio_BT, advantages_B, epsilon=epsilon, epsilon_high=high, delta=delta)
+    if weights_BT is not None:
+        loss_BT = loss_BT * weights_BT
     metrics = clip_metrics(ratio_BT.detach(), advantages_B, mask_BT, epsilon, high)
     if ref_logps_BT is not None and beta > 0:
         kl_BT = kl_k3(logps_BT, torch.where(valid_BT, ref_logps_BT, 0.0))
@@ -142,4 +183,22 @@ def clip_metrics(
         "clip_ratio/low": low_BT.sum(),
         "clip_ratio/high": high_BT.sum(),
         "clip_ratio/region": low_BT.sum() + high_BT.sum(),
+    }
+
+
+def importance_metrics(
+    ratio_BT: torch.Tensor, weights_BT: torch.Tensor, mask_BT: torch.Tensor, *, mode: str
+) -> dict[str, torch.Tensor]:
+    """Smallest, largest and sum of the raw ratios (one a token, or one a sequence: ``count`` says how many), and how
+    many tokens got another weight than their ratio."""
+    unit_BT = mask_BT > 0
+    if mode.startswith("sequence_"):  # the first token that counts stands for its sequence
+        unit_BT = unit_BT & (unit_BT.cumsum(1) == 1)
+    name = "sampling/importance_sampling_ratio"
+    return {
+        f"{name}/min": torch.where(unit_BT, ratio_BT, torch.inf).min(),
+        f"{name}/max": torch.where(unit_BT, ratio_BT, 0.0).max(),
+        f"{name}/mean": torch.where(unit_BT, ratio_BT, 0.0).sum(),
+        f"{name}/count": unit_BT.sum(),
+        "sampling/importance_sampling_clipped": ((weights_BT != ratio_BT) * mask_BT).sum(),
     }

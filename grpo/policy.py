@@ -197,6 +197,18 @@ class Policy:
             return state
         return merged_state(self.causal_lm, state)
 
+    @torch.no_grad()
+    def base_state(self) -> dict[str, torch.Tensor]:
+        """With LoRA: the frozen weights without adapters, by ``from_pretrained``'s names. Called by all processes."""
+        named = self.accelerator.unwrap_model(self.model).state_dict().items()
+        return base_of(self.causal_lm, {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named})
+
+    def save_adapter(self, folder: Path, adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
+        """Write ``adapter_state`` as peft does, cast to ``dtype``."""
+        assert self.peft_model is not None
+        self.peft_model.save_pretrained(folder, state_dict={name: t.to(dtype).cpu() for name, t in adapter.items()})
+        return folder
+
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The LoRA adapters alone, by peft's names."""
         from peft import get_peft_model_state_dict
@@ -267,23 +279,33 @@ def _assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
     parameter.copy_(value)
 
 
-def merged_state(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names and tensors of a LoRA model as if it had been merged: base + scaling * B A, computed in float32."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
-    merged = {}
+def base_of(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names and tensors of a LoRA model as they were before adapters were added."""
+    layers = _lora_layers(causal_lm)
+    base = {}
     for name, tensor in state.items():
         owner, found, parameter = name.partition(".base_layer.")
         if found and owner in layers:
-            if parameter == "weight":
-                layer = layers[owner]
-                adapter = layer.active_adapters[0]
-                tensor = (tensor.float() + layer.get_delta_weight(adapter).float()).to(tensor.dtype)
-            merged[f"{owner}.{parameter}"] = tensor
+            base[f"{owner}.{parameter}"] = tensor
         elif not any(name.startswith(f"{owner}.") for owner in layers):
-            merged[name] = tensor
+            base[name] = tensor
+    return base
+
+
+def merged_state(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same as if the adapters had been merged: base + scaling * B A, computed in float32."""
+    merged = base_of(causal_lm, state)
+    for owner, layer in _lora_layers(causal_lm).items():
+        weight = merged[f"{owner}.weight"]
+        delta = layer.get_delta_weight(layer.active_adapters[0])
+        merged[f"{owner}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
     return merged
+
+
+def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -8,9 +8,8 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from grpo.config import Recipe, RolloutConfig, Section
-
-BACKENDS = ", ".join(get_args(RolloutConfig.model_fields["backend"].annotation))
+from grpo.config import Recipe, Section
+from grpo.config_vllm import VllmOptions
 
 # Names of TRL (and transformers' TrainingArguments), verl and OpenRLHF with their place here; after ": ", what differs.
 RENAMED = {
@@ -57,6 +56,26 @@ RENAMED = {
     "max_new_tokens": "rollout.max_completion_length",
     "micro_rollout_batch_size": "rollout.max_batch_size: sequences decoded at once",
     "rollout.name": "rollout.backend",
+    # rollout with vLLM: our own names, anywhere or in a section `vllm`, then those of others
+    **{name: f"rollout.{name}" for name in VllmOptions.model_fields},
+    **{name.replace("_", ".", 1): f"rollout.{name}" for name in VllmOptions.model_fields},
+    "vllm_server_host": "rollout.vllm_server_base_url: http://HOST:PORT",
+    "vllm_server_port": "rollout.vllm_server_base_url: http://HOST:PORT",
+    "vllm_max_model_len": "rollout.vllm_max_model_length",
+    "vllm_model_impl": 'rollout.vllm_args: ["--model-impl=..."]',
+    "vllm_enable_prefix_caching": 'rollout.vllm_args: ["--enable-prefix-caching"]',
+    "vllm_enable_sleep": "rollout.vllm_enable_sleep_mode",
+    "vllm_sync_backend": "rollout.vllm_weight_transfer",
+    "vllm_num_engines": "rollout.vllm_server_base_url: a list with every server's URL",
+    "colocate_all_models": "rollout.vllm_mode: colocate",
+    "async_train": "rollout.overlap",
+    "gpu_memory_utilization": "rollout.vllm_gpu_memory_utilization",
+    "tensor_model_parallel_size": "rollout.vllm_tensor_parallel_size",
+    "free_cache_engine": "rollout.vllm_enable_sleep_mode",
+    "max_model_len": "rollout.vllm_max_model_length",
+    "enforce_eager": 'rollout.vllm_args: ["--enforce-eager"]',
+    "max_num_seqs": 'rollout.vllm_args: ["--max-num-seqs=..."]',
+    "max_num_batched_tokens": 'rollout.vllm_args: ["--max-num-batched-tokens=..."]',
     # algorithm
     "kl_coef": "algorithm.beta",
     "init_kl_coef": "algorithm.beta",
@@ -75,6 +94,14 @@ RENAMED = {
     "loss_agg_mode": "algorithm.loss_type",
     "advantage_estimator": "algorithm.baseline: group or leave_one_out; with `algorithm.scale_rewards`",
     "adv_estimator": "algorithm.baseline: group or leave_one_out; with `algorithm.scale_rewards`",
+    "vllm_importance_sampling_correction": "algorithm.importance_sampling_mode: none turns it off",
+    "vllm_importance_sampling_mode": "algorithm.importance_sampling_mode",
+    "vllm_importance_sampling_cap": "algorithm.importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_max": "algorithm.importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min": "algorithm.importance_sampling_clip_min",
+    "enable_vllm_is_correction": "algorithm.importance_sampling_mode: none turns it off",
+    "vllm_is_truncated_threshold": "algorithm.importance_sampling_clip_max: low is `importance_sampling_clip_min`",
+    "tis_imp_ratio_cap": "algorithm.importance_sampling_clip_max",
     "norm_adv_by_std_in_grpo": "algorithm.scale_rewards: group or none",
     # optimizer
     "lr": "optimizer.learning_rate",
@@ -138,7 +165,12 @@ NOT_HERE = {
     "use_peft": "give model.lora a section, such as {r: 16}",
     "load_in_4bit": "quantized training is not supported; model.lora saves memory",
     "load_in_8bit": "quantized training is not supported; model.lora saves memory",
-    "use_vllm": f"what generates is rollout.backend, one of: {BACKENDS}",
+    "use_vllm": "set rollout.backend: vllm, or leave it out for hf",
+    "vllm_device": "leave it out: an engine is on the devices of training (vllm_mode: colocate), or on those that "
+    "CUDA_VISIBLE_DEVICES gave its server",
+    "vllm_guided_decoding_regex": "not supported: it changes the sampling distribution",
+    "vllm_structured_outputs_regex": "not supported: it changes the sampling distribution",
+    "vllm_generate_batch_size": "leave it out: the engine batches what it is asked for; see rollout.vllm_args",
     "use_liger_loss": "leave it out: logprobs are always computed in chunks that never hold the logits",
     "use_liger_kernel": "leave it out: logprobs are always computed in chunks that never hold the logits",
     "logging_steps": "leave it out: every step is logged",
@@ -184,7 +216,6 @@ NOT_HERE = {
     "n_gpus_per_node": "processes are accelerate's: accelerate launch --num_processes ... -m grpo train RECIPE",
 }
 PREFIXES = {
-    "vllm_": f"not supported: what generates is rollout.backend, one of: {BACKENDS}",
     "fsdp": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
     "ddp_": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
     "hub_": "not supported; push OUTPUT_DIR/final when the run is done",
@@ -243,9 +274,12 @@ def unknown_key(section: str, key: str) -> tuple[str, str | None]:
     if homes:
         places = " or ".join(name or "the top level" for name in homes)
         return f"unknown key, {key} belongs {'at' if homes[0] == '' else 'under'} {places}", None
-    if near := difflib.get_close_matches(key, here, n=1):
+    option = key.startswith("vllm_")  # so much is alike in these names that a near one has to be nearer
+    if near := difflib.get_close_matches(key, here, n=1, cutoff=0.7 if option else 0.6):
         return f"unknown key, did you mean {near[0]}?", near[0]
     elsewhere = {leaf: name for name, model in reversed(sections().items()) for leaf in model.model_fields}
     if near := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
         return f"unknown key, did you mean {near[0]}, under {elsewhere[near[0]] or 'the top level'}?", None
+    if option:
+        return 'unknown key; further arguments of `vllm serve` go in rollout.vllm_args, as ["--max-num-seqs=256"]', None
     return f"unknown key; the keys here are {', '.join(here)}", None

@@ -11,13 +11,19 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
 from grpo.config import Recipe
 from grpo.errors import Preempted, RunError, UserError
@@ -39,7 +45,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     # Without an accelerator, say so: accelerate then joins the processes of a launch over gloo instead of not at all.
     on_cpu = not torch.accelerator.is_available()
     precision = "bf16" if recipe.model.dtype == "bfloat16" else "no"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1)
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=[_patience(recipe)]
+    )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
             "DeepSpeed steps its own optimizer and is not supported; FSDP2 shards the same state: "
@@ -54,6 +62,16 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"use {P - P % W or W} or {P + W - P % W}"
         )
     return accelerator
+
+
+def _patience(recipe: Recipe) -> InitProcessGroupKwargs:
+    """How long a process may wait for the others: longer than a backend may take to give up on a server, or the ones
+    that wait would be the first to fail."""
+    rollout = recipe.rollout
+    seconds = 600.0
+    if rollout.backend == "vllm":
+        seconds += rollout.vllm_generation_timeout + rollout.vllm_server_timeout + rollout.vllm_sync_timeout
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=max(seconds, 1800.0)))
 
 
 def allow_fsdp_on_cpu(accelerator: Accelerator) -> None:
@@ -193,7 +211,9 @@ class PreemptionGuard:
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
 
     def stop(self, folder: Path, step: int) -> None:
-        raise Preempted(
-            f"asked to stop (process {os.getpid()}): saved {folder / 'checkpoints' / f'step_{step:06d}'}; "
-            "start again with --resume"
-        )
+        raise Preempted(f"asked to stop (process {os.getpid()}): {saved(folder, step)}")
+
+
+def saved(folder: Path, step: int) -> str:
+    """What a run that ends early says last."""
+    return f"saved {folder / 'checkpoints' / f'step_{step:06d}'}; start again with --resume"

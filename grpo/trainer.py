@@ -9,21 +9,22 @@ A *step* here is one rollout with all the optimizer updates made from it.
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from grpo.advantages import group_advantages
 from grpo.backends import make_backend
-from grpo.backends.base import Backend, Request, Sampling
+from grpo.backends.base import Backend
 from grpo.config import Recipe
+from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
 from grpo.metrics import completion_metrics, reward_metrics, rewards_array, rollout_rows
 from grpo.policy import Policy, learning_rate
-from grpo.randomness import Stream, key
 from grpo.report import write_report
+from grpo.rollouts import Rollouts
 from grpo.row_checks import warn_of_unscorable_rows
 from grpo.scoring import Scorer
 from grpo.session import (
@@ -37,11 +38,12 @@ from grpo.session import (
     open_tracker,
     prepare_folder,
     prepare_task,
+    saved,
     seed_step,
 )
 from grpo.tracking import Tracker
 from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
-from grpo.types import Group, Prompt
+from grpo.types import Group
 from grpo.update import optimizer_step, precompute_logprobs, to_sequences
 
 
@@ -57,11 +59,18 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
         checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))
         progress = restore_state(checkpoint, recipe, policy)
         backend = make_backend(recipe, policy)
-        backend.sync(policy, progress.step)
         with (
+            closing(backend),
             open_tracker(folder, recipe, accelerator, progress, resume) as tracker,
             PreemptionGuard(accelerator) as preemption,
         ):
+            backend.sync(policy, progress.step)
+            rollouts = Rollouts(recipe, task, backend, accelerator)
+            rollouts.restore(progress.rollout_ahead)
+
+            def save() -> None:
+                progress.metrics_offset = tracker.offset
+                save_state(folder, recipe, policy, progress)
 
             def evaluate_and_log() -> None:
                 if task.eval_prompts:
@@ -73,21 +82,24 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
 
             if progress.step == 0 and recipe.evaluation.at_start:
                 evaluate_and_log()
-            while not finished(recipe, accelerator, progress):
-                seed_step(recipe, progress.step, accelerator.process_index)
-                prompts = task.train_prompts(progress.step)
-                train_step(recipe, folder, prompts, policy, backend, scorer, tracker, progress)
+            try:
+                while not finished(recipe, accelerator, progress):
+                    seed_step(recipe, progress.step, accelerator.process_index)
+                    train_step(recipe, folder, rollouts, policy, backend, scorer, tracker, progress)
 
-                stopping = preemption.requested()
-                done = finished(recipe, accelerator, progress)
-                if done or due(recipe.training.eval_every, progress.step):
-                    evaluate_and_log()
-                if done or stopping or due(recipe.training.save_every, progress.step):
-                    progress.metrics_offset = tracker.offset
-                    save_state(folder, recipe, policy, progress)
-                if stopping and not done:
-                    preemption.stop(folder, progress.step)
-        backend.close()
+                    stopping = preemption.requested()
+                    done = finished(recipe, accelerator, progress)
+                    if done or due(recipe.training.eval_every, progress.step):
+                        evaluate_and_log()
+                    if done or stopping or due(recipe.training.save_every, progress.step):
+                        progress.rollout_ahead = None if done else rollouts.state()
+                        save()
+                    if stopping and not done:
+                        preemption.stop(folder, progress.step)
+            except BackendFailed as failure:  # the policy is whole, and what its next rollout would have been is lost
+                progress.rollout_ahead = None
+                save()
+                raise BackendFailed(f"{failure}\n{saved(folder, progress.step)}") from None
         policy.save_pretrained(folder / "final")
     on_main(accelerator, lambda: write_report(folder))
     leave(accelerator, policy)
@@ -96,7 +108,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
 def train_step(
     recipe: Recipe,
     folder: Path,
-    prompts: list[Prompt],
+    rollouts: Rollouts,
     policy: Policy,
     backend: Backend,
     scorer: Scorer,
@@ -105,13 +117,9 @@ def train_step(
 ) -> None:
     """One rollout and the updates made from it. Moves ``progress`` on by a step and logs it."""
     clock = Clock()
-    accelerator = policy.accelerator
     with clock("rollout"):
-        requests = rollout_requests(recipe, prompts, progress.step)
-        mine = share_of(requests, accelerator)
-        completions = backend.generate(mine, Sampling.from_recipe(recipe.rollout), progress.step)
+        groups = rollouts.take(progress.step)
     with clock("score"):
-        groups = [Group(request.prompt, c) for request, c in zip(mine, completions, strict=True)]
         scorer.score(groups, progress.step)
         groups = gather_object(groups)  # every process now holds the whole step, in the order of prompts
 
@@ -122,8 +130,6 @@ def train_step(
     rate = learning_rate(recipe.optimizer, progress.step, recipe.training.max_steps)
     with clock("train"):
         updates = update(recipe, folder, policy, groups, advantages_PG, rate)
-    with clock("sync"):
-        backend.sync(policy, progress.step + 1)
         algorithm = recipe.algorithm
         if algorithm.sync_ref_model and (progress.step + 1) % algorithm.ref_model_sync_steps == 0:
             policy.mix_reference(algorithm.ref_model_mixup_alpha)
@@ -131,35 +137,20 @@ def train_step(
     generated = sum(len(c.token_ids) for group in groups for c in group.completions)
     progress.step += 1
     progress.num_tokens += generated + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
-    progress.seconds += clock.total()
     metrics = reward_metrics(groups) | completion_metrics(groups) | mean_over_updates(updates)
-    metrics |= {"learning_rate": rate, "num_tokens": float(progress.num_tokens), "step_time": clock.total()}
-    metrics |= {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
-    metrics["tokens_per_second"] = generated / clock.total()
-    if recipe.training.dollars_per_hour is not None:
-        metrics["cost_usd"] = recipe.training.dollars_per_hour * progress.seconds / 3600
-    tracker.log(progress.step, metrics)
-    if due(recipe.training.log_rollouts_every, progress.step):
-        tracker.log_rollouts(progress.step, rollout_rows(groups, progress.step, advantages_PG))
-
-
-def rollout_requests(recipe: Recipe, prompts: list[Prompt], step: int) -> list[Request]:
-    """Every completion's key: (seed, step, prompt, sample). A prompt that comes twice in a step gets fresh samples."""
-    G = recipe.rollout.num_generations
-    seen: dict[int, int] = {}
-    requests = []
-    for prompt in prompts:
-        first = seen.get(prompt.id, 0)
-        seen[prompt.id] = first + G
-        keys = [key(recipe.training.seed, Stream.ROLLOUT.value, step, prompt.id, g) for g in range(first, first + G)]
-        requests.append(Request(prompt, keys))
-    return requests
-
-
-def share_of(requests: list[Request], accelerator: Accelerator) -> list[Request]:
-    """This process's prompts: a contiguous piece, so that gathering restores the order."""
-    size = len(requests) // accelerator.num_processes
-    return requests[accelerator.process_index * size : (accelerator.process_index + 1) * size]
+    metrics |= {"learning_rate": rate, "num_tokens": float(progress.num_tokens)}
+    try:
+        with clock("sync"):
+            metrics |= backend.sync(policy, progress.step)
+    finally:  # the step is made, whether or not its weights arrive
+        progress.seconds += clock.total()
+        metrics |= {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
+        metrics |= {"step_time": clock.total(), "tokens_per_second": generated / clock.total()}
+        if recipe.training.dollars_per_hour is not None:
+            metrics["cost_usd"] = recipe.training.dollars_per_hour * progress.seconds / 3600
+        tracker.log(progress.step, metrics)
+        if due(recipe.training.log_rollouts_every, progress.step):
+            tracker.log_rollouts(progress.step, rollout_rows(groups, progress.step, advantages_PG))
 
 
 def update(

@@ -22,12 +22,14 @@ log = logging.getLogger("grpo")
 
 @dataclass
 class Progress:
-    """Counters of a run. ``seconds`` is time spent in steps; ``metrics_offset`` the bytes of metrics.jsonl so far."""
+    """Where a run stands. ``seconds`` is time spent in steps; ``metrics_offset`` the bytes of metrics.jsonl so far;
+    ``rollout_ahead`` the completions of the next step, where they were sampled before the checkpoint."""
 
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
     metrics_offset: int = 0
+    rollout_ahead: list[dict[str, Any]] | None = None
 
 
 def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 
 from grpo.config import AlgorithmConfig, TrainingConfig
 from grpo.errors import RunError
-from grpo.losses import Counts, policy_loss
+from grpo.losses import Counts, importance_metrics, importance_ratio, importance_weights, policy_loss
 from grpo.packing import collate, plan_micro_batches
 from grpo.policy import Policy
 from grpo.types import Batch, Group, Sequence, Status
@@ -100,8 +100,8 @@ def backward(
     """Accumulate the gradient of the sum of ``loss_of`` over all processes' micro-batches, and clip it.
 
     ``loss_of`` gives a micro-batch's share of the step's loss and its sums for the metrics. Returns those summed over
-    micro-batches and processes (names that end in ``/max``: the largest), ``loss`` among them, and the gradient's norm
-    before clipping. Raises RunError on every process where either is not finite.
+    micro-batches and processes (the smallest of names that end in ``/min``, the largest of ``/max``), ``loss`` among
+    them, and the gradient's norm before clipping. Raises RunError on every process where either is not finite.
     """
     accelerator = policy.accelerator
     sums: dict[str, torch.Tensor] = {}
@@ -111,10 +111,8 @@ def backward(
             loss, metrics = loss_of(batch)
             (loss * accelerator.num_processes).backward()
         for name, value in ({"loss": loss.detach()} | metrics).items():
-            if name.endswith("/max"):
-                sums[name] = torch.maximum(sums.get(name, value), value)
-            else:
-                sums[name] = sums.get(name, 0.0) + value.double()
+            value = value.double()
+            sums[name] = _combined(name, torch.stack([sums[name], value])) if name in sums else value
     totals = _over_processes(policy, sums)
     norm = policy.clip_gradients()
     if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
@@ -129,6 +127,7 @@ def _micro_batch_loss(
     if algorithm.beta > 0 and ref_logps_BT is None:
         ref_logps_BT = policy.reference_logprobs(batch, temperature)
     logps_BT, entropy_BT = policy.logprobs(batch, temperature)
+    weights_BT, sampling = _importance_sampling(batch, logps_BT, algorithm)
     loss, metrics = policy_loss(
         logps_BT,
         batch.old_logps_BT,
@@ -141,33 +140,60 @@ def _micro_batch_loss(
         epsilon=algorithm.epsilon,
         epsilon_high=algorithm.epsilon_high,
         delta=algorithm.delta,
+        weights_BT=weights_BT,
     )
     difference_BT = (logps_BT.detach() - batch.sampler_logps_BT).abs() * batch.mask_BT
     metrics["entropy"] = (entropy_BT * batch.mask_BT).sum()
     metrics["sampling/sampling_logp_difference/mean"] = difference_BT.sum()
     metrics["sampling/sampling_logp_difference/max"] = difference_BT.max()
-    return loss, metrics
+    return loss, metrics | sampling
+
+
+def _importance_sampling(
+    batch: Batch, logps_BT: torch.Tensor, algorithm: AlgorithmConfig
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """The surrogate's weights (B,T) against the mismatch of sampler and trainer, and their metrics; None without."""
+    mode = algorithm.importance_sampling_mode
+    if mode is None or mode == "none":  # a recipe's is never None: Recipe fills it in
+        return None, {}
+    old_logps_BT = logps_BT if batch.old_logps_BT is None else batch.old_logps_BT
+    compared = (old_logps_BT, batch.sampler_logps_BT, batch.mask_BT)
+    weights_BT = importance_weights(
+        *compared,
+        mode=mode,
+        clip_min=algorithm.importance_sampling_clip_min,
+        clip_max=algorithm.importance_sampling_clip_max,
+    )
+    ratio_BT = importance_ratio(*compared, mode=mode)
+    return weights_BT, importance_metrics(ratio_BT, weights_BT, batch.mask_BT, mode=mode)
+
+
+def _combined(name: str, values_N: torch.Tensor) -> torch.Tensor:
+    """One value of a metric from those of N parts of the step: by its name's end the smallest, the largest, or the sum.
+
+    A part with nothing to measure (padding) gives inf, 0 and 0.
+    """
+    return {"min": torch.amin, "max": torch.amax}.get(name.rpartition("/")[2], torch.sum)(values_N)
 
 
 def _over_processes(policy: Policy, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Sums (and maxima) over processes. Every process has the same names, padding micro-batches included."""
+    """The same over processes. Every process has the same names, padding micro-batches included."""
     names = sorted(sums)
     every_WN = policy.accelerator.gather(torch.stack([sums[name].double() for name in names])[None])
-    return {
-        name: float(column_W.max() if name.endswith("/max") else column_W.sum())
-        for name, column_W in zip(names, every_WN.unbind(1), strict=True)
-    }
+    return {name: float(_combined(name, column_W)) for name, column_W in zip(names, every_WN.unbind(1), strict=True)}
 
 
 def _metrics(totals: dict[str, float], norm: float) -> dict[str, float]:
-    """Means over tokens of what was summed over tokens."""
+    """Means over tokens of what was summed over tokens; a ``/mean`` that brings a ``/count`` is over that."""
     tokens = max(totals.pop("tokens"), 1.0)
+    counts = {name.removesuffix("/count"): totals.pop(name) for name in list(totals) if name.endswith("/count")}
     metrics = {"loss": totals.pop("loss"), "grad_norm": norm}
     for name, total in totals.items():
-        if name.endswith("/max"):
+        if name.endswith(("/min", "/max")):
             metrics[name] = total
         else:
-            metrics[f"{name}_mean" if name.startswith("clip_ratio/") else name] = total / tokens
+            mean = total / max(counts.get(name.removesuffix("/mean"), tokens), 1.0)
+            metrics[f"{name}_mean" if name.startswith("clip_ratio/") else name] = mean
     return metrics
 
 

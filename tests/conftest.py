@@ -34,6 +34,8 @@ from grpo.policy import Policy
 
 torch.set_num_threads(1)
 
+collect_ignore = ["vllm_engine"]  # needs an environment of its own: `make test-vllm` names the folder, which runs it
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

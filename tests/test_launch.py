@@ -1,8 +1,9 @@
-"""Launch files: accelerate reads its configurations; the Slurm script hands out ranks, resumes and requeues."""
+"""Launch files: accelerate reads its own; Slurm's hands out ranks, resumes and requeues; vLLM's finds its Python."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -87,3 +88,59 @@ def test_slurm_without_a_recipe_says_how(slurm):
     assert done.returncode != 0
     assert "usage: sbatch" in done.stderr
     assert log == []
+
+
+@pytest.fixture
+def vllm_serve(tmp_path):
+    """Runs the script from a checkout of its own, whose Pythons are stand-ins that tell what they were called with."""
+    checkout = tmp_path / "check out"
+    (checkout / "launch").mkdir(parents=True)
+    shutil.copy(LAUNCH / "vllm_serve.sh", checkout / "launch")
+    stub = """#!/bin/sh
+echo "$0"; echo "$PYTHONPATH"; echo "${VLLM_PYTHON-unset}"; for a in "$@"; do echo "$a"; done"""
+    for name in ("python3", "own python", "check out/.venv-vllm/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(stub)
+        (tmp_path / name).chmod(0o755)
+
+    def run(*arguments, **environment):
+        return subprocess.run(
+            [checkout / "launch/vllm_serve.sh", *arguments],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    run.checkout = checkout
+    return run
+
+
+def test_vllm_serve_runs_the_module_from_the_checkout(vllm_serve):
+    done = vllm_serve("some/model", "--port", "8000", "a b", PYTHONPATH="/elsewhere")
+    root = vllm_serve.checkout
+    told = ["-m", "grpo.backends.vllm.serve", "some/model", "--port", "8000", "a b"]
+    assert done.stdout.splitlines() == [f"{root}/.venv-vllm/bin/python", f"{root}:/elsewhere", "unset", *told]
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_vllm_serve_takes_the_python_it_is_given_then_the_checkouts_then_any(vllm_serve, tmp_path):
+    given = vllm_serve("m", VLLM_PYTHON=str(tmp_path / "own python"))
+    assert given.stdout.splitlines()[:3] == [f"{tmp_path}/own python", str(vllm_serve.checkout), "unset"]
+    assert vllm_serve("m").stdout.splitlines()[0] == f"{vllm_serve.checkout}/.venv-vllm/bin/python"
+    shutil.rmtree(vllm_serve.checkout / ".venv-vllm")
+    assert vllm_serve("m").stdout.splitlines()[0] == f"{tmp_path}/python3"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--port", "8000"), ("--help",)])
+def test_vllm_serve_without_a_model_says_how(vllm_serve, arguments):
+    done = vllm_serve(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: launch/vllm_serve.sh MODEL")
+
+
+def test_vllm_serve_ends_as_the_server_does(vllm_serve):
+    server = vllm_serve.checkout / ".venv-vllm/bin/python"
+    server.write_text("#!/bin/sh\nexit 7\n")
+    assert vllm_serve("m").returncode == 7

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from grpo.errors import RunError
-from grpo.losses import LOSSES
-from grpo.types import Completion, Group, Prompt, Status
-from grpo.update import optimizer_step, precompute_logprobs, to_sequences, with_signal
+from grpo.errors import RunError, UserError
+from grpo.losses import LOSSES, Counts
+from grpo.recipe_file import dump_recipe, load_recipe
+from grpo.same_run import check_same_run, run_identity
+from grpo.types import Batch, Completion, Group, Prompt, Sequence, Status
+from grpo.update import (
+    _metrics,
+    _micro_batch_loss,
+    _over_processes,
+    backward,
+    optimizer_step,
+    precompute_logprobs,
+    to_sequences,
+    with_signal,
+)
+from tests import gradient_of_step
 from tests.conftest import make_policy, make_recipe
 from tests.gradient_of_step import TEMPERATURE, gradient, recipe_for, sequences
 from tests.launching import DDP, FSDP2, ROOT, launch
 
 BETA = 0.1
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+RATIO = "sampling/importance_sampling_ratio"
 Gradients = dict[str, dict[str, torch.Tensor]]
 
 
@@ -158,3 +177,166 @@ def test_unscorable_and_masked_completions_are_not_valid() -> None:
     assert [s.valid for s in to_sequences([group], [[1.0] * 4], algorithm)] == [True, True, False, False]
     masking = algorithm.model_copy(update={"mask_truncated_completions": True})
     assert [s.valid for s in to_sequences([group], [[1.0] * 4], masking)] == [True, False, False, False]
+
+
+def from_another_sampler() -> list[Sequence]:
+    """``sequences()``, drawn from what is not quite the policy that the clip range is around."""
+    draw = random.Random(1)
+    return [
+        replace(s, sampler_logprobs=[logp + draw.gauss(0, 0.4) for logp in s.old_logprobs or []]) for s in sequences()
+    ]
+
+
+def corrected_gradient(
+    model: Path, out: Path, mode: str, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, torch.Tensor]:
+    monkeypatch.setattr(gradient_of_step, "sequences", from_another_sampler)
+    recipe = recipe_for(str(model), "dapo", micro_batch_size, BETA)
+    correction = {
+        "importance_sampling_mode": mode,
+        "importance_sampling_clip_min": 0.5,
+        "importance_sampling_clip_max": 2.0,
+    }
+    recipe.algorithm = recipe.algorithm.model_copy(update=correction)
+    return gradient(recipe, out)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batching_does_not_change_the_corrected_gradient(
+    whole: Gradients, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    by_size = {n: corrected_gradient(tiny_model, tmp_path / "out", mode, n, monkeypatch) for n in (8, 3, 1)}
+    assert distance(by_size[8], by_size[3]) < 1e-5
+    assert distance(by_size[8], by_size[1]) < 1e-5
+    assert distance(whole["dapo"], by_size[8]) > 0.01
+
+
+def test_without_correction_the_sampler_s_logprobs_change_no_bit(
+    whole: Gradients, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = corrected_gradient(tiny_model, tmp_path / "out", "none", 8, monkeypatch)
+    assert all(torch.equal(found[name], grad) for name, grad in whole["dapo"].items())
+
+
+def metrics_of_step(model: Path, batch: list[Sequence], out: Path, mode: str, micro_batch_size: int | None) -> dict:
+    algorithm = {
+        "importance_sampling_mode": mode,
+        "importance_sampling_clip_min": 0.7,
+        "importance_sampling_clip_max": 1.5,
+    }
+    recipe = make_recipe(model, algorithm=algorithm, training={"micro_batch_size": micro_batch_size})
+    step = {"temperature": TEMPERATURE, "learning_rate": 0.0, "max_completion_length": 40, "dump_to": out}
+    return optimizer_step(make_policy(model), batch, recipe.algorithm, recipe.training, **step)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_importance_sampling_metrics(tiny_model: Path, tmp_path: Path, mode: str, micro_batch_size: int | None) -> None:
+    """Over all micro-batches, by hand from what the sequences that take part hold."""
+    batch = from_another_sampler()
+    found = metrics_of_step(tiny_model, batch, tmp_path, mode, micro_batch_size)
+    ratios, of_tokens = [], []
+    for s in with_signal(batch, make_recipe(tiny_model).algorithm):
+        log_ratios = [old - logp for old, logp in zip(s.old_logprobs or [], s.sampler_logprobs, strict=True)]
+        if mode.startswith("sequence"):
+            ratios += [math.exp(sum(log_ratios))]
+            of_tokens += ratios[-1:] * len(log_ratios)
+        else:
+            ratios += [math.exp(d) for d in log_ratios]
+            of_tokens = ratios
+    clipped = [not 0.7 <= r <= 1.5 for r in of_tokens]
+    assert 0 < sum(clipped) < len(clipped)
+    assert found[f"{RATIO}/min"] == pytest.approx(min(ratios), rel=1e-4)
+    assert found[f"{RATIO}/max"] == pytest.approx(max(ratios), rel=1e-4)
+    assert found[f"{RATIO}/mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert found["sampling/importance_sampling_clipped"] == pytest.approx(sum(clipped) / len(clipped))
+    assert not [name for name in found if name.endswith("/count")]
+
+
+def test_with_one_update_a_rollout_the_ratio_is_to_the_current_policy(tiny_model: Path, tmp_path: Path) -> None:
+    """Sampled by the policy itself: 1 to rounding. By one that was half as sure of each token: 2."""
+    policy = make_policy(tiny_model)
+    training = make_recipe(tiny_model).training
+    own = precompute_logprobs(policy, sequences(), training, temperature=TEMPERATURE, reference=False)
+    for factor in (1.0, 2.0):
+        batch = [
+            replace(s, old_logprobs=None, sampler_logprobs=[logp - math.log(factor) for logp in s.old_logprobs or []])
+            for s in own
+        ]
+        found = metrics_of_step(tiny_model, batch, tmp_path, "token_mask", 3)
+        assert [found[f"{RATIO}/{end}"] for end in ("min", "mean", "max")] == pytest.approx([factor] * 3, rel=1e-3)
+        assert found["sampling/importance_sampling_clipped"] == float(factor > 1.5)
+        assert (found["grad_norm"] == 0) == (factor > 1.5)
+
+
+def test_without_correction_there_are_no_metrics_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    found = metrics_of_step(tiny_model, from_another_sampler(), tmp_path, "none", 3)
+    assert {name for name in found if name.startswith("sampling/")} == {
+        "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max",
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_micro_batches_do_not_disturb_the_metrics(tiny_model: Path, tmp_path: Path, mode: str) -> None:
+    """Whether they are this process's or another's."""
+    policy = make_policy(tiny_model)
+    algorithm = make_recipe(tiny_model, algorithm={"importance_sampling_mode": mode}).algorithm
+    batch = with_signal(from_another_sampler(), algorithm)
+    filler = [replace(batch[0], weight=0.0)]
+
+    def totals(micro_batches: list[list[Sequence]]) -> dict[str, float]:
+        def loss_of(b: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return _micro_batch_loss(policy, b, Counts(100, 5, 2, 40), algorithm, TEMPERATURE)
+
+        policy.optimizer.zero_grad()
+        return backward(policy, micro_batches, loss_of, tmp_path)[0]
+
+    plain, padding = totals([batch]), totals([filler])
+    assert totals([filler, batch, filler]) == plain
+    assert 0 < plain[f"{RATIO}/min"] < plain[f"{RATIO}/max"]
+    two = SimpleNamespace(accelerator=SimpleNamespace(gather=lambda row: torch.cat([row, theirs])))
+    theirs = torch.tensor([[padding[name] for name in sorted(padding)]], dtype=torch.float64)
+    found = _over_processes(two, {name: torch.tensor(value) for name, value in plain.items()})
+    assert found == pytest.approx(plain)
+    assert _metrics(found, 0.0) == pytest.approx(_metrics(dict(plain), 0.0))
+
+
+def recipe_file(folder: Path, **algorithm: object) -> Path:
+    content = {
+        "model": {"name": "m"},
+        "data": {"name": "countdown"},
+        "rewards": [{"name": "countdown"}],
+        "algorithm": algorithm,
+        "training": {"output_dir": "unused"},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(content))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mode"),
+    [
+        ([], "none"),
+        (["rollout.backend=vllm"], "token_truncate"),
+        (["rollout.backend=vllm", "algorithm.importance_sampling_mode=none"], "none"),
+        (["algorithm.importance_sampling_mode=sequence_mask"], "sequence_mask"),
+    ],
+)
+def test_the_mode_follows_the_backend_unless_it_is_given(tmp_path: Path, overrides: list[str], mode: str) -> None:
+    """And the resolved recipe says which it was: it reads back equal, and is the same run."""
+    recipe = load_recipe(recipe_file(tmp_path), overrides)
+    assert recipe.algorithm.importance_sampling_mode == mode
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_recipe(recipe))
+    again = load_recipe(resolved)
+    assert again == recipe
+    manifest = json.loads(json.dumps(run_identity(recipe, world_size=1, threads=1)))
+    check_same_run(manifest, run_identity(again, world_size=1, threads=1))
+
+
+@pytest.mark.parametrize("wrong", [{"clip_max": 1.0}, {"clip_min": 1.0}, {"clip_min": 2.0, "clip_max": 3.0}])
+def test_a_window_without_1_is_refused(tmp_path: Path, wrong: dict[str, float]) -> None:
+    keys = {f"importance_sampling_{name}": value for name, value in wrong.items()}
+    with pytest.raises(UserError, match=r"importance_sampling_clip_m\w+: must be (above|below) 1"):
+        load_recipe(recipe_file(tmp_path, **keys))

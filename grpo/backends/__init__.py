@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 def make_backend(recipe: Recipe, policy: Policy) -> Backend:
     """The backend that the recipe names, holding no weights yet: ``sync`` comes first."""
+    if recipe.rollout.backend == "vllm":
+        from grpo.backends.vllm.backend import VLLMBackend
+
+        return VLLMBackend(policy, recipe)
     from grpo.backends.hf import HFBackend
 
     return HFBackend(policy, max_batch_size=recipe.rollout.max_batch_size)

@@ -53,8 +53,11 @@ class Backend(Protocol):
         """
         ...
 
-    def sync(self, policy: Policy, version: int) -> None:
-        """Take over the policy's weights, which are from now on those of ``version``. Called by every process."""
+    def sync(self, policy: Policy, version: int) -> dict[str, float]:
+        """Take over the policy's weights, which are from now on those of ``version``. Called by every process.
+
+        Returns metrics of the hand-over, by name. Raises BackendFailed on every process where it cannot.
+        """
         ...
 
     def close(self) -> None: ...

@@ -43,10 +43,11 @@ class HFBackend:
                 "the hf backend can't batch; use an attention model"
             )
 
-    def sync(self, policy: Policy, version: int) -> None:
+    def sync(self, policy: Policy, version: int) -> dict[str, float]:
         if not self.shares_weights:
             self.model.load_state_dict(policy.full_state())
         self.version = version
+        return {}
 
     def close(self) -> None:
         self.model = None

@@ -1,0 +1,207 @@
+"""The vLLM backend: what the trainer asks for, over every process of a launch.
+
+Every training process asks the servers for its own share of the completions. Weights are handed over by a server's
+*keeper* (``keeper.py``): the first process for servers elsewhere, the first of each engine's processes for colocated
+ones. What fails on one process is raised on all, because the others would wait for it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import gather_object
+
+from grpo.backends.base import Request, Sampling
+from grpo.backends.vllm import trust
+from grpo.backends.vllm.api import generate_payload
+from grpo.backends.vllm.keeper import Keeper, adapter_name
+from grpo.backends.vllm.pool import Lost, Pool
+from grpo.backends.vllm.process import make_engine
+from grpo.backends.vllm.transfer import make_sender
+from grpo.config import Recipe
+from grpo.errors import BackendFailed, RunError, UserError
+from grpo.loading import DTYPES
+from grpo.packing import collate
+from grpo.policy import Policy
+from grpo.types import Completion, Sequence, Status, VersionSpan
+
+T = TypeVar("T")
+
+RECOVERIES = 5  # within one rollout: servers that keep dying on the same requests will not stop
+
+
+@dataclass
+class InFlight:
+    """Completions that were asked for and may not have come yet."""
+
+    requests: list[Request]
+    sampling: Sampling
+    version: int
+    answers: Future[list[dict[str, Any] | Lost]]
+
+
+class VLLMBackend:
+    """Generates with the engines of ``rollout.vllm_mode``; see ``base.Backend`` for the protocol."""
+
+    def __init__(self, policy: Policy, recipe: Recipe):
+        rollout = self.rollout = recipe.rollout
+        self.policy, self.version = policy, -1
+        self.rank = policy.accelerator.process_index
+        self.dtype = DTYPES[rollout.vllm_dtype or recipe.model.dtype]
+        self.adapters = policy.is_lora and rollout.vllm_lora_sync == "adapter"
+        self.scratch = tempfile.TemporaryDirectory(prefix="grpo-vllm-", dir=rollout.vllm_sync_dir or _shared_memory())
+        scratch = Path(self.scratch.name)
+        urls, engine = rollout.server_urls(), None
+        if rollout.vllm_mode == "colocate":
+            engine = make_engine(recipe, policy, scratch)
+            self._everywhere(engine.start if engine else lambda: None)
+            group = self.rank - self.rank % rollout.vllm_tensor_parallel_size
+            urls = [gather_object([engine.url if engine else ""])[group]]
+        self.pool = Pool(urls, rollout.vllm_generation_timeout)
+        keeps = engine is not None if rollout.vllm_mode == "colocate" else self.rank == 0
+        servers = self.pool.servers if keeps else []
+        sender = make_sender(recipe, policy, self.pool, scratch)
+        self.keeper = Keeper(recipe, self.pool, servers, engine, sender, scratch, self.rank)
+        self.asleep = False
+
+    def generate(self, requests: list[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
+        return self.collect(self.submit(requests, sampling, version))
+
+    def submit(self, requests: list[Request], sampling: Sampling, version: int) -> InFlight:
+        """Ask for completions and return at once; they go on while the policy is trained and new weights arrive."""
+        if version != self.version:
+            raise RunError(f"rollout asked for policy version {version}, the vllm backend holds {self.version}")
+        if self.asleep:
+            self._everywhere(self.keeper.wake)
+            self.asleep = False
+        return InFlight(requests, sampling, version, self.pool.submit(self._payloads(requests, sampling)))
+
+    def collect(self, flight: InFlight) -> list[list[Completion]]:
+        """Wait for what ``submit`` asked for. Requests whose server was lost are asked again; where none is left, the
+        servers get until ``vllm_server_timeout`` to come back and are given the weights again."""
+        answers = flight.answers.result()
+        for _ in range(RECOVERIES):
+            lost = [i for i, answer in enumerate(answers) if isinstance(answer, Lost)]
+            if not any(gather_object([bool(lost)])):
+                break
+            self.sync(self.policy, self.version)
+            payloads = self._payloads(flight.requests, flight.sampling)
+            for i, answer in zip(lost, self.pool.submit([payloads[i] for i in lost]).result(), strict=True):
+                answers[i] = answer
+        else:
+            raise BackendFailed(
+                f"rank {self.rank}, step {self.version}: vllm servers were lost {RECOVERIES} times within one rollout; "
+                f"last error: {self.pool.last_error()}"
+            )
+        if self.rollout.vllm_enable_sleep_mode:
+            self._everywhere(self.keeper.sleep)
+            self.asleep = True
+        completions = iter([self._completion(answer, flight) for answer in answers])
+        return [[next(completions) for _ in request.keys] for request in flight.requests]
+
+    def sync(self, policy: Policy, version: int) -> dict[str, float]:
+        """Hand the policy's weights to every server that can be reached, and check that they are what samples.
+
+        Returns how far engine and trainer were apart on the probe. Raises BackendFailed, on every process, where no
+        server came up in time, or where one holds other weights or samples from another distribution.
+        """
+        self.policy, self.version = policy, version
+        state = policy.base_state() if self.adapters else policy.full_state()
+        adapter = policy.adapter_state() if self.adapters else {}
+        deadline = time.monotonic() + self.rollout.vllm_server_timeout
+        while True:
+            self._everywhere(lambda: self.keeper.reach(version, deadline))
+            found = self._everywhere(lambda: self.keeper.hand_over(policy, version, state, adapter, self.asleep))
+            probes = [probe for mine in found for probe in mine]
+            self.pool.up([probe.url for probe in probes])
+            if all(gather_object([bool(self.pool.live())])):
+                break
+        self.asleep = False
+        return self._check_probes(probes)
+
+    def close(self) -> None:
+        self.pool.close()
+        self.keeper.close()
+        self.scratch.cleanup()
+
+    def _payloads(self, requests: list[Request], sampling: Sampling) -> list[dict[str, Any]]:
+        adapter = adapter_name(self.version) if self.adapters else None
+        stop = self.policy.stop_token_ids
+        return [
+            generate_payload(r.prompt.token_ids, key, sampling, stop, version=self.version, model=adapter)
+            for r in requests
+            for key in r.keys
+        ]
+
+    def _completion(self, answer: Any, flight: InFlight) -> Completion:
+        token_ids, logprobs = answer["token_ids"], [entry["logprob"] for entry in answer["logprobs"]["content"]]
+        if self.adapters:  # the engine's label is that of the frozen weights; the request named its adapter
+            spans = [VersionSpan(0, len(token_ids), flight.version)]
+        else:
+            spans = [VersionSpan(s["start"], s["end"], int(s["version"])) for s in answer["weight_versions"]]
+        if stale := [s.version for s in spans if not flight.version <= s.version <= self.version]:
+            raise RunError(
+                f"rank {self.rank}, step {self.version}: a completion asked of policy version {flight.version} was "
+                f"made by version {stale[0]}: something else gives weights to the same server"
+            )
+        return Completion(
+            token_ids=token_ids,
+            sampler_logprobs=[0.0] * len(token_ids) if flight.sampling.temperature == 0 else logprobs,
+            status=Status.STOP if answer["finish_reason"] == "stop" else Status.LENGTH,
+            text=str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=True)),
+            versions=spans,
+        )
+
+    def _check_probes(self, probes: list[trust.Probe]) -> dict[str, float]:
+        """Score all engines' probes with the policy (on every process: its forward pass may need them all)."""
+        temperature = self.rollout.temperature
+        tolerance = self.rollout.vllm_probe_tolerance or trust.TOLERANCE[self.dtype]
+        scored = self._score(probes, temperature)
+        differences = [trust.probe_difference(p, ours) for p, ours in zip(probes, scored, strict=True)]
+        wrong = [i for i, d in enumerate(differences) if not d["mean"] <= tolerance]
+        if wrong := sorted({i for on_one in gather_object([wrong]) for i in on_one}):
+            first = wrong[0]
+            fits = {t: self._score(probes, t)[first] for t in trust.TEMPERATURES}
+            raise BackendFailed(
+                trust.wrong_distribution(probes[first], differences[first], tolerance, temperature, fits)
+            )
+        return {
+            "sampling/probe_logp_difference/mean": max(d["mean"] for d in differences),
+            "sampling/probe_logp_difference/max": max(d["max"] for d in differences),
+        }
+
+    @torch.no_grad()
+    def _score(self, probes: list[trust.Probe], temperature: float) -> list[list[float]]:
+        sequences = [Sequence(p.prompt_ids, p.token_ids, p.logprobs, advantage=0.0) for p in probes]
+        batch = collate(sequences, pad_token_id=self.policy.tokenizer.pad_token_id, device=self.policy.device)
+        model = self.policy.model
+        was_training = model.training
+        model.eval()
+        logps_BT = self.policy.logprobs(batch, temperature)[0].cpu()
+        model.train(was_training)
+        return [logps_BT[row, len(s.prompt_ids) : len(s)].tolist() for row, s in enumerate(sequences)]
+
+    def _everywhere(self, work: Callable[[], T]) -> list[T]:
+        """What ``work`` gives on each process; an error that is meant to be read is raised on all of them."""
+        value: Any = None
+        failure: Exception | None = None
+        try:
+            value = work()
+        except (RunError, UserError) as error:
+            failure = error
+        outcomes = gather_object([(value, failure)])
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [value for value, _ in outcomes]
+
+
+def _shared_memory() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -1,0 +1,240 @@
+"""The servers that one process keeps: waiting for them, starting an engine again, handing over weights, checks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.backends.base import Sampling
+from grpo.backends.vllm import trust
+from grpo.backends.vllm.api import Server, ServerGone, generate_payload
+from grpo.backends.vllm.pool import Pool
+from grpo.backends.vllm.process import EngineProcess, longest_sequence
+from grpo.backends.vllm.transfer import Sender, on_each
+from grpo.config import Recipe
+from grpo.errors import BackendFailed, UserError
+from grpo.loading import DTYPES
+from grpo.policy import Policy
+from grpo.randomness import Stream, key
+
+log = logging.getLogger("grpo")
+
+SECONDS_BETWEEN_TRIES = 0.5
+
+State = dict[str, torch.Tensor]
+
+
+class Keeper:
+    """Gives weights to ``servers`` (none on a process that keeps none, which still takes part in gathering them).
+
+    ``engine`` is the colocated engine's process, where there is one: it is then the only server.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pool: Pool,
+        servers: list[Server],
+        engine: EngineProcess | None,
+        sender: Sender,
+        scratch: Path,
+        rank: int,
+    ):
+        self.recipe, self.rollout, self.rank = recipe, recipe.rollout, rank
+        self.pool, self.servers, self.engine, self.sender, self.scratch = pool, servers, engine, sender, scratch
+        self.dtype = DTYPES[self.rollout.vllm_dtype or recipe.model.dtype]
+        self.adapters = recipe.model.lora is not None and self.rollout.vllm_lora_sync == "adapter"
+        self.has_base: set[str] = set()  # with adapters: servers that hold the frozen weights
+        self.met = False  # all servers have been up once
+
+    # ---------------------------------------------------------------- up and down
+
+    def reach(self, version: int, deadline: float) -> None:
+        """Wait until a server answers (the first time: all of them), and look at the settings of those that are back.
+
+        Raises BackendFailed at the deadline, and at once where an engine ended while it started; UserError where a
+        server runs with settings that training cannot use.
+        """
+        if not self.servers:
+            return
+        where = f"rank {self.rank}, step {version}"
+        self._restart_hung_engine()
+        while True:
+            self._watch_engine(where)
+            answering = self._answering()
+            if len(answering) >= (1 if self.met else len(self.servers)):
+                break
+            if time.monotonic() > deadline:
+                missing = ", ".join(s.url for s in self.servers if s not in answering)
+                raise BackendFailed(
+                    f"{where}: vllm server {missing} did not answer within rollout.vllm_server_timeout "
+                    f"({self.rollout.vllm_server_timeout:g} s); last error: {self.pool.last_error()}{self._log_tail()}"
+                )
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        for server in answering:
+            if server.url in self.pool.down:
+                self.has_base.discard(server.url)
+                self._check_settings(server, where)
+                if self.met:
+                    log.warning("vllm server %s is back; it gets the weights of step %d", server.url, version)
+        self.pool.up([server.url for server in answering])
+
+    def wake(self) -> None:
+        self._on_live(lambda server: server.wake(self.rollout.vllm_sync_timeout))
+
+    def sleep(self) -> None:
+        self._on_live(lambda server: server.sleep(self.rollout.vllm_sync_timeout))
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.stop()
+
+    def _answering(self) -> list[Server]:
+        failed = self.pool.run(on_each(self.servers, lambda server: server.check_health()))
+        for server in self.servers:
+            if server.url in failed and server.url in self.pool.down:
+                self.pool.down[server.url] = failed[server.url]
+        answering = [server for server in self.servers if server.url not in failed]
+        if self.engine is not None and answering:
+            self.engine.starting = False
+        return answering
+
+    def _watch_engine(self, where: str) -> None:
+        """Start a colocated engine that has ended; raise where it ended before it ever answered."""
+        code = self.engine.exit_code() if self.engine else None
+        if self.engine is None or code is None:
+            return
+        if self.engine.starting:
+            raise BackendFailed(f"{where}: the vllm engine ended with code {code} while starting{self._log_tail()}")
+        log.warning("%s: the vllm engine ended with code %d; starting it again", where, code)
+        self.engine.start()
+
+    def _restart_hung_engine(self) -> None:
+        """An engine that runs, was lost and does not answer will not come back by itself."""
+        engine = self.engine
+        if engine is None or not self.met or not self.pool.down or engine.starting or engine.exit_code() is not None:
+            return
+        if not self._answering():
+            log.warning("the vllm engine of rank %d does not answer; starting it again", self.rank)
+            engine.stop()
+            engine.start()
+
+    def _log_tail(self) -> str:
+        return f". The end of {self.engine.log}:\n{self.engine.last_lines()}" if self.engine else ""
+
+    # ---------------------------------------------------------------- weights
+
+    def hand_over(self, policy: Policy, version: int, state: State, adapter: State, asleep: bool) -> list[trust.Probe]:
+        """Give the servers that are up the weights, label and check them; their probes. Those that fail are down."""
+        timeout = self.rollout.vllm_sync_timeout
+
+        async def hold(server: Server) -> None:
+            if asleep:
+                await server.wake(timeout)
+            await server.pause(timeout)
+
+        self._on_live(hold)
+        targets = [s for s in self._live() if s.url not in self.has_base]
+        self._drop(self.sender.send(targets, state, self.dtype))
+        if self.adapters:
+            self.has_base |= {s.url for s in targets if s.url not in self.pool.down}
+            self._give_adapter(policy, version, adapter)
+
+        async def look(server: Server) -> list[dict[str, Any]]:
+            await server.label(0 if self.adapters else version)
+            await server.forget_prefixes()
+            return await server.fingerprint(timeout)
+
+        for server, found in self._on_live(look).items():
+            self._check_weights(server, version, found, state)
+
+        async def probe(server: Server) -> trust.Probe:
+            await server.resume()
+            return await self._probe(server, policy, version)
+
+        probes = list(self._on_live(probe).values())
+        self.met = self.met or bool(probes)
+        return probes
+
+    def _give_adapter(self, policy: Policy, version: int, adapter: State) -> None:
+        """Load the adapters of this version beside those before, which completions in flight may still use."""
+        if not self._live():
+            return
+        name, timeout = adapter_name(version), self.rollout.vllm_sync_timeout
+        folder = policy.save_adapter(self.scratch / name, adapter, self.dtype)
+
+        async def load(server: Server) -> list[dict[str, Any]]:
+            await server.load_adapter(name, str(folder), timeout)
+            return await server.adapter_fingerprint(timeout)
+
+        lora = self.recipe.model.lora
+        assert lora is not None
+        for server, found in self._on_live(load).items():
+            if different := trust.adapter_problems(found[0], adapter, lora.lora_alpha / lora.r, self.dtype):
+                raise BackendFailed(trust.different_weights(server.url, version, different, len(adapter)))
+
+    def _live(self) -> list[Server]:
+        return [server for server in self.servers if server.url not in self.pool.down]
+
+    def _on_live(self, work: Callable[[Server], Any]) -> dict[Server, Any]:
+        """What ``work`` gives for each server that is up; those that break off are down from then on."""
+        results: dict[Server, Any] = {}
+
+        async def keep(server: Server) -> None:
+            results[server] = await work(server)
+
+        self._drop(self.pool.run(on_each(self._live(), keep)))
+        return results
+
+    def _drop(self, failed: dict[str, str]) -> None:
+        for server in self.servers:
+            if server.url in failed:
+                self.pool.mark_down(server, failed[server.url])
+                self.has_base.discard(server.url)
+
+    # ---------------------------------------------------------------- trust
+
+    def _check_settings(self, server: Server, where: str) -> None:
+        async def ask() -> tuple[str, dict[str, Any]]:
+            return await server.version(), await server.settings()
+
+        try:
+            version, settings = self.pool.run(ask())
+        except ServerGone as why:
+            raise BackendFailed(
+                f"{where}: vllm server {server.url} is up but does not say how it runs: {why}"
+            ) from None
+        dtype, length = str(self.dtype).removeprefix("torch."), longest_sequence(self.recipe)
+        if problems := trust.settings_problems(version, settings, dtype=dtype, length=length, adapters=self.adapters):
+            cure = "launch/vllm_serve.sh starts one that fits"
+            raise UserError("\n".join(f"vllm server {server.url}: {problem}. {cure}" for problem in problems))
+
+    def _check_weights(self, server: Server, version: int, found: list[dict[str, Any]], state: State) -> None:
+        different, unknown = trust.fingerprint_problems(found, state, self.dtype)
+        if different:
+            compared = len(found[0]) - len(unknown)
+            raise BackendFailed(trust.different_weights(server.url, version, different, compared))
+        if unknown and not self.met:
+            shown = ", ".join(unknown[:3])
+            log.warning("%d of %d engine parameters cannot be compared by name: %s", len(unknown), len(found[0]), shown)
+
+    async def _probe(self, server: Server, policy: Policy, version: int) -> trust.Probe:
+        """Sample a short sequence as rollouts are sampled, but without truncation, which the update does not know."""
+        length = longest_sequence(self.recipe)
+        prompt_ids = policy.tokenizer.encode(trust.PROBE_TEXT, add_special_tokens=False)[: length // 2]
+        sampling = Sampling(min(trust.PROBE_TOKENS, length - len(prompt_ids)), temperature=self.rollout.temperature)
+        seed = key(self.recipe.training.seed, Stream.PROBE.value, version)
+        adapter = adapter_name(version) if self.adapters else None
+        payload = generate_payload(prompt_ids, seed, sampling, policy.stop_token_ids, version=version, model=adapter)
+        answer = await server.generate(payload, self.rollout.vllm_sync_timeout)
+        logprobs = [entry["logprob"] for entry in answer["logprobs"]["content"]]
+        return trust.Probe(server.url, prompt_ids, answer["token_ids"], logprobs)
+
+
+def adapter_name(version: int) -> str:
+    return f"grpo-{version}"

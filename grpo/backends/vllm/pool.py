@@ -1,0 +1,114 @@
+"""The servers that this process generates with: requests balanced over those that are up, in a thread of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+
+from grpo.backends.vllm.api import UNLABELLED, Server, ServerGone
+
+log = logging.getLogger("grpo")
+T = TypeVar("T")
+
+MAX_IN_FLIGHT = (
+    512  # requests open on one server at once; vLLM runs no more together by default, and sockets are finite
+)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """In place of a completion: every server was down by the time it could be asked for. ``why`` is the last error."""
+
+    why: str
+
+
+class Pool:
+    """Talks to servers from a thread with an event loop, so that requests go on while the caller does something else.
+
+    A server that breaks off or passes a deadline is down: its requests go to the others at once, and it is asked
+    nothing until the backend has given it weights again and takes it back in (``up``).
+    """
+
+    def __init__(self, urls: list[str], generation_timeout: float):
+        self.generation_timeout = generation_timeout
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="vllm requests", daemon=True)
+        self.thread.start()
+        session = self.run(_session())
+        self.servers = [Server(url, session) for url in urls]
+        self.down: dict[str, str] = dict.fromkeys(urls, "not yet reached")
+        self._session = session
+        self._outstanding = dict.fromkeys(urls, 0)
+        self._slots = {url: asyncio.Semaphore(MAX_IN_FLIGHT) for url in urls}
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine, awaited in the pool's thread."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def submit(self, payloads: list[dict[str, Any]]) -> Future[list[dict[str, Any] | Lost]]:
+        """Ask for all of them now; the answers come in order. The future raises what ``Server.generate`` does."""
+        return asyncio.run_coroutine_threadsafe(self._all(payloads), self.loop)
+
+    def live(self) -> list[Server]:
+        return [server for server in self.servers if server.url not in self.down]
+
+    def mark_down(self, server: Server, why: str) -> None:
+        if server.url not in self.down:
+            log.warning("vllm server %s is lost: %s", server.url, why)
+        self.down[server.url] = why
+
+    def up(self, urls: list[str]) -> None:
+        """Exactly these servers are up."""
+        self.down = {s.url: self.down.get(s.url, "not reached") for s in self.servers if s.url not in urls}
+
+    def last_error(self) -> str:
+        return "; ".join(f"{url}: {why}" for url, why in self.down.items()) or "none"
+
+    def close(self) -> None:
+        self.run(self._stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    async def _stop(self) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await self._session.close()
+
+    async def _all(self, payloads: list[dict[str, Any]]) -> list[dict[str, Any] | Lost]:
+        tasks = [asyncio.ensure_future(self._one(payload)) for payload in payloads]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+
+    async def _one(self, payload: dict[str, Any]) -> dict[str, Any] | Lost:
+        while live := self.live():
+            server = min(live, key=lambda s: self._outstanding[s.url])
+            self._outstanding[server.url] += 1
+            try:
+                async with self._slots[server.url]:
+                    if server.url in self.down:
+                        continue
+                    answer = await server.generate(payload, self.generation_timeout)
+                if any(span["version"] == UNLABELLED for span in answer["weight_versions"]):
+                    raise ServerGone("it was started again and holds weights that did not come from this run")
+                return answer
+            except ServerGone as why:
+                self.mark_down(server, str(why))
+            finally:
+                self._outstanding[server.url] -= 1
+        return Lost(self.last_error())
+
+
+async def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)

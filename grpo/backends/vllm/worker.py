@@ -1,0 +1,127 @@
+"""What the trainer adds to vLLM's workers: loading weights from a file, and saying which weights they hold.
+
+vLLM mixes ``WorkerExtension`` into its worker class (``--worker-extension-cls``); methods are called by name through
+``collective_rpc``. Nothing of grpo is imported here: this runs in vLLM's processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKED_COLUMNS = 256  # columns of a packed layer that are read back; all of them in a model no wider
+
+
+class _CpuGenerator(torch.Generator):
+    """A generator that can be asked to turn back, and does not.
+
+    vLLM 0.32 turns a request's generator back when a token drawn too early is thrown away (its prompt came in pieces,
+    or it was preempted, as every request in flight is when weights arrive). CPU generators have no offset to turn:
+    the engine would end. Going on costs that request one draw.
+    """
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        pass
+
+
+if not torch.accelerator.is_available():
+    torch.Generator = _CpuGenerator  # type: ignore[misc]
+
+
+class WorkerExtension:
+    model_runner: Any  # the worker's
+    reload_weights: Any
+
+    def grpo_load(self, folder: str) -> None:
+        """Replace all weights by those in ``folder``'s safetensors files, under the names of the checkpoint."""
+        self.reload_weights(weights_iterator=_tensors(Path(folder)))
+        for layer in self.model_runner.get_model().modules():
+            # vLLM 0.32 reloads the embedding and forgets the copy that a tied output head computes with on a CPU.
+            if hasattr(layer, "cpu_linear") and layer.weight.numel() > 0:
+                layer.quant_method.process_weights_after_loading(layer)
+
+    def grpo_fingerprint(self) -> dict[str, Any]:
+        """Sum and sum of squares of every weight that is computed with, in float64, by vLLM's names.
+
+        Neither depends on the order of elements, so fused, padded or transposed layouts do not matter. ``parts`` are
+        the checkpoint's tensors that vLLM fused into this one; ``stride`` says that every so many columns were read.
+        """
+        model = self.model_runner.get_model()
+        fused = getattr(model, "packed_modules_mapping", None) or {}
+        found = {}
+        with torch.no_grad():
+            for name, layer in model.named_modules():
+                for kind, parameter in layer.named_parameters(prefix=name, recurse=False):
+                    tensor, stride = parameter.detach(), 1
+                    if kind.endswith(".weight") and hasattr(layer, "cpu_linear"):
+                        tensor, stride = _read_back(layer)
+                    if indices := getattr(layer, "shard_indices", None):  # a vocabulary padded to a round number
+                        tensor = tensor[: indices.num_org_elements]
+                    found[kind] = {
+                        "parts": _parts(kind.replace(".base_layer.", "."), fused),
+                        "stride": stride,
+                        "sum": float(tensor.sum(dtype=torch.float64)),
+                        "squares": float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2),
+                    }
+        return found
+
+    def grpo_adapter_fingerprint(self) -> dict[str, Any]:
+        """Sums of squares of both matrices of every layer of the LoRA adapter loaded last; B carries the scale."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        adapters = manager.list_adapters()
+        fused = getattr(self.model_runner.get_model(), "packed_modules_mapping", None) or {}
+        found = {}
+        for name, layer in adapters[max(adapters)].loras.items():
+            found[name] = {"parts": _parts(name, fused), "a": _squares(layer.lora_a), "b": _squares(layer.lora_b)}
+        return found
+
+    def grpo_perturb(self, name: str, scale: str) -> None:
+        """Multiply one parameter in place: how the tests make a wrong weight."""
+        parameter = dict(self.model_runner.get_model().named_parameters())[name]
+        parameter.data.mul_(float(scale))
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no .safetensors file in {folder}")
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                yield name, opened.get_tensor(name)
+
+
+def _parts(name: str, fused: dict[str, list[str]]) -> list[str]:
+    """The checkpoint's names of a parameter of vLLM's: those of the layers it fused, or its own."""
+    segments = name.split(".")
+    for place, segment in enumerate(segments):
+        if segment in fused:
+            return [".".join([*segments[:place], part, *segments[place + 1 :]]) for part in fused[segment]]
+    return [name]
+
+
+def _squares(tensors: Any) -> float:
+    """Sum of squares of a tensor, or of a fused layer's several, of which some may be None."""
+    tensors = tensors if isinstance(tensors, (list, tuple)) else [tensors]
+    return sum(float(torch.linalg.vector_norm(t, dtype=torch.float64) ** 2) for t in tensors if t is not None)
+
+
+def _read_back(layer: Any) -> tuple[torch.Tensor, int]:
+    """Columns of a linear layer whose weight a CPU kernel keeps in a layout of its own: its answers to unit vectors.
+
+    Exact in every type: all but one product of each sum are zero.
+    """
+    width = layer.weight.shape[-1] if layer.weight.numel() else layer.input_size_per_partition
+    stride = -(-width // PACKED_COLUMNS)
+    picked = torch.arange(0, width, stride)
+    units = torch.zeros(len(picked), width, dtype=layer.params_dtype)
+    units[torch.arange(len(picked)), picked] = 1
+    return layer.quant_method.apply(layer, units, bias=None), stride

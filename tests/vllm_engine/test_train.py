@@ -1,0 +1,124 @@
+"""Training runs with completions of real engines: colocated and as servers, two models, LoRA both ways, overlap."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.launching import DDP, launch
+from tests.vllm_engine.conftest import SMOLLM2, ServerProcess, serve
+from tests.vllm_engine.runs import colocated, metrics, on, recipe, rollouts, train
+
+DIFFERENCE = "sampling/sampling_logp_difference/mean"
+
+
+def changed(folder: Path, base: str) -> bool:
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+    return any(not torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def check(folder: Path, model: Path, steps: int, difference: float) -> None:
+    """Every step was made, by completions of the version that it asked for, with logprobs near the trainer's."""
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        assert row[DIFFERENCE] < difference
+        assert 0 < row["sampling/probe_logp_difference/mean"] < difference
+        assert row["grad_norm"] > 0
+        assert {v for r in rollouts(folder, row["step"]) for _, _, v in r["versions"]} == {row["step"] - 1}
+    assert changed(folder, str(model))
+
+
+def test_a_colocated_engine_trains_the_tiny_model(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    path = recipe(folder, rollout=colocated(vllm_weight_transfer="path"))
+    done = train(path)
+    assert done.returncode == 0, done.stderr
+    check(folder, Path("data/tiny_base"), 3, 1e-4)
+    assert (folder / "vllm_rank0.log").stat().st_size > 0
+    assert not list(Path("/dev/shm").glob("grpo-vllm-*"))
+
+
+def test_a_server_trains_the_tiny_model(tmp_path: Path, tiny_server: ServerProcess) -> None:
+    folder = tmp_path / "run"
+    done = train(recipe(folder, rollout=on(tiny_server)))
+    assert done.returncode == 0, done.stderr
+    check(folder, Path("data/tiny_base"), 3, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def smollm2_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    server = serve(SMOLLM2, tmp_path_factory.mktemp("smollm2_server"), dtype="bfloat16")
+    yield server.wait()
+    server.kill()
+
+
+SMALL_STEPS = {"max_steps": 2, "prompts_per_step": 2}
+CHAT = {"template": "chat", "max_prompt_length": 128, "args": {"max_numbers": 3}}
+
+
+def test_a_server_trains_smollm2_in_bfloat16(tmp_path: Path, smollm2_server: ServerProcess) -> None:
+    folder = tmp_path / "run"
+    model = {"dtype": "bfloat16"}
+    done = train(recipe(folder, SMOLLM2, model=model, data=CHAT, rollout=on(smollm2_server), training=SMALL_STEPS))
+    assert done.returncode == 0, done.stderr
+    check(folder, SMOLLM2, 2, 0.05)
+
+
+def test_a_colocated_engine_trains_smollm2_in_bfloat16(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    model = {"dtype": "bfloat16"}
+    done = train(recipe(folder, SMOLLM2, model=model, data=CHAT, rollout=colocated(), training=SMALL_STEPS))
+    assert done.returncode == 0, done.stderr
+    check(folder, SMOLLM2, 2, 0.05)
+
+
+@pytest.mark.parametrize("way", ["merged", "adapter"])
+def test_lora_reaches_the_engine(tmp_path: Path, way: str) -> None:
+    """Adapters start at zero: a later step's log-probabilities agree only if what was learned has arrived."""
+    folder = tmp_path / "run"
+    model = {"lora": {"r": 4, "lora_alpha": 8}}
+    rollout = colocated(vllm_lora_sync=way)
+    done = train(recipe(folder, model=model, rollout=rollout, optimizer={"learning_rate": 0.03}))
+    assert done.returncode == 0, done.stderr
+    check(folder, Path("data/tiny_base"), 3, 1e-4)
+    assert (folder / "final/adapter/adapter_model.safetensors").exists()
+
+
+def test_overlap_samples_one_step_ahead_and_resumes_with_what_was_in_flight(
+    tmp_path: Path, tiny_server: ServerProcess
+) -> None:
+    folder, again = tmp_path / "run", tmp_path / "again"
+    rollout = on(tiny_server, overlap=True, max_completion_length=64)
+    training = {"max_steps": 6, "save_every": 3, "save_total_limit": 4}
+    done = train(recipe(folder, rollout=rollout, training=training))
+    assert done.returncode == 0, done.stderr
+    for step in range(2, 7):
+        versions = {v for row in rollouts(folder, step) for _, _, v in row["versions"]}
+        assert versions <= {step - 2, step - 1}, "of the policy before the last update, or crossing it"
+        assert step - 2 in versions
+    assert all(row["sampling/importance_sampling_ratio/mean"] > 0 for row in metrics(folder))
+    assert {row["step"] for row in metrics(folder)} == set(range(1, 7))
+
+    # The same run from its checkpoint on: the next step trains on the very completions that were ahead.
+    shutil.copytree(folder, again)
+    for newer in (again / "checkpoints").glob("step_000006"):
+        shutil.rmtree(newer)
+    done = train(recipe(again, rollout=rollout, training=training), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    for first, second in zip(rollouts(folder, 4), rollouts(again, 4), strict=True):
+        assert first == second
+
+
+def test_two_processes_share_a_server(tmp_path: Path, tiny_server: ServerProcess) -> None:
+    folder = tmp_path / "run"
+    done = launch(DDP, "-m", "grpo", "train", recipe(folder, rollout=on(tiny_server)))
+    assert done.returncode == 0, done.stderr
+    check(folder, Path("data/tiny_base"), 3, 1e-4)
