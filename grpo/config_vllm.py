@@ -43,7 +43,7 @@ class VllmOptions(Section):
     """With `model.lora`: hand over merged weights, or the adapters alone (a server must run with --enable-lora)."""
     vllm_probe_tolerance: Positive | None = None
     """Mean difference in nats that log-probabilities of engine and trainer may have over the probe of each sync; above
-    it the run stops. null is 0.001 in float32 and 0.05 in bfloat16."""
+    it the run stops. null is 0.001 in float32 and 0.15 in bfloat16."""
     vllm_python: NonEmpty | None = None
     """With `colocate`: the Python that vLLM is installed in; null is the one that trains."""
     vllm_args: list[str] = Field(default_factory=list)

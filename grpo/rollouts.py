@@ -8,18 +8,17 @@ ahead belongs to the run's state: a checkpoint waits for it and holds it.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from grpo.backends.base import Backend, Request, Sampling
+from grpo.backends.base import Backend, OverlappingBackend, Request, Sampling
 from grpo.config import Recipe
 from grpo.randomness import Stream, key
 from grpo.types import Completion, Group, Prompt, Status, VersionSpan
 
 if TYPE_CHECKING:
-    from grpo.backends.vllm.backend import InFlight
     from grpo.tasks import Task
 
 Rows = list[dict[str, Any]]
@@ -31,7 +30,7 @@ class Rollouts:
     def __init__(self, recipe: Recipe, task: Task, backend: Backend, accelerator: Accelerator):
         self.recipe, self.task, self.backend, self.accelerator = recipe, task, backend, accelerator
         self.sampling = Sampling.from_recipe(recipe.rollout)
-        self.flight: InFlight | None = None  # those of the next step, on their way
+        self.flight: Any = None  # those of the next step, on their way
         self.ahead: list[list[Completion]] | None = None  # or here already
 
     def take(self, step: int) -> list[Group]:
@@ -42,7 +41,8 @@ class Rollouts:
         if completions is None:
             completions = self.backend.generate(requests, self.sampling, step)
         if self.recipe.rollout.overlap and step + 1 < self.recipe.training.max_steps:
-            self.flight = self.backend.submit(self._requests(step + 1), self.sampling, step)
+            overlapping = cast(OverlappingBackend, self.backend)
+            self.flight = overlapping.submit(self._requests(step + 1), self.sampling, step)
         return [Group(request.prompt, c) for request, c in zip(requests, completions, strict=True)]
 
     def state(self) -> Rows | None:
@@ -69,7 +69,7 @@ class Rollouts:
 
     def _land(self) -> None:
         if self.flight is not None:
-            self.ahead, self.flight = self.backend.collect(self.flight), None
+            self.ahead, self.flight = cast(OverlappingBackend, self.backend).collect(self.flight), None
 
     def _requests(self, step: int) -> list[Request]:
         return share_of(rollout_requests(self.recipe, self.task.train_prompts(step), step), self.accelerator)

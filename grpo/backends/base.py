@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo.config import RolloutConfig
 from grpo.types import Completion, Prompt
@@ -61,3 +61,15 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class OverlappingBackend(Backend, Protocol):
+    """A backend that samples while the policy trains (``rollout.overlap``)."""
+
+    def submit(self, requests: list[Request], sampling: Sampling, version: int) -> Any:
+        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes."""
+        ...
+
+    def collect(self, flight: Any) -> list[list[Completion]]:
+        """Wait for them. What was in flight during a sync was finished by the new weights and says so."""
+        ...

@@ -38,11 +38,12 @@ def check(folder: Path, model: Path, steps: int, difference: float) -> None:
 def test_a_colocated_engine_trains_the_tiny_model(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     path = recipe(folder, rollout=colocated(vllm_weight_transfer="path"))
+    before = set(Path("/dev/shm").glob("grpo-vllm-*"))
     done = train(path)
     assert done.returncode == 0, done.stderr
     check(folder, Path("data/tiny_base"), 3, 1e-4)
     assert (folder / "vllm_rank0.log").stat().st_size > 0
-    assert not list(Path("/dev/shm").glob("grpo-vllm-*"))
+    assert not set(Path("/dev/shm").glob("grpo-vllm-*")) - before
 
 
 def test_a_server_trains_the_tiny_model(tmp_path: Path, tiny_server: ServerProcess) -> None:
@@ -68,7 +69,7 @@ def test_a_server_trains_smollm2_in_bfloat16(tmp_path: Path, smollm2_server: Ser
     model = {"dtype": "bfloat16"}
     done = train(recipe(folder, SMOLLM2, model=model, data=CHAT, rollout=on(smollm2_server), training=SMALL_STEPS))
     assert done.returncode == 0, done.stderr
-    check(folder, SMOLLM2, 2, 0.05)
+    check(folder, SMOLLM2, 2, 0.1)
 
 
 def test_a_colocated_engine_trains_smollm2_in_bfloat16(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_colocated_engine_trains_smollm2_in_bfloat16(tmp_path: Path) -> None:
     model = {"dtype": "bfloat16"}
     done = train(recipe(folder, SMOLLM2, model=model, data=CHAT, rollout=colocated(), training=SMALL_STEPS))
     assert done.returncode == 0, done.stderr
-    check(folder, SMOLLM2, 2, 0.05)
+    check(folder, SMOLLM2, 2, 0.1)
 
 
 @pytest.mark.parametrize("way", ["merged", "adapter"])
@@ -113,6 +114,7 @@ def test_overlap_samples_one_step_ahead_and_resumes_with_what_was_in_flight(
     done = train(recipe(again, rollout=rollout, training=training), "--resume")
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stderr
+    assert "is lost" not in done.stderr
     for first, second in zip(rollouts(folder, 4), rollouts(again, 4), strict=True):
         assert first == second
 
@@ -122,3 +124,11 @@ def test_two_processes_share_a_server(tmp_path: Path, tiny_server: ServerProcess
     done = launch(DDP, "-m", "grpo", "train", recipe(folder, rollout=on(tiny_server)))
     assert done.returncode == 0, done.stderr
     check(folder, Path("data/tiny_base"), 3, 1e-4)
+
+
+def test_two_processes_share_an_engine_that_is_split_over_both(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = launch(DDP, "-m", "grpo", "train", recipe(folder, rollout=colocated(vllm_tensor_parallel_size=2)))
+    assert done.returncode == 0, done.stderr
+    check(folder, Path("data/tiny_base"), 3, 1e-4)
+    assert not (folder / "vllm_rank1.log").exists()

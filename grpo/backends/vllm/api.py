@@ -31,7 +31,7 @@ import aiohttp
 import torch
 
 from grpo.backends.base import Sampling
-from grpo.errors import RunError
+from grpo.errors import BackendFailed
 
 HEALTH = 5.0  # seconds for a server to say that it is up
 QUICK = 20.0  # seconds for what a healthy server answers at once
@@ -45,7 +45,7 @@ class ServerGone(Exception):
 class Server:
     """One engine over HTTP. Methods are coroutines of the pool's loop.
 
-    Raises ServerGone where the server may be back later, and RunError where it has answered that it will not.
+    Raises ServerGone where the server may be back later, and BackendFailed where it has answered that it will not.
     """
 
     def __init__(self, url: str, session: aiohttp.ClientSession):
@@ -63,13 +63,14 @@ class Server:
         return (await self._call("GET", "/server_info?config_format=json", timeout=QUICK))["vllm_config"]
 
     async def generate(self, payload: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """One completion: ``token_ids``, ``logprobs``, ``finish_reason``, ``weight_versions``."""
+        """One completion: ``token_ids``, ``logprobs``, ``finish_reason``, ``weight_versions``, ``model`` (the
+        adapter's name, where the request named one)."""
         unknown_adapter = 404 if "model" in payload else None  # the server was started again, without it
         answer = await self._call("POST", "/inference/v1/generate", payload, timeout=timeout, gone=unknown_adapter)
         choice = answer["choices"][0]
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerGone(f"a request ended with {choice['finish_reason']!r}")
-        return choice
+        return choice | {"model": answer["model"]}
 
     async def pause(self, timeout: float) -> None:
         """Stop between two tokens; what is in flight is kept, what comes is queued."""
@@ -85,7 +86,9 @@ class Server:
         """Drop cached keys and values, those of requests in flight included: they are computed again."""
         path = "/reset_prefix_cache?reset_running_requests=true"
         if not (await self._call("POST", path, timeout=QUICK))["success"]:
-            raise RunError(f"vllm server {self.url} did not reset its prefix cache: old keys and values would be used")
+            raise BackendFailed(
+                f"vllm server {self.url} did not reset its prefix cache: old keys and values would be used"
+            )
 
     async def sleep(self, timeout: float) -> None:
         await self._call("POST", "/sleep?level=1&mode=wait", timeout=timeout)
@@ -113,7 +116,8 @@ class Server:
         await self._call("POST", "/v1/load_lora_adapter", body, timeout=timeout)
 
     async def unload_adapter(self, name: str) -> None:
-        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout=QUICK)
+        """Forget an adapter, if there is one of that name."""
+        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout=QUICK, fine=404)
 
     async def start_update(self, timeout: float) -> None:
         await self._call("POST", "/start_weight_update", timeout=timeout)
@@ -135,9 +139,10 @@ class Server:
         *,
         timeout: float,
         gone: int | None = None,
+        fine: int | None = None,
     ) -> Any:
         """The decoded answer. ``timeout`` in seconds, from sending to the last byte; ``gone`` is a status that means
-        ServerGone, as those from 500 on do."""
+        ServerGone, as those from 500 on do, ``fine`` one that is no error."""
         route = f"{verb} {path.split('?')[0]}"
         limit = aiohttp.ClientTimeout(total=timeout)
         try:
@@ -150,8 +155,8 @@ class Server:
             raise ServerGone(f"{route}: {error or type(error).__name__}") from None
         if status >= 500 or status == gone:
             raise ServerGone(f"{route} answered {status}: {_message(text)}")
-        if status >= 400:
-            raise RunError(f"vllm server {self.url} refused {route} ({status}): {_message(text)}{_advice(status)}")
+        if status >= 400 and status != fine:
+            raise BackendFailed(f"vllm server {self.url} refused {route} ({status}): {_message(text)}{_advice(status)}")
         return json.loads(text) if text.startswith(("{", "[")) else text
 
 

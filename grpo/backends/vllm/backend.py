@@ -7,11 +7,11 @@ ones. What fails on one process is raised on all, because the others would wait 
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +21,10 @@ from accelerate.utils import gather_object
 from grpo.backends.base import Request, Sampling
 from grpo.backends.vllm import trust
 from grpo.backends.vllm.api import generate_payload
-from grpo.backends.vllm.keeper import Keeper, adapter_name
+from grpo.backends.vllm.keeper import Keeper, adapter_name, version_of
 from grpo.backends.vllm.pool import Lost, Pool
 from grpo.backends.vllm.process import make_engine
+from grpo.backends.vllm.scratch import make_scratch
 from grpo.backends.vllm.transfer import make_sender
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, RunError, UserError
@@ -56,7 +57,7 @@ class VLLMBackend:
         self.rank = policy.accelerator.process_index
         self.dtype = DTYPES[rollout.vllm_dtype or recipe.model.dtype]
         self.adapters = policy.is_lora and rollout.vllm_lora_sync == "adapter"
-        self.scratch = tempfile.TemporaryDirectory(prefix="grpo-vllm-", dir=rollout.vllm_sync_dir or _shared_memory())
+        self.scratch = make_scratch(rollout.vllm_sync_dir)
         scratch = Path(self.scratch.name)
         urls, engine = rollout.server_urls(), None
         if rollout.vllm_mode == "colocate":
@@ -86,25 +87,29 @@ class VLLMBackend:
     def collect(self, flight: InFlight) -> list[list[Completion]]:
         """Wait for what ``submit`` asked for. Requests whose server was lost are asked again; where none is left, the
         servers get until ``vllm_server_timeout`` to come back and are given the weights again."""
-        answers = flight.answers.result()
+        payloads = self._payloads(flight.requests, flight.sampling)
+        answers: dict[int, Any] = {}  # by place among the payloads
+        asked, coming = list(range(len(payloads))), flight.answers
         for _ in range(RECOVERIES):
-            lost = [i for i, answer in enumerate(answers) if isinstance(answer, Lost)]
-            if not any(gather_object([bool(lost)])):
+            errors = [why for why in self._everywhere(partial(_land, answers, asked, coming)) if why]
+            if not errors:
                 break
             self.sync(self.policy, self.version)
-            payloads = self._payloads(flight.requests, flight.sampling)
-            for i, answer in zip(lost, self.pool.submit([payloads[i] for i in lost]).result(), strict=True):
-                answers[i] = answer
+            asked = [i for i in range(len(payloads)) if i not in answers]
+            payloads = self._payloads(flight.requests, flight.sampling)  # those of an adapter name its version
+            coming = self.pool.submit([payloads[i] for i in asked])
         else:
             raise BackendFailed(
                 f"rank {self.rank}, step {self.version}: vllm servers were lost {RECOVERIES} times within one rollout; "
-                f"last error: {self.pool.last_error()}"
+                f"last error: {errors[0]}"
             )
         if self.rollout.vllm_enable_sleep_mode:
             self._everywhere(self.keeper.sleep)
             self.asleep = True
-        completions = iter([self._completion(answer, flight) for answer in answers])
-        return [[next(completions) for _ in request.keys] for request in flight.requests]
+        completions: list[Completion] = []
+        self._everywhere(lambda: completions.extend(self._completion(answers[i], flight) for i in range(len(payloads))))
+        in_order = iter(completions)
+        return [[next(in_order) for _ in request.keys] for request in flight.requests]
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         """Hand the policy's weights to every server that can be reached, and check that they are what samples.
@@ -123,6 +128,7 @@ class VLLMBackend:
             self.pool.up([probe.url for probe in probes])
             if all(gather_object([bool(self.pool.live())])):
                 break
+            self._everywhere(lambda: self.keeper.wait_to_retry(version, deadline))
         self.asleep = False
         return self._check_probes(probes)
 
@@ -142,12 +148,12 @@ class VLLMBackend:
 
     def _completion(self, answer: Any, flight: InFlight) -> Completion:
         token_ids, logprobs = answer["token_ids"], [entry["logprob"] for entry in answer["logprobs"]["content"]]
-        if self.adapters:  # the engine's label is that of the frozen weights; the request named its adapter
-            spans = [VersionSpan(0, len(token_ids), flight.version)]
+        if self.adapters:  # the engine's label is that of the frozen weights; its adapter is named by version
+            spans = [VersionSpan(0, len(token_ids), version_of(answer["model"]))]
         else:
             spans = [VersionSpan(s["start"], s["end"], int(s["version"])) for s in answer["weight_versions"]]
         if stale := [s.version for s in spans if not flight.version <= s.version <= self.version]:
-            raise RunError(
+            raise BackendFailed(
                 f"rank {self.rank}, step {self.version}: a completion asked of policy version {flight.version} was "
                 f"made by version {stale[0]}: something else gives weights to the same server"
             )
@@ -178,15 +184,21 @@ class VLLMBackend:
         }
 
     @torch.no_grad()
-    def _score(self, probes: list[trust.Probe], temperature: float) -> list[list[float]]:
-        sequences = [Sequence(p.prompt_ids, p.token_ids, p.logprobs, advantage=0.0) for p in probes]
+    def _score(self, probes: list[trust.Probe], temperature: float) -> list[list[list[float]]]:
+        """The policy's log-probabilities of the probes' tokens, at a temperature."""
+        sequences = [
+            Sequence(p.prompt_ids, ids, given, advantage=0.0)
+            for p in probes
+            for ids, given in zip(p.token_ids, p.logprobs, strict=True)
+        ]
         batch = collate(sequences, pad_token_id=self.policy.tokenizer.pad_token_id, device=self.policy.device)
         model = self.policy.model
         was_training = model.training
         model.eval()
         logps_BT = self.policy.logprobs(batch, temperature)[0].cpu()
         model.train(was_training)
-        return [logps_BT[row, len(s.prompt_ids) : len(s)].tolist() for row, s in enumerate(sequences)]
+        rows = iter(logps_BT[row, len(s.prompt_ids) : len(s)].tolist() for row, s in enumerate(sequences))
+        return [[next(rows) for _ in p.token_ids] for p in probes]
 
     def _everywhere(self, work: Callable[[], T]) -> list[T]:
         """What ``work`` gives on each process; an error that is meant to be read is raised on all of them."""
@@ -203,5 +215,12 @@ class VLLMBackend:
         return [value for value, _ in outcomes]
 
 
-def _shared_memory() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+def _land(answers: dict[int, Any], asked: list[int], coming: Future[list[dict[str, Any] | Lost]]) -> str | None:
+    """Wait for answers and put those that came in their places; where some are lost, why."""
+    why = None
+    for i, answer in zip(asked, coming.result(), strict=True):
+        if isinstance(answer, Lost):
+            why = answer.why
+        else:
+            answers[i] = answer
+    return why

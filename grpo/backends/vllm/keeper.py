@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +51,7 @@ class Keeper:
         self.pool, self.servers, self.engine, self.sender, self.scratch = pool, servers, engine, sender, scratch
         self.dtype = DTYPES[self.rollout.vllm_dtype or recipe.model.dtype]
         self.adapters = recipe.model.lora is not None and self.rollout.vllm_lora_sync == "adapter"
+        self.reached: list[Server] = []  # those that take part in this hand-over; in the pool they are up behind it
         self.has_base: set[str] = set()  # with adapters: servers that hold the frozen weights
         self.met = False  # all servers have been up once
 
@@ -58,11 +61,13 @@ class Keeper:
         """Wait until a server answers (the first time: all of them), and look at the settings of those that are back.
 
         Raises BackendFailed at the deadline, and at once where an engine ended while it started; UserError where a
-        server runs with settings that training cannot use.
+        server runs with settings that training cannot use (BackendFailed where it is one that came back).
         """
         if not self.servers:
             return
         where = f"rank {self.rank}, step {version}"
+        if self.engine is not None and not self.met:
+            log.info("waiting for the vllm engine to start; its log is %s", self.engine.log)
         self._restart_hung_engine()
         while True:
             self._watch_engine(where)
@@ -82,13 +87,24 @@ class Keeper:
                 self._check_settings(server, where)
                 if self.met:
                     log.warning("vllm server %s is back; it gets the weights of step %d", server.url, version)
-        self.pool.up([server.url for server in answering])
+        self.reached = answering
+
+    def wait_to_retry(self, version: int, deadline: float) -> None:
+        """Behind a hand-over that left a process without servers. Raises BackendFailed where it is time to give up."""
+        if self.servers and not self.reached and time.monotonic() > deadline:
+            urls = ", ".join(server.url for server in self.servers)
+            raise BackendFailed(
+                f"rank {self.rank}, step {version}: vllm server {urls} answers but did not take the weights within "
+                f"rollout.vllm_server_timeout ({self.rollout.vllm_server_timeout:g} s); last error: "
+                f"{self.pool.last_error()}{self._log_tail()}"
+            )
+        time.sleep(SECONDS_BETWEEN_TRIES)
 
     def wake(self) -> None:
-        self._on_live(lambda server: server.wake(self.rollout.vllm_sync_timeout))
+        self._on(self._live(), lambda server: server.wake(self.rollout.vllm_sync_timeout))
 
     def sleep(self) -> None:
-        self._on_live(lambda server: server.sleep(self.rollout.vllm_sync_timeout))
+        self._on(self._live(), lambda server: server.sleep(self.rollout.vllm_sync_timeout))
 
     def close(self) -> None:
         if self.engine is not None:
@@ -130,7 +146,8 @@ class Keeper:
     # ---------------------------------------------------------------- weights
 
     def hand_over(self, policy: Policy, version: int, state: State, adapter: State, asleep: bool) -> list[trust.Probe]:
-        """Give the servers that are up the weights, label and check them; their probes. Those that fail are down."""
+        """Give the servers that were reached the weights, label and check them; their probes. Those that fail are
+        down."""
         timeout = self.rollout.vllm_sync_timeout
 
         async def hold(server: Server) -> None:
@@ -138,11 +155,11 @@ class Keeper:
                 await server.wake(timeout)
             await server.pause(timeout)
 
-        self._on_live(hold)
-        targets = [s for s in self._live() if s.url not in self.has_base]
+        self._on(self.reached, hold)
+        targets = [s for s in self.reached if s.url not in self.has_base]
         self._drop(self.sender.send(targets, state, self.dtype))
         if self.adapters:
-            self.has_base |= {s.url for s in targets if s.url not in self.pool.down}
+            self.has_base |= {s.url for s in targets if s in self.reached}
             self._give_adapter(policy, version, adapter)
 
         async def look(server: Server) -> list[dict[str, Any]]:
@@ -150,45 +167,51 @@ class Keeper:
             await server.forget_prefixes()
             return await server.fingerprint(timeout)
 
-        for server, found in self._on_live(look).items():
+        for server, found in self._on(self.reached, look).items():
             self._check_weights(server, version, found, state)
 
         async def probe(server: Server) -> trust.Probe:
             await server.resume()
             return await self._probe(server, policy, version)
 
-        probes = list(self._on_live(probe).values())
+        probes = list(self._on(self.reached, probe).values())
         self.met = self.met or bool(probes)
         return probes
 
     def _give_adapter(self, policy: Policy, version: int, adapter: State) -> None:
-        """Load the adapters of this version beside those before, which completions in flight may still use."""
-        if not self._live():
+        """Load the adapters of this version beside those of the one before, which completions in flight may still use.
+
+        A server may have one of that name: of a hand-over before it was lost, or of the run that this one resumes.
+        """
+        if not self.reached:
             return
-        name, timeout = adapter_name(version), self.rollout.vllm_sync_timeout
+        name, before, timeout = adapter_name(version), adapter_name(version - 2), self.rollout.vllm_sync_timeout
+        shutil.rmtree(self.scratch / before, ignore_errors=True)
         folder = policy.save_adapter(self.scratch / name, adapter, self.dtype)
 
         async def load(server: Server) -> list[dict[str, Any]]:
+            await server.unload_adapter(before)
+            await server.unload_adapter(name)
             await server.load_adapter(name, str(folder), timeout)
             return await server.adapter_fingerprint(timeout)
 
         lora = self.recipe.model.lora
         assert lora is not None
-        for server, found in self._on_live(load).items():
+        for server, found in self._on(self.reached, load).items():
             if different := trust.adapter_problems(found[0], adapter, lora.lora_alpha / lora.r, self.dtype):
                 raise BackendFailed(trust.different_weights(server.url, version, different, len(adapter)))
 
     def _live(self) -> list[Server]:
         return [server for server in self.servers if server.url not in self.pool.down]
 
-    def _on_live(self, work: Callable[[Server], Any]) -> dict[Server, Any]:
-        """What ``work`` gives for each server that is up; those that break off are down from then on."""
+    def _on(self, servers: list[Server], work: Callable[[Server], Any]) -> dict[Server, Any]:
+        """What ``work`` gives for each server; those that break off are down from then on."""
         results: dict[Server, Any] = {}
 
         async def keep(server: Server) -> None:
             results[server] = await work(server)
 
-        self._drop(self.pool.run(on_each(self._live(), keep)))
+        self._drop(self.pool.run(on_each(servers, keep)))
         return results
 
     def _drop(self, failed: dict[str, str]) -> None:
@@ -196,6 +219,7 @@ class Keeper:
             if server.url in failed:
                 self.pool.mark_down(server, failed[server.url])
                 self.has_base.discard(server.url)
+        self.reached = [server for server in self.reached if server.url not in failed]
 
     # ---------------------------------------------------------------- trust
 
@@ -212,7 +236,9 @@ class Keeper:
         dtype, length = str(self.dtype).removeprefix("torch."), longest_sequence(self.recipe)
         if problems := trust.settings_problems(version, settings, dtype=dtype, length=length, adapters=self.adapters):
             cure = "launch/vllm_serve.sh starts one that fits"
-            raise UserError("\n".join(f"vllm server {server.url}: {problem}. {cure}" for problem in problems))
+            raise (BackendFailed if self.met else UserError)(
+                "\n".join(f"vllm server {server.url}: {problem}. {cure}" for problem in problems)
+            )
 
     def _check_weights(self, server: Server, version: int, found: list[dict[str, Any]], state: State) -> None:
         different, unknown = trust.fingerprint_problems(found, state, self.dtype)
@@ -224,17 +250,34 @@ class Keeper:
             log.warning("%d of %d engine parameters cannot be compared by name: %s", len(unknown), len(found[0]), shown)
 
     async def _probe(self, server: Server, policy: Policy, version: int) -> trust.Probe:
-        """Sample a short sequence as rollouts are sampled, but without truncation, which the update does not know."""
+        """Sample as rollouts do, but without truncation, which the update does not know, and past any end."""
         length = longest_sequence(self.recipe)
         prompt_ids = policy.tokenizer.encode(trust.PROBE_TEXT, add_special_tokens=False)[: length // 2]
         sampling = Sampling(min(trust.PROBE_TOKENS, length - len(prompt_ids)), temperature=self.rollout.temperature)
-        seed = key(self.recipe.training.seed, Stream.PROBE.value, version)
         adapter = adapter_name(version) if self.adapters else None
-        payload = generate_payload(prompt_ids, seed, sampling, policy.stop_token_ids, version=version, model=adapter)
-        answer = await server.generate(payload, self.rollout.vllm_sync_timeout)
-        logprobs = [entry["logprob"] for entry in answer["logprobs"]["content"]]
-        return trust.Probe(server.url, prompt_ids, answer["token_ids"], logprobs)
+        answers = await asyncio.gather(
+            *(
+                server.generate(
+                    generate_payload(
+                        prompt_ids,
+                        key(self.recipe.training.seed, Stream.PROBE.value, version, i),
+                        sampling,
+                        [],
+                        version=version,
+                        model=adapter,
+                    ),
+                    self.rollout.vllm_sync_timeout,
+                )
+                for i in range(trust.PROBES)
+            )
+        )
+        logprobs = [[entry["logprob"] for entry in answer["logprobs"]["content"]] for answer in answers]
+        return trust.Probe(server.url, prompt_ids, [answer["token_ids"] for answer in answers], logprobs)
 
 
 def adapter_name(version: int) -> str:
     return f"grpo-{version}"
+
+
+def version_of(adapter: str) -> int:
+    return int(adapter.removeprefix("grpo-"))

@@ -111,4 +111,6 @@ class Pool:
 
 
 async def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)
+    # No connection is used twice: a server closes idle ones after a few seconds, and a request that is written to one
+    # just then looks like a server that broke off.
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), trust_env=False)

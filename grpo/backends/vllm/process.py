@@ -18,7 +18,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.policy import Policy
 
-ROOT = Path(grpo.__file__).resolve().parents[1]
+PACKAGE = Path(grpo.__file__).resolve().parent
 SECONDS_TO_STOP = 20.0
 LINES_OF_LOG = 12
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as --max-lora-rank
@@ -27,13 +27,15 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as --max-l
 class EngineProcess:
     """Starts, stops and starts again one server. It dies with this process, however this process dies."""
 
-    def __init__(self, model: Path, arguments: list[str], python: str | None, devices: list[int], log: Path):
+    def __init__(
+        self, model: Path, arguments: list[str], python: str | None, devices: list[int], *, log: Path, scratch: Path
+    ):
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.command = [python or sys.executable, "-m", "grpo.backends.vllm.serve", "--die-with", str(os.getpid())]
         self.command += [str(model), f"--port={self.port}", *arguments]
-        self.environment = _environment(devices)
+        self.environment = _environment(devices, _only_grpo(scratch))
         self.starting = False  # started and not yet heard of
         self.process: subprocess.Popen[bytes] | None = None
         self.output: IO[bytes] | None = None
@@ -92,7 +94,8 @@ def make_engine(recipe: Recipe, policy: Policy, scratch: Path) -> EngineProcess 
     devices = list(range(first, first + size)) if on_gpu else []
     output = Path(recipe.training.output_dir)
     log = (output if output.is_dir() else scratch) / f"vllm_rank{rank}.log"
-    return EngineProcess(model, engine_arguments(recipe, on_gpu=on_gpu), recipe.rollout.vllm_python, devices, log)
+    arguments = engine_arguments(recipe, on_gpu=on_gpu)
+    return EngineProcess(model, arguments, recipe.rollout.vllm_python, devices, log=log, scratch=scratch)
 
 
 def longest_sequence(recipe: Recipe) -> int:
@@ -134,13 +137,21 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
     return [*arguments, *rollout.vllm_args]
 
 
-def _environment(devices: list[int]) -> dict[str, str]:
+def _only_grpo(scratch: Path) -> Path:
+    """A folder with grpo in it and nothing else: the engine must not find the trainer's other packages."""
+    folder = scratch / "python"
+    folder.mkdir()
+    (folder / "grpo").symlink_to(PACKAGE)
+    return folder
+
+
+def _environment(devices: list[int], packages: Path) -> dict[str, str]:
     """This process's variables, without those that belong to its launch, and with its devices and threads."""
     launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
     variables = {
         name: value for name, value in os.environ.items() if name not in launch and not name.startswith("TORCHELASTIC")
     }
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [variables.get("PYTHONPATH")])])
+    variables["PYTHONPATH"] = os.pathsep.join([str(packages), *filter(None, [variables.get("PYTHONPATH")])])
     if devices:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from importlib import metadata
+from pathlib import Path
 
 SUPPORTED = ("0.32", "0.33")  # from the first, up to but not including the second
 RANGE = f">={SUPPORTED[0]},<{SUPPORTED[1]}"
@@ -25,6 +26,7 @@ ARGUMENTS = {
     "--worker-extension-cls": "grpo.backends.vllm.worker.WorkerExtension",  # loading weights, and their fingerprint
     "--disable-uvicorn-access-log": None,
 }
+GPU_ARGUMENTS = {"--weight-transfer-config": '{"backend": "nccl"}'}  # a colocated engine is given "ipc" instead
 VARIABLES = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause, hand over weights and reset the prefix cache
     "VLLM_NO_USAGE_STATS": "1",
@@ -51,7 +53,8 @@ def installed_version() -> str | None:
 def command(model: str, arguments: list[str]) -> list[str]:
     """The server's command line. What the caller gives wins over ``ARGUMENTS``."""
     given = {argument.split("=")[0] for argument in arguments}
-    ours = [part for name, value in ARGUMENTS.items() if name not in given for part in (name, value) if part]
+    wanted = ARGUMENTS | (GPU_ARGUMENTS if Path("/dev/nvidiactl").exists() else {})
+    ours = [part for name, value in wanted.items() if name not in given for part in (name, value) if part]
     # Not the `vllm` script: it asks for a distribution called vllm, which the CPU build is not.
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *ours, *arguments]
 
@@ -70,7 +73,10 @@ def die_with(parent: int) -> None:
     """Have the kernel end this process (SIGTERM: vLLM then ends its own) when ``parent`` is gone, however it died."""
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; it survives exec
     if os.getppid() != parent:
-        sys.exit("the trainer is gone")
+        sys.exit(
+            f"the trainer (process {parent}) is gone, or it did not start this process itself: rollout.vllm_python "
+            "must be a Python, or a script that ends in exec"
+        )
 
 
 def main(arguments: list[str]) -> None:
@@ -81,7 +87,10 @@ def main(arguments: list[str]) -> None:
         sys.exit("usage: python -m grpo.backends.vllm.serve MODEL [arguments of `vllm serve`]")
     version = installed_version()
     if version is None:
-        sys.exit(f"vLLM is not installed for {sys.executable}: pip install 'vllm{RANGE}', or name another Python")
+        sys.exit(
+            f"vLLM is not installed for {sys.executable}: pip install 'vllm{RANGE}', "
+            "or name the Python that has it (rollout.vllm_python, or VLLM_PYTHON of launch/vllm_serve.sh)"
+        )
     if not supported(version):
         sys.exit(f"vLLM {version} is installed for {sys.executable}; grpo supports vllm{RANGE}")
     model, *rest = arguments

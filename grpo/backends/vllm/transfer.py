@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from grpo.backends.vllm.api import Server, ServerGone, WeightSource, cast, nccl_sending_end
 from grpo.backends.vllm.pool import Pool
 from grpo.config import Recipe
-from grpo.errors import UserError
+from grpo.errors import BackendFailed, UserError
 from grpo.policy import Policy
 
 CHUNK_BYTES = 1 << 30  # what is cast and shared at once over CUDA IPC
@@ -37,24 +37,40 @@ class Sender(Protocol):
 
 
 class PathSender:
-    """Writes a safetensors file that the servers read: in shared memory, or on a disk that they share."""
+    """Writes a safetensors file that the servers read: in shared memory, or on a disk that they share.
+
+    Raises BackendFailed where there is no room for it.
+    """
 
     def __init__(self, pool: Pool, folder: Path, timeout: float):
         self.pool, self.folder, self.timeout = pool, folder, timeout
 
     def send(self, servers: list[Server], state: State, dtype: torch.dtype) -> dict[str, str]:
-        from safetensors.torch import save_file
-
         if not servers:
             return {}
         folder = self.folder / "weights"
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            tensors = {name: tensor.cpu() for name, tensor in cast(_without_ties(state), dtype)}
-            save_file(tensors, folder / "model.safetensors")
+            _write(_without_ties(state), dtype, folder)
             return self.pool.run(on_each(servers, lambda server: server.load(str(folder), self.timeout)))
         finally:
             shutil.rmtree(folder)
+
+
+def _write(state: State, dtype: torch.dtype, folder: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in cast(state, dtype)}
+    try:
+        save_file(tensors, folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise BackendFailed(
+            f"cannot write the weights for vllm ({size / 1e9:.2f} GB) in {folder}, which has "
+            f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free: {error}. Set rollout.vllm_sync_dir to a folder with "
+            "room that the servers see too (a container's /dev/shm grows with --shm-size)"
+        ) from None
 
 
 class IpcSender:

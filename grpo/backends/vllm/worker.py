@@ -26,8 +26,8 @@ class _CpuGenerator(torch.Generator):
     def get_offset(self) -> int:
         return 0
 
-    def set_offset(self, offset: int) -> None:
-        pass
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self
 
 
 if not torch.accelerator.is_available():
