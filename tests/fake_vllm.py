@@ -97,12 +97,15 @@ class FakeServer:
         await web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True).start()
 
     async def _break_off(self) -> None:
-        if self.runner is not None:
-            for connection in list(self.runner.server.connections):  # type: ignore[union-attr]
-                if connection.transport is not None:
-                    connection.transport.abort()
-            await self.runner.cleanup()
-            self.runner = None
+        if self.runner is None:
+            return
+        for site in list(self.runner.sites):
+            await site.stop()
+        for connection in list(self.runner.server.connections):  # type: ignore[union-attr]
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self.runner.cleanup()
+        self.runner = None
 
     def _run(self, work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, self.loop).result(10)

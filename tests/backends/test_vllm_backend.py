@@ -344,15 +344,22 @@ def test_a_server_that_is_back_is_asked_nothing_before_it_holds_the_weights(
     assert [s.url for s in backend.pool.live()] == [other.url]
     other.gate.clear()
     flight = backend.submit(requests(policy), Sampling(8), 0)
-    load = engine.routes["/collective_rpc"]
+    load, other_load, loaded = engine.routes["/collective_rpc"], other.routes["/collective_rpc"], threading.Event()
+
+    def loads(body: dict[str, Any]) -> Any:
+        answer = other_load(body)
+        loaded.set()
+        return answer
 
     def slow(body: dict[str, Any]) -> Any:
         if body["method"] == "grpo_load":
+            loaded.wait(5)
+            time.sleep(0.1)
             other.die()
             time.sleep(0.2)
         return load(body)
 
-    engine.routes["/collective_rpc"] = slow
+    other.routes["/collective_rpc"], engine.routes["/collective_rpc"] = loads, slow
     engine.asked.clear()
     in_time(lambda: backend.sync(policy, 1))
     completions = in_time(lambda: backend.collect(flight))
@@ -441,6 +448,15 @@ def test_what_fails_for_one_processs_requests_fails_on_every_process(
     outcomes = on_two_processes(two, lambda b: b.generate(requests(policy), Sampling(20 if b.rank == rank else 5), 0))
     assert all(isinstance(o, BackendFailed) for o in outcomes), outcomes
     assert str(outcomes[0]) == str(outcomes[1])
+
+
+def test_a_server_that_one_process_lost_is_looked_at_again_by_its_keeper(
+    two: list[VLLMBackend], engine: FakeEngine, policy: Policy
+) -> None:
+    engine.start_again()
+    engine.settings["model_config"]["dtype"] = "torch.bfloat16"
+    outcomes = on_two_processes(two, lambda b: b.generate(requests(policy) if b.rank else [], Sampling(5), 0))
+    assert all(isinstance(o, BackendFailed) and "it computes in bfloat16" in str(o) for o in outcomes), outcomes
 
 
 def test_one_processs_lost_requests_are_asked_again_when_all_are_ready(

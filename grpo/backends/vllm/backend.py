@@ -121,6 +121,8 @@ class VLLMBackend:
         state = policy.base_state() if self.adapters else policy.full_state()
         adapter = policy.adapter_state() if self.adapters else {}
         deadline = time.monotonic() + self.rollout.vllm_server_timeout
+        for down in gather_object([dict(self.pool.down)]):  # the keeper may not have asked a server that others lost
+            self.pool.lose(down)
         while True:
             self._everywhere(lambda: self.keeper.reach(version, deadline))
             found = self._everywhere(lambda: self.keeper.hand_over(policy, version, state, adapter, self.asleep))

@@ -64,6 +64,12 @@ class Pool:
             log.warning("vllm server %s is lost: %s", server.url, why)
         self.down[server.url] = why
 
+    def lose(self, down: dict[str, str]) -> None:
+        """Those of the servers that another process has lost are down here too."""
+        for server in self.servers:
+            if server.url in down:
+                self.mark_down(server, down[server.url])
+
     def up(self, urls: list[str]) -> None:
         """Exactly these servers are up."""
         self.down = {s.url: self.down.get(s.url, "not reached") for s in self.servers if s.url not in urls}
