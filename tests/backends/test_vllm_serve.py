@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -359,28 +360,22 @@ def test_a_python_that_cannot_be_started_is_named(engine: Callable[..., EnginePr
         assert one.exit_code() is None
 
 
-def test_an_engine_dies_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
-    scene = f"""
-import time
-from pathlib import Path
-from grpo.backends.vllm.process import EngineProcess
-folder = Path({str(tmp_path)!r})
-engine = EngineProcess(Path("stays"), [], None, [], log=folder / "log", scratch=folder)
-engine.start()
-while "ready" not in engine.last_lines():
-    time.sleep(0.01)
-print(engine.process.pid, flush=True)
-time.sleep(60)
-"""
-    path = os.pathsep.join([str(ROOT), str(stand_in(tmp_path / "stand_in"))])
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", scene], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
-    )
-    assert trainer.stdout is not None
-    pid = int(trainer.stdout.readline())
+def test_an_engine_dies_with_a_trainer_that_is_killed(engine: Callable[..., EngineProcess]) -> None:
+    reader, writer = multiprocessing.Pipe(duplex=False)
+
+    def train() -> None:
+        one = engine()
+        one.start()
+        writer.send(ready(one))
+        time.sleep(60)
+
+    trainer = multiprocessing.get_context("fork").Process(target=train)
+    trainer.start()
+    assert reader.poll(20)
+    pid = reader.recv()
     assert alive(pid)
     trainer.kill()
-    trainer.communicate()
+    trainer.join()
     wait_for(lambda: not alive(pid))
 
 
