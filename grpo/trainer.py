@@ -96,8 +96,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
                         save()
                     if stopping and not done:
                         preemption.stop(folder, progress.step)
-            except BackendFailed as failure:  # the policy is whole, and what its next rollout would have been is lost
-                progress.rollout_ahead = None
+            except BackendFailed as failure:  # the policy is whole
                 save()
                 raise BackendFailed(f"{failure}\n{saved(folder, progress.step)}") from None
         policy.save_pretrained(folder / "final")
@@ -136,6 +135,7 @@ def train_step(
 
     generated = sum(len(c.token_ids) for group in groups for c in group.completions)
     progress.step += 1
+    progress.rollout_ahead = None  # if there was one, this step has used it
     progress.num_tokens += generated + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
     metrics = reward_metrics(groups) | completion_metrics(groups) | mean_over_updates(updates)
     metrics |= {"learning_rate": rate, "num_tokens": float(progress.num_tokens)}
