@@ -71,7 +71,7 @@ class Keeper:
         self._restart_hung_engine()
         while True:
             self._watch_engine(where)
-            answering = self._answering()
+            answering = [server for server in self._answering() if self._fits(server)]
             if len(answering) >= (1 if self.met else len(self.servers)):
                 break
             if time.monotonic() > deadline:
@@ -84,7 +84,6 @@ class Keeper:
         for server in answering:
             if server.url in self.pool.down:
                 self.has_base.discard(server.url)
-                self._check_settings(server, where)
                 if self.met:
                     log.warning("vllm server %s is back; it gets the weights of step %d", server.url, version)
         self.reached = answering
@@ -223,22 +222,26 @@ class Keeper:
 
     # ---------------------------------------------------------------- trust
 
-    def _check_settings(self, server: Server, where: str) -> None:
+    def _fits(self, server: Server) -> bool:
+        """Whether a server that is new or back says how it runs; raises where that is not how training needs it."""
+        if server.url not in self.pool.down:
+            return True
+
         async def ask() -> tuple[str, dict[str, Any]]:
             return await server.version(), await server.settings()
 
         try:
             version, settings = self.pool.run(ask())
         except ServerGone as why:
-            raise BackendFailed(
-                f"{where}: vllm server {server.url} is up but does not say how it runs: {why}"
-            ) from None
+            self.pool.down[server.url] = str(why)
+            return False
         dtype, length = str(self.dtype).removeprefix("torch."), longest_sequence(self.recipe)
         if problems := trust.settings_problems(version, settings, dtype=dtype, length=length, adapters=self.adapters):
             cure = "launch/vllm_serve.sh starts one that fits"
             raise (BackendFailed if self.met else UserError)(
                 "\n".join(f"vllm server {server.url}: {problem}. {cure}" for problem in problems)
             )
+        return True
 
     def _check_weights(self, server: Server, version: int, found: list[dict[str, Any]], state: State) -> None:
         different, unknown = trust.fingerprint_problems(found, state, self.dtype)
