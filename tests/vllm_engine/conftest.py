@@ -93,6 +93,7 @@ def serve(model: Path, folder: Path, *arguments: str, dtype: str = "float32", le
 
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = serve(TINY, tmp_path_factory.mktemp("tiny_server"))
+    extension = "tests.vllm_engine.perturbing_worker.PerturbingWorkerExtension"
+    server = serve(TINY, tmp_path_factory.mktemp("tiny_server"), f"--worker-extension-cls={extension}")
     yield server.wait()
     server.kill()

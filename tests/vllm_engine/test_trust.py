@@ -175,7 +175,7 @@ def test_one_perturbed_tensor_is_caught_by_name_in_memory(
         failed = send(servers, state, dtype)
         for server in servers:
             name = "model.layers.1.input_layernorm.weight"
-            pool.run(server.on_workers("grpo_perturb", name, "1.001", timeout=20))
+            pool.run(server.on_workers("perturb", name, "1.001", timeout=20))
         return failed
 
     monkeypatch.setattr(backend.keeper.sender, "send", then_perturb)

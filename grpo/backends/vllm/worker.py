@@ -81,11 +81,6 @@ class WorkerExtension:
             found[name] = {"parts": _parts(name, fused), "a": _squares(layer.lora_a), "b": _squares(layer.lora_b)}
         return found
 
-    def grpo_perturb(self, name: str, scale: str) -> None:
-        """Multiply one parameter in place: how the tests make a wrong weight."""
-        parameter = dict(self.model_runner.get_model().named_parameters())[name]
-        parameter.data.mul_(float(scale))
-
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     from safetensors import safe_open
