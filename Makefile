@@ -53,8 +53,11 @@ test-vllm: setup setup-vllm smollm2 ## run the tests of the vLLM backend against
 fuzz: setup ## 100,000 random and mutated completions through every verifier (half an hour)
 	GRPO_FUZZ_EXAMPLES=100000 $(BIN)/python -m pytest --numprocesses=0 tests/rewards/test_fuzz.py
 
-bench: setup ## measure: rewards beside their alternatives
+bench: setup smollm2 ## measure, small sizes (15 minutes): rewards, rollout, update and whole steps beside their alternatives
 	$(BIN)/python -m benchmarks.rewards
+	$(BIN)/python -m benchmarks.rollout --prompts 4 --rounds 2 --check 16
+	$(BIN)/python -m benchmarks.update
+	$(BIN)/python -m benchmarks.vs_trl --prompts 2 --steps 2 --rows "same work"
 
 lint: setup ## style, formatting, imports between the rooms, types of the public surface
 	$(BIN)/ruff check .

@@ -35,7 +35,6 @@ from grpo.backends.base import Backend, Request, Sampling
 from grpo.config import Recipe
 from grpo.loading import load_tokenizer
 from grpo.losses import Counts, importance_weights, policy_loss
-from grpo.packing import collate
 from grpo.policy import Policy
 from grpo.randomness import key
 from grpo.tasks import load_task
@@ -210,7 +209,7 @@ def gradient(policy: Policy, sequences: list[Sequence], mode: str) -> torch.Tens
     tokens = sum(len(s.completion_ids) for s in sequences)
     counts = Counts(tokens=tokens, sequences=len(sequences), micro_batches=1, max_completion_length=0)
     for start in range(0, len(sequences), 8):
-        batch = collate(sequences[start : start + 8], pad_token_id=policy.tokenizer.pad_token_id)
+        batch = policy.collate(sequences[start : start + 8])
         logps_BT = policy.logprobs(batch, 1.0)[0]
         weights_BT = None
         if mode != "none":
@@ -227,8 +226,8 @@ def compare(policy: Policy, sequences: list[Sequence]) -> dict[str, float]:
     log_ratios, sums = [], []
     with torch.no_grad():
         for s in sequences:
-            batch = collate([s], pad_token_id=policy.tokenizer.pad_token_id)
-            ours = policy.logprobs(batch, 1.0)[0][0, len(s.prompt_ids) : len(s)].numpy()
+            batch = policy.collate([s])
+            ours = policy.logprobs(batch, 1.0)[0][0, : len(s.completion_ids)].numpy()
             log_ratios.append(ours - np.array(s.sampler_logprobs))
             sums.append(log_ratios[-1].sum())
     every = np.concatenate(log_ratios)

@@ -159,6 +159,9 @@ class RolloutConfig(VllmOptions):
     """Strings that end a completion (they stay in it), besides the model's end-of-sequence tokens."""
     max_batch_size: PositiveInt = 512
     """Most sequences decoded at once, per process (`backend: hf`)."""
+    kv_cache_gb: Positive | None = None
+    """Keys and values held at once, in GB per process (`backend: hf`); null is a quarter of the device's memory. Where
+    they do not fit, fewer completions run at once, and some are computed again."""
     overlap: bool = False
     """With `backend: vllm`: sample the next step's completions while this step trains, one step off-policy; what is in
     flight goes on under the new weights. `algorithm.importance_sampling_mode` corrects for it."""
@@ -173,6 +176,9 @@ class RolloutConfig(VllmOptions):
 
 
 class OptimizerConfig(Section):
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    """AdamW with its moments in float32 (8 bytes a weight), in 8 bits (2 bytes; bitsandbytes), or in 8 bits and paged
+    out to the host's memory where the GPU's runs short."""
     learning_rate: Positive = 1e-6
     """Peak learning rate of AdamW."""
     weight_decay: NonNegative = 0.0
@@ -210,8 +216,9 @@ class TrainingConfig(Section):
     """Checkpoint every so many steps, besides at the end; 0: only there."""
     save_total_limit: Annotated[int, Field(ge=2, strict=True)] = 2
     """Checkpoints kept, newest first; at least 2, so that a damaged one has a predecessor."""
-    micro_batch_tokens: PositiveInt = 16384
-    """Padded tokens in one forward and backward pass, per process."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens in one forward and backward pass, per process, a prompt counted once for its completions in it; null
+    is as many as memory holds and are of use."""
     micro_batch_size: PositiveInt | None = None
     """Most sequences in one forward and backward pass; null is bounded by micro_batch_tokens alone."""
     log_rollouts_every: NonNegativeInt = 1

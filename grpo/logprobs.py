@@ -1,22 +1,36 @@
-"""Log-probabilities and entropies of given tokens, from hidden states, never holding (B,T,V).
+"""Log-probabilities and entropies of given tokens, from hidden states, never holding (N,V).
 
 Logits are the largest tensor of a language model's update: 16 sequences of 1,024 tokens over 152,000 words are 10 GB in
-float32, before their gradient. Here they exist for one chunk of positions at a time, in the forward and, recomputed,
-in the backward pass.
+float32, before their gradient. Here they exist for one chunk of positions at a time, in the forward and, computed
+again, in the backward pass, where they are overwritten by their gradient, g (onehot - p) / temperature. The first few
+chunks are kept instead of computed again: a constant amount, so memory does not grow with tokens x vocabulary.
+
+On a CPU the time beside the matrix products is that of passing through memory. So each chunk is read once in the
+forward pass and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
-from torch.utils.checkpoint import checkpoint
-
-# Numbers of logits held at once: 64 MB in float32. Not much smaller: under 32 MB glibc keeps freed blocks in its heap,
-# which fragments until the process holds far more than it uses.
-CHUNK_LOGITS = 16 * 1024 * 1024
 
 Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Sizes(NamedTuple):
+    """Numbers of logits: in a chunk (one product with the head's weight), in a tile, and kept for the backward pass."""
+
+    chunk: int
+    tile: int
+    kept: int
+
+
+# A chunk of 64 MB in float32. Not much smaller: under 32 MB glibc keeps freed blocks in its heap, which fragments until
+# the process holds far more than it uses. On an accelerator a product wants thousands of rows, and a tile fewer calls.
+CPU_SIZES = Sizes(chunk=16 << 20, tile=1 << 19, kept=64 << 20)
+ACCELERATOR_SIZES = Sizes(chunk=256 << 20, tile=64 << 20, kept=256 << 20)
 
 
 def token_logprobs(
@@ -26,32 +40,95 @@ def token_logprobs(
     *,
     vocab_size: int,
     temperature: float = 1.0,
+    parameters: Iterable[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target, and the entropy of the distribution it is judged under, both float32 (N,), nats.
 
     ``hidden_NH`` are the last hidden states at the N positions that *predict* the targets (the position before each).
-    ``head`` maps (n,H) to logits (n,V). Logits are divided by ``temperature``, so that the result describes the
-    distribution that sampling at that temperature draws from. Entropies carry no gradient.
+    ``head`` maps (n,H) to logits (n,V), row by row; ``parameters`` are those that it uses, which get gradients if they
+    require them. Logits are divided by ``temperature``, so that the result describes the distribution that sampling at
+    that temperature draws from. Entropies carry no gradient.
     """
-    chunk = max(1, CHUNK_LOGITS // vocab_size)
-    logps, entropies = [], []
-    for start in range(0, max(len(targets_N), 1), chunk):
-        piece = slice(start, start + chunk)
-        logps_n, entropy_n = checkpoint(
-            _chunk_logprobs, hidden_NH[piece], targets_N[piece], head, temperature, use_reentrant=False
-        )
-        logps.append(logps_n)
-        entropies.append(entropy_n)
-    return torch.cat(logps), torch.cat(entropies)
+    trained = [p for p in parameters if p.requires_grad]
+    learns = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(trained))
+    return _TokenLogprobs.apply(hidden_NH, targets_N, head, vocab_size, temperature, learns, *trained)
 
 
-def _chunk_logprobs(
-    hidden_nH: torch.Tensor, targets_n: torch.Tensor, head: Head, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    logits_nV = head(hidden_nH).float() / temperature
-    normalizer_n = torch.logsumexp(logits_nV, dim=-1)
-    logps_n = logits_nV.gather(1, targets_n[:, None])[:, 0] - normalizer_n
-    with torch.no_grad():  # H = log Z - E[logit]
-        probabilities_nV = torch.softmax(logits_nV, dim=-1)
-        entropy_n = normalizer_n - (probabilities_nV * logits_nV).sum(-1)
-    return logps_n, entropy_n
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NH, targets_N, head: Head, vocab_size: int, temperature: float, learns: bool, *trained):
+        device = hidden_NH.device.type
+        sizes = CPU_SIZES if device == "cpu" else ACCELERATOR_SIZES
+        rows = max(1, sizes.chunk // vocab_size)
+        N = len(targets_N)
+        logps_N, entropy_N, normalizer_N = (hidden_NH.new_empty(N, dtype=torch.float32) for _ in range(3))
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by its first position, a chunk's input and logits
+        for start in range(0, N, rows):
+            piece = slice(start, min(start + rows, N))
+            keeps = learns and piece.stop * vocab_size <= sizes.kept
+            with torch.set_grad_enabled(keeps):
+                hidden_nH = hidden_NH[piece].detach().requires_grad_(keeps)
+                logits_nV = head(hidden_nH)
+            if keeps:
+                kept[start] = hidden_nH, logits_nV
+            for tile, buffer_rV in _tiles(logits_nV.detach(), sizes.tile):
+                at = slice(start + tile.start, start + tile.stop)
+                logps_N[at], entropy_N[at], normalizer_N[at] = _measure(
+                    buffer_rV.copy_(logits_nV.detach()[tile]).div_(temperature), targets_N[at]
+                )
+            del hidden_nH, logits_nV
+        ctx.save_for_backward(hidden_NH, targets_N, normalizer_N, *trained)
+        ctx.head, ctx.temperature, ctx.kept, ctx.rows, ctx.tile = head, temperature, kept, rows, sizes.tile
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.mark_non_differentiable(entropy_N)
+        return logps_N, entropy_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_N, _):
+        hidden_NH, targets_N, normalizer_N, *trained = ctx.saved_tensors
+        device, dtype, enabled = ctx.autocast
+        grad_hidden_NH = torch.empty_like(hidden_NH)
+        grads = [torch.zeros_like(p) for p in trained]
+        scale_N = grad_N / ctx.temperature
+        for start in range(0, len(targets_N), ctx.rows):
+            piece = slice(start, min(start + ctx.rows, len(targets_N)))
+            hidden_nH, logits_nV = ctx.kept.pop(start, (None, None))
+            if hidden_nH is None:
+                with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                    hidden_nH = hidden_NH[piece].detach().requires_grad_()
+                    logits_nV = ctx.head(hidden_nH)
+            overwritten_nV = logits_nV.detach()
+            for tile, buffer_rV in _tiles(overwritten_nV, ctx.tile):
+                at = slice(start + tile.start, start + tile.stop)
+                buffer_rV.copy_(overwritten_nV[tile]).div_(ctx.temperature)
+                buffer_rV.sub_(normalizer_N[at, None]).exp_().mul_(-scale_N[at, None])
+                buffer_rV.scatter_add_(1, targets_N[at, None], scale_N[at, None])
+                overwritten_nV[tile] = buffer_rV
+            found = torch.autograd.grad(logits_nV, [hidden_nH, *trained], overwritten_nV)
+            grad_hidden_NH[piece] = found[0]
+            for total, grad in zip(grads, found[1:], strict=True):
+                total += grad
+            del hidden_nH, logits_nV, overwritten_nV, found
+        return grad_hidden_NH, None, None, None, None, None, *grads
+
+
+def _measure(logits_rV: torch.Tensor, targets_r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, entropies and log normalizers of rows of float32 logits, which are overwritten."""
+    largest_r1 = logits_rV.amax(1, keepdim=True)
+    logits_rV.sub_(largest_r1)
+    target_r = logits_rV.gather(1, targets_r[:, None])[:, 0]
+    weights_rV = logits_rV.exp()
+    sum_r = weights_rV.sum(1)
+    mean_r = weights_rV.mul_(logits_rV).sum(1) / sum_r  # H = log Z - E[logit]
+    return target_r - sum_r.log(), sum_r.log() - mean_r, sum_r.log() + largest_r1[:, 0]
+
+
+def _tiles(logits_nV: torch.Tensor, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The rows of a chunk in tiles, each with room for its numbers in float32."""
+    n, V = logits_nV.shape
+    rows = min(n, max(1, size // V))
+    buffer_rV = torch.empty((rows, V), dtype=torch.float32, device=logits_nV.device)
+    for start in range(0, n, rows):
+        tile = slice(start, min(start + rows, n))
+        yield tile, buffer_rV[: tile.stop - tile.start]

@@ -2,93 +2,219 @@
 
 Every process knows all sequences of the optimizer step (the trainer gathers them: a few megabytes of integers),
 computes the same plan from them and takes its own share: nothing about the split has to be communicated.
+
+A micro-batch is either *packed*, one row in which a prompt stands once for all its completions, or *padded*, a row for
+each sequence, for models that can't compute packed rows (``policy.packed`` says which).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 
 import torch
 
-from grpo.types import Batch, Sequence
+from grpo.types import Batch, Layout, Sequence
+
+# A group that does not fit into what is left of a micro-batch starts another if the one is this full already, else it
+# is split and its prompt computed twice. Both are tried: the first repeats less, the second balances processes better.
+FULL = (0.5, 0.95)
+
+MicroBatch = list[Sequence]
+Sized = tuple[int, MicroBatch]  # with its tokens
 
 
 def plan_micro_batches(
-    sequences: list[Sequence], *, max_tokens: int, max_sequences: int | None = None, world_size: int = 1
-) -> list[list[list[Sequence]]]:
+    sequences: list[Sequence],
+    *,
+    max_tokens: int,
+    max_sequences: int | None = None,
+    world_size: int = 1,
+    packed: bool = True,
+) -> list[list[MicroBatch]]:
     """For every process its micro-batches: ``plan[rank][i]`` is a list of sequences.
 
-    Sequences are taken longest first, so that those padded together are of like length; a micro-batch is closed when
-    its padded size (sequences x longest) would pass ``max_tokens``. A single sequence longer than the budget gets a
-    micro-batch of its own. Micro-batches are dealt to the process with the least work so far; where the count does not
-    divide, processes get a zero-weight micro-batch, because unequal counts hang FSDP and ZeRO.
+    No micro-batch has more than ``max_tokens`` tokens (``packed_tokens`` or ``padded_tokens``), unless a single
+    sequence does. Of the ways to fill them that are tried, the one is taken that leaves the busiest process the least
+    tokens, then the fewest micro-batches. Where these do not divide by processes, some get one of zero weight,
+    because unequal counts hang FSDP.
     """
     if not sequences:
         return [[] for _ in range(world_size)]
-    by_length = sorted(sequences, key=len, reverse=True)
     # Several processes want at least one micro-batch each, or all but one would only pad.
-    cap = -(-len(by_length) // world_size)
-    limit = min(cap, max_sequences) if max_sequences else cap
-    micro_batches: list[list[Sequence]] = []
-    for sequence in by_length:
-        current = micro_batches[-1] if micro_batches else None
-        if current and len(current) < limit and (len(current) + 1) * len(current[0]) <= max_tokens:
-            current.append(sequence)
-        else:
-            micro_batches.append([sequence])
+    most = min(max_sequences or len(sequences), -(-len(sequences) // world_size))
+    if packed:
+        groups = by_prompt(sequences)
+        fillings = [partial(_fill_packed, groups, most=most, full=full) for full in FULL]
+    else:
+        fillings = [partial(_fill_padded, sorted(sequences, key=len, reverse=True), most=most)]
+    ways = [_deal(made, world_size) for fill in fillings for made in _smaller_and_smaller(fill, max_tokens, world_size)]
+    shares = min(ways, key=lambda shares: (max(sum(t for t, _ in share) for share in shares), max(map(len, shares))))
+    rounds = max(map(len, shares))
+    filler = [replace(min(sequences, key=len), weight=0.0)]
+    return [[micro_batch for _, micro_batch in share] + [filler] * (rounds - len(share)) for share in shares]
 
-    plan: list[list[list[Sequence]]] = [[] for _ in range(world_size)]
+
+def by_prompt(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Sequences of the same prompt together, the most tokens first; within a group the longest first."""
+    groups: dict[tuple[int, ...], list[Sequence]] = {}
+    for sequence in sequences:
+        groups.setdefault(tuple(sequence.prompt_ids), []).append(sequence)
+    ordered = [sorted(group, key=len, reverse=True) for group in groups.values()]
+    return sorted(ordered, key=packed_tokens, reverse=True)
+
+
+def packed_tokens(micro_batch: MicroBatch) -> int:
+    """Tokens of the packed row: each prompt once, and of each completion all but the last, which predicts nothing."""
+    prompts = {tuple(s.prompt_ids) for s in micro_batch}
+    return sum(map(len, prompts)) + sum(map(_read, micro_batch))
+
+
+def padded_tokens(micro_batch: MicroBatch) -> int:
+    return len(micro_batch) * max(map(len, micro_batch))
+
+
+def _read(sequence: Sequence) -> int:
+    return max(len(sequence.completion_ids) - 1, 0)
+
+
+def _smaller_and_smaller(fill: Callable[[int], list[Sized]], limit: int, world_size: int) -> Iterator[list[Sized]]:
+    """Fillings by ever smaller limits, as long as they take no more rounds: processes share what one could hold."""
+    made = fill(limit)
+    rounds = -(-len(made) // world_size)
+    while -(-len(made) // world_size) <= rounds:
+        yield made
+        largest, micro_batch = max(made, key=lambda sized: sized[0])
+        if len(micro_batch) == 1:
+            return
+        made = fill(largest * 19 // 20)
+
+
+def _fill_packed(groups: list[list[Sequence]], limit: int, *, most: int, full: float) -> list[Sized]:
+    """Group after group, whole ones where they fit; see FULL for those that don't."""
+    made: list[Sized] = []
+    tokens, micro_batch = 0, MicroBatch()
+    for group in groups:
+        prompt = len(group[0].prompt_ids)
+        fits = tokens + prompt + sum(map(_read, group)) <= limit and len(micro_batch) + len(group) <= most
+        closed = not fits and tokens >= full * limit
+        added = prompt
+        for sequence in group:
+            added += _read(sequence)
+            if micro_batch and (closed or tokens + added > limit or len(micro_batch) == most):
+                made.append((tokens, micro_batch))
+                tokens, micro_batch, closed = 0, [], False
+                added = prompt + _read(sequence)
+            micro_batch.append(sequence)
+            tokens += added
+            added = 0
+    return [*made, (tokens, micro_batch)]
+
+
+def _fill_padded(rows: list[Sequence], limit: int, *, most: int) -> list[Sized]:
+    """Longest first, so that those padded together are of like length."""
+    made: list[MicroBatch] = []
+    for sequence in rows:
+        if made and len(made[-1]) < most and (len(made[-1]) + 1) * len(made[-1][0]) <= limit:
+            made[-1].append(sequence)
+        else:
+            made.append([sequence])
+    return [(padded_tokens(micro_batch), micro_batch) for micro_batch in made]
+
+
+def _deal(micro_batches: list[Sized], world_size: int) -> list[list[Sized]]:
+    """To each process its own: the largest first, to the process with the least work that has not its number yet."""
+    shares: list[list[Sized]] = [[] for _ in range(world_size)]
     rounds = -(-len(micro_batches) // world_size)
     work = [0] * world_size
-    for micro_batch in sorted(micro_batches, key=padded_tokens, reverse=True):
-        open_ranks = [rank for rank in range(world_size) if len(plan[rank]) < rounds]
-        rank = min(open_ranks, key=lambda r: (work[r], r))
-        plan[rank].append(micro_batch)
-        work[rank] += padded_tokens(micro_batch)
-    filler = [replace(by_length[-1], weight=0.0)]
-    for share in plan:
-        share.extend([filler] * (rounds - len(share)))
-    return plan
+    for sized in sorted(micro_batches, key=lambda sized: sized[0], reverse=True):
+        rank = min((r for r in range(world_size) if len(shares[r]) < rounds), key=lambda r: (work[r], r))
+        shares[rank].append(sized)
+        work[rank] += sized[0]
+    return shares
 
 
-def padded_tokens(micro_batch: list[Sequence]) -> int:
-    return len(micro_batch) * max(len(s) for s in micro_batch)
+def collate(
+    micro_batch: MicroBatch, *, pad_token_id: int, device: torch.device | str = "cpu", packed: bool = True
+) -> Batch:
+    """A micro-batch as tensors: a packed row, or padded ones.
 
-
-def collate(sequences: list[Sequence], *, pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Right-pad a micro-batch. T is the longest prompt + completion in it.
-
-    All of (B,T) describe the token at that position; completion positions of an invalid or zero-weight sequence are
-    still computed (the shapes stay the same on every process) but do not count.
+    All of (B,T) describe the completion's token at that position; those of an invalid or zero-weight sequence are still
+    computed (the shapes stay the same on every process) but do not count.
     """
-    B, T = len(sequences), max(len(s) for s in sequences)
-    input_ids_BT = torch.full((B, T), pad_token_id, dtype=torch.long)
+    if packed:
+        input_ids_RN, layout, first_B, rest_B = _packed_row(micro_batch, device)
+    else:
+        input_ids_RN, layout = _padded_rows(micro_batch, pad_token_id), None
+        first_B = [row * input_ids_RN.shape[1] + len(s.prompt_ids) - 1 for row, s in enumerate(micro_batch)]
+        rest_B = [first + 1 for first in first_B]
+    B, T = len(micro_batch), max(1, *(len(s.completion_ids) for s in micro_batch))
+    completion_ids_BT = torch.full((B, T), pad_token_id)
+    predicts_BT = torch.zeros((B, T), dtype=torch.long)
     completion_mask_BT = torch.zeros((B, T), dtype=torch.bool)
     mask_BT = torch.zeros((B, T))
-    optional = {
-        "sampler_logprobs": torch.zeros((B, T)),
-        "old_logprobs": torch.zeros((B, T)),
-        "ref_logprobs": torch.zeros((B, T)),
-    }
-    for i, s in enumerate(sequences):
-        start, end = len(s.prompt_ids), len(s)
-        input_ids_BT[i, :end] = torch.tensor(s.prompt_ids + s.completion_ids)
-        completion_mask_BT[i, start:end] = True
-        mask_BT[i, start:end] = s.weight if s.valid else 0.0
-        for name, tensor in optional.items():
-            values = getattr(s, name)
-            if values is not None:
-                tensor[i, start:end] = torch.tensor(values)
-
-    def on_device(name: str) -> torch.Tensor | None:
-        return optional[name].to(device) if getattr(sequences[0], name) is not None else None
-
+    names = ["sampler_logprobs", "old_logprobs", "ref_logprobs"]
+    logps_BT = {name: torch.zeros((B, T)) for name in names if getattr(micro_batch[0], name) is not None}
+    for i, s in enumerate(micro_batch):
+        length = len(s.completion_ids)
+        completion_ids_BT[i, :length] = torch.tensor(s.completion_ids)
+        predicts_BT[i, :1] = first_B[i]
+        predicts_BT[i, 1:length] = torch.arange(rest_B[i], rest_B[i] + max(length - 1, 0))
+        completion_mask_BT[i, :length] = True
+        mask_BT[i, :length] = s.weight if s.valid else 0.0
+        for name, tensor in logps_BT.items():
+            tensor[i, :length] = torch.tensor(getattr(s, name))
+    logps_BT = {name: tensor.to(device) for name, tensor in logps_BT.items()}
     return Batch(
-        input_ids_BT=input_ids_BT.to(device),
+        input_ids_RN=input_ids_RN.to(device),
+        layout=layout,
+        completion_ids_BT=completion_ids_BT.to(device),
+        predicts_BT=predicts_BT.to(device),
         completion_mask_BT=completion_mask_BT.to(device),
         mask_BT=mask_BT.to(device),
-        advantages_B=torch.tensor([s.advantage for s in sequences], dtype=torch.float32).to(device),
-        sampler_logps_BT=optional["sampler_logprobs"].to(device),
-        old_logps_BT=on_device("old_logprobs"),
-        ref_logps_BT=on_device("ref_logprobs"),
+        advantages_B=torch.tensor([s.advantage for s in micro_batch], dtype=torch.float32).to(device),
+        sampler_logps_BT=logps_BT["sampler_logprobs"],
+        old_logps_BT=logps_BT.get("old_logprobs"),
+        ref_logps_BT=logps_BT.get("ref_logprobs"),
     )
+
+
+def _packed_row(
+    micro_batch: MicroBatch, device: torch.device | str
+) -> tuple[torch.Tensor, Layout, list[int], list[int]]:
+    """(1,N) tokens and their layout; for each sequence the place that predicts its completion's first token (the end of
+    its prompt), and the place that predicts its second, from which on they follow each other."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for i, s in enumerate(micro_batch):
+        rows.setdefault(tuple(s.prompt_ids), []).append(i)
+    input_ids = [token for prompt in rows for token in prompt]
+    positions = [position for prompt in rows for position in range(len(prompt))]
+    ends = list(accumulate(map(len, rows)))
+    segments, groups = [0, *ends], [len(input_ids)]
+    first_B, rest_B = [0] * len(micro_batch), [0] * len(micro_batch)
+    for (prompt, of_prompt), end in zip(rows.items(), ends, strict=True):
+        for i in of_prompt:
+            first_B[i], rest_B[i] = end - 1, len(input_ids)
+            read = micro_batch[i].completion_ids[:-1]  # the last token predicts nothing
+            input_ids += read
+            positions += range(len(prompt), len(prompt) + len(read))
+            segments.append(len(input_ids))
+        groups.append(len(input_ids))
+    layout = Layout(
+        segments=segments,
+        groups=groups,
+        segments_on_device=torch.tensor(segments, dtype=torch.int32, device=device),
+        groups_on_device=torch.tensor([bound - groups[0] for bound in groups], dtype=torch.int32, device=device),
+        position_ids_1N=torch.tensor([positions], device=device),
+    )
+    return torch.tensor([input_ids]), layout, first_B, rest_B
+
+
+def _padded_rows(micro_batch: MicroBatch, pad_token_id: int) -> torch.Tensor:
+    """(B,N) tokens, padded on the right: causal attention alone keeps padding out of everything that counts."""
+    input_ids_BN = torch.full((len(micro_batch), max(map(len, micro_batch))), pad_token_id)
+    for i, s in enumerate(micro_batch):
+        input_ids_BN[i, : len(s)] = torch.tensor(s.prompt_ids + s.completion_ids)
+    return input_ids_BN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,87 +13,27 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from grpo.config import OptimizerConfig, Recipe
-from grpo.errors import RunError
+from grpo.config import Recipe
 from grpo.loading import DTYPES, add_adapters, load_weights
-from grpo.logprobs import token_logprobs
+from grpo.optimizer import make_optimizer
+from grpo.packed_check import why_padded
+from grpo.packing import collate
 from grpo.randomness import Stream, key
-from grpo.types import Batch
+from grpo.scored_lm import ScoredLM
+from grpo.types import Batch, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-class ScoredLM(nn.Module):
-    """A causal LM whose forward returns log-probabilities of given completion tokens instead of logits.
-
-    Doing this inside one module's forward is what lets DDP, FSDP2 and ZeRO gather and synchronize its weights.
-    """
-
-    def __init__(self, causal_lm: PreTrainedModel):
-        super().__init__()
-        self.causal_lm = causal_lm
-        self._no_split_modules = getattr(causal_lm, "_no_split_modules", None)  # FSDP's unit of sharding
-
-    @property
-    def config(self) -> Any:
-        return self.causal_lm.config
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states, as the model's own forward makes them (scaling and soft-capping included)."""
-        config = self.config.get_text_config(decoder=True)
-        logits = self.causal_lm.get_output_embeddings()(hidden)
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if scale := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / scale
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-            logits = cap * torch.tanh(logits / cap)
-        return logits
-
-    def forward(
-        self, input_ids_BT: torch.Tensor, completion_mask_BT: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies (B,T), 0 outside the completion mask.
-
-        Sequences are padded on the right, so causal attention alone keeps padding out: no attention mask is needed.
-        """
-        hidden_BTH = self.causal_lm.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-        predicts_BT = completion_mask_BT.roll(-1, dims=1)  # the position before a token predicts it
-        logps_N, entropy_N = token_logprobs(
-            hidden_BTH[predicts_BT],
-            input_ids_BT[completion_mask_BT],
-            self.head,
-            vocab_size=self.config.get_text_config(decoder=True).vocab_size,
-            temperature=temperature,
-        )
-        zeros_BT = torch.zeros(input_ids_BT.shape, dtype=torch.float32, device=input_ids_BT.device)
-        return (
-            zeros_BT.masked_scatter(completion_mask_BT, logps_N),
-            zeros_BT.masked_scatter(completion_mask_BT, entropy_N.detach()),
-        )
-
-    @torch.no_grad()
-    def check_head(self) -> None:
-        """Refuse a model whose logits ``head`` does not reproduce, by comparing them on a few tokens."""
-        was_training = self.training
-        self.eval()
-        device = next(self.causal_lm.parameters()).device
-        ids_BT = torch.arange(4, device=device)[None] % self.config.get_text_config(decoder=True).vocab_size
-        expected = self.causal_lm(input_ids=ids_BT, use_cache=False).logits.float()
-        ours = self.head(self.causal_lm.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state).float()
-        self.train(was_training)
-        if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-2):
-            raise RunError(
-                f"{type(self.causal_lm).__name__} turns hidden states into logits in a way that policy.ScoredLM.head "
-                "does not know; add it there"
-            )
+log = logging.getLogger("grpo")
 
 
 class Policy:
     """The trained module with everything that belongs to it.
 
     ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
+    ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones; ``micro_batch_limit`` how
+    many tokens were found to fit in a micro-batch (``micro_batch_size``), None while only the recipe says so.
     Trained weights are float32; ``compute_dtype`` bfloat16 computes under autocast. With LoRA the frozen weights are
     held in the compute type and the adapters in float32.
     """
@@ -122,12 +62,29 @@ class Policy:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         scored = ScoredLM(causal_lm)
         scored.check_head()
+        self.packed = self._can_pack(scored)
+        self.micro_batch_limit: int | None = None
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
         self.needs_reference = needs_reference
 
-        optimizer = make_optimizer(scored, recipe.optimizer)
+        optimizer = make_optimizer(scored, recipe.optimizer, several_processes=accelerator.num_processes > 1)
         self.model, self.optimizer = accelerator.prepare(scored.train(), optimizer)
         self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+
+    def _can_pack(self, scored: ScoredLM) -> bool:
+        why = why_padded(scored, self.device, self.compute_dtype)
+        if self.accelerator.is_main_process:
+            log.info(
+                "update: %s",
+                "packed rows, each prompt computed once for its completions"
+                if why is None
+                else f"padded rows, which are slower, because of {type(self.causal_lm).__name__}: {why}",
+            )
+        return why is None
+
+    def collate(self, micro_batch: list[Sequence]) -> Batch:
+        """The tensors that ``logprobs`` takes, on this process's device."""
+        return collate(micro_batch, pad_token_id=self.tokenizer.pad_token_id, device=self.device, packed=self.packed)
 
     def _frozen_reference(self, recipe: Recipe) -> ScoredLM:
         # A moving reference accumulates small steps, which bfloat16 would round away.
@@ -151,7 +108,7 @@ class Policy:
     def logprobs(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (with gradient where enabled) and entropies of a micro-batch, (B,T)."""
         with self.autocast():
-            return self.model(batch.input_ids_BT, batch.completion_mask_BT, temperature)
+            return self.model(batch, temperature)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
@@ -159,9 +116,9 @@ class Policy:
         with self.autocast():
             if self.peft_model is not None:
                 with self.peft_model.disable_adapter():
-                    return self.model(batch.input_ids_BT, batch.completion_mask_BT, temperature)[0]
+                    return self.model(batch, temperature)[0]
             assert self.reference is not None
-            return self.reference(batch.input_ids_BT, batch.completion_mask_BT, temperature)[0]
+            return self.reference(batch, temperature)[0]
 
     def no_sync(self) -> AbstractContextManager:
         """Within it, backward passes keep gradients to this process (all but the last micro-batch of a step)."""
@@ -306,30 +263,3 @@ def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over what is trained; weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
-
-
-def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """The rate of step ``step`` (counted from 0): a function of the step alone, so that nothing has to be saved."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_scheduler_type == "constant":
-        return config.learning_rate
-    done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    done = min(done, 1.0)
-    share = 1 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * (config.lr_min_ratio + (1 - config.lr_min_ratio) * share)

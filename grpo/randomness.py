@@ -35,15 +35,17 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def uniforms(keys_B: list[int], positions_T: np.ndarray) -> np.ndarray:
+def uniforms(keys_B: list[int], positions: np.ndarray) -> np.ndarray:
     """One uniform number in [0, 1) for each key and token position, as float64 (B,T) in multiples of 2**-32.
+
+    ``positions`` are (T,), the same for every key, or (B,T).
 
     Counter-based: the number at (key, position) is SplitMix64's finalizer of ``key + (position + 1) * golden ratio``.
     32 bits leave room for ``u * total < total`` to hold exactly in float64 when the sampler inverts a cumulative sum.
     """
     keys_B1 = np.asarray(keys_B, dtype=np.uint64)[:, None]
     with np.errstate(over="ignore"):
-        x_BT = keys_B1 + (positions_T.astype(np.uint64)[None, :] + np.uint64(1)) * _GOLDEN
+        x_BT = keys_B1 + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN
         x_BT = (x_BT ^ (x_BT >> np.uint64(30))) * _MIX_1
         x_BT = (x_BT ^ (x_BT >> np.uint64(27))) * _MIX_2
         x_BT ^= x_BT >> np.uint64(31)

@@ -7,6 +7,7 @@ ahead belongs to the run's state: a checkpoint waits for it and holds it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,17 +34,29 @@ class Rollouts:
         self.flight: Any = None  # those of the next step, on their way
         self.ahead: list[list[Completion]] | None = None  # or here already
 
-    def take(self, step: int) -> list[Group]:
-        """The groups of this step; with overlap, those of the next are asked for before this returns."""
+    def take(self, step: int, on_group: Callable[[Group], None]) -> list[Group]:
+        """The groups of this step; with overlap, those of the next are asked for before this returns.
+
+        ``on_group`` is called once with each, in the order in which they end, while others are still sampled.
+        """
         requests = self._requests(step)
+        groups: dict[int, Group] = {}
+
+        def ended(place: int, completions: list[Completion]) -> None:
+            groups[place] = Group(requests[place].prompt, completions)
+            on_group(groups[place])
+
         self._land()
         completions, self.ahead = self.ahead, None
         if completions is None:
-            completions = self.backend.generate(requests, self.sampling, step)
+            completions = self.backend.generate(requests, self.sampling, step, ended)
         if self.recipe.rollout.overlap and step + 1 < self.recipe.training.max_steps:
             overlapping = cast(OverlappingBackend, self.backend)
             self.flight = overlapping.submit(self._requests(step + 1), self.sampling, step)
-        return [Group(request.prompt, c) for request, c in zip(requests, completions, strict=True)]
+        for place in range(len(requests)):
+            if place not in groups:
+                ended(place, completions[place])
+        return [groups[place] for place in range(len(requests))]
 
     def state(self) -> Rows | None:
         """What is ahead, of all processes, for a checkpoint; waits until it is whole. Called by all processes."""

@@ -45,6 +45,7 @@ MAY_CHANGE = (
 ROUNDS_DIFFERENTLY = (
     "recipe.model.attn_implementation",
     "recipe.model.gradient_checkpointing",
+    "recipe.rollout.kv_cache_gb",
     "recipe.rollout.max_batch_size",
     "recipe.training.micro_batch_tokens",
     "recipe.training.micro_batch_size",

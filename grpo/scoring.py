@@ -14,7 +14,7 @@ import logging
 import pickle
 import queue
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -87,12 +87,14 @@ class Scorer:
             UserError: a function needs a column that the rows do not have, or a column has a name that is taken.
             RunError: a function broke its contract, or more of a step failed than ``scoring.max_failure_rate`` allows.
         """
-        for columns in {tuple(sorted(group.prompt.columns)) for group in groups}:
-            self.check_columns(columns)
-        round_ = _Round(self, groups, step)
-        round_.run()
-        for index, group in enumerate(groups):
-            _fill(group, self.names, self._weights, [round_.answers[f, index] for f in range(len(self.names))])
+        scoring = self.start(step)
+        for group in groups:
+            scoring.add(group)
+        scoring.finish()
+
+    def start(self, step: int) -> StepScoring:
+        """The same, for groups that come one after the other: they are scored while others are still sampled."""
+        return StepScoring(self, step)
 
     def close(self) -> None:
         """End the workers, whatever they are doing. May be called twice."""
@@ -164,30 +166,44 @@ class _Piece:
     samples: tuple[int, ...]
 
 
-class _Round:
-    """One call of ``score``: pieces go out, answers come in, pieces that failed are split and go out again."""
+class StepScoring:
+    """A step's scoring: pieces of groups go out, answers come in, pieces that failed are split and go out again.
 
-    def __init__(self, scorer: Scorer, groups: Sequence[Group], step: int) -> None:
+    ``add`` sends a group's pieces and returns at once; ``finish`` waits for all groups' answers and fills them in.
+    Errors are those of ``Scorer.score``.
+    """
+
+    def __init__(self, scorer: Scorer, step: int) -> None:
         self._scorer = scorer
-        self._groups = groups
         self._step = step
-        self.answers: dict[tuple[int, int], list[tuple[_Piece, dict[str, Any]]]] = {
-            (f, g): [] for f in range(len(scorer.names)) for g in range(len(groups))
-        }
+        self._groups: list[Group] = []
+        self.answers: dict[tuple[int, int], list[tuple[_Piece, dict[str, Any]]]] = {}
         self._finished: queue.SimpleQueue[tuple[list[_Piece], Future[list[dict[str, Any]]]]] = queue.SimpleQueue()
         self._outstanding = 0
         self._failures: list[Counter[str]] = [Counter() for _ in scorer.names]
         self._first_failure = [""] * len(scorer.names)
-        self._rows = [pickle.dumps((group.prompt.prompt, group.prompt.columns)) for group in groups]
-        self._samples = [
-            tuple(i for i, completion in enumerate(group.completions) if completion.status is not Status.ERROR)
-            for group in groups
-        ]
-        self._total = sum(map(len, self._samples))
+        self._checked: set[tuple[str, ...]] = set()
+        self._rows: list[bytes] = []
+        self._samples: list[tuple[int, ...]] = []
 
-    def run(self) -> None:
-        for function in range(len(self._scorer.names)):
-            self._send([_Piece(function, g, samples) for g, samples in enumerate(self._samples) if samples])
+    def add(self, group: Group) -> None:
+        columns = tuple(sorted(group.prompt.columns))
+        if columns not in self._checked:
+            self._scorer.check_columns(columns)
+            self._checked.add(columns)
+        self._groups.append(group)
+        self._rows.append(pickle.dumps((group.prompt.prompt, group.prompt.columns)))
+        self._samples.append(tuple(i for i, c in enumerate(group.completions) if c.status is not Status.ERROR))
+        index = len(self._groups) - 1
+        for function, is_async in enumerate(self._scorer._is_async):
+            self.answers[function, index] = []
+            if not is_async:
+                self._send(self._whole(function, [index]))
+
+    def finish(self) -> None:
+        for function, is_async in enumerate(self._scorer._is_async):
+            if is_async:
+                self._send(self._whole(function, range(len(self._groups))))
         while self._outstanding:
             pieces, future = self._finished.get()
             self._outstanding -= 1
@@ -204,6 +220,16 @@ class _Round:
                 told = self._scorer._told  # a traceback once a run, then a line a step
                 logger.warning("%s%s", self._counted(function), "" if function in told else first)
                 told.add(function)
+        for index, group in enumerate(self._groups):
+            answers_F = [self.answers[f, index] for f in range(len(self._scorer.names))]
+            _fill(group, self._scorer.names, self._scorer._weights, answers_F)
+
+    @property
+    def _total(self) -> int:
+        return sum(map(len, self._samples))
+
+    def _whole(self, function: int, groups: Iterable[int]) -> list[_Piece]:
+        return [_Piece(function, g, self._samples[g]) for g in groups if self._samples[g]]
 
     def _send(self, pieces: list[_Piece], *, alone: bool = False) -> None:
         """Pieces of one function as jobs: one each, or, for an async function, one for all: it awaits them together."""

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from grpo.config import Recipe
-from grpo.packing import collate, plan_micro_batches
-from grpo.policy import Policy, learning_rate
+from grpo.micro_batch_size import fitting, within_memory
+from grpo.optimizer import learning_rate
+from grpo.packing import MicroBatch
+from grpo.policy import Policy
 from grpo.report import write_report
 from grpo.session import (
     Clock,
@@ -30,7 +32,7 @@ from grpo.session import (
 from grpo.tracking import Tracker
 from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
 from grpo.types import Batch, Sequence
-from grpo.update import backward
+from grpo.update import backward, plan_for
 
 Example = tuple[list[int], list[int]]  # token ids of prompt and completion
 
@@ -85,7 +87,10 @@ def train_step(
             logps_BT, entropy_BT = policy.logprobs(batch, temperature=1.0)
             return -(logps_BT * batch.mask_BT).sum() / tokens, {"entropy": (entropy_BT * batch.mask_BT).sum() / tokens}
 
-        totals, norm = backward(policy, _my_micro_batches(recipe, policy, examples), loss_of, folder)
+        def attempt(max_tokens: int) -> tuple[dict[str, float], float]:
+            return backward(policy, _my_micro_batches(recipe, policy, examples, max_tokens), loss_of, folder)
+
+        totals, norm = within_memory(policy, recipe.training, attempt)
         policy.step(rate)
     progress.step += 1
     progress.num_tokens += sum(len(prompt) + len(completion) for prompt, completion in examples)
@@ -107,25 +112,25 @@ def train_step(
 @torch.no_grad()
 def held_out_loss(recipe: Recipe, policy: Policy, examples: list[Example]) -> float:
     """Mean cross-entropy (nats a token) over the held-out completions, each process doing its share."""
-    sums_2 = torch.zeros(2, dtype=torch.float64, device=policy.device)
+
+    def attempt(max_tokens: int) -> torch.Tensor:
+        sums_2 = torch.zeros(2, dtype=torch.float64, device=policy.device)
+        for micro_batch in _my_micro_batches(recipe, policy, examples, max_tokens):
+            with fitting(policy, micro_batch):
+                batch = policy.collate(micro_batch)
+                logps_BT, _ = policy.logprobs(batch, temperature=1.0)
+                sums_2 += torch.stack([-(logps_BT * batch.mask_BT).sum(), batch.mask_BT.sum()]).double()
+        return sums_2
+
     policy.model.eval()
-    for micro_batch in _my_micro_batches(recipe, policy, examples):
-        batch = collate(micro_batch, pad_token_id=policy.tokenizer.pad_token_id, device=policy.device)
-        logps_BT, _ = policy.logprobs(batch, temperature=1.0)
-        sums_2 += torch.stack([-(logps_BT * batch.mask_BT).sum(), batch.mask_BT.sum()]).double()
+    sums_2 = within_memory(policy, recipe.training, attempt)
     policy.model.train()
     loss, tokens = policy.accelerator.reduce(sums_2, reduction="sum").tolist()
     return loss / tokens
 
 
-def _my_micro_batches(recipe: Recipe, policy: Policy, examples: list[Example]) -> list[list[Sequence]]:
+def _my_micro_batches(recipe: Recipe, policy: Policy, examples: list[Example], max_tokens: int) -> list[MicroBatch]:
     sequences = [
         Sequence(prompt, completion, [0.0] * len(completion), advantage=1.0) for prompt, completion in examples
     ]
-    plan = plan_micro_batches(
-        sequences,
-        max_tokens=recipe.training.micro_batch_tokens,
-        max_sequences=recipe.training.micro_batch_size,
-        world_size=policy.accelerator.num_processes,
-    )
-    return plan[policy.accelerator.process_index]
+    return plan_for(policy, sequences, recipe.training, max_tokens)[policy.accelerator.process_index]

@@ -22,7 +22,8 @@ from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
 from grpo.metrics import completion_metrics, reward_metrics, rewards_array, rollout_rows
-from grpo.policy import Policy, learning_rate
+from grpo.optimizer import learning_rate
+from grpo.policy import Policy
 from grpo.report import write_report
 from grpo.rollouts import Rollouts
 from grpo.row_checks import warn_of_unscorable_rows
@@ -116,10 +117,11 @@ def train_step(
 ) -> None:
     """One rollout and the updates made from it. Moves ``progress`` on by a step and logs it."""
     clock = Clock()
+    scoring = scorer.start(progress.step)
     with clock("rollout"):
-        groups = rollouts.take(progress.step)
-    with clock("score"):
-        scorer.score(groups, progress.step)
+        groups = rollouts.take(progress.step, on_group=scoring.add)
+    with clock("score"):  # what is left of it: groups are scored while others are sampled
+        scoring.finish()
         groups = gather_object(groups)  # every process now holds the whole step, in the order of prompts
 
     rewards_PG = rewards_array(groups)

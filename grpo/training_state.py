@@ -23,13 +23,15 @@ log = logging.getLogger("grpo")
 @dataclass
 class Progress:
     """Where a run stands. ``seconds`` is time spent in steps; ``metrics_offset`` the bytes of metrics.jsonl so far;
-    ``rollout_ahead`` the completions of the next step, where they were sampled before the checkpoint."""
+    ``rollout_ahead`` the completions of the next step, where they were sampled before the checkpoint;
+    ``micro_batch_limit`` the policy's."""
 
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
     metrics_offset: int = 0
     rollout_ahead: list[dict[str, Any]] | None = None
+    micro_batch_limit: int | None = None
 
 
 def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress)
     if policy.reference is not None and recipe.algorithm.sync_ref_model:
         tensors["reference"] = policy.reference.causal_lm.state_dict()
     optimizer = policy.optimizer_state()
+    progress.micro_batch_limit = policy.micro_batch_limit
     if policy.accelerator.is_main_process:
         save_checkpoint(
             folder / "checkpoints",
@@ -80,4 +83,7 @@ def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress
     if policy.accelerator.is_main_process:
         set_aside_newer(Path(recipe.training.output_dir) / "checkpoints", checkpoint.step)
         log.info("resuming from %s", path)
-    return Progress(**checkpoint.states["progress"])
+    progress = Progress(**checkpoint.states["progress"])
+    if checkpoint.manifest["recipe"]["training"]["micro_batch_tokens"] == recipe.training.micro_batch_tokens:
+        policy.micro_batch_limit = progress.micro_batch_limit  # the same sums in the same order
+    return progress

@@ -3,10 +3,11 @@
 Tensor and array names end in the dimensions they have, in order:
 
     P  prompts in a step            B  sequences in a micro-batch     V  vocabulary
-    G  completions a prompt         T  token positions                H  hidden size
+    G  completions a prompt         T  tokens of a completion         H  hidden size
+                                    N  tokens the model reads
 
-``rewards_PG`` is prompts by completions; ``logps_BT`` is sequences by token positions. In (B,T) tensors of the update,
-position ``t`` describes the token at ``t`` itself (its logprob given everything before it), so index 0 is never valid.
+``rewards_PG`` is prompts by completions; ``logps_BT`` is sequences by tokens of their completions: position ``t``
+describes the completion's token ``t`` itself (its logprob given its prompt and the tokens before it).
 """
 
 from __future__ import annotations
@@ -107,15 +108,37 @@ class Sequence:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-@dataclass
-class Batch:
-    """A micro-batch of B right-padded sequences of T positions, prompt first.
+@dataclass(frozen=True)
+class Layout:
+    """What is where in a row of N packed tokens: first every prompt, once; then the completions, prompt by prompt.
 
-    ``mask_BT`` is 1.0 at completion tokens that count, else 0.0. ``old_logps_BT`` is None when on-policy (the current
-    logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0.
+    ``segments`` are the bounds of prompts and completions (P + B + 1 numbers, from 0 to N), ``groups`` those of each
+    prompt's completions taken together (P + 1 numbers, from where the completions start to N). Kernels of a GPU want
+    them as int32 tensors, and those of ``groups`` counted from the first completion. Positions restart at 0 with every
+    prompt, and behind its prompt with every completion.
     """
 
-    input_ids_BT: torch.Tensor
+    segments: list[int]
+    groups: list[int]
+    segments_on_device: torch.Tensor
+    groups_on_device: torch.Tensor
+    position_ids_1N: torch.Tensor
+
+
+@dataclass
+class Batch:
+    """A micro-batch of B completions, T the longest, and the tokens that the model reads for them.
+
+    Those are R rows of N: one row of packed tokens as ``layout`` describes it, or, where there is none, B padded rows
+    of a prompt and a completion each. ``predicts_BT`` says behind which of the R x N tokens a completion's token is
+    predicted: the one before it. ``mask_BT`` is 1.0 at tokens that count, else 0.0. ``old_logps_BT`` is None when
+    on-policy (the current logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0.
+    """
+
+    input_ids_RN: torch.Tensor
+    layout: Layout | None
+    completion_ids_BT: torch.Tensor
+    predicts_BT: torch.Tensor
     completion_mask_BT: torch.Tensor  # bool: positions whose logprob is computed
     mask_BT: torch.Tensor  # float: positions that count in the loss
     advantages_B: torch.Tensor

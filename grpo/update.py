@@ -19,7 +19,8 @@ from accelerate.utils import gather_object
 from grpo.config import AlgorithmConfig, TrainingConfig
 from grpo.errors import RunError
 from grpo.losses import Counts, importance_metrics, importance_ratio, importance_weights, policy_loss
-from grpo.packing import collate, plan_micro_batches
+from grpo.micro_batch_size import fitting, within_memory
+from grpo.packing import MicroBatch, plan_micro_batches
 from grpo.policy import Policy
 from grpo.types import Batch, Group, Sequence, Status
 
@@ -68,27 +69,38 @@ def optimizer_step(
     contributing = with_signal(sequences, algorithm)
     if not contributing:
         return {"skipped": 1.0}
-    accelerator = policy.accelerator
-    plan = plan_micro_batches(
-        contributing,
-        max_tokens=training.micro_batch_tokens,
-        max_sequences=training.micro_batch_size,
-        world_size=accelerator.num_processes,
-    )
     valid = [s for s in sequences if s.valid]
-    counts = Counts(
-        tokens=sum(len(s.completion_ids) for s in valid),
-        sequences=len(valid),
-        micro_batches=sum(any(s.weight for s in micro_batch) for share in plan for micro_batch in share),
-        max_completion_length=max_completion_length,
-    )
 
-    def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return _micro_batch_loss(policy, batch, counts, algorithm, temperature)
+    def attempt(max_tokens: int) -> tuple[dict[str, float], float]:
+        plan = plan_for(policy, contributing, training, max_tokens)
+        counts = Counts(
+            tokens=sum(len(s.completion_ids) for s in valid),
+            sequences=len(valid),
+            micro_batches=sum(any(s.weight for s in micro_batch) for share in plan for micro_batch in share),
+            max_completion_length=max_completion_length,
+        )
 
-    totals, norm = backward(policy, plan[accelerator.process_index], loss_of, dump_to)
+        def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return _micro_batch_loss(policy, batch, counts, algorithm, temperature)
+
+        return backward(policy, plan[policy.accelerator.process_index], loss_of, dump_to)
+
+    totals, norm = within_memory(policy, training, attempt)
     policy.step(learning_rate)
     return _metrics(totals, norm)
+
+
+def plan_for(
+    policy: Policy, sequences: list[Sequence], training: TrainingConfig, max_tokens: int
+) -> list[list[MicroBatch]]:
+    """Every process's micro-batches, as this policy computes them."""
+    return plan_micro_batches(
+        sequences,
+        max_tokens=max_tokens,
+        max_sequences=training.micro_batch_size,
+        world_size=policy.accelerator.num_processes,
+        packed=policy.packed,
+    )
 
 
 def backward(
@@ -101,14 +113,15 @@ def backward(
 
     ``loss_of`` gives a micro-batch's share of the step's loss and its sums for the metrics. Returns those summed over
     micro-batches and processes (the smallest of names that end in ``/min``, the largest of ``/max``), ``loss`` among
-    them, and the gradient's norm before clipping. Raises RunError on every process where either is not finite.
+    them, and the gradient's norm before clipping. Raises RunError on every process where either is not finite, and
+    DoesNotFit where memory runs out.
     """
     accelerator = policy.accelerator
     sums: dict[str, torch.Tensor] = {}
     for i, micro_batch in enumerate(micro_batches):
-        batch = collate(micro_batch, pad_token_id=policy.tokenizer.pad_token_id, device=policy.device)
-        with nullcontext() if i == len(micro_batches) - 1 else policy.no_sync():
-            loss, metrics = loss_of(batch)
+        sync = nullcontext() if i == len(micro_batches) - 1 else policy.no_sync()
+        with fitting(policy, micro_batch), sync:
+            loss, metrics = loss_of(policy.collate(micro_batch))
             (loss * accelerator.num_processes).backward()
         for name, value in ({"loss": loss.detach()} | metrics).items():
             value = value.double()
@@ -220,27 +233,24 @@ def precompute_logprobs(
 
     Work is split over processes like an update; every process gets all results back.
     """
-    accelerator = policy.accelerator
-    indexed = list(enumerate(sequences))
-    place_of = {id(s): i for i, s in indexed}
-    plan = plan_micro_batches(
-        sequences,
-        max_tokens=training.micro_batch_tokens,
-        max_sequences=training.micro_batch_size,
-        world_size=accelerator.num_processes,
-    )
-    found: list[tuple[int, list[float], list[float] | None]] = []
-    for micro_batch in plan[accelerator.process_index]:
-        batch = collate(micro_batch, pad_token_id=policy.tokenizer.pad_token_id, device=policy.device)
-        logps_BT = policy.logprobs(batch, temperature)[0]
-        ref_logps_BT = policy.reference_logprobs(batch, temperature) if reference else None
-        for row, s in enumerate(micro_batch):
-            if s.weight == 0:
-                continue
-            span = slice(len(s.prompt_ids), len(s))
-            ref = ref_logps_BT[row, span].tolist() if ref_logps_BT is not None else None
-            found.append((place_of[id(s)], logps_BT[row, span].tolist(), ref))
+    place_of = {id(s): i for i, s in enumerate(sequences)}
+
+    def attempt(max_tokens: int) -> list[tuple[int, list[float], list[float] | None]]:
+        found = []
+        for micro_batch in plan_for(policy, sequences, training, max_tokens)[policy.accelerator.process_index]:
+            with fitting(policy, micro_batch):
+                batch = policy.collate(micro_batch)
+                logps_BT = policy.logprobs(batch, temperature)[0]
+                ref_logps_BT = policy.reference_logprobs(batch, temperature) if reference else None
+            for row, s in enumerate(micro_batch):
+                if s.weight == 0:
+                    continue
+                span = slice(len(s.completion_ids))
+                ref = ref_logps_BT[row, span].tolist() if ref_logps_BT is not None else None
+                found.append((place_of[id(s)], logps_BT[row, span].tolist(), ref))
+        return found
+
     result = list(sequences)
-    for i, old, ref in gather_object(found):
+    for i, old, ref in gather_object(within_memory(policy, training, attempt)):
         result[i] = replace(sequences[i], old_logprobs=old, ref_logprobs=ref)
     return result

@@ -11,16 +11,21 @@ import torch
 from grpo import logprobs
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_value_entropy_and_gradient_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * 50)
+@pytest.mark.parametrize(("chunk", "tile", "kept"), [(1, 1, 0), (7, 3, 14), (7, 100, 10), (1000, 4, 0), (1000, 9, 50)])
+def test_value_entropy_and_gradient_equal_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, tile: int, kept: int
+) -> None:
+    """Rows in a chunk, in a tile, and kept for the backward pass."""
+    monkeypatch.setattr(logprobs, "CPU_SIZES", logprobs.Sizes(chunk * 50, tile * 50, kept * 50))
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 50).double()
     hidden_NH = torch.randn(23, 16, dtype=torch.float64, requires_grad=True)
     targets_N = torch.randint(50, (23,))
     weights_N = torch.randn(23)
 
-    logps_N, entropy_N = logprobs.token_logprobs(hidden_NH, targets_N, head, vocab_size=50, temperature=0.7)
+    logps_N, entropy_N = logprobs.token_logprobs(
+        hidden_NH, targets_N, head, vocab_size=50, temperature=0.7, parameters=head.parameters()
+    )
     (logps_N * weights_N).sum().backward()
     ours = hidden_NH.grad.clone(), head.weight.grad.clone()
     hidden_NH.grad = head.weight.grad = None
@@ -41,7 +46,9 @@ N, V, H = int(sys.argv[1]), 40_000, 32
 head = torch.nn.Linear(H, V, bias=False)
 hidden = torch.randn(N, H, requires_grad=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-logprobs.token_logprobs(hidden, torch.zeros(N, dtype=torch.long), head, vocab_size=V)[0].sum().backward()
+logprobs.token_logprobs(hidden, torch.zeros(N, dtype=torch.long), head, vocab_size=V, parameters=head.parameters())[
+    0
+].sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 

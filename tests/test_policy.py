@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import OptimizerConfig
 from grpo.errors import RunError, UserError
-from grpo.packing import collate
-from grpo.policy import Policy, ScoredLM, learning_rate
+from grpo.policy import Policy
+from grpo.scored_lm import ScoredLM
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
 
@@ -53,7 +52,7 @@ def test_full_state_of_lora_is_peft_s_merge_and_leaves_the_policy_alone(tiny_mod
 
 def test_the_reference_of_lora_is_its_base(tiny_model: Path) -> None:
     policy = make_policy(tiny_model, needs_reference=True, **LORA)
-    batch = collate(sequences(), pad_token_id=0)
+    batch = policy.collate(sequences())
     base = policy.logprobs(batch, 1.0)[0].detach()
     perturb_adapters(policy)
     assert not torch.allclose(policy.logprobs(batch, 1.0)[0], base, atol=1e-3)
@@ -108,7 +107,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
     gradients = []
     for on in (False, True):
         policy = make_policy(tiny_model, model={"gradient_checkpointing": on})
-        policy.logprobs(collate(sequences(), pad_token_id=0), 1.0)[0].sum().backward()
+        policy.logprobs(policy.collate(sequences()), 1.0)[0].sum().backward()
         gradients.append([p.grad.clone() for p in policy.model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
@@ -122,12 +121,3 @@ def test_a_model_that_makes_logits_another_way_is_refused(tiny_model: Path) -> N
     model.forward = lambda **kw: type(model).forward(model, **kw) | {"logits": 2 * plain(torch.ones(1, 4, 128))}
     with pytest.raises(RunError, match="LlamaForCausalLM"):
         scored.check_head()
-
-
-def test_learning_rates() -> None:
-    constant = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
-    assert [learning_rate(constant, step, 100) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    linear = OptimizerConfig(learning_rate=1.0, lr_scheduler_type="linear", lr_min_ratio=0.1)
-    assert [learning_rate(linear, step, 10) for step in (0, 5, 10)] == pytest.approx([1.0, 0.55, 0.1])
-    cosine = OptimizerConfig(learning_rate=2.0, lr_scheduler_type="cosine", warmup_steps=10)
-    assert [learning_rate(cosine, step, 110) for step in (10, 60, 110)] == pytest.approx([2.0, 1.0, 0.0])

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from grpo import rollouts as rollouts_module
-from grpo.backends.base import Request, Sampling
+from grpo.backends.base import OnGroup, Request, Sampling
 from grpo.randomness import Stream, key
 from grpo.rollouts import Rollouts, rollout_requests, share_of
-from grpo.types import Completion, Prompt, Status, VersionSpan
+from grpo.types import Completion, Group, Prompt, Status, VersionSpan
 from tests.conftest import make_recipe
 
 G = 2
@@ -35,9 +35,14 @@ class FakeBackend:
         self.asked: list[tuple[str, Any]] = []
         self.samplings: list[Sampling] = []
 
-    def generate(self, requests: list[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
         self._note("generate", requests, sampling, version)
-        return completions(requests, version)
+        made = completions(requests, version)
+        if on_group is not None and len(made) > 1:
+            on_group(1, made[1])  # that group ended first; the others are not reported
+        return made
 
     def submit(self, requests: list[Request], sampling: Sampling, version: int) -> Any:
         self._note("submit", requests, sampling, version)
@@ -90,13 +95,26 @@ def texts(groups: list[Any]) -> list[str]:
     return [c.text for group in groups for c in group.completions]
 
 
+def ignore(group: Group) -> None: ...
+
+
 # --- what is asked ---
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_group_is_reported_once_and_those_that_ended_first_before_the_others(overlap: bool) -> None:
+    rollouts, _ = make(overlap=overlap)
+    reported: list[Group] = []
+    rollouts.take(0, ignore)
+    groups = rollouts.take(1, reported.append)
+    assert sorted(group.prompt.id for group in reported) == [group.prompt.id for group in groups] == [10, 11, 12, 13]
+    assert reported[0] is groups[0 if overlap else 1]
 
 
 def test_without_overlap_a_step_samples_when_it_is_taken() -> None:
     rollouts, backend = make(overlap=False)
     for step in range(4):
-        groups = rollouts.take(step)
+        groups = rollouts.take(step, ignore)
         assert backend.asked[-1] == ("generate", (step, step))
         assert [group.prompt.id for group in groups] == [10 * step + i for i in range(4)]
         assert [len(group.completions) for group in groups] == [G] * 4
@@ -108,7 +126,7 @@ def test_with_overlap_the_next_step_is_asked_of_the_policy_before() -> None:
     rollouts, backend = make(overlap=True)
     asked = []
     for step in range(4):
-        rollouts.take(step)
+        rollouts.take(step, ignore)
         asked.append(backend.asked[:])
         backend.asked.clear()
     assert asked == [
@@ -123,7 +141,7 @@ def test_with_overlap_the_next_step_is_asked_of_the_policy_before() -> None:
 def test_nothing_is_asked_beyond_the_last_step(max_steps: int) -> None:
     rollouts, backend = make(overlap=True, max_steps=max_steps)
     for step in range(max_steps):
-        rollouts.take(step)
+        rollouts.take(step, ignore)
     assert [what for verb, what in backend.asked if verb == "submit"] == [
         (step + 1, step) for step in range(max_steps - 1)
     ]
@@ -133,13 +151,13 @@ def test_nothing_is_asked_beyond_the_last_step(max_steps: int) -> None:
 def test_a_step_gets_the_same_requests_with_and_without_overlap() -> None:
     plain, ahead = make(overlap=False)[0], make(overlap=True)[0]
     for step in range(4):
-        assert texts(plain.take(step)) == texts(ahead.take(step))
+        assert texts(plain.take(step, ignore)) == texts(ahead.take(step, ignore))
 
 
 def test_the_sampling_is_the_recipes_whether_ahead_or_not() -> None:
     rollouts, backend = make(overlap=True)
     for step in range(3):
-        rollouts.take(step)
+        rollouts.take(step, ignore)
     assert set(map(repr, backend.samplings)) == {repr(Sampling(9, temperature=0.7))}
 
 
@@ -156,22 +174,22 @@ def loaded(state: Any) -> Any:
 
 def test_a_resumed_run_takes_what_was_ahead() -> None:
     first, before = make(overlap=True)
-    first.take(0)
+    first.take(0, ignore)
     state = first.state()
     assert before.asked[-1] == ("collect", 1)
     again, after = make(overlap=True)
     again.restore(loaded(state))
-    expected, found = first.take(1), again.take(1)
+    expected, found = first.take(1, ignore), again.take(1, ignore)
     assert found == expected, "to the token, its logprob, status and versions"
     assert {c.status for group in found for c in group.completions} == set(list(Status)[:2])
     assert after.asked == [("submit", (2, 1))], "nothing is sampled again"
     assert before.asked[-2:] == [("collect", 1), ("submit", (2, 1))], "and the first run collected once"
-    assert texts(again.take(2)) == texts(first.take(2))
+    assert texts(again.take(2, ignore)) == texts(first.take(2, ignore))
 
 
 def test_saving_twice_collects_once() -> None:
     rollouts, backend = make(overlap=True)
-    rollouts.take(0)
+    rollouts.take(0, ignore)
     assert rollouts.state() == rollouts.state()
     assert backend.asked.count(("collect", 1)) == 1
 
@@ -179,7 +197,7 @@ def test_saving_twice_collects_once() -> None:
 def test_without_anything_ahead_a_resumed_run_samples() -> None:
     rollouts, backend = make(overlap=True)
     rollouts.restore(None)
-    rollouts.take(2)
+    rollouts.take(2, ignore)
     assert backend.asked == [("generate", (2, 2)), ("submit", (3, 2))]
 
 
@@ -188,16 +206,16 @@ def test_every_process_gets_its_own_share_back(monkeypatch: pytest.MonkeyPatch) 
     mine: list[list[Any]] = []
     monkeypatch.setattr(rollouts_module, "gather_object", lambda rows: mine.append(rows) or rows)
     for rollouts in ranks:
-        rollouts.take(0)
+        rollouts.take(0, ignore)
         rollouts.state()
     gathered = list(itertools.chain(*mine))
     assert len(gathered) == 4 * G
     for rank, rollouts in enumerate(ranks):
         again, _ = make(overlap=True, rank=rank, world=2)
         again.restore(gathered)
-        found = again.take(1)
+        found = again.take(1, ignore)
         assert [group.prompt.id for group in found] == [10 + 2 * rank, 11 + 2 * rank]
-        assert found == rollouts.take(1)
+        assert found == rollouts.take(1, ignore)
 
 
 # --- keys and shares ---

@@ -28,9 +28,9 @@ class FailingBackend:
     def __init__(self, backend: Any, verb: str, version: int):
         self.backend, self.fails_at = backend, (verb, version)
 
-    def generate(self, requests: Any, sampling: Any, version: int) -> Any:
+    def generate(self, requests: Any, sampling: Any, version: int, on_group: Any = None) -> Any:
         self._fail("generate", version)
-        return self.backend.generate(requests, sampling, version)
+        return self.backend.generate(requests, sampling, version, on_group)
 
     def sync(self, policy: Any, version: int) -> dict[str, float]:
         self._fail("sync", version)

@@ -18,4 +18,5 @@ def make_backend(recipe: Recipe, policy: Policy) -> Backend:
         return VLLMBackend(policy, recipe)
     from grpo.backends.hf import HFBackend
 
-    return HFBackend(policy, max_batch_size=recipe.rollout.max_batch_size)
+    rollout = recipe.rollout
+    return HFBackend(policy, max_batch_size=rollout.max_batch_size, kv_cache_gb=rollout.kv_cache_gb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,10 +44,17 @@ class Request:
     keys: list[int]
 
 
+OnGroup = Callable[[int, list[Completion]], None]
+"""Called with a request's place and its completions as soon as the last of them has ended, while others go on. A
+backend that cannot tell need not call it."""
+
+
 class Backend(Protocol):
     """A rollout backend. One instance a process; every process generates for its own share of the prompts."""
 
-    def generate(self, requests: list[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
         """One completion a key, in the order of requests and keys, sampled from policy ``version``.
 
         Raises RunError, naming both, where the weights it holds are of another version.

@@ -1,47 +1,58 @@
 """Rollouts with transformers, in the training process, from the trainer's own weights.
 
-Each distinct prompt is prefilled once and its cache copied to its completions; finished sequences leave the batch. What
+``engine.py`` schedules, ``kv_cache.py`` holds keys and values, ``attention.py`` reads them, ``sampling.py`` draws. What
 a completion becomes depends on its key and the weights alone: the uniform numbers never depend on the batch; logits
 agree to rounding.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
-from transformers.cache_utils import Cache
 
-from grpo.backends.attention import decoding_attention
-from grpo.backends.base import Request, Sampling
-from grpo.backends.kv_cache import make_cache
-from grpo.backends.sampling import sample
+from grpo.backends.base import OnGroup, Request, Sampling
+from grpo.backends.engine import Decoding, Row
+from grpo.backends.engine_check import bytes_per_token
+from grpo.backends.linear import packed_linears
 from grpo.errors import RunError, UserError
+from grpo.memory import total_memory
 from grpo.policy import Policy
-from grpo.randomness import uniforms
+from grpo.scored_lm import ScoredLM
 from grpo.types import Completion, Status, VersionSpan
 
-COMPACT_BELOW = 0.75  # drop finished sequences from the batch when fewer than this share are still going
+CACHE_SHARE = 0.25  # of the device's memory: a share of what is free would make a resumed run another one
 
 
 class HFBackend:
-    """Generates with the policy's module itself, or a copy where the compute type differs or weights are sharded."""
+    """Generates with the policy's module itself, or a copy where the compute type differs or weights are sharded.
 
-    def __init__(self, policy: Policy, *, max_batch_size: int):
+    ``max_batch_size`` bounds the completions decoded at once, ``kv_cache_gb`` their keys and values (None: a quarter of
+    the device's memory, divided among the processes that share it).
+    """
+
+    def __init__(self, policy: Policy, *, max_batch_size: int, kv_cache_gb: float | None = None):
         self.tokenizer = policy.tokenizer
-        self.stop_token_ids = torch.tensor(policy.stop_token_ids, device=policy.device)
+        self.stop_token_ids = frozenset(policy.stop_token_ids)
         self.max_batch_size = max_batch_size
         self.device = policy.device
         self.version = -1
         self.shares_weights = not policy.sharded and (policy.compute_dtype == torch.float32 or policy.is_lora)
-        self.model = policy.causal_lm if self.shares_weights else policy.empty_copy(policy.compute_dtype)
+        model = policy.causal_lm if self.shares_weights else policy.empty_copy(policy.compute_dtype)
         self.autocast_dtype = policy.compute_dtype if policy.is_lora else None
-        if getattr(self.model, "_is_stateful", False):
+        if getattr(model, "_is_stateful", False) or not model._can_set_attn_implementation():
             raise UserError(
-                f"model.name: {type(self.model).__name__} keeps a recurrent state instead of a key-value cache, which "
-                "the hf backend can't batch; use an attention model"
+                f"model.name: {type(model).__name__} does not attend through transformers' attention interface (or "
+                "keeps a recurrent state), which the hf backend needs; use rollout.backend: vllm or another model"
             )
+        self.model = model
+        self.scored = ScoredLM(model)
+        with self._sampling_mode():
+            size = bytes_per_token(self.scored, self.device)
+        sharing = policy.accelerator.num_processes if self.device.type == "cpu" else 1
+        budget = kv_cache_gb * 1e9 if kv_cache_gb else CACHE_SHARE * total_memory(self.device) / sharing
+        self.cache_tokens = int(budget / size)
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         if not self.shares_weights:
@@ -50,120 +61,62 @@ class HFBackend:
         return {}
 
     def close(self) -> None:
-        self.model = None
+        self.model = self.scored = None
 
-    def generate(self, requests: list[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
         if version != self.version:
             raise RunError(f"rollout asked for policy version {version}, the hf backend holds version {self.version}")
-        pieces = self._pieces(requests)
-        completions: list[list[Completion]] = [[] for _ in requests]
+        groups: list[list[Completion | None]] = [[None] * len(request.keys) for request in requests]
+        missing = [len(request.keys) for request in requests]
+        with self._sampling_mode(), packed_linears(self.model):
+            for row in self._rows(requests, sampling):
+                groups[row.request][row.sample] = self._completion(row)
+                missing[row.request] -= 1
+                if on_group is not None and missing[row.request] == 0:
+                    on_group(row.request, groups[row.request])
+        return groups
+
+    def _rows(self, requests: list[Request], sampling: Sampling) -> Iterator[Row]:
+        if not requests:
+            return iter(())
+        return Decoding(
+            self.scored,
+            requests,
+            sampling,
+            lambda key, tokens: self._ended(key, tokens, sampling.stop),
+            max_rows=self.max_batch_size,
+            cache_tokens=self.cache_tokens,
+            device=self.device,
+        ).rows()
+
+    @contextmanager
+    def _sampling_mode(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         autocast = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         try:
-            with torch.no_grad(), autocast, decoding_attention(self.model):
-                for piece in pieces:
-                    for index, completion in self._decode(requests, piece, sampling):
-                        completions[index].append(completion)
+            with torch.no_grad(), autocast:
+                yield
         finally:
             self.model.train(was_training)
-        return completions
 
-    def _pieces(self, requests: list[Request]) -> list[list[tuple[int, int]]]:
-        """Batches of (request, key) pairs of at most ``max_batch_size``, prompts of like length together."""
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
-        rows = [(i, g) for i in order for g in range(len(requests[i].keys))]
-        return [rows[start : start + self.max_batch_size] for start in range(0, len(rows), self.max_batch_size)]
-
-    def _decode(
-        self, requests: list[Request], rows: list[tuple[int, int]], sampling: Sampling
-    ) -> list[tuple[int, Completion]]:
-        """Completions of one batch, in the order of its rows, each with the index of its request."""
-        limit = sampling.max_completion_length
-        uniforms_BT = torch.from_numpy(uniforms([requests[i].keys[g] for i, g in rows], np.arange(limit)))
-        uniforms_BT = uniforms_BT.to(self.device)
-        logits_BV, cache, mask_BT = self._prefill(requests, rows)
-        padded_BT = mask_BT if bool((mask_BT == 0).any()) else None
-        lengths_B = mask_BT.sum(1)
-
-        alive_B = torch.arange(len(rows), device=self.device)  # rows still in the batch, by their place in ``rows``
-        tokens: list[list[int]] = [[] for _ in rows]
-        logprobs: list[list[float]] = [[] for _ in rows]
-        done = np.zeros(len(rows), dtype=bool)
-        for t in range(limit):
-            tokens_B, logps_B = sample(
-                logits_BV,
-                uniforms_BT[alive_B, t],
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-            )
-            places = alive_B.tolist()
-            stopped_B = torch.isin(tokens_B, self.stop_token_ids).tolist()
-            for place, token, logp, stopped in zip(places, tokens_B.tolist(), logps_B.tolist(), stopped_B, strict=True):
-                if not done[place]:
-                    tokens[place].append(token)
-                    logprobs[place].append(logp)
-                    done[place] = stopped or self._hits_stop_string(tokens[place], sampling.stop)
-            going = np.flatnonzero(~done[places])
-            if len(going) == 0 or t == limit - 1:
-                break
-            if len(going) < COMPACT_BELOW * len(places):
-                kept_B = torch.from_numpy(going).to(self.device)
-                cache.batch_select_indices(kept_B)
-                alive_B, tokens_B, lengths_B = alive_B[kept_B], tokens_B[kept_B], lengths_B[kept_B]
-                padded_BT = padded_BT[kept_B] if padded_BT is not None else None
-            if padded_BT is not None:
-                padded_BT = torch.cat([padded_BT, padded_BT.new_ones(len(padded_BT), 1)], dim=1)
-            output = self.model(
-                input_ids=tokens_B[:, None],
-                attention_mask=padded_BT,
-                position_ids=lengths_B[:, None] + t,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits_BV = output.logits[:, -1]
-        return [
-            (i, self._completion(tokens[place], logprobs[place], bool(done[place])))
-            for place, (i, _) in enumerate(rows)
-        ]
-
-    def _prefill(
-        self, requests: list[Request], rows: list[tuple[int, int]]
-    ) -> tuple[torch.Tensor, Cache, torch.Tensor]:
-        """Logits (B,V) behind the prompt of every row, its cache, and the left-padded prompts' mask (B,T)."""
-        distinct = sorted({i for i, _ in rows})
-        prompts = [requests[i].prompt.token_ids for i in distinct]
-        width = max(len(p) for p in prompts)
-        ids_UT = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask_UT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        cache = make_cache(self.model.config)
-        output = self.model(
-            input_ids=ids_UT,
-            attention_mask=mask_UT if bool((mask_UT == 0).any()) else None,
-            position_ids=(mask_UT.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        place_of = {i: u for u, i in enumerate(distinct)}
-        row_of_B = torch.tensor([place_of[i] for i, _ in rows], device=self.device)
-        cache.batch_select_indices(row_of_B)
-        return output.logits[:, -1][row_of_B], cache, mask_UT[row_of_B]
-
-    def _hits_stop_string(self, token_ids: list[int], stop: list[str]) -> bool:
+    def _ended(self, key: int, token_ids: list[int], stop: list[str]) -> bool:
+        """Whether a completion is over with its last token; ``key`` is that of its draws."""
+        if token_ids[-1] in self.stop_token_ids:
+            return True
         if not stop:
             return False
         window = max(len(s) for s in stop) + 4  # a token holds at least one character, bytes of one glyph apart
         tail = self.tokenizer.decode(token_ids[-window:])
         return any(s in tail for s in stop)
 
-    def _completion(self, token_ids: list[int], logprobs: list[float], stopped: bool) -> Completion:
+    def _completion(self, row: Row) -> Completion:
         return Completion(
-            token_ids=token_ids,
-            sampler_logprobs=logprobs,
-            status=Status.STOP if stopped else Status.LENGTH,
-            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
-            versions=[VersionSpan(0, len(token_ids), self.version)],
+            token_ids=row.tokens,
+            sampler_logprobs=row.logprobs,
+            status=Status.STOP if row.stopped else Status.LENGTH,
+            text=self.tokenizer.decode(row.tokens, skip_special_tokens=True),
+            versions=[VersionSpan(0, len(row.tokens), self.version)],
         )

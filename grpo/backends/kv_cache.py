@@ -1,54 +1,245 @@
-"""Keys and values of a running batch, in buffers that grow by half instead of being copied at every token."""
+"""Keys and values of what is being decoded: each live prompt once, and behind it what each of its completions wrote.
+
+Completions are *rows*, and live rows are always the first ``len(rows)`` of their buffers, so that attention reads a
+view and never a copy: where a row ends, the last one moves into its place. The buffers are allocated once, bounded.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+CLEARED_AT_ONCE = 64  # tokens of every row
 
 
-class GrowingLayer(DynamicLayer):
-    """One layer's keys and values, (B, heads, capacity, head size) of which the first ``length`` are in use."""
+@dataclass(frozen=True)
+class Shape:
+    """How many prompts of how many tokens, and rows of how many tokens, the buffers hold."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
+    prompts: int
+    prompt_tokens: int
+    rows: int
+    row_tokens: int
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            capacity = end + max(32, end // 2)
-            self.keys, self.values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _grown(self, old: torch.Tensor, capacity: int) -> torch.Tensor:
-        new = old.new_empty(old.shape[0], old.shape[1], capacity, old.shape[3])
-        new[:, :, : self.length] = old[:, :, : self.length]
-        return new
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
+    def tokens(self) -> int:
+        return self.prompts * self.prompt_tokens + self.rows * self.row_tokens
 
 
-def make_cache(config: PreTrainedConfig) -> Cache:
-    """A cache for a model of this configuration; transformers' own where layers are not plain full attention."""
-    config = config.get_text_config(decoder=True)
-    layer_types = getattr(config, "layer_types", None) or []
-    plain = set(layer_types) <= {"full_attention"} and not getattr(config, "sliding_window", None)
-    if not plain:
-        return DynamicCache(config=config)
-    return Cache(layers=[GrowingLayer() for _ in range(config.num_hidden_layers)])
+@dataclass
+class Layer:
+    """One attention layer's buffers: keys and values of prompts (U, kv heads, P, D) and of rows (R, kv heads, C, D)."""
+
+    prompt_keys: torch.Tensor
+    prompt_values: torch.Tensor
+    row_keys: torch.Tensor
+    row_values: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: Shape, key: torch.Tensor, value: torch.Tensor) -> Layer:
+        """Buffers for what looks like ``key`` and ``value`` (B, kv heads, T, D)."""
+
+        def like(x: torch.Tensor, n: int, tokens: int) -> torch.Tensor:
+            return x.new_empty(n, x.shape[1], tokens, x.shape[3])
+
+        prompts = (like(x, shape.prompts, shape.prompt_tokens).zero_() for x in (key, value))
+        return cls(*prompts, *(like(x, shape.rows, shape.row_tokens) for x in (key, value)))
+
+    def clear_rows(self, start: int, end: int) -> None:
+        """What is masked must still be finite, or nan comes of it."""
+        self.row_keys[:, :, start:end] = 0
+        self.row_values[:, :, start:end] = 0
+
+    def resize_rows(self, shape: Shape, kept: int, length: int) -> None:
+        for name in ("row_keys", "row_values"):
+            old = getattr(self, name)
+            new = old.new_empty(shape.rows, old.shape[1], shape.row_tokens, old.shape[3])
+            new[:kept, :, :length] = old[:kept, :, :length]
+            new[kept:, :, :length] = 0
+            setattr(self, name, new)
+
+
+@dataclass
+class Prefill:
+    """Where the keys and values of a padded batch of prompts (with a preempted row's own tokens behind) belong."""
+
+    prompts: list[tuple[int, int, int]] = field(default_factory=list)  # place in the batch, prompt slot, length
+    tails: list[tuple[int, int, int, int]] = field(default_factory=list)  # place in the batch, row, start, length
+
+
+class DecodeCache:
+    """The buffers of every layer, and which rows and prompts are live.
+
+    ``attend`` is what attention layers call (see ``attention.py``): during a prefill it files keys and values away;
+    while decoding it appends the new token's and hands the layer to the attention function.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device):
+        self.shape = shape
+        self.device = device
+        self.layers: dict[int, Layer] = {}
+        self.prompt_lengths: list[int] = []  # of live prompts, by slot
+        self.row_prompt: list[int] = []  # of live rows: the slot of their prompt
+        self.row_lengths: list[int] = []  # and how many tokens they have written
+        self.cleared = 0  # tokens of every row whose memory was written; the rest is not touched before it is needed
+        self.prefill: Prefill | None = None
+        self.step: Step | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(self.row_lengths, default=0)
+
+    def add_prompt(self, length: int) -> int:
+        self.prompt_lengths.append(length)
+        return len(self.prompt_lengths) - 1
+
+    def add_row(self, prompt: int, length: int = 0) -> int:
+        self.row_prompt.append(prompt)
+        self.row_lengths.append(length)
+        return len(self.row_lengths) - 1
+
+    def remove_rows(self, rows: Iterable[int]) -> Callable[[list], None]:
+        """Free rows; the last live ones move into their places. Returns what moves a list's entries the same way."""
+        moves = _moves(len(self.row_lengths), set(rows))
+        self._move(moves.pairs, self.longest, "row_keys", "row_values")
+        moves(self.row_prompt)
+        moves(self.row_lengths)
+        return moves
+
+    def remove_prompts(self, prompts: Iterable[int]) -> Callable[[list], None]:
+        """The same for prompts that have no rows left."""
+        gone = set(prompts)
+        moves = _moves(len(self.prompt_lengths), gone)
+        self._move(moves.pairs, max(self.prompt_lengths, default=0), "prompt_keys", "prompt_values")
+        new_slot = dict(moves.pairs)
+        self.row_prompt = [new_slot.get(slot, slot) for slot in self.row_prompt]
+        moves(self.prompt_lengths)
+        return moves
+
+    def _move(self, pairs: list[tuple[int, int]], length: int, *names: str) -> None:
+        if not pairs:
+            return
+        source, target = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        for layer in self.layers.values():
+            for name in names:
+                buffer = getattr(layer, name)[:, :, :length]
+                buffer[target] = buffer[source]
+
+    def resize_rows(self, shape: Shape) -> None:
+        """Other numbers of rows and of tokens a row; what live rows wrote is kept."""
+        self.shape = shape
+        self.cleared = self.longest
+        for layer in self.layers.values():
+            layer.resize_rows(shape, len(self.row_lengths), self.longest)
+
+    def begin_prefill(self, prefill: Prefill) -> None:
+        """Before a forward pass over prompts; rows that come with tokens of their own have been added."""
+        if prefill.tails:
+            self._clear_to(self.longest)
+        self.prefill = prefill
+
+    def file_away(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep a prefill's keys and values (B, kv heads, T, D) of layer ``index``."""
+        assert self.prefill is not None
+        if index not in self.layers:
+            self.layers[index] = Layer.empty(self.shape, key, value)
+        layer = self.layers[index]
+        for place, slot, length in self.prefill.prompts:
+            layer.prompt_keys[slot, :, :length] = key[place, :, :length]
+            layer.prompt_values[slot, :, :length] = value[place, :, :length]
+        for place, row, start, length in self.prefill.tails:
+            layer.row_keys[row, :, :length] = key[place, :, start : start + length]
+            layer.row_values[row, :, :length] = value[place, :, start : start + length]
+
+    def begin_step(self) -> Step:
+        """Before a forward pass of one token for every live row: where it is written and who reads what."""
+        self._clear_to(self.longest + 1)
+        self.step = Step.of(self)
+        self.row_lengths = [length + 1 for length in self.row_lengths]
+        return self.step
+
+    def _clear_to(self, length: int) -> None:
+        while self.cleared < length:
+            end = min(self.cleared + CLEARED_AT_ONCE, self.shape.row_tokens)
+            for layer in self.layers.values():
+                layer.clear_rows(self.cleared, end)
+            self.cleared = end
+
+    def append(self, index: int, key: torch.Tensor, value: torch.Tensor) -> Layer:
+        """Write the step's token of every live row (B, kv heads, 1, D) into layer ``index``."""
+        assert self.step is not None
+        layer = self.layers[index]
+        layer.row_keys[self.step.rows_B, :, self.step.written_B] = key[:, :, 0]
+        layer.row_values[self.step.rows_B, :, self.step.written_B] = value[:, :, 0]
+        return layer
+
+
+class _moves:
+    """Which of n entries move where when some are removed: the last ones fill the gaps, order is not kept."""
+
+    def __init__(self, n: int, gone: set[int]):
+        left = n - len(gone)
+        gaps = sorted(i for i in gone if i < left)
+        self.left = left
+        self.pairs = list(zip((i for i in range(left, n) if i not in gone), gaps, strict=True))
+
+    def __call__(self, entries: list) -> None:
+        for source, target in self.pairs:
+            entries[target] = entries[source]
+        del entries[self.left :]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decoding step of B live rows of U prompts; the same for every layer.
+
+    Rows are also arranged by prompt: row b stands at ``place_B[b]`` of U groups of ``group_size`` places, so that a
+    prompt's keys are read once for all of its rows. Masks are added to scores, and None where nothing is masked.
+    """
+
+    rows_B: torch.Tensor
+    written_B: torch.Tensor  # tokens each row had written before
+    positions_B: torch.Tensor  # of the new token in its sequence
+    prompt_of_B: torch.Tensor
+    place_B: torch.Tensor
+    prompts: int
+    group_size: int
+    prompt_tokens: int  # longest live prompt
+    row_tokens: int  # longest live row, the new token included
+    prompt_mask_UP: torch.Tensor | None
+    row_mask_BC: torch.Tensor | None
+
+    @classmethod
+    def of(cls, cache: DecodeCache) -> Step:
+        B, U, P, C = len(cache.row_lengths), len(cache.prompt_lengths), max(cache.prompt_lengths), cache.longest + 1
+        counts = [0] * U
+        ranks = []
+        for slot in cache.row_prompt:
+            ranks.append(counts[slot])
+            counts[slot] += 1
+        n = max(counts)
+
+        def tensor(values: Iterable[int]) -> torch.Tensor:
+            return torch.tensor(list(values), device=cache.device)
+
+        written_B, lengths_U, prompt_of_B = map(tensor, (cache.row_lengths, cache.prompt_lengths, cache.row_prompt))
+        return cls(
+            rows_B=torch.arange(B, device=cache.device),
+            written_B=written_B,
+            positions_B=lengths_U[prompt_of_B] + written_B,
+            prompt_of_B=prompt_of_B,
+            place_B=tensor(slot * n + rank for slot, rank in zip(cache.row_prompt, ranks, strict=True)),
+            prompts=U,
+            group_size=n,
+            prompt_tokens=P,
+            row_tokens=C,
+            prompt_mask_UP=None if min(cache.prompt_lengths) == P else _beyond(lengths_U, P),
+            row_mask_BC=None if min(cache.row_lengths) + 1 == C else _beyond(written_B + 1, C),
+        )
+
+
+def _beyond(lengths_N: torch.Tensor, width: int) -> torch.Tensor:
+    """-inf (N,width) at and behind each length, else 0."""
+    outside = torch.arange(width, device=lengths_N.device)[None] >= lengths_N[:, None]
+    return torch.zeros(outside.shape, device=lengths_N.device).masked_fill_(outside, -torch.inf)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import gather_object
 
-from grpo.backends.base import Request, Sampling
+from grpo.backends.base import OnGroup, Request, Sampling
 from grpo.backends.vllm import trust
 from grpo.backends.vllm.api import generate_payload
 from grpo.backends.vllm.keeper import Keeper, adapter_name, version_of
@@ -29,7 +29,6 @@ from grpo.backends.vllm.transfer import make_sender
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, RunError, UserError
 from grpo.loading import DTYPES
-from grpo.packing import collate
 from grpo.policy import Policy
 from grpo.types import Completion, Sequence, Status, VersionSpan
 
@@ -72,7 +71,9 @@ class VLLMBackend:
         self.keeper = Keeper(recipe, self.pool, servers, engine, sender, scratch, self.rank)
         self.asleep = False
 
-    def generate(self, requests: list[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
         return self.collect(self.submit(requests, sampling, version))
 
     def submit(self, requests: list[Request], sampling: Sampling, version: int) -> InFlight:
@@ -193,13 +194,13 @@ class VLLMBackend:
             for p in probes
             for ids, given in zip(p.token_ids, p.logprobs, strict=True)
         ]
-        batch = collate(sequences, pad_token_id=self.policy.tokenizer.pad_token_id, device=self.policy.device)
+        batch = self.policy.collate(sequences)
         model = self.policy.model
         was_training = model.training
         model.eval()
         logps_BT = self.policy.logprobs(batch, temperature)[0].cpu()
         model.train(was_training)
-        rows = iter(logps_BT[row, len(s.prompt_ids) : len(s)].tolist() for row, s in enumerate(sequences))
+        rows = iter(logps_BT[row, : len(s.completion_ids)].tolist() for row, s in enumerate(sequences))
         return [[next(rows) for _ in p.token_ids] for p in probes]
 
     def _everywhere(self, work: Callable[[], T]) -> list[T]:

@@ -1,0 +1,146 @@
+"""What the benchmarks share: the machine and versions in words, memory, turns on a shared machine, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and the packages named (and those that every benchmark runs on), where they are installed."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", *packages):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory, threads and, where there is one, the accelerator."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    found = {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "avx512_bf16": "avx512_bf16" in cpuinfo,
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it started, as far as they still run."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        found.append(todo.pop())
+        todo += children.get(found[-1], [])
+    return found
+
+
+def peak_memory_mb() -> float:
+    """The most that this process and those it started each held (VmHWM); where a GPU is used, its memory instead."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 2**20
+    total = 0.0
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError, IndexError):
+            total += int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+    return total
+
+
+@contextlib.contextmanager
+def turn(lock: str | None) -> Iterator[None]:
+    """Within it this job has the machine to itself, among those that take the same file's lock."""
+    if lock is None:
+        yield
+        return
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    time.sleep(2)  # or who waits would never be faster than a loop that takes it again
+
+
+@contextlib.contextmanager
+def timed(functions: Mapping[str, Callable[..., Any]], package: str, device: Any = "cpu") -> Iterator[dict[str, float]]:
+    """Within it the seconds spent in each of these functions, wherever a module of ``package`` holds it by its name."""
+    seconds = dict.fromkeys(functions, 0.0)
+    wait = _synchronizer(device)
+    replaced: list[tuple[Any, str, Any]] = []
+
+    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            wait()
+            begun = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                wait()
+                seconds[name] += time.perf_counter() - begun
+
+        return call
+
+    for name, function in functions.items():
+        call = wrapped(name, function)
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith(package) and getattr(module, function.__name__, None) is function:
+                replaced.append((module, function.__name__, function))
+                setattr(module, function.__name__, call)
+    try:
+        yield seconds
+    finally:
+        for module, attribute, function in replaced:
+            setattr(module, attribute, function)
+
+
+def _synchronizer(device: Any) -> Callable[[], None]:
+    import torch
+
+    return torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+
+
+def median(values: list[float]) -> float:
+    return float(statistics.median(values)) if values else float("nan")
+
+
+def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line a row; the columns are the first row's."""
+    print(f"\n{title}")
+    columns = list(next(iter(rows.values())))
+    first = max(map(len, rows))
+    widths = [max(len(c), 10) for c in columns]
+    print(" " * first, *(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)), sep="  ")
+    for name, row in rows.items():
+        cells = (_cell(row.get(c), w) for c, w in zip(columns, widths, strict=True))
+        print(f"{name:<{first}}", *cells, sep="  ", flush=True)
+
+
+def _cell(value: Any, width: int) -> str:
+    if isinstance(value, float):
+        return f"{value:>{width}.4g}" if abs(value) < 10_000 else f"{value:>{width}.0f}"
+    return f"{'' if value is None else str(value):>{width}}"

@@ -1,0 +1,156 @@
+"""The benchmarks run, on the tiny model, and what they report can be wrong: each check is shown a wrong case."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_report, gpu_shapes, trl_case
+from benchmarks.common import timed
+from benchmarks.rollout import make_backend, make_requests
+from benchmarks.rollout_agreement import agreement
+from benchmarks.trl_gradient import relative_difference
+from grpo.backends.base import Sampling
+from grpo.backends.hf import HFBackend
+from grpo.backends.sampling import sample
+
+ROOT = Path(__file__).parents[1]
+
+
+def last_line(*command: str, **environment: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_step_beside_trls_has_equal_work_and_an_equal_gradient():
+    pytest.importorskip("trl")
+    size = ["--prompts=2", "--generations=4", "--mean-length=10", "--max-length=16", "--steps=1"]
+    found = last_line("benchmarks.vs_trl", "--model=data/tiny_base", *size, "--rows", "same work")
+    ours, theirs = found["same work"]["ours"], found["same work"]["trl"]
+    for same in ("completion_tokens", "prompt_tokens", "longest", "groups_with_signal"):
+        assert ours[same] == theirs[same], same
+    assert found["gradient_difference"] < 1e-5
+    assert found["samples_per_s_ratio"] == pytest.approx(ours["samples_per_s"] / theirs["samples_per_s"])
+
+
+def test_the_lengths_of_a_step_have_the_mean_and_the_longest_that_are_asked_for():
+    case = trl_case.Case()
+    for step in range(3):
+        lengths = case.lengths(step)
+        assert (sum(lengths), max(lengths), len(lengths)) == (32 * 85, 128, 32)
+    assert case.lengths(0) != case.lengths(1)
+    assert len({row["prompt"] for row in case.rows()}) == case.prompts * case.steps
+
+
+def test_the_rewards_of_the_case():
+    assert trl_case.alternating(["a"] * 4) == [0.0, 1.0, 0.0, 1.0]
+    assert trl_case.names_the_target(["it is 12.", "it is 112"], [12, 12]) == [1.0, 0.0]
+
+
+def test_a_gradient_that_is_off_shows():
+    g = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)}
+    assert relative_difference(g, g) == 0.0
+    assert relative_difference({**g, "b": torch.tensor([0.0, 1.0])}, g) == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+def test_rollout_measures_every_way_that_runs_here():
+    size = ["--prompts=2", "--completions=2", "--length=12", "--rounds=1", "--check=2", "--vllm-threads"]
+    found = last_line("benchmarks.rollout", "--model=data/tiny_base", *size)
+    for way in ("hf backend", "generate, dynamic cache", "generate, static cache", "generate_batch"):
+        assert found["ways"][way]["tokens"] <= 2 * 2 * 12, found["ways"][way]
+    assert found["agreement"]["logprob_difference"] < 1e-4
+    assert 0 < found["share_of_sampling"] < 1
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return make_backend("data/tiny_base", "float32")[0]
+
+
+def test_agreement_finds_a_backend_that_depends_on_its_batch(backend, monkeypatch):
+    requests = make_requests(backend.tokenizer, 2, 2, 0)
+    found = agreement(backend, requests, 12, 4)
+    assert found["logprob_difference"] < 1e-4
+    assert found["differing"] == 0 or found["largest_boundary_distance"] < 1e-4
+
+    generate = HFBackend.generate
+
+    def hotter_alone(self, requests, sampling, version, *rest):
+        alone = len(requests) == 1
+        return generate(self, requests, type(sampling)(12, temperature=1.5 if alone else 1.0), version, *rest)
+
+    monkeypatch.setattr(HFBackend, "generate", hotter_alone)
+    found = agreement(backend, requests, 12, 4)
+    assert found["differing"] > 0
+    assert found["largest_boundary_distance"] > 1e-3
+
+
+def test_timed_counts_what_the_engine_calls_and_puts_it_back(backend):
+    ours = [module for name, module in sys.modules.items() if name.startswith("grpo.backends")]
+    holders = [module for module in ours if getattr(module, "sample", None) is sample]
+    with timed({"sample": sample}, "grpo.backends") as seconds:
+        backend.generate(make_requests(backend.tokenizer, 1, 1, 0), Sampling(4), 0)
+    assert seconds["sample"] > 0
+    assert holders
+    assert all(module.sample is sample for module in holders)
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_profile_add_up_to_the_step():
+    found = last_line("benchmarks.profile", "recipes/smoke_cpu.yaml", "--steps=1")["recipes/smoke_cpu.yaml"]
+    parts = {name: row["share"] for name, row in found["parts"].items()}
+    phases = [name for name in parts if not name.startswith(" ")]
+    assert phases == ["rollout", "score", "train", "sync"]
+    assert sum(parts[name] for name in phases) == pytest.approx(1.0)
+    inner = sum(share for name, share in parts.items() if name.startswith(" "))
+    assert inner == pytest.approx(parts["rollout"] + parts["train"])
+    for part in ("prefill", "decode: attention", "decode: linear layers", "sampling", "forward", "backward: model"):
+        assert parts[f"  {part}"] > 0, part
+    assert all(share > -0.01 for share in parts.values()), parts
+
+
+def test_the_work_of_an_update_counted_by_hand():
+    """One layer of one head, by the products that are made: 2 operations for each weight and token, 3 passes."""
+    shape = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    gpu_shapes.SHAPES["by hand"] = {**shape, "num_key_value_heads": 1, "vocab_size": 10}
+    weights, head = 4 * 4 * 4 + 3 * 4 * 8, 4 * 10
+    assert gpu_shapes.counts("by hand") == {"layers": weights, "head": head}
+    pairs = [3 + 2 + 1, (3 + 1) + (3 + 2), 3 + 1]  # in the prompt; of completions of 2 and 1 tokens
+    flops = 2 * weights * (3 + 2 + 1) + 2 * head * 3 + 4 * 4 * sum(pairs)
+    once, each = gpu_shapes.training_flops("by hand", [3], [[2, 1]])
+    assert once == 3 * flops
+    assert each == once + 3 * (2 * weights * 3 + 4 * 4 * pairs[0])
+
+
+def test_the_suite_reports_a_part_that_fails_beside_the_others(tmp_path, capsys):
+    (tmp_path / "update_tiny.out").write_text('noise\n{"mfu": 0.5, "update_s": 1.0}\n')
+    (tmp_path / "rollout_tiny.failed").write_text("ended with 1\n")
+    (tmp_path / "rollout_tiny.err").write_text("RuntimeError: no\n")
+    gpu_report.main(str(tmp_path), str(tmp_path))
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["update_tiny"]["mfu"] == 0.5
+    assert found["rollout_tiny"] == {"error": "ended with 1", "output": "RuntimeError: no\n"}
+    assert "rollout_tiny: ended with 1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_on_a_cpu(tmp_path):
+    command = ["benchmarks/gpu_suite.sh", "--device", "cpu", "--shapes", "tiny nonsense", "--parts", "rollout update"]
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run([ROOT / command[0], *command[1:]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["rollout_tiny"]["tokens_per_s"] > 0
+    assert 0 < found["update_tiny"]["mfu"] < 1
+    assert "KeyError" in found["update_nonsense"]["output"]
