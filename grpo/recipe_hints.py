@@ -180,7 +180,6 @@ NOT_HERE = {
     "load_checkpoint": "it is a switch: grpo train RECIPE --resume",
     "per_device_eval_batch_size": "leave it out: rollout.max_batch_size bounds what is decoded at once",
     "eval_batch_size": "leave it out: rollout.max_batch_size bounds what is decoded at once",
-    "optim": "the optimizer is AdamW",
     "importance_sampling_level": "not supported: the ratio is per token",
     "multi_objective_aggregation": "not supported: rewards are summed by weight, then normalized",
     "repetition_penalty": "not supported: it changes the sampling distribution",
