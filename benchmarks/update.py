@@ -3,9 +3,9 @@
     python -m benchmarks.update [--model models/smollm2-135m] [--dtype float32]
 
 The work is a step's: prompts of about 100 tokens with 8 completions each, of 64 to 128 tokens, every one with an
-advantage; forward, backward, clipping and the optimizer's step. Ways take turns and medians are compared. ``mfu`` counts
-what the update needs (each prompt once, nothing twice) against a large product in the same type, measured in the same
-run. Peak memory is that of a process of its own, what it had before the update taken off.
+advantage; forward, backward, clipping and the optimizer's step. Ways take turns and medians are compared. ``mfu`` is
+what the update needs (each prompt once, nothing twice) over a large product in the same type, measured in the same run.
+Peak memory is that of a process of its own, without what it had before the update.
 
     --sizes 512 1024 2048     the packed way by ``training.micro_batch_tokens``
     --lengths 64 128 256      by completion length: seconds against tokens

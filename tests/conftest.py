@@ -21,6 +21,7 @@ os.environ.update(
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from accelerate import Accelerator
@@ -31,6 +32,9 @@ from grpo import policy as policy_module
 from grpo.config import Recipe
 from grpo.loading import load_tokenizer
 from grpo.policy import Policy
+
+hypothesis.settings.register_profile("busy machine", deadline=None)  # its 0.2 s an example are a matter of the load
+hypothesis.settings.load_profile("busy machine")
 
 torch.set_num_threads(1)
 
