@@ -71,8 +71,8 @@ class Prefill:
 class DecodeCache:
     """The buffers of every layer, and which rows and prompts are live.
 
-    ``attend`` is what attention layers call (see ``attention.py``): during a prefill it files keys and values away;
-    while decoding it appends the new token's and hands the layer to the attention function.
+    Attention layers (``attention.py``) call ``file_away`` during a prefill, from ``begin_prefill`` to the end of the
+    forward pass, and ``append`` during a decoding step, which ``begin_step`` opens.
     """
 
     def __init__(self, shape: Shape, device: torch.device):
@@ -101,7 +101,7 @@ class DecodeCache:
 
     def remove_rows(self, rows: Iterable[int]) -> Callable[[list], None]:
         """Free rows; the last live ones move into their places. Returns what moves a list's entries the same way."""
-        moves = _moves(len(self.row_lengths), set(rows))
+        moves = _Moves(len(self.row_lengths), set(rows))
         self._move(moves.pairs, self.longest, "row_keys", "row_values")
         moves(self.row_prompt)
         moves(self.row_lengths)
@@ -110,7 +110,7 @@ class DecodeCache:
     def remove_prompts(self, prompts: Iterable[int]) -> Callable[[list], None]:
         """The same for prompts that have no rows left."""
         gone = set(prompts)
-        moves = _moves(len(self.prompt_lengths), gone)
+        moves = _Moves(len(self.prompt_lengths), gone)
         self._move(moves.pairs, max(self.prompt_lengths, default=0), "prompt_keys", "prompt_values")
         new_slot = dict(moves.pairs)
         self.row_prompt = [new_slot.get(slot, slot) for slot in self.row_prompt]
@@ -175,7 +175,7 @@ class DecodeCache:
         return layer
 
 
-class _moves:
+class _Moves:
     """Which of n entries move where when some are removed: the last ones fill the gaps, order is not kept."""
 
     def __init__(self, n: int, gone: set[int]):

@@ -1,7 +1,8 @@
 """Weights laid out for products with few rows: what decoding on a CPU spends its time on.
 
-A plain ``linear`` of 8 or 32 rows runs at a third to a tenth of a core's peak in float32, because the weight is in the
-wrong order for it; oneDNN's own order, made once a rollout, runs at that of a large product (docs/performance.md).
+A plain ``linear`` of 8 or 32 rows runs at a quarter to a tenth of a large product's speed in float32, because the
+weight is in the wrong order for it; in oneDNN's own order, made once a rollout, it is up to three times as fast
+(docs/performance.md).
 """
 
 from __future__ import annotations
