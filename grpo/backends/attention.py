@@ -112,7 +112,7 @@ def _over_prompts(grouped: torch.Tensor, layer: Layer, step: Step, scale: float)
     _, kv_heads, Q, D = grouped.shape
     U, n = step.prompts, step.group_size
     padded = grouped.new_zeros(U * n, kv_heads, Q, D)
-    padded[step.place_B] = grouped
+    padded.index_copy_(0, step.place_B, grouped)
     by_prompt = padded.view(U, n, kv_heads, Q, D).transpose(1, 2).reshape(U, kv_heads, n * Q, D)
     out, lse = _attend(
         by_prompt,
@@ -123,7 +123,7 @@ def _over_prompts(grouped: torch.Tensor, layer: Layer, step: Step, scale: float)
     )
     by_row = out.reshape(U, kv_heads, n, Q, -1).transpose(1, 2).reshape(U * n, kv_heads, Q, -1)
     lse_by_row = lse.reshape(U, kv_heads, n, Q).transpose(1, 2).reshape(U * n, kv_heads, Q)
-    return by_row[step.place_B], lse_by_row[step.place_B]
+    return by_row.index_select(0, step.place_B), lse_by_row.index_select(0, step.place_B)
 
 
 def _attend(

@@ -169,9 +169,13 @@ class DecodeCache:
     def append(self, index: int, key: torch.Tensor, value: torch.Tensor) -> Layer:
         """Write the step's token of every live row (B, kv heads, 1, D) into layer ``index``."""
         assert self.step is not None
-        layer = self.layers[index]
-        layer.row_keys[self.step.rows_B, :, self.step.written_B] = key[:, :, 0]
-        layer.row_values[self.step.rows_B, :, self.step.written_B] = value[:, :, 0]
+        layer, step = self.layers[index], self.step
+        if step.row_mask_BC is None:  # all rows are as long: a slice, which costs a fifth of an index
+            layer.row_keys[: len(step.rows_B), :, step.row_tokens - 1] = key[:, :, 0]
+            layer.row_values[: len(step.rows_B), :, step.row_tokens - 1] = value[:, :, 0]
+        else:
+            layer.row_keys[step.rows_B, :, step.written_B] = key[:, :, 0]
+            layer.row_values[step.rows_B, :, step.written_B] = value[:, :, 0]
         return layer
 
 
