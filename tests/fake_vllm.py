@@ -92,7 +92,7 @@ class FakeServer:
     async def _listen(self) -> None:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._answer)
-        self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)  # 0 would wait for ever
         await self.runner.setup()
         await web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True).start()
 
