@@ -1,6 +1,6 @@
 """Causal attention over a packed row in which completions of a prompt share it: the prompt is there once.
 
-A completion's token sees its prompt and its own past. That is two parts, each a call of torch's flash kernel: (a) every
+A completion's token sees its prompt and its own past. That is two parts, each by torch's flash kernels: (a) every
 prompt and every completion attends causally to itself; (b) the completions of a prompt, side by side, attend to all of
 the prompt. Softmax over both is the two outputs weighted by their log-sum-exps. In the backward pass each part is given
 the *merged* output and log-sum-exp, and its gradient is then exactly its share of the whole: P = exp(QK - lse) and
@@ -13,16 +13,18 @@ without one it is transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import grpo.prefix_attention_cpu as on_cpu
 from grpo.types import Layout
 
 aten = torch.ops.aten
+Saved = tuple[torch.Tensor, ...]  # gradient of the output, q, k, v, output, log-sum-exp
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # What other models ask of attention; none of it is here.
 NOT_HERE = {
@@ -80,9 +82,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q_NhD, k_NkD, v_NkD, layout: Layout, scale: float | None):
         scale = q_NhD.shape[-1] ** -0.5 if scale is None else scale
         prompts = layout.groups[0]  # how many tokens are prompts; completions follow
-        out_NhD, lse_hN = _attend(q_NhD, k_NkD, v_NkD, *_own(layout), scale)
+        out_NhD, lse_hN = _own(q_NhD, k_NkD, v_NkD, layout, scale)
         if prompts < len(q_NhD):
-            prefix, prefix_lse = _attend(q_NhD[prompts:], k_NkD[:prompts], v_NkD[:prompts], *_prefix(layout), scale)
+            prefix, prefix_lse = _over_prompts(q_NhD[prompts:], k_NkD[:prompts], v_NkD[:prompts], layout, scale)
             lse = lse_hN[:, prompts:]
             share = torch.sigmoid(prefix_lse - lse).T[..., None]
             part = out_NhD[prompts:]
@@ -98,94 +100,80 @@ class _Attention(torch.autograd.Function):
         q_NhD, k_NkD, v_NkD, out_NhD, lse_hN = ctx.saved_tensors
         layout, scale = ctx.layout, ctx.scale
         prompts = layout.groups[0]
-        dq, dk, dv = _attend_backward(grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN, *_own(layout), scale)
+        dq, dk, dv = _own_backward((grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN), layout, scale)
         if prompts < len(q_NhD):
             queries, keys = slice(prompts, None), slice(prompts)
-            saved = q_NhD[queries], k_NkD[keys], v_NkD[keys], out_NhD[queries], lse_hN[:, queries]
-            dq2, dk2, dv2 = _attend_backward(grad_NhD[queries], *saved, *_prefix(layout), scale)
+            part = grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD
+            grad, q, k, v, out = (x[p] for x, p in zip(part, (queries, queries, keys, keys, queries), strict=True))
+            dq2, dk2, dv2 = _over_prompts_backward((grad, q, k, v, out, lse_hN[:, queries]), layout, scale)
             dq[queries] += dq2
             dk[keys] += dk2
             dv[keys] += dv2
         return dq, dk, dv, None, None
 
 
-# A part: the bounds of its queries, those of the keys that they see, the same as tensors, and whether it is causal.
-Part = tuple[list[int], list[int], torch.Tensor, torch.Tensor, bool]
+def _own(q_NhD, k_NkD, v_NkD, layout: Layout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part (a): output (N,h,D) and log-sum-exp (h,N) float32."""
+    if q_NhD.device.type == "cpu":
+        return on_cpu.own(q_NhD, k_NkD, v_NkD, layout.segments, scale)
+    bounds, longest = layout.segments_on_device, _longest(layout.segments)
+    return _flash(q_NhD, k_NkD, v_NkD, bounds, bounds, longest, longest, causal=True, scale=scale)
 
 
-def _own(layout: Layout) -> Part:
-    return layout.segments, layout.segments, layout.segments_on_device, layout.segments_on_device, True
+def _over_prompts(q_NhD, k_MkD, v_MkD, layout: Layout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part (b), the same; its queries are the completions' alone, its keys the prompts'."""
+    if q_NhD.device.type == "cpu":
+        return on_cpu.over_prompts(q_NhD, k_MkD, v_MkD, *_prompt_bounds(layout), scale)
+    return _flash(q_NhD, k_MkD, v_MkD, *_prompts_on_device(layout), causal=False, scale=scale)
 
 
-def _prefix(layout: Layout) -> Part:
-    prompts = len(layout.groups)
-    queries = [bound - layout.groups[0] for bound in layout.groups]
-    on_device = layout.groups_on_device, layout.segments_on_device[:prompts]
-    return queries, layout.segments[:prompts], *on_device, False
+def _own_backward(saved: Saved, layout: Layout, scale: float) -> Gradients:
+    """Part (a)'s share of the gradients of queries, keys and values, given output and log-sum-exp of the whole."""
+    if saved[0].device.type == "cpu":
+        return on_cpu.own_backward(*saved, layout.segments, scale)
+    bounds, longest = layout.segments_on_device, _longest(layout.segments)
+    return _flash_backward(*saved, bounds, bounds, longest, longest, causal=True, scale=scale)
 
 
-def _attend(q_NhD, k_MkD, v_MkD, q_bounds, k_bounds, cum_q, cum_k, causal, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (N,h,D) and log-sum-exp (h,N) float32 of one part, in which every query has a key."""
-    if q_NhD.device.type != "cpu":
-        # As torch.nn.attention.varlen calls it (torch 2.8 to 2.13). Not yet run: written where there was no GPU.
-        longest = _longest(q_bounds), _longest(k_bounds)
-        return aten._flash_attention_forward(
-            q_NhD, k_MkD, v_MkD, cum_q, cum_k, *longest, 0.0, causal, False, scale=scale
-        )[:2]
-    N, h, _ = q_NhD.shape
-    out_NhD = torch.empty(q_NhD.shape, dtype=q_NhD.dtype)
-    lse_hN = torch.empty((h, N))
-    for queries, keys in _pairs(q_bounds, k_bounds):
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            *_by_kv_head(q_NhD[queries], k_MkD[keys], v_MkD[keys]), 0.0, causal, scale=scale
-        )
-        out_NhD[queries] = out.flatten(0, 1).transpose(0, 1)
-        lse_hN[:, queries] = lse.flatten(0, 1)
-    return out_NhD, lse_hN
+def _over_prompts_backward(saved: Saved, layout: Layout, scale: float) -> Gradients:
+    """Part (b)'s share."""
+    if saved[0].device.type == "cpu":
+        return on_cpu.over_prompts_backward(*saved, *_prompt_bounds(layout), scale)
+    return _flash_backward(*saved, *_prompts_on_device(layout), causal=False, scale=scale)
 
 
-def _attend_backward(
-    grad_NhD, q_NhD, k_MkD, v_MkD, out_NhD, lse_hN, q_bounds, k_bounds, cum_q, cum_k, causal, scale
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of one part's queries, keys and values, given output and log-sum-exp of the whole."""
-    if q_NhD.device.type != "cpu":
-        # As torch.nn.attention.varlen calls it; without dropout the state of the generator is not looked at.
-        longest = _longest(q_bounds), _longest(k_bounds)
-        state = torch.zeros(2, dtype=torch.uint64, device=q_NhD.device)
-        unused = torch.empty(0, device=q_NhD.device)
-        given = grad_NhD.contiguous(), q_NhD, k_MkD, v_MkD, out_NhD, lse_hN.contiguous(), cum_q, cum_k
-        return aten._flash_attention_backward(*given, *longest, 0.0, causal, state, unused, scale=scale)
-    dq_NhD, dk_MkD, dv_MkD = (torch.zeros(x.shape, dtype=x.dtype) for x in (q_NhD, k_MkD, v_MkD))
-    kv_heads = k_MkD.shape[1]
-    for queries, keys in _pairs(q_bounds, k_bounds):
-        q, k, v = _by_kv_head(q_NhD[queries], k_MkD[keys], v_MkD[keys])
-        grad, out = (x[queries].transpose(0, 1).unflatten(0, (kv_heads, -1)) for x in (grad_NhD, out_NhD))
-        lse = lse_hN[:, queries].unflatten(0, (kv_heads, -1))
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, scale=scale
-        )
-        dq_NhD[queries] = dq.flatten(0, 1).transpose(0, 1)
-        dk_MkD[keys] = dk.sum(1).transpose(0, 1)
-        dv_MkD[keys] = dv.sum(1).transpose(0, 1)
-    return dq_NhD, dk_MkD, dv_MkD
+def _prompt_bounds(layout: Layout) -> tuple[list[int], list[int]]:
+    """Of each prompt's completions, counted from the first, and of the prompts."""
+    return [bound - layout.groups[0] for bound in layout.groups], layout.segments[: len(layout.groups)]
 
 
-def _by_kv_head(q_nhD, k_mkD, v_mkD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(kv heads, query heads of each, tokens, D): keys and values are repeated by a stride of 0, not copied."""
-    kv_heads = k_mkD.shape[1]
-    q = q_nhD.transpose(0, 1).unflatten(0, (kv_heads, -1))
-    return q, *(x.transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (k_mkD, v_mkD))
-
-
-def _pairs(q_bounds: list[int], k_bounds: list[int]) -> Iterator[tuple[slice, slice]]:
-    """The slices that attend to each other; the CPU's kernel divides by zero where one is empty."""
-    for (q_start, q_end), (k_start, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
-        if q_start < q_end and k_start < k_end:
-            yield slice(q_start, q_end), slice(k_start, k_end)
+def _prompts_on_device(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    q_bounds, k_bounds = _prompt_bounds(layout)
+    on_device = layout.groups_on_device, layout.segments_on_device[: len(k_bounds)]
+    return *on_device, _longest(q_bounds), _longest(k_bounds)
 
 
 def _longest(bounds: list[int]) -> int:
     return max(end - start for start, end in pairwise(bounds))
+
+
+# A GPU's kernels take ragged batches; called as torch.nn.attention.varlen does (torch 2.8 to 2.13). Not yet run: they
+# were written where there was no GPU.
+
+
+def _flash(q, k, v, cum_q, cum_k, longest_q: int, longest_k: int, *, causal: bool, scale: float):
+    lengths = cum_q, cum_k, longest_q, longest_k
+    return aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, scale=scale)[:2]
+
+
+def _flash_backward(
+    grad, q, k, v, out, lse, cum_q, cum_k, longest_q: int, longest_k: int, *, causal: bool, scale: float
+):
+    # Without dropout the state of the generator is not looked at.
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    given = grad.contiguous(), q, k, v, out, lse.contiguous(), cum_q, cum_k, longest_q, longest_k
+    return aten._flash_attention_backward(*given, 0.0, causal, state, unused, scale=scale)
 
 
 AttentionInterface.register("sdpa", attention)

@@ -109,11 +109,10 @@ def decode_attention(query_BHD: torch.Tensor, layer: Layer, step: Step, scale: f
 
 def _over_prompts(grouped: torch.Tensor, layer: Layer, step: Step, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs and log-sum-exps (B, kv heads, queries) of ``grouped`` (B, kv heads, queries, D) over the prompts."""
-    _, kv_heads, Q, D = grouped.shape
+    B, kv_heads, Q, D = grouped.shape
     U, n = step.prompts, step.group_size
-    padded = grouped.new_zeros(U * n, kv_heads, Q, D)
-    padded.index_copy_(0, step.place_B, grouped)
-    by_prompt = padded.view(U, n, kv_heads, Q, D).transpose(1, 2).reshape(U, kv_heads, n * Q, D)
+    into, back = step.places_by_kv_head(kv_heads)
+    by_prompt = grouped.reshape(B * kv_heads, Q * D).index_select(0, into).view(U, kv_heads, n * Q, D)
     out, lse = _attend(
         by_prompt,
         layer.prompt_keys[:U, :, : step.prompt_tokens],
@@ -121,9 +120,9 @@ def _over_prompts(grouped: torch.Tensor, layer: Layer, step: Step, scale: float)
         step.prompt_mask_UP,
         scale,
     )
-    by_row = out.reshape(U, kv_heads, n, Q, -1).transpose(1, 2).reshape(U * n, kv_heads, Q, -1)
-    lse_by_row = lse.reshape(U, kv_heads, n, Q).transpose(1, 2).reshape(U * n, kv_heads, Q)
-    return by_row.index_select(0, step.place_B), lse_by_row.index_select(0, step.place_B)
+    by_row = out.reshape(U * kv_heads * n, -1).index_select(0, back)
+    lse_by_row = lse.reshape(U * kv_heads * n, Q).index_select(0, back)
+    return by_row.view(B, kv_heads, Q, -1), lse_by_row.view(B, kv_heads, Q)
 
 
 def _attend(

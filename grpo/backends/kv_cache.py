@@ -199,7 +199,8 @@ class Step:
     """One decoding step of B live rows of U prompts; the same for every layer.
 
     Rows are also arranged by prompt: row b stands at ``place_B[b]`` of U groups of ``group_size`` places, so that a
-    prompt's keys are read once for all of its rows. Masks are added to scores, and None where nothing is masked.
+    prompt's keys are read once for all of its rows; empty places hold a copy of the first row, which nobody reads.
+    Masks are added to scores, and None where nothing is masked.
     """
 
     rows_B: torch.Tensor
@@ -213,6 +214,20 @@ class Step:
     row_tokens: int  # longest live row, the new token included
     prompt_mask_UP: torch.Tensor | None
     row_mask_BC: torch.Tensor | None
+    _by_kv_head: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def places_by_kv_head(self, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between rows (B, kv heads) and places (U, kv heads, group_size), both flat: for each place the row's entry
+        that stands there, and for each row's entry its place. Made by the first layer, used by all."""
+        if kv_heads not in self._by_kv_head:
+            U, n, device = self.prompts, self.group_size, self.rows_B.device
+            heads = torch.arange(kv_heads, device=device)
+            row_at = self.rows_B.new_zeros(U * n).index_copy_(0, self.place_B, self.rows_B).view(U, 1, n)
+            into = (row_at * kv_heads + heads[None, :, None]).flatten()
+            prompt_B1, rank_B1 = (self.place_B // n)[:, None], (self.place_B % n)[:, None]
+            back = ((prompt_B1 * kv_heads + heads[None]) * n + rank_B1).flatten()
+            self._by_kv_head[kv_heads] = into, back
+        return self._by_kv_head[kv_heads]
 
     @classmethod
     def of(cls, cache: DecodeCache) -> Step:
