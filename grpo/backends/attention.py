@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo.backends.kv_cache import DecodeCache, Layer, Step
+from grpo.backends.kv_cache import DecodeCache, Layer, LivePrompts, Step
 
 NAME = "grpo_decode"
 # What a kernel of ours computes just as these do, where a layer asks for nothing special.
@@ -102,22 +102,25 @@ def decode_attention(query_BHD: torch.Tensor, layer: Layer, step: Step, scale: f
         step.row_mask_BC,
         scale,
     )
-    shared, shared_lse = _over_prompts(grouped, layer, step, scale)
-    weight = torch.sigmoid(shared_lse - own_lse)[..., None]  # of the prompt's part: exp(l1) / (exp(l1) + exp(l2))
-    return torch.lerp(own.float(), shared.float(), weight).to(own.dtype).reshape(B, heads, -1)
+    if step.prompts is not None:
+        shared, shared_lse = _over_prompts(grouped, layer, step.prompts, scale)
+        weight = torch.sigmoid(shared_lse - own_lse)[..., None]  # exp(l1) / (exp(l1) + exp(l2))
+        own = torch.lerp(own.float(), shared.float(), weight).to(own.dtype)
+    return own.reshape(B, heads, -1)
 
 
-def _over_prompts(grouped: torch.Tensor, layer: Layer, step: Step, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _over_prompts(
+    grouped: torch.Tensor, layer: Layer, prompts: LivePrompts, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs and log-sum-exps (B, kv heads, queries) of ``grouped`` (B, kv heads, queries, D) over the prompts."""
     B, kv_heads, Q, D = grouped.shape
-    U, n = step.prompts, step.group_size
-    into, back = step.places_by_kv_head(kv_heads)
-    by_prompt = grouped.reshape(B * kv_heads, Q * D).index_select(0, into).view(U, kv_heads, n * Q, D)
+    U, n = prompts.number, prompts.group_size
+    into, back = prompts.places_by_kv_head(kv_heads)
     out, lse = _attend(
-        by_prompt,
-        layer.prompt_keys[:U, :, : step.prompt_tokens],
-        layer.prompt_values[:U, :, : step.prompt_tokens],
-        step.prompt_mask_UP,
+        grouped.reshape(B * kv_heads, Q * D).index_select(0, into).view(U, kv_heads, n * Q, D),
+        layer.prompt_keys[:U, :, : prompts.longest],
+        layer.prompt_values[:U, :, : prompts.longest],
+        prompts.mask_UP,
         scale,
     )
     by_row = out.reshape(U * kv_heads * n, -1).index_select(0, back)
@@ -146,17 +149,19 @@ def _spread(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values (B, kv heads, P + C, D) of every row, prompt before its own, and the mask added to scores: what
     attention with a window, soft-capping or sinks wants, at the price of a copy."""
-    B, P, C = len(step.rows_B), step.prompt_tokens, step.row_tokens
-    keys = torch.cat([layer.prompt_keys[step.prompt_of_B, :, :P], layer.row_keys[:B, :, :C]], dim=2)
-    values = torch.cat([layer.prompt_values[step.prompt_of_B, :, :P], layer.row_values[:B, :, :C]], dim=2)
-    device = keys.device
-    lengths_B = step.positions_B - step.written_B
-    at_B = step.positions_B[:, None]
-    in_prompt_BP = torch.arange(P, device=device)[None].expand(B, P)
-    in_row_BC = lengths_B[:, None] + torch.arange(C, device=device)[None]
-    positions_BK = torch.cat([in_prompt_BP, in_row_BC], dim=1)
-    exists_BK = torch.cat([in_prompt_BP < lengths_B[:, None], in_row_BC <= at_B], dim=1)
+    B, C, prompts = len(step.rows_B), step.row_tokens, step.prompts
+    keys, values = layer.row_keys[:B, :, :C], layer.row_values[:B, :, :C]
+    at_B1, device = step.positions_B[:, None], keys.device
+    positions_BK = torch.arange(C, device=device)[None].expand(B, C)
+    exists_BK = positions_BK <= step.written_B[:, None]
+    if prompts is not None:
+        P = prompts.longest
+        keys = torch.cat([layer.prompt_keys[prompts.of_B, :, :P], keys], dim=2)
+        values = torch.cat([layer.prompt_values[prompts.of_B, :, :P], values], dim=2)
+        in_prompt_BP = torch.arange(P, device=device)[None].expand(B, P)
+        positions_BK = torch.cat([in_prompt_BP, prompts.lengths_B[:, None] + positions_BK], dim=1)
+        exists_BK = torch.cat([in_prompt_BP < prompts.lengths_B[:, None], exists_BK], dim=1)
     if sliding_window:
-        exists_BK &= positions_BK > at_B - sliding_window
+        exists_BK = exists_BK & (positions_BK > at_B1 - sliding_window)
     mask = torch.zeros(exists_BK.shape, dtype=dtype, device=device).masked_fill_(~exists_BK, torch.finfo(dtype).min)
     return keys, values, mask[:, None, None, :]

@@ -16,7 +16,7 @@ import torch
 
 from grpo.backends.attention import decoding_into
 from grpo.backends.base import Request, Sampling
-from grpo.backends.kv_cache import DecodeCache, Prefill, Shape
+from grpo.backends.kv_cache import DecodeCache, Prefill, Shape, head_tokens
 from grpo.backends.sampling import sample
 from grpo.errors import RunError, UserError
 from grpo.randomness import uniforms
@@ -79,7 +79,8 @@ class Decoding:
 
     def _admit(self) -> list[int]:
         """Fill free places from the queue and draw first tokens; the places of rows that end with theirs."""
-        longest = max([self.cache.longest, *(len(row.tokens) for row in self.waiting)])
+        head = self.cache.shape.head_tokens
+        longest = max([self.cache.longest, *(head + len(row.tokens) for row in self.waiting)])
         if 4 * longest < self.cache.shape.row_tokens:
             self._resize(self.budget.shorter(self.cache.shape))
         fresh: list[Row] = []
@@ -107,7 +108,9 @@ class Decoding:
         self.first_logits = {r: logits_V for r, logits_V in self.first_logits.items() if r in to_start}
         drawn_B, logps_B = self._draw(logits_BV, self._uniforms(fresh, 1)[:, 0])
         place_of = {id(row): place for place, row in enumerate(self.live)}
-        return self._extend([place_of[id(row)] for row in fresh], drawn_B[:, None], logps_B[:, None])
+        places = [place_of[id(row)] for row in fresh]
+        self.cache.begin_rows(places)
+        return self._extend(places, drawn_B[:, None], logps_B[:, None])
 
     def _prefill(self, sequences: list[tuple[int, Row | None]]) -> None:
         """Compute and file away prompts' keys and values, and those of rows that were sent back."""
@@ -223,7 +226,7 @@ class Budget:
     prompts: int
     prompt_tokens: int
     rows: int  # the most that are wanted
-    row_tokens: int  # of a completion at its longest
+    row_tokens: int  # of a row at its longest
 
     @classmethod
     def of(cls, requests: list[Request], longest_completion: int, max_rows: int, tokens: int) -> Budget:
@@ -231,15 +234,16 @@ class Budget:
         G = max((len(r.keys) for r in requests), default=1)
         rows = min(max_rows, sum(len(r.keys) for r in requests))
         prompts = min(len(requests), 2 * -(-rows // G) + 1)  # rows end in no order: some prompts linger for one row
-        for_prompts = min(max(tokens // 2, tokens - rows * longest_completion), tokens - longest_completion)
+        row_tokens = head_tokens(prompt_tokens) + longest_completion
+        for_prompts = min(max(tokens // 2, tokens - rows * row_tokens), tokens - row_tokens)
         while prompts > 1 and prompts * prompt_tokens > for_prompts:
             prompts -= 1
-        if requests and prompts * prompt_tokens + longest_completion > tokens:
+        if requests and prompts * prompt_tokens + row_tokens > tokens:
             raise UserError(
                 f"rollout.kv_cache_gb holds {tokens} tokens, not a prompt of {prompt_tokens} and a completion of "
                 f"{longest_completion}; raise it, or lower rollout.max_completion_length"
             )
-        return cls(tokens, prompts, prompt_tokens, rows, longest_completion)
+        return cls(tokens, prompts, prompt_tokens, rows, row_tokens)
 
     def _shape(self, row_tokens: int) -> Shape:
         fit = (self.tokens - self.prompts * self.prompt_tokens) // row_tokens

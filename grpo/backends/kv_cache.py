@@ -1,5 +1,6 @@
 """Keys and values of what is being decoded: each live prompt once, and behind it what each of its completions wrote.
 
+Where prompts are short, rows begin with a copy of theirs instead: reading it with the row is then cheaper than apart.
 Completions are *rows*, and live rows are always the first ``len(rows)`` of their buffers, so that attention reads a
 view and never a copy: where a row ends, the last one moves into its place. The buffers are allocated once, bounded.
 """
@@ -12,19 +13,31 @@ from dataclasses import dataclass, field
 import torch
 
 CLEARED_AT_ONCE = 64  # tokens of every row
+SHORT_PROMPT = 32  # tokens; up to here rows begin with a copy of their prompt
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How many prompts of how many tokens, and rows of how many tokens, the buffers hold."""
+    """How many prompts of how many tokens, and rows of how many tokens, the buffers hold.
+
+    ``row_tokens`` counts ``head_tokens``: what a row begins with, its prompt if that is short.
+    """
 
     prompts: int
     prompt_tokens: int
     rows: int
     row_tokens: int
 
+    @property
+    def head_tokens(self) -> int:
+        return head_tokens(self.prompt_tokens)
+
     def tokens(self) -> int:
         return self.prompts * self.prompt_tokens + self.rows * self.row_tokens
+
+
+def head_tokens(longest_prompt: int) -> int:
+    return longest_prompt if longest_prompt <= SHORT_PROMPT else 0
 
 
 @dataclass
@@ -81,7 +94,7 @@ class DecodeCache:
         self.layers: dict[int, Layer] = {}
         self.prompt_lengths: list[int] = []  # of live prompts, by slot
         self.row_prompt: list[int] = []  # of live rows: the slot of their prompt
-        self.row_lengths: list[int] = []  # and how many tokens they have written
+        self.row_lengths: list[int] = []  # and how many tokens they hold
         self.cleared = 0  # tokens of every row whose memory was written; the rest is not touched before it is needed
         self.prefill: Prefill | None = None
         self.step: Step | None = None
@@ -95,8 +108,9 @@ class DecodeCache:
         return len(self.prompt_lengths) - 1
 
     def add_row(self, prompt: int, length: int = 0) -> int:
+        """A row that has written ``length`` tokens."""
         self.row_prompt.append(prompt)
-        self.row_lengths.append(length)
+        self.row_lengths.append(length + (self.prompt_lengths[prompt] if self.shape.head_tokens else 0))
         return len(self.row_lengths) - 1
 
     def remove_rows(self, rows: Iterable[int]) -> Callable[[list], None]:
@@ -139,6 +153,16 @@ class DecodeCache:
             self._clear_to(self.longest)
         self.prefill = prefill
 
+    def begin_rows(self, rows: list[int]) -> None:
+        """Rows of computed prompts, with nothing written yet: where prompts are short, they begin with a copy."""
+        if self.shape.head_tokens:
+            P = max(self.prompt_lengths)
+            self._clear_to(P)
+            prompt_of_rows = torch.tensor([self.row_prompt[row] for row in rows], device=self.device)
+            for layer in self.layers.values():
+                layer.row_keys[rows, :, :P] = layer.prompt_keys[prompt_of_rows, :, :P]
+                layer.row_values[rows, :, :P] = layer.prompt_values[prompt_of_rows, :, :P]
+
     def file_away(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a prefill's keys and values (B, kv heads, T, D) of layer ``index``."""
         assert self.prefill is not None
@@ -149,8 +173,9 @@ class DecodeCache:
             layer.prompt_keys[slot, :, :length] = key[place, :, :length]
             layer.prompt_values[slot, :, :length] = value[place, :, :length]
         for place, row, start, length in self.prefill.tails:
-            layer.row_keys[row, :, :length] = key[place, :, start : start + length]
-            layer.row_values[row, :, :length] = value[place, :, start : start + length]
+            first, end = 0 if self.shape.head_tokens else start, start + length
+            layer.row_keys[row, :, : end - first] = key[place, :, first:end]
+            layer.row_values[row, :, : end - first] = value[place, :, first:end]
 
     def begin_step(self) -> Step:
         """Before a forward pass of one token for every live row: where it is written and who reads what."""
@@ -196,66 +221,77 @@ class _Moves:
 
 @dataclass(frozen=True)
 class Step:
-    """One decoding step of B live rows of U prompts; the same for every layer.
+    """One decoding step of B live rows, the same for every layer. ``prompts`` is None where rows hold their own.
 
-    Rows are also arranged by prompt: row b stands at ``place_B[b]`` of U groups of ``group_size`` places, so that a
-    prompt's keys are read once for all of its rows; empty places hold a copy of the first row, which nobody reads.
     Masks are added to scores, and None where nothing is masked.
     """
 
     rows_B: torch.Tensor
-    written_B: torch.Tensor  # tokens each row had written before
+    written_B: torch.Tensor  # tokens each row held before
     positions_B: torch.Tensor  # of the new token in its sequence
-    prompt_of_B: torch.Tensor
-    place_B: torch.Tensor
-    prompts: int
-    group_size: int
-    prompt_tokens: int  # longest live prompt
     row_tokens: int  # longest live row, the new token included
-    prompt_mask_UP: torch.Tensor | None
     row_mask_BC: torch.Tensor | None
-    _by_kv_head: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def places_by_kv_head(self, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Between rows (B, kv heads) and places (U, kv heads, group_size), both flat: for each place the row's entry
-        that stands there, and for each row's entry its place. Made by the first layer, used by all."""
-        if kv_heads not in self._by_kv_head:
-            U, n, device = self.prompts, self.group_size, self.rows_B.device
-            heads = torch.arange(kv_heads, device=device)
-            row_at = self.rows_B.new_zeros(U * n).index_copy_(0, self.place_B, self.rows_B).view(U, 1, n)
-            into = (row_at * kv_heads + heads[None, :, None]).flatten()
-            prompt_B1, rank_B1 = (self.place_B // n)[:, None], (self.place_B % n)[:, None]
-            back = ((prompt_B1 * kv_heads + heads[None]) * n + rank_B1).flatten()
-            self._by_kv_head[kv_heads] = into, back
-        return self._by_kv_head[kv_heads]
+    prompts: LivePrompts | None
 
     @classmethod
     def of(cls, cache: DecodeCache) -> Step:
-        B, U, P, C = len(cache.row_lengths), len(cache.prompt_lengths), max(cache.prompt_lengths), cache.longest + 1
+        B, C = len(cache.row_lengths), cache.longest + 1
+        written_B = torch.tensor(cache.row_lengths, device=cache.device)
+        prompts = None if cache.shape.head_tokens else LivePrompts.of(cache)
+        return cls(
+            rows_B=torch.arange(B, device=cache.device),
+            written_B=written_B,
+            positions_B=written_B if prompts is None else prompts.lengths_B + written_B,
+            row_tokens=C,
+            row_mask_BC=None if min(cache.row_lengths) + 1 == C else _beyond(written_B + 1, C),
+            prompts=prompts,
+        )
+
+
+@dataclass(frozen=True)
+class LivePrompts:
+    """Rows arranged by prompt, so that a prompt's keys are read once for all of its rows.
+
+    Row b stands at ``place_B[b]`` of U groups of ``group_size`` places; empty places hold a copy of the first row,
+    which nobody reads.
+    """
+
+    of_B: torch.Tensor
+    lengths_B: torch.Tensor  # of each row's prompt
+    place_B: torch.Tensor
+    number: int  # U
+    group_size: int
+    longest: int
+    mask_UP: torch.Tensor | None
+    _by_kv_head: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cache: DecodeCache) -> LivePrompts:
+        U, P = len(cache.prompt_lengths), max(cache.prompt_lengths)
         counts = [0] * U
         ranks = []
         for slot in cache.row_prompt:
             ranks.append(counts[slot])
             counts[slot] += 1
         n = max(counts)
-
-        def tensor(values: Iterable[int]) -> torch.Tensor:
-            return torch.tensor(list(values), device=cache.device)
-
-        written_B, lengths_U, prompt_of_B = map(tensor, (cache.row_lengths, cache.prompt_lengths, cache.row_prompt))
-        return cls(
-            rows_B=torch.arange(B, device=cache.device),
-            written_B=written_B,
-            positions_B=lengths_U[prompt_of_B] + written_B,
-            prompt_of_B=prompt_of_B,
-            place_B=tensor(slot * n + rank for slot, rank in zip(cache.row_prompt, ranks, strict=True)),
-            prompts=U,
-            group_size=n,
-            prompt_tokens=P,
-            row_tokens=C,
-            prompt_mask_UP=None if min(cache.prompt_lengths) == P else _beyond(lengths_U, P),
-            row_mask_BC=None if min(cache.row_lengths) + 1 == C else _beyond(written_B + 1, C),
+        places = [slot * n + rank for slot, rank in zip(cache.row_prompt, ranks, strict=True)]
+        lengths_U, of_B, place_B = (
+            torch.tensor(values, device=cache.device) for values in (cache.prompt_lengths, cache.row_prompt, places)
         )
+        mask_UP = None if min(cache.prompt_lengths) == P else _beyond(lengths_U, P)
+        return cls(of_B, lengths_U[of_B], place_B, U, n, P, mask_UP)
+
+    def places_by_kv_head(self, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between rows (B, kv heads) and places (U, kv heads, group_size), both flat: for each place the row's entry
+        that stands there, and for each row's entry its place. Made by the first layer, used by all."""
+        if kv_heads not in self._by_kv_head:
+            U, n, place_B = self.number, self.group_size, self.place_B
+            rows_B, heads = (torch.arange(k, device=place_B.device) for k in (len(place_B), kv_heads))
+            row_at = place_B.new_zeros(U * n).index_copy_(0, place_B, rows_B).view(U, 1, n)
+            into = (row_at * kv_heads + heads[:, None]).flatten()
+            back = (((place_B // n)[:, None] * kv_heads + heads) * n + (place_B % n)[:, None]).flatten()
+            self._by_kv_head[kv_heads] = into, back
+        return self._by_kv_head[kv_heads]
 
 
 def _beyond(lengths_N: torch.Tensor, width: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from grpo.backends.base import Request, Sampling
 from grpo.backends.engine import Budget, Decoding, Row
 from grpo.backends.engine_check import bytes_per_token
 from grpo.backends.hf import HFBackend
+from grpo.backends.kv_cache import head_tokens
 from grpo.backends.linear import packed_linears
 from grpo.errors import RunError, UserError
 from grpo.policy import Policy
@@ -21,6 +22,7 @@ from grpo.types import Prompt
 from tests.conftest import make_policy
 
 LIMIT = 96
+pytestmark = pytest.mark.usefixtures("both_layouts")
 
 
 def requests(policy: Policy, prompts: int, G: int) -> list[Request]:
@@ -99,18 +101,19 @@ def test_a_prompt_is_computed_once_for_all_of_its_rows(tiny_model: Path) -> None
 
 def test_the_budget_keeps_room_for_one_prompt_and_one_row_or_says_what_to_raise(tiny_model: Path) -> None:
     wanted = requests(make_policy(tiny_model), 6, 8)
-    smallest = Budget.of(wanted, LIMIT, 512, 13 + LIMIT)
+    row_tokens = head_tokens(13) + LIMIT
+    smallest = Budget.of(wanted, LIMIT, 512, 13 + row_tokens)
     assert smallest.prompts == 1
-    assert smallest._shape(LIMIT).rows == 1
-    with pytest.raises(UserError, match=r"kv_cache_gb holds 108 tokens.*prompt of 13.*completion of 96"):
-        Budget.of(wanted, LIMIT, 512, 12 + LIMIT)
+    assert smallest._shape(row_tokens).rows == 1
+    with pytest.raises(UserError, match=rf"kv_cache_gb holds {12 + row_tokens} tokens.*prompt of 13.*completion of 96"):
+        Budget.of(wanted, LIMIT, 512, 12 + row_tokens)
 
 
 @pytest.mark.parametrize("tokens", range(150, 1500, 97))
 def test_no_shape_exceeds_the_budget(tiny_model: Path, tokens: int) -> None:
     budget = Budget.of(requests(make_policy(tiny_model), 6, 8), LIMIT, 512, tokens)
     shape = budget.first_shape()
-    while shape.row_tokens < LIMIT:
+    while shape.row_tokens < budget.row_tokens:
         assert 0 < shape.rows <= 48
         assert shape.tokens() <= tokens
         shape = budget.longer(shape)

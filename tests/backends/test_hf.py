@@ -18,6 +18,7 @@ from grpo.types import Prompt, Status
 from tests.conftest import make_policy
 
 QUESTIONS = ["6 3 9 = 27", "1 2 = 3", "( 1 + 2 ) * 3 + 4 + 5 = 18", "7", "8 8 8 8 = 32"]
+pytestmark = pytest.mark.usefixtures("both_layouts")
 
 
 def prompts(policy: Policy) -> list[Prompt]:
