@@ -1,19 +1,20 @@
 """Weights laid out for products with few rows: what decoding on a CPU spends its time on.
 
 A plain ``linear`` of 8 or 32 rows runs at a quarter to a tenth of a large product's speed in float32, because the
-weight is in the wrong order for it; in oneDNN's own order, made once a rollout, it is up to three times as fast
-(docs/performance.md).
+weight is in the wrong order for it. Transposed, or for large weights in oneDNN's own order, made once a rollout, it is
+up to three times as fast (docs/performance.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-ROWS = 64  # the number of rows that the layout is made for; others use it as well
+ROWS = 64  # the number of rows that oneDNN's order is made for; others use it as well
+SMALL = 2**19  # entries of a float32 weight; up to here MKL and a transposed copy are as fast or faster
 
 
 @contextmanager
@@ -28,7 +29,10 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
         if _can_pack() and not torch.is_autocast_enabled("cpu"):
             for module in model.modules():
                 if type(module) is nn.Linear and module.weight.device.type == "cpu":
-                    module.forward = _packed_forward(module.weight, module.bias)
+                    small = module.weight.dtype == torch.float32 and module.weight.numel() <= SMALL
+                    made = _transposed_forward if small else _packed_forward
+                    bias = None if module.bias is None else module.bias.detach()
+                    module.forward = made(module.weight.detach(), bias)
                     packed.append(module)
         yield
     finally:
@@ -44,12 +48,14 @@ def _can_pack() -> bool:
     )
 
 
-def _packed_forward(weight: torch.Tensor, bias: torch.Tensor | None):
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-    bias = None if bias is None else bias.detach()
+def _packed_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x, packed, bias, "none", [], "")
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return multiply(x, packed, bias, "none", [], "")
 
-    return forward
+def _transposed_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    transposed = weight.t().contiguous()
+    if bias is None:
+        return lambda x: torch.matmul(x, transposed)
+    return lambda x: torch.addmm(bias, x.flatten(0, -2), transposed).unflatten(0, x.shape[:-1])

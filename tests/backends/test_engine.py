@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo.backends import linear
 from grpo.backends.base import Request, Sampling
 from grpo.backends.engine import Budget, Decoding, Row
 from grpo.backends.engine_check import bytes_per_token
@@ -132,7 +133,11 @@ def test_groups_are_reported_once_each_when_their_last_completion_ends(tiny_mode
     assert all(group == found[place] for place, group in seen)
 
 
-def test_packed_linears_give_the_same_products_and_leave_nothing_behind() -> None:
+@pytest.mark.parametrize("small", [0, linear.SMALL])
+def test_packed_linears_give_the_same_products_and_leave_nothing_behind(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "SMALL", small)
     model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.Linear(96, 32, bias=False))
     for x in (torch.randn(3, 48), torch.randn(2, 70, 48)):
         with torch.no_grad():
