@@ -55,6 +55,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     if on_cpu:
         allow_fsdp_on_cpu(accelerator)
+        if recipe.model.dtype == "bfloat16" and accelerator.is_main_process:
+            warn_of_slow_bfloat16(_seconds_a_product)
     P, W = recipe.training.prompts_per_step, accelerator.num_processes
     if P % W:
         raise UserError(
@@ -62,6 +64,28 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"use {P - P % W or W} or {P + W - P % W}"
         )
     return accelerator
+
+
+def warn_of_slow_bfloat16(seconds_a_product: Callable[[torch.dtype], float]) -> None:
+    """A CPU without instructions for bfloat16 emulates it, several times slower than float32, and says nothing."""
+    bfloat16, float32 = seconds_a_product(torch.bfloat16), seconds_a_product(torch.float32)
+    if bfloat16 > 1.5 * float32:
+        log.warning(
+            "this CPU multiplies bfloat16 matrices %.1f times as slowly as float32 ones (it has no instructions for "
+            "them); set model.dtype: float32",
+            bfloat16 / float32,
+        )
+
+
+def _seconds_a_product(dtype: torch.dtype, size: int = 768) -> float:
+    """Of square matrices, the fastest of four."""
+    x = torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(4):
+        start = perf_counter()
+        torch.mm(x, x)
+        times.append(perf_counter() - start)
+    return min(times)
 
 
 def _patience(recipe: Recipe) -> InitProcessGroupKwargs:
