@@ -17,7 +17,7 @@ WINDOW = {"clip_min": 0.6, "clip_max": 1.7}
 @dataclass(frozen=True)
 class Case:
     """``options`` go to ``policy_loss``; ``mode`` weighs by the sampler; a selection keeps ``top_entropy`` of the
-    tokens or is the loss type's; ``trl`` are the settings of TRL's trainer that mean the same, None where it has none."""
+    tokens or is the loss type's; ``trl`` are the settings of TRL's trainer that mean the same, None without any."""
 
     name: str
     options: dict[str, Any]
