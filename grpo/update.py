@@ -157,15 +157,16 @@ def _entropy_coef(policy: Policy, algorithm: AlgorithmConfig) -> float:
 
 def _move_entropy_control(policy: Policy, algorithm: AlgorithmConfig, entropy: float) -> float:
     """After an update: the adaptive coefficient for the next one; the fixed one stays."""
-    if algorithm.use_adaptive_entropy:
-        policy.entropy_control = next_entropy_control(
-            policy.entropy_control,
-            entropy,
-            target=algorithm.entropy_target,
-            delta=algorithm.entropy_coef_delta,
-            low=algorithm.entropy_coef_min,
-            high=algorithm.entropy_coef_max,
-        )
+    if not algorithm.use_adaptive_entropy:
+        return algorithm.entropy_coef
+    policy.entropy_control = next_entropy_control(
+        policy.entropy_control,
+        entropy,
+        target=algorithm.entropy_target,
+        delta=algorithm.entropy_coef_delta,
+        low=algorithm.entropy_coef_min,
+        high=algorithm.entropy_coef_max,
+    )
     return policy.entropy_control.coef
 
 
