@@ -72,7 +72,7 @@ def less_kl(
     """With ``kl_in_reward``: the rewards less beta times the completion's KL, and the mean KL of a token.
 
     The KL is the sum over the completion's tokens of ``kl_estimate``, of the policy before the update
-    (arXiv:2402.14740, eq. 3, and TRL's RLOOTrainer). REINFORCE++ (arXiv:2501.03262) gives a token only the KL of those
+    (arXiv:2402.14740, and TRL's RLOOTrainer). REINFORCE++ (arXiv:2501.03262) gives a token only the KL of those
     after it: the same expected gradient, with less variance. Without ``kl_in_reward`` the rewards are as they were.
     """
     algorithm = recipe.algorithm
@@ -307,7 +307,7 @@ def _metrics(totals: dict[str, float], norm: float) -> dict[str, float]:
     if squares is not None:
         square, mean = squares / max(counts[RATIO], 1.0), metrics[f"{RATIO}/mean"]
         metrics[f"{RATIO}/std"] = math.sqrt(max(square - mean**2, 0.0))
-        metrics["sampling/effective_sample_size"] = mean**2 / square if square > 0 else 0.0
+        metrics["sampling/effective_sample_size"] = min(mean**2 / square, 1.0) if square > 0 else 0.0
     return metrics
 
 

@@ -19,7 +19,7 @@ def clipped_surrogate(tokens: Tokens, options: LossOptions) -> torch.Tensor:
 def completion_surrogate(tokens: Tokens, options: LossOptions) -> torch.Tensor:
     """The same bound with one ratio a completion, the product over its tokens, at each of them; (B,T).
 
-    REINFORCE leave-one-out (arXiv:2402.14740, eq. 7) takes a completion for one action: on-policy the gradient is
+    REINFORCE leave-one-out (arXiv:2402.14740) takes a completion for one action: on-policy the gradient is
     -A grad log pi(completion). The clip, for several updates a rollout, is TRL's RLOOTrainer's. The ratio is not that
     of ``importance_sampling_level``, which is a geometric mean.
     """

@@ -13,12 +13,12 @@ from grpo.losses.tokens import LossOptions, StepTokens, Tokens
 
 
 def covariances(step: StepTokens) -> torch.Tensor:
-    """(log pi - mean) (A - mean) of each token (eq. 8); their mean is the covariance."""
+    """(log pi - mean) (A - mean) of each token; their mean is the covariance."""
     return (step.logps_M - step.logps_M.mean()) * (step.advantages_M - step.advantages_M.mean())
 
 
 def clip_cov_selection(step: StepTokens, options: LossOptions, generator: torch.Generator) -> torch.Tensor:
-    """0 at tokens whose gradient is taken (eq. 9), 1 elsewhere: ``clip_cov_ratio`` of all tokens, drawn among those
+    """0 at tokens whose gradient is taken, 1 elsewhere: ``clip_cov_ratio`` of all tokens, drawn among those
     with a covariance between ``clip_cov_lb`` and ``clip_cov_ub`` which the ratio's clip left their gradient."""
     ratio_M, positive_M = step.log_ratio_M.exp(), step.advantages_M > 0
     clipped_M = torch.where(positive_M, ratio_M > 1 + options.high, ratio_M < 1 - options.epsilon)
@@ -31,7 +31,7 @@ def clip_cov_selection(step: StepTokens, options: LossOptions, generator: torch.
 
 
 def kl_cov_selection(step: StepTokens, options: LossOptions, generator: torch.Generator) -> torch.Tensor:
-    """0 at the ``kl_cov_ratio`` of all tokens with the largest covariance (eq. 11), at least one; 1 elsewhere."""
+    """0 at the ``kl_cov_ratio`` of all tokens with the largest covariance, at least one; 1 elsewhere."""
     cov_M = covariances(step)
     kept_M = torch.ones_like(cov_M)
     kept_M[cov_M.topk(min(max(int(options.kl_cov_ratio * len(cov_M)), 1), len(cov_M))).indices] = 0.0
@@ -39,7 +39,7 @@ def kl_cov_selection(step: StepTokens, options: LossOptions, generator: torch.Ge
 
 
 def kl_cov_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
-    """KL-Cov (eq. 12), per token: -r A, plus ``ppo_kl_coef`` |log pi - log pi_old| at the tokens selected; (B,T).
+    """KL-Cov (arXiv:2505.22617), per token: -r A, plus ``ppo_kl_coef`` |log pi - log pi_old| at the tokens selected; (B,T).
 
     Nothing is clipped. The penalty, as in the authors' code the absolute log-ratio, has no gradient where the policy is
     still the old one: it acts from the second update of a rollout on.

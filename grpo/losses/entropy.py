@@ -39,13 +39,13 @@ def next_entropy_control(
     control: EntropyControl, entropy: float, *, target: float, delta: float, low: float, high: float
 ) -> EntropyControl:
     """After an update whose mean entropy was ``entropy``: the coefficient is up by ``delta`` where that is at or below
-    its ``target``, else down, within [``low``, ``high``] (Skywork-OR1, arXiv:2505.22312, sec. 4)."""
+    its ``target``, else down, within [``low``, ``high``] (Skywork-OR1, arXiv:2505.22312)."""
     moved = control.coef + delta if entropy <= target else control.coef - delta
     return EntropyControl(min(max(moved, low), high), entropy)
 
 
 def top_entropy_kept(entropies_M: torch.Tensor, quantile: float) -> torch.Tensor:
-    """1 at the ``quantile`` of tokens with the highest entropy, 0 elsewhere (arXiv:2506.01939, eq. 5; 0.2 there).
+    """1 at the ``quantile`` of tokens with the highest entropy, 0 elsewhere (arXiv:2506.01939; 0.2 there).
 
     The tokens are all valid ones of the step, so that micro-batches do not matter (TRL's are a micro-batch's).
     """

@@ -20,7 +20,7 @@ def kl_estimate(logps_BT: torch.Tensor, ref_logps_BT: torch.Tensor, *, estimator
         in the loss, times the ratio         k1, k3: grad KL(pi || ref)               k2: grad E[k2]
         in the reward                        k1: grad KL(pi || ref), of whole completions
 
-    "Times the ratio" is ``use_bias_correction_kl`` (DeepSeek-V3.2, arXiv:2512.02556, eq. 7).
+    "Times the ratio" is ``use_bias_correction_kl`` (DeepSeek-V3.2, arXiv:2512.02556).
     """
     difference_BT = ref_logps_BT - logps_BT
     if estimator == "k1":

@@ -54,7 +54,7 @@ LOSSES: dict[str, LossType] = {
         clipped_surrogate, token_sum, by_sequences, "arXiv:2602.05261", level="sequence", measure=clip_metrics
     ),
     "cispo": LossType(cispo_objective, token_sum, by_tokens, "arXiv:2506.13585, eq. 4", measure=cispo_metrics),
-    "sapo": LossType(sapo_objective, sequence_means, by_sequences, "arXiv:2511.20347, eq. 5"),
+    "sapo": LossType(sapo_objective, sequence_means, by_sequences, "arXiv:2511.20347"),
     "vespo": LossType(
         vespo_objective, token_sum, by_tokens, "arXiv:2602.10693", measure=vespo_metrics, weighs_sampler=True
     ),
@@ -63,7 +63,7 @@ LOSSES: dict[str, LossType] = {
         completion_surrogate,
         sequence_means,
         by_sequences,
-        "arXiv:2402.14740, eq. 7; the clip TRL's RLOOTrainer's",
+        "arXiv:2402.14740; the clip TRL's RLOOTrainer's",
         measure=completion_clip_metrics,
     ),
     "reinforce_pp": LossType(clipped_surrogate, token_sum, by_tokens, "arXiv:2501.03262", measure=clip_metrics),
@@ -71,7 +71,7 @@ LOSSES: dict[str, LossType] = {
         clipped_surrogate,
         token_sum,
         by_tokens,
-        "arXiv:2505.22617, eq. 10",
+        "arXiv:2505.22617",
         measure=clip_metrics,
         select=clip_cov_selection,
     ),
@@ -79,7 +79,7 @@ LOSSES: dict[str, LossType] = {
         kl_cov_objective,
         token_sum,
         by_tokens,
-        "arXiv:2505.22617, eq. 12",
+        "arXiv:2505.22617",
         select=kl_cov_selection,
         applies_kept=True,
         without_advantage=True,

@@ -8,7 +8,7 @@ from grpo.losses.tokens import LossOptions, Tokens
 
 
 def sapo_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
-    """SAPO (arXiv:2511.20347, eq. 5 and 6), per token: -(4 / tau) sigmoid(tau (r - 1)) A; (B,T).
+    """SAPO (arXiv:2511.20347), per token: -(4 / tau) sigmoid(tau (r - 1)) A; (B,T).
 
     tau is ``sapo_temperature_pos`` where A > 0, ``sapo_temperature_neg`` elsewhere. At r = 1 the gradient is
     REINFORCE's; away from it, on either side, it fades.
