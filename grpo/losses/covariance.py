@@ -39,7 +39,7 @@ def kl_cov_selection(step: StepTokens, options: LossOptions, generator: torch.Ge
 
 
 def kl_cov_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
-    """KL-Cov (arXiv:2505.22617), per token: -r A, plus ``ppo_kl_coef`` |log pi - log pi_old| at the tokens selected; (B,T).
+    """KL-Cov (arXiv:2505.22617), per token: -r A, plus ``ppo_kl_coef`` |log pi - log pi_old| at those selected; (B,T).
 
     Nothing is clipped. The penalty, as in the authors' code the absolute log-ratio, has no gradient where the policy is
     still the old one: it acts from the second update of a rollout on.

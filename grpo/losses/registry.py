@@ -1,4 +1,25 @@
-"""Every loss type by its name, and the way to one in a file of the user's own."""
+"""Every loss type by its name, and the way to one in a file of the user's own.
+
+An entry's objective has the formula of a token in its docstring. Around it, over valid tokens and sequences alone:
+
+    name          sum over                      divided by the step's   deviates from its source in
+    grpo          tokens' mean, sequences       sequences               no KL unless beta is set (0.04 in the paper)
+    dr_grpo       tokens                        sequences x max length  -
+    dapo          tokens                        tokens                  tokens of the optimizer step, not of a group
+    bnpo          tokens' mean, micro-batches   micro-batches           -
+    gspo          tokens' mean, sequences       sequences               epsilon is not the paper's 3e-4, 4e-4 by itself
+    luspo         tokens                        sequences               -
+    cispo         tokens                        tokens                  the bound is epsilon_high itself, as in TRL
+    sapo          tokens' mean, sequences       sequences               -
+    vespo         tokens                        tokens                  log w cut to [log 1e-8, 20], as in TRL
+    reinforce     tokens                        sequences               -
+    rloo          completions                   sequences               a clip, as in TRL, for several updates
+    reinforce_pp  tokens                        tokens                  the group's baseline; KL summed per completion
+    clip_cov      tokens                        tokens                  selects in the step, not in a micro-batch
+    kl_cov        tokens                        tokens                  the same
+
+"tokens' mean, sequences" is the sum over sequences of their means over tokens.
+"""
 
 from __future__ import annotations
 
