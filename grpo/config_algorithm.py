@@ -134,7 +134,7 @@ class AlgorithmConfig(Section):
     importance_sampling_clip_max: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0
     """Largest ratio: a larger one counts as this one (truncate), or its tokens give no gradient (mask)."""
     importance_sampling_clip_min: BelowOne | None = None
-    """Smallest ratio, likewise; null is off."""
+    """Smallest ratio, likewise; null is off. `token_mask` between 0.5 and 5 is IcePop."""
 
     @property
     def kl_in_loss(self) -> bool:

@@ -174,6 +174,36 @@ def test_spread_of_the_ratio(tiny_model: Path, tmp_path: Path) -> None:
     assert found["sampling/effective_sample_size"] == pytest.approx(share, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "names"),
+    [
+        ("dapo", {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}),
+        ("rloo", {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}),
+        ("cispo", {"cispo_clip_ratio"}),
+        ("vespo", {"vespo/phi_seq_mean"}),
+        ("kl_cov", {"kept_tokens"}),
+        ("sapo", set()),
+    ],
+)
+def test_what_a_loss_logs(tiny_model: Path, tmp_path: Path, loss_type: str, names: set[str]) -> None:
+    """TRL's names, means that lie where they can."""
+    recipe = make_recipe(tiny_model, algorithm={"loss_type": loss_type})
+    found = step(make_policy(tiny_model), near_the_policy(tiny_model), tmp_path, recipe)
+    common = {"loss", "grad_norm", "entropy"}
+    assert {name for name in found if not name.startswith("sampling/")} == common | names
+    assert all(0 <= found[name] <= 1.2 for name in names)
+    if "vespo/phi_seq_mean" in names:  # of sequences, not of tokens
+        phis = []
+        policy = make_policy(tiny_model)
+        batch = [s for s in near_the_policy(tiny_model) if s.valid and s.advantage]
+        now = precompute_logprobs(policy, batch, recipe.training, temperature=TEMPERATURE, reference=False)
+        for s, n in zip(batch, now, strict=True):
+            w = float(np.exp(np.sum(n.old_logprobs) - np.sum(s.old_logprobs)))
+            k, decay = (2.0, 3.0) if s.advantage >= 0 else (3.0, 2.0)
+            phis.append(np.exp(decay) * w**k * np.exp(-decay * w))
+        assert found["vespo/phi_seq_mean"] == pytest.approx(np.mean(phis), rel=1e-3)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_kl_in_the_reward_is_the_completion_s_sum(tiny_model: Path, estimator: str) -> None:
     algorithm = {"beta": 0.2, "kl_in_reward": True, "kl_estimator": estimator}

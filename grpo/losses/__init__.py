@@ -9,9 +9,9 @@ Signs: everything here is a loss to be minimized. Shapes are (B,T) with a float 
 (B,1) where a number belongs to a sequence. Logarithms are natural.
 """
 
+from grpo.losses.assembly import policy_loss
 from grpo.losses.entropy import EntropyControl, entropy_bonus, next_entropy_control, top_entropy_kept
 from grpo.losses.kl import kl_estimate
-from grpo.losses.policy_loss import policy_loss
 from grpo.losses.registry import LOSSES, find_loss, loss
 from grpo.losses.sampler import importance_metrics, importance_ratio, importance_weights, off_policy_kept
 from grpo.losses.tokens import MAX_LOG_RATIO, Counts, LossOptions, LossType, StepTokens, Tokens
