@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.setup-done
+PARITY_VENV := .venv-parity
+PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-vllm fuzz bench lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-vllm fuzz bench parity lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +61,19 @@ bench: setup smollm2 ## measure, small sizes (15 minutes): rewards, rollout, upd
 	$(BIN)/python -m benchmarks.update
 	$(BIN)/python -m benchmarks.vs_trl --prompts 2 --steps 2 --rows "same work"
 
+# Of its own, so that what is compared with is the TRL of constraints.txt whatever .venv has.
+$(PARITY_STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or newer, or set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $$($(PYTHON) --version) is too old: TRL needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools torch
+	$(PARITY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+parity: $(PARITY_STAMP) ## every loss beside TRL's own code, or plain loops from the paper: the table in docs/algorithms.md
+	$(PARITY_VENV)/bin/python -m tests.parity
+
 lint: setup ## style, formatting, imports between the rooms, types of the public surface
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,4 +108,4 @@ wheel-check: wheel ## install the wheel in an empty environment and run the smok
 	tests/wheel_check.sh dist/*.whl
 
 clean: ## remove what was built and the environments (runs and models stay)
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

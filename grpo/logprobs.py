@@ -3,7 +3,8 @@
 Logits are the largest tensor of a language model's update: 16 sequences of 1,024 tokens over 152,000 words are 10 GB in
 float32, before their gradient. Here they exist for one chunk of positions at a time, in the forward and, computed
 again, in the backward pass, where they are overwritten by their gradient, g (onehot - p) / temperature. The first few
-chunks are kept instead of computed again: a constant amount, so memory does not grow with tokens x vocabulary.
+chunks are kept instead of computed again: a constant amount, so memory does not grow with tokens x vocabulary. The
+gradient of the entropies, -p (log p + H) / temperature, is added in the same pass where it is wanted.
 
 On a CPU the time beside the matrix products is that of passing through memory. So each chunk is read once in the
 forward pass and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+
+from grpo.truncation import Truncation, truncate
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -49,19 +52,51 @@ def token_logprobs(
     require them. Logits are divided by ``temperature``, so that the result describes the distribution that sampling at
     that temperature draws from. Entropies carry no gradient.
     """
+    return token_statistics(
+        hidden_NH, targets_N, head, vocab_size=vocab_size, temperature=temperature, parameters=parameters
+    )[:2]
+
+
+def token_statistics(
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: Head,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    parameters: Iterable[torch.Tensor] = (),
+    entropy_gradient: bool = False,
+    truncation: Truncation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``token_logprobs``, with entropies that carry a gradient if asked to, and as a third (N,), without gradient, the
+    log of the probability that ``truncation`` leaves: what a token's log-probability is less than that of a sampler
+    which draws from what is left. 0 without truncation.
+    """
     trained = [p for p in parameters if p.requires_grad]
     learns = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(trained))
-    return _TokenLogprobs.apply(hidden_NH, targets_N, head, vocab_size, temperature, learns, *trained)
+    options = _Options(head, vocab_size, temperature, learns, entropy_gradient, truncation or Truncation())
+    return _TokenStatistics.apply(hidden_NH, targets_N, options, *trained)
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class _Options(NamedTuple):
+    head: Head
+    vocab_size: int
+    temperature: float
+    learns: bool
+    entropy_gradient: bool
+    truncation: Truncation
+
+
+class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, targets_N, head: Head, vocab_size: int, temperature: float, learns: bool, *trained):
+    def forward(ctx, hidden_NH, targets_N, options: _Options, *trained):
+        head, vocab_size, temperature, learns, entropy_gradient, truncation = options
         device = hidden_NH.device.type
         sizes = CPU_SIZES if device == "cpu" else ACCELERATOR_SIZES
         rows = max(1, sizes.chunk // vocab_size)
         N = len(targets_N)
         logps_N, entropy_N, normalizer_N = (hidden_NH.new_empty(N, dtype=torch.float32) for _ in range(3))
+        log_left_N = hidden_NH.new_zeros(N, dtype=torch.float32)
         kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by its first position, a chunk's input and logits
         for start in range(0, N, rows):
             piece = slice(start, min(start + rows, N))
@@ -73,24 +108,29 @@ class _TokenLogprobs(torch.autograd.Function):
                 kept[start] = hidden_nH, logits_nV
             for tile, buffer_rV in _tiles(logits_nV.detach(), sizes.tile):
                 at = slice(start + tile.start, start + tile.stop)
-                logps_N[at], entropy_N[at], normalizer_N[at] = _measure(
-                    buffer_rV.copy_(logits_nV.detach()[tile]).div_(temperature), targets_N[at]
-                )
+                buffer_rV.copy_(logits_nV.detach()[tile]).div_(temperature)
+                if truncation:
+                    log_left_N[at] = truncate(buffer_rV, **truncation._asdict()).logsumexp(1)
+                logps_N[at], entropy_N[at], normalizer_N[at] = _measure(buffer_rV, targets_N[at])
             del hidden_nH, logits_nV
-        ctx.save_for_backward(hidden_NH, targets_N, normalizer_N, *trained)
+        if truncation:
+            log_left_N = (log_left_N - normalizer_N).clamp(max=0.0)
+        ctx.save_for_backward(hidden_NH, targets_N, normalizer_N, entropy_N, *trained)
         ctx.head, ctx.temperature, ctx.kept, ctx.rows, ctx.tile = head, temperature, kept, rows, sizes.tile
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.mark_non_differentiable(entropy_N)
-        return logps_N, entropy_N
+        ctx.entropy_gradient = entropy_gradient
+        ctx.mark_non_differentiable(log_left_N, *([] if entropy_gradient else [entropy_N]))
+        return logps_N, entropy_N, log_left_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_N, _):
-        hidden_NH, targets_N, normalizer_N, *trained = ctx.saved_tensors
+    def backward(ctx, grad_N, entropy_grad_N, _):
+        hidden_NH, targets_N, normalizer_N, entropy_N, *trained = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
         grad_hidden_NH = torch.empty_like(hidden_NH)
         grads = [torch.zeros_like(p) for p in trained]
         scale_N = grad_N / ctx.temperature
+        entropy_scale_N = entropy_grad_N / ctx.temperature if ctx.entropy_gradient else None
         for start in range(0, len(targets_N), ctx.rows):
             piece = slice(start, min(start + ctx.rows, len(targets_N)))
             hidden_nH, logits_nV = ctx.kept.pop(start, (None, None))
@@ -102,7 +142,12 @@ class _TokenLogprobs(torch.autograd.Function):
             for tile, buffer_rV in _tiles(overwritten_nV, ctx.tile):
                 at = slice(start + tile.start, start + tile.stop)
                 buffer_rV.copy_(overwritten_nV[tile]).div_(ctx.temperature)
-                buffer_rV.sub_(normalizer_N[at, None]).exp_().mul_(-scale_N[at, None])
+                buffer_rV.sub_(normalizer_N[at, None])
+                if entropy_scale_N is None:
+                    buffer_rV.exp_().mul_(-scale_N[at, None])
+                else:
+                    factor_rV = (buffer_rV + entropy_N[at, None]).mul_(entropy_scale_N[at, None])
+                    buffer_rV.exp_().mul_(factor_rV.add_(scale_N[at, None]).neg_())
                 buffer_rV.scatter_add_(1, targets_N[at, None], scale_N[at, None])
                 overwritten_nV[tile] = buffer_rV
             found = torch.autograd.grad(logits_nV, [hidden_nH, *trained], overwritten_nV)
@@ -110,7 +155,7 @@ class _TokenLogprobs(torch.autograd.Function):
             for total, grad in zip(grads, found[1:], strict=True):
                 total += grad
             del hidden_nH, logits_nV, overwritten_nV, found
-        return grad_hidden_NH, None, None, None, None, None, *grads
+        return grad_hidden_NH, None, None, *grads
 
 
 def _measure(logits_rV: torch.Tensor, targets_r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -155,7 +155,7 @@ def collate(
     predicts_BT = torch.zeros((B, T), dtype=torch.long)
     completion_mask_BT = torch.zeros((B, T), dtype=torch.bool)
     mask_BT = torch.zeros((B, T))
-    names = ["sampler_logprobs", "old_logprobs", "ref_logprobs"]
+    names = ["sampler_logprobs", "old_logprobs", "ref_logprobs", "kept"]
     logps_BT = {name: torch.zeros((B, T)) for name in names if getattr(micro_batch[0], name) is not None}
     for i, s in enumerate(micro_batch):
         length = len(s.completion_ids)
@@ -178,6 +178,7 @@ def collate(
         sampler_logps_BT=logps_BT["sampler_logprobs"],
         old_logps_BT=logps_BT.get("old_logprobs"),
         ref_logps_BT=logps_BT.get("ref_logprobs"),
+        kept_BT=logps_BT.get("kept"),
     )
 
 

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from grpo.config import Recipe
 from grpo.loading import DTYPES, add_adapters, load_weights
+from grpo.losses import EntropyControl
 from grpo.optimizer import make_optimizer
 from grpo.packed_check import why_padded
 from grpo.packing import collate
 from grpo.randomness import Stream, key
 from grpo.scored_lm import ScoredLM
+from grpo.truncation import Truncation
 from grpo.types import Batch, Sequence
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Policy:
     ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
     ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones; ``micro_batch_limit`` how
     many tokens were found to fit in a micro-batch (``micro_batch_size``), None while only the recipe says so.
+    ``entropy_control`` is the entropy bonus's coefficient as it stands.
     Trained weights are float32; ``compute_dtype`` bfloat16 computes under autocast. With LoRA the frozen weights are
     held in the compute type and the adapters in float32.
     """
@@ -53,6 +56,8 @@ class Policy:
         self.device = accelerator.device
         self.max_grad_norm = recipe.optimizer.max_grad_norm
         self.is_lora = recipe.model.lora is not None
+        self.truncation = Truncation(recipe.rollout.top_k, recipe.rollout.top_p, recipe.rollout.min_p)
+        self.entropy_control = EntropyControl(recipe.algorithm.entropy_coef)
 
         torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
         causal_lm = load_weights(recipe.model, self.compute_dtype if self.is_lora else torch.float32)
@@ -108,7 +113,16 @@ class Policy:
     def logprobs(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (with gradient where enabled) and entropies of a micro-batch, (B,T)."""
         with self.autocast():
-            return self.model(batch, temperature)
+            logps_BT, entropy_BT, _ = self.model(batch, temperature)
+        return logps_BT, entropy_BT
+
+    def statistics(
+        self, batch: Batch, temperature: float, *, entropy_gradient: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same, entropies with gradient if asked to, and the log of the probability that the rollout's top-k, top-p
+        and min-p leave of each distribution."""
+        with self.autocast():
+            return self.model(batch, temperature, entropy_gradient, self.truncation)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:

@@ -9,7 +9,8 @@ from torch import nn
 
 import grpo.prefix_attention  # noqa: F401  a model's attention must know packed rows before one is given to it
 from grpo.errors import RunError
-from grpo.logprobs import token_logprobs
+from grpo.logprobs import token_statistics
+from grpo.truncation import Truncation
 from grpo.types import Batch
 
 if TYPE_CHECKING:
@@ -47,22 +48,29 @@ class ScoredLM(nn.Module):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
-    def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies (B,T), 0 outside the completion mask."""
+    def forward(
+        self,
+        batch: Batch,
+        temperature: float,
+        entropy_gradient: bool = False,
+        truncation: Truncation | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities, entropies and what ``truncation`` leaves of each distribution (``token_statistics``),
+        (B,T), 0 outside the completion mask."""
         hidden_RNH = self.hidden_states(batch)
-        logps_M, entropy_M = token_logprobs(
+        of_tokens = token_statistics(
             hidden_RNH.flatten(0, 1).index_select(0, batch.predicts_BT[batch.completion_mask_BT]),
             batch.completion_ids_BT[batch.completion_mask_BT],
             self.head,
             vocab_size=self.vocab_size,
             temperature=temperature,
             parameters=self.causal_lm.get_output_embeddings().parameters(),
+            entropy_gradient=entropy_gradient,
+            truncation=truncation,
         )
         zeros_BT = torch.zeros_like(batch.mask_BT)
-        return (
-            zeros_BT.masked_scatter(batch.completion_mask_BT, logps_M),
-            zeros_BT.masked_scatter(batch.completion_mask_BT, entropy_M.detach()),
-        )
+        logps_BT, entropy_BT, log_left_BT = (zeros_BT.masked_scatter(batch.completion_mask_BT, x) for x in of_tokens)
+        return logps_BT, entropy_BT, log_left_BT
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """The last hidden states of the batch's tokens, (R,N,H)."""

@@ -21,6 +21,7 @@ from grpo.backends.base import Backend
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
+from grpo.losses import find_loss
 from grpo.metrics import completion_metrics, reward_metrics, rewards_array, rollout_rows
 from grpo.optimizer import learning_rate
 from grpo.policy import Policy
@@ -45,11 +46,12 @@ from grpo.session import (
 from grpo.tracking import Tracker
 from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
 from grpo.types import Group
-from grpo.update import optimizer_step, precompute_logprobs, to_sequences
+from grpo.update import less_kl, optimizer_step, precompute_logprobs, to_sequences
 
 
 def train(recipe: Recipe, resume: bool | str = False) -> None:
     """Run a ``stage: grpo`` recipe to its end, or from a checkpoint on (``resume``: True for the newest, or a path)."""
+    find_loss(recipe.algorithm.loss_type)  # a file of the user's own: its mistakes come before any waiting
     accelerator = make_accelerator(recipe)
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
@@ -124,7 +126,8 @@ def train_step(
         scoring.finish()
         groups = gather_object(groups)  # every process now holds the whole step, in the order of prompts
 
-    rewards_PG = rewards_array(groups)
+    with clock("train"):
+        rewards_PG, kl_metrics = less_kl(rewards_array(groups), policy, groups, recipe)
     advantages_PG = group_advantages(
         rewards_PG, scale_rewards=recipe.algorithm.scale_rewards, baseline=recipe.algorithm.baseline
     )
@@ -140,7 +143,7 @@ def train_step(
     progress.rollout_ahead = None  # if there was one, this step has used it
     progress.num_tokens += generated + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
     metrics = reward_metrics(groups) | completion_metrics(groups) | mean_over_updates(updates)
-    metrics |= {"learning_rate": rate, "num_tokens": float(progress.num_tokens)}
+    metrics |= kl_metrics | {"learning_rate": rate, "num_tokens": float(progress.num_tokens)}
     try:
         with clock("sync"):
             metrics |= backend.sync(policy, progress.step)
@@ -167,7 +170,7 @@ def update(
     sequences = to_sequences(groups, advantages_PG.tolist(), algorithm)
     if algorithm.num_iterations * algorithm.num_minibatches > 1:
         sequences = precompute_logprobs(
-            policy, sequences, training, temperature=temperature, reference=algorithm.beta > 0
+            policy, sequences, training, temperature=temperature, reference=algorithm.kl_in_loss
         )
     size = len(sequences) // algorithm.num_minibatches
     return [

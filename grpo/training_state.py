@@ -14,6 +14,7 @@ import torch
 
 from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, set_aside_newer
 from grpo.config import Recipe
+from grpo.losses import EntropyControl
 from grpo.policy import Policy
 from grpo.same_run import check_same_run, run_identity
 
@@ -24,7 +25,7 @@ log = logging.getLogger("grpo")
 class Progress:
     """Where a run stands. ``seconds`` is time spent in steps; ``metrics_offset`` the bytes of metrics.jsonl so far;
     ``rollout_ahead`` the completions of the next step, where they were sampled before the checkpoint;
-    ``micro_batch_limit`` the policy's."""
+    ``micro_batch_limit`` and ``entropy_control`` (coefficient, entropy) the policy's."""
 
     step: int = 0
     num_tokens: int = 0
@@ -32,6 +33,7 @@ class Progress:
     metrics_offset: int = 0
     rollout_ahead: list[dict[str, Any]] | None = None
     micro_batch_limit: int | None = None
+    entropy_control: tuple[float, float] | None = None
 
 
 def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress)
         tensors["reference"] = policy.reference.causal_lm.state_dict()
     optimizer = policy.optimizer_state()
     progress.micro_batch_limit = policy.micro_batch_limit
+    progress.entropy_control = (policy.entropy_control.coef, policy.entropy_control.entropy)
     if policy.accelerator.is_main_process:
         save_checkpoint(
             folder / "checkpoints",
@@ -86,4 +89,6 @@ def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress
     progress = Progress(**checkpoint.states["progress"])
     if checkpoint.manifest["recipe"]["training"]["micro_batch_tokens"] == recipe.training.micro_batch_tokens:
         policy.micro_batch_limit = progress.micro_batch_limit  # the same sums in the same order
+    if progress.entropy_control is not None:
+        policy.entropy_control = EntropyControl(*progress.entropy_control)
     return progress

@@ -102,6 +102,7 @@ class Sequence:
     valid: bool = True  # False: left out of loss and denominators (truncated and masked, or unscorable)
     old_logprobs: list[float] | None = None
     ref_logprobs: list[float] | None = None
+    kept: list[float] | None = None  # 0 at tokens that a selection took out, else 1; None without one
     weight: float = 1.0
 
     def __len__(self) -> int:
@@ -132,7 +133,8 @@ class Batch:
     Those are R rows of N: one row of packed tokens as ``layout`` describes it, or, where there is none, B padded rows
     of a prompt and a completion each. ``predicts_BT`` says behind which of the R x N tokens a completion's token is
     predicted: the one before it. ``mask_BT`` is 1.0 at tokens that count, else 0.0. ``old_logps_BT`` is None when
-    on-policy (the current logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0.
+    on-policy (the current logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0, ``kept_BT``
+    where no selection of tokens was made.
     """
 
     input_ids_RN: torch.Tensor
@@ -145,3 +147,4 @@ class Batch:
     sampler_logps_BT: torch.Tensor
     old_logps_BT: torch.Tensor | None = None
     ref_logps_BT: torch.Tensor | None = None
+    kept_BT: torch.Tensor | None = None

@@ -10,19 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate.utils import gather_object
 
-from grpo.config import AlgorithmConfig, TrainingConfig
+from grpo.config import AlgorithmConfig, Recipe, TrainingConfig
 from grpo.errors import RunError
-from grpo.losses import Counts, importance_metrics, importance_ratio, importance_weights, policy_loss
+from grpo.losses import (
+    Counts,
+    LossOptions,
+    entropy_bonus,
+    find_loss,
+    importance_metrics,
+    importance_ratio,
+    importance_weights,
+    kl_estimate,
+    next_entropy_control,
+    policy_loss,
+)
 from grpo.micro_batch_size import fitting, within_memory
-from grpo.packing import MicroBatch, plan_micro_batches
 from grpo.policy import Policy
+from grpo.precompute import plan_for, precompute_logprobs, score_sequences, select_tokens, selects_tokens
 from grpo.types import Batch, Group, Sequence, Status
+
+__all__ = ["backward", "less_kl", "optimizer_step", "plan_for", "precompute_logprobs", "to_sequences", "with_signal"]
+
+RATIO = "sampling/importance_sampling_ratio"
 
 
 def to_sequences(groups: list[Group], advantages_PG: list[list[float]], algorithm: AlgorithmConfig) -> list[Sequence]:
@@ -45,8 +60,39 @@ def to_sequences(groups: list[Group], advantages_PG: list[list[float]], algorith
 
 
 def with_signal(sequences: list[Sequence], algorithm: AlgorithmConfig) -> list[Sequence]:
-    """The sequences that can change the gradient: a zero advantage contributes only through the KL penalty."""
-    return [s for s in sequences if s.valid and (s.advantage != 0 or algorithm.beta > 0)]
+    """The sequences that can change the gradient: a zero advantage contributes only through the KL penalty, the entropy
+    bonus, or a loss type that says so."""
+    regardless = algorithm.kl_in_loss or algorithm.has_entropy_bonus or find_loss(algorithm.loss_type).without_advantage
+    return [s for s in sequences if s.valid and (s.advantage != 0 or regardless)]
+
+
+def less_kl(
+    rewards_PG: np.ndarray, policy: Policy, groups: list[Group], recipe: Recipe
+) -> tuple[np.ndarray, dict[str, float]]:
+    """With ``kl_in_reward``: the rewards less beta times the completion's KL, and the mean KL of a token.
+
+    The KL is the sum over the completion's tokens of ``kl_estimate``, of the policy before the update
+    (arXiv:2402.14740, and TRL's RLOOTrainer). REINFORCE++ (arXiv:2501.03262) gives a token only the KL of those
+    after it: the same expected gradient, with less variance. Without ``kl_in_reward`` the rewards are as they were.
+    """
+    algorithm = recipe.algorithm
+    if not (algorithm.kl_in_reward and algorithm.beta > 0):
+        return rewards_PG, {}
+    sequences = to_sequences(groups, np.zeros(rewards_PG.shape).tolist(), algorithm)
+    places = [i for i, s in enumerate(sequences) if s.completion_ids and not np.isnan(rewards_PG.flat[i])]
+    scored = score_sequences(
+        policy,
+        [sequences[i] for i in places],
+        recipe.training,
+        temperature=recipe.rollout.temperature,
+        reference=True,
+    )
+    kl_PG = np.zeros(rewards_PG.shape)
+    for i, scores in zip(places, scored, strict=True):
+        logps_T, ref_logps_T = torch.tensor(scores.logprobs), torch.tensor(scores.ref_logprobs)
+        kl_PG.flat[i] = float(kl_estimate(logps_T, ref_logps_T, estimator=algorithm.kl_estimator).double().sum())
+    tokens = sum(len(scores.logprobs) for scores in scored)
+    return rewards_PG - algorithm.beta * kl_PG, {"kl": float(kl_PG.sum()) / max(tokens, 1)}
 
 
 def optimizer_step(
@@ -66,10 +112,13 @@ def optimizer_step(
     move the weights without a gradient) and ``{"skipped": 1}`` returned. Raises RunError on every process, before the
     optimizer's step, where loss or gradient is not finite; the batch is then in ``dump_to``.
     """
-    contributing = with_signal(sequences, algorithm)
-    if not contributing:
-        return {"skipped": 1.0}
     valid = [s for s in sequences if s.valid]
+    if not with_signal(valid, algorithm):
+        return {"skipped": 1.0}
+    if selects_tokens(algorithm):
+        options = loss_options(algorithm)
+        valid = select_tokens(policy, valid, algorithm, training, options, temperature=temperature)
+    contributing = with_signal(valid, algorithm)
 
     def attempt(max_tokens: int) -> tuple[dict[str, float], float]:
         plan = plan_for(policy, contributing, training, max_tokens)
@@ -78,6 +127,7 @@ def optimizer_step(
             sequences=len(valid),
             micro_batches=sum(any(s.weight for s in micro_batch) for share in plan for micro_batch in share),
             max_completion_length=max_completion_length,
+            kept=int(sum(sum(s.kept) for s in valid if s.kept)) if selects_tokens(algorithm) else None,
         )
 
         def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -87,20 +137,37 @@ def optimizer_step(
 
     totals, norm = within_memory(policy, training, attempt)
     policy.step(learning_rate)
-    return _metrics(totals, norm)
+    metrics = _metrics(totals, norm)
+    if algorithm.has_entropy_bonus:
+        metrics["entropy_coef"] = _move_entropy_control(policy, algorithm, metrics["entropy_of_bonus"])
+    return metrics
 
 
-def plan_for(
-    policy: Policy, sequences: list[Sequence], training: TrainingConfig, max_tokens: int
-) -> list[list[MicroBatch]]:
-    """Every process's micro-batches, as this policy computes them."""
-    return plan_micro_batches(
-        sequences,
-        max_tokens=max_tokens,
-        max_sequences=training.micro_batch_size,
-        world_size=policy.accelerator.num_processes,
-        packed=policy.packed,
+def loss_options(algorithm: AlgorithmConfig) -> LossOptions:
+    """The numbers in the losses' formulas, from the keys of the same names."""
+    return LossOptions(**{field.name: getattr(algorithm, field.name) for field in fields(LossOptions)})
+
+
+def _entropy_coef(policy: Policy, algorithm: AlgorithmConfig) -> float:
+    """What the entropy bonus counts in this update."""
+    if algorithm.use_adaptive_entropy:
+        return policy.entropy_control.applied(algorithm.entropy_target)
+    return algorithm.entropy_coef
+
+
+def _move_entropy_control(policy: Policy, algorithm: AlgorithmConfig, entropy: float) -> float:
+    """After an update: the adaptive coefficient for the next one; the fixed one stays."""
+    if not algorithm.use_adaptive_entropy:
+        return algorithm.entropy_coef
+    policy.entropy_control = next_entropy_control(
+        policy.entropy_control,
+        entropy,
+        target=algorithm.entropy_target,
+        delta=algorithm.entropy_coef_delta,
+        low=algorithm.entropy_coef_min,
+        high=algorithm.entropy_coef_max,
     )
+    return policy.entropy_control.coef
 
 
 def backward(
@@ -137,10 +204,12 @@ def _micro_batch_loss(
     policy: Policy, batch: Batch, counts: Counts, algorithm: AlgorithmConfig, temperature: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ref_logps_BT = batch.ref_logps_BT
-    if algorithm.beta > 0 and ref_logps_BT is None:
+    if algorithm.kl_in_loss and ref_logps_BT is None:
         ref_logps_BT = policy.reference_logprobs(batch, temperature)
-    logps_BT, entropy_BT = policy.logprobs(batch, temperature)
-    weights_BT, sampling = _importance_sampling(batch, logps_BT, algorithm)
+    coef = _entropy_coef(policy, algorithm)
+    logps_BT, entropy_BT, log_left_BT = policy.statistics(batch, temperature, entropy_gradient=coef > 0)
+    sampler_logps_BT = comparable(policy, batch, log_left_BT)
+    weights_BT, sampling = _importance_sampling(batch, logps_BT, sampler_logps_BT, algorithm)
     loss, metrics = policy_loss(
         logps_BT,
         batch.old_logps_BT,
@@ -149,28 +218,54 @@ def _micro_batch_loss(
         batch.mask_BT,
         counts,
         loss_type=algorithm.loss_type,
-        beta=algorithm.beta,
-        epsilon=algorithm.epsilon,
-        epsilon_high=algorithm.epsilon_high,
-        delta=algorithm.delta,
+        beta=algorithm.beta if algorithm.kl_in_loss else 0.0,
+        kl_estimator=algorithm.kl_estimator,
+        use_bias_correction_kl=algorithm.use_bias_correction_kl,
+        importance_sampling_level=algorithm.importance_sampling_level,
         weights_BT=weights_BT,
+        kept_BT=batch.kept_BT,
+        sampler_logps_BT=sampler_logps_BT,
+        off_policy_mask_threshold=algorithm.off_policy_mask_threshold,
+        **asdict(loss_options(algorithm)),
     )
-    difference_BT = (logps_BT.detach() - batch.sampler_logps_BT).abs() * batch.mask_BT
-    metrics["entropy"] = (entropy_BT * batch.mask_BT).sum()
+    if algorithm.has_entropy_bonus:
+        kept_BT = batch.mask_BT if batch.kept_BT is None else batch.mask_BT * batch.kept_BT
+        metrics["policy_loss"] = loss.detach()
+        metrics["entropy_of_bonus"] = (entropy_BT.detach() * kept_BT).sum()
+        metrics["entropy_of_bonus/count"] = kept_BT.sum()
+    if coef > 0:
+        loss = loss - coef * entropy_bonus(entropy_BT, batch.mask_BT, batch.kept_BT, counts)
+    difference_BT = (logps_BT.detach() - sampler_logps_BT).abs() * batch.mask_BT
+    metrics["entropy"] = (entropy_BT.detach() * batch.mask_BT).sum()
+    if batch.kept_BT is not None:
+        metrics["kept_tokens"] = (batch.kept_BT * batch.mask_BT).sum()
     metrics["sampling/sampling_logp_difference/mean"] = difference_BT.sum()
     metrics["sampling/sampling_logp_difference/max"] = difference_BT.max()
     return loss, metrics | sampling
 
 
+def comparable(policy: Policy, batch: Batch, log_left_BT: torch.Tensor) -> torch.Tensor:
+    """The sampler's log-probabilities as they compare with the trainer's.
+
+    With top-k, top-p or min-p the sampler's are of what those leave, renormalized; the trainer's of the whole
+    distribution. Adding the log of what the trainer's own distribution leaves makes both of the whole one, so that the
+    ratio is that of the renormalized ones: 1 where engine and trainer agree. ``precompute_logprobs`` has added it where
+    there are old log-probabilities.
+    """
+    if not policy.truncation or batch.old_logps_BT is not None:
+        return batch.sampler_logps_BT
+    return batch.sampler_logps_BT + log_left_BT.detach()
+
+
 def _importance_sampling(
-    batch: Batch, logps_BT: torch.Tensor, algorithm: AlgorithmConfig
+    batch: Batch, logps_BT: torch.Tensor, sampler_logps_BT: torch.Tensor, algorithm: AlgorithmConfig
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """The surrogate's weights (B,T) against the mismatch of sampler and trainer, and their metrics; None without."""
     mode = algorithm.importance_sampling_mode
     if mode is None or mode == "none":  # a recipe's is never None: Recipe fills it in
         return None, {}
     old_logps_BT = logps_BT if batch.old_logps_BT is None else batch.old_logps_BT
-    compared = (old_logps_BT, batch.sampler_logps_BT, batch.mask_BT)
+    compared = (old_logps_BT, sampler_logps_BT, batch.mask_BT)
     weights_BT = importance_weights(
         *compared,
         mode=mode,
@@ -197,16 +292,22 @@ def _over_processes(policy: Policy, sums: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def _metrics(totals: dict[str, float], norm: float) -> dict[str, float]:
-    """Means over tokens of what was summed over tokens; a ``/mean`` that brings a ``/count`` is over that."""
+    """Means over tokens of what was summed over tokens; what brings a ``/count`` is over that."""
     tokens = max(totals.pop("tokens"), 1.0)
     counts = {name.removesuffix("/count"): totals.pop(name) for name in list(totals) if name.endswith("/count")}
     metrics = {"loss": totals.pop("loss"), "grad_norm": norm}
+    metrics |= {name: totals.pop(name) for name in ("policy_loss",) if name in totals}
+    squares = totals.pop(f"{RATIO}/squares", None)
     for name, total in totals.items():
         if name.endswith(("/min", "/max")):
             metrics[name] = total
         else:
             mean = total / max(counts.get(name.removesuffix("/mean"), tokens), 1.0)
             metrics[f"{name}_mean" if name.startswith("clip_ratio/") else name] = mean
+    if squares is not None:
+        square, mean = squares / max(counts[RATIO], 1.0), metrics[f"{RATIO}/mean"]
+        metrics[f"{RATIO}/std"] = math.sqrt(max(square - mean**2, 0.0))
+        metrics["sampling/effective_sample_size"] = min(mean**2 / square, 1.0) if square > 0 else 0.0
     return metrics
 
 
@@ -223,34 +324,3 @@ def _stop_before_step(
         "log-probabilities of -inf, or bfloat16 overflow; resume from the last checkpoint with a lower "
         "optimizer.learning_rate"
     )
-
-
-@torch.no_grad()
-def precompute_logprobs(
-    policy: Policy, sequences: list[Sequence], training: TrainingConfig, *, temperature: float, reference: bool
-) -> list[Sequence]:
-    """The sequences with the rollout policy's log-probabilities (and the reference's), for several updates a rollout.
-
-    Work is split over processes like an update; every process gets all results back.
-    """
-    place_of = {id(s): i for i, s in enumerate(sequences)}
-
-    def attempt(max_tokens: int) -> list[tuple[int, list[float], list[float] | None]]:
-        found = []
-        for micro_batch in plan_for(policy, sequences, training, max_tokens)[policy.accelerator.process_index]:
-            with fitting(policy, micro_batch):
-                batch = policy.collate(micro_batch)
-                logps_BT = policy.logprobs(batch, temperature)[0]
-                ref_logps_BT = policy.reference_logprobs(batch, temperature) if reference else None
-            for row, s in enumerate(micro_batch):
-                if s.weight == 0:
-                    continue
-                span = slice(len(s.completion_ids))
-                ref = ref_logps_BT[row, span].tolist() if ref_logps_BT is not None else None
-                found.append((place_of[id(s)], logps_BT[row, span].tolist(), ref))
-        return found
-
-    result = list(sequences)
-    for i, old, ref in gather_object(within_memory(policy, training, attempt)):
-        result[i] = replace(sequences[i], old_logprobs=old, ref_logprobs=ref)
-    return result

@@ -40,13 +40,13 @@ class RunsOut(torch.autograd.Function):
 
 def holding(policy: Policy, tokens: int, error: Exception) -> Policy:
     """The policy on a machine whose memory holds the backward pass of ``tokens`` tokens."""
-    logprobs = policy.logprobs
+    statistics = policy.statistics
 
-    def limited(batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        logps_BT, entropy_BT = logprobs(batch, temperature)
-        return (RunsOut.apply(logps_BT, error) if batch.input_ids_RN.numel() > tokens else logps_BT), entropy_BT
+    def limited(batch: Batch, temperature: float, **options: bool) -> tuple[torch.Tensor, ...]:
+        logps_BT, *others = statistics(batch, temperature, **options)
+        return (RunsOut.apply(logps_BT, error) if batch.input_ids_RN.numel() > tokens else logps_BT), *others
 
-    policy.logprobs = limited  # type: ignore[method-assign]
+    policy.statistics = limited  # type: ignore[method-assign]
     return policy
 
 
@@ -119,14 +119,14 @@ def test_log_probabilities_that_do_not_fit_are_computed_again_in_halves(
     policy = make_policy(tiny_model)
     training = make_recipe(tiny_model, training={"micro_batch_tokens": 1000}).training
     expected = precompute_logprobs(policy, sequences(), training, temperature=0.9, reference=False)
-    logprobs = policy.logprobs
+    statistics = policy.statistics
 
-    def limited(batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def limited(batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
         if batch.input_ids_RN.numel() > 60:
             raise RuntimeError(CPU)
-        return logprobs(batch, temperature)
+        return statistics(batch, temperature)
 
-    monkeypatch.setattr(policy, "logprobs", limited)
+    monkeypatch.setattr(policy, "statistics", limited)
     found = precompute_logprobs(policy, sequences(), training, temperature=0.9, reference=False)
     for a, b in zip(found, expected, strict=True):
         assert a.old_logprobs == pytest.approx(b.old_logprobs, abs=1e-4)

@@ -62,7 +62,7 @@ def model(config: Any, **keywords: Any) -> ScoredLM:
 def gradients(scored: ScoredLM, batch: list[Sequence], packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities, and the gradient of a sum in which every one has another weight."""
     scored.zero_grad()
-    logps_BT, _ = scored(collate(batch, pad_token_id=0, packed=packed), 0.9)
+    logps_BT = scored(collate(batch, pad_token_id=0, packed=packed), 0.9)[0]
     (logps_BT * torch.arange(logps_BT.numel()).view_as(logps_BT).cos()).sum().backward()
     found = [p.grad.flatten().double() for p in scored.parameters() if p.grad is not None]
     return logps_BT.detach(), torch.cat(found)

@@ -251,8 +251,17 @@ def test_bad_override(write, override, message):
         ("tracking: {tensorboard: yes}", "tracking.tensorboard: expected true or false, got 'yes' (write true)"),
         ("tracking: {tensorboard: 1}", "tracking.tensorboard: expected true or false, got 1"),
         ("tracking: {wandb: true}", "tracking.wandb: must be off, offline or online, got true"),
-        ("algorithm: {loss_type: dr_gpro}", "algorithm.loss_type: must be grpo, dr_grpo, dapo or bnpo, got 'dr_gpro'; "
-         "did you mean dr_grpo?"),
+        ("algorithm: {loss_type: dr_gpro}", "algorithm.loss_type: must be grpo, dr_grpo, dapo, bnpo, gspo, luspo, "
+         "cispo, sapo, vespo, reinforce, rloo, reinforce_pp, clip_cov, kl_cov or a loss of yours as file.py:name, got "
+         "'dr_gpro'; did you mean dr_grpo?"),
+        ("algorithm: {loss_type: rloo, baseline: group}", "algorithm: baseline is leave_one_out with loss_type rloo, "
+         "got group: leave it out, or take another loss_type"),
+        ("algorithm: {loss_type: gspo, importance_sampling_level: token}", "algorithm: importance_sampling_level: gspo "
+         "is of the sequence's ratio; leave it out"),
+        ("algorithm: {loss_type: cispo, epsilon_high: 0.28}", "algorithm: epsilon_high (0.28) bounds the weight "
+         "itself with loss_type cispo: set it above 1 (5.0 in ScaleRL), or leave it out"),
+        ("algorithm: {use_adaptive_entropy: true, entropy_coef: 2.0}", "algorithm: entropy_coef (2.0) must be between "
+         "entropy_coef_min (0.0) and entropy_coef_max (1.0)"),
         ("optimizer: {adam_beta1: 1.0}", "optimizer.adam_beta1: must be below 1, got 1.0. AdamW's first-moment decay."),
         ("optimizer: {learning_rate: 0}",
          "optimizer.learning_rate: must be above 0, got 0. Peak learning rate of AdamW."),

@@ -76,7 +76,7 @@ def test_two_processes_do_not_change_it(
             assert distance(whole[name], found["gradients"][name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
 def test_it_is_the_gradient_of_the_definition(tiny_model: Path, tmp_path: Path, loss_type: str) -> None:
     """Against autograd through transformers' own logits, sequence by sequence, no packing and no chunks; beta is 0, so
     sequences without signal are left out by ours and not by the definition."""
@@ -110,8 +110,11 @@ def test_groups_without_signal_and_invalid_sequences_take_no_part() -> None:
     algorithm = make_recipe(Path("x")).algorithm
     kept = with_signal(sequences(), algorithm)
     assert len(kept) == 5
-    with_kl = with_signal(sequences(), algorithm.model_copy(update={"beta": 0.1}))
-    assert len(with_kl) == 7  # the KL penalty moves those of zero advantage too
+    moves_all = [{"beta": 0.1}, {"entropy_coef": 0.01}, {"use_adaptive_entropy": True}, {"loss_type": "kl_cov"}]
+    for options in moves_all:  # also those of zero advantage
+        assert len(with_signal(sequences(), algorithm.model_copy(update=options))) == 7, options
+    in_reward = algorithm.model_copy(update={"beta": 0.1, "kl_in_reward": True})  # then it is in the advantages
+    assert len(with_signal(sequences(), in_reward)) == 5
 
 
 def test_no_signal_at_all_leaves_weights_and_moments_alone(tiny_model: Path, tmp_path: Path) -> None:

@@ -4,30 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from grpo.truncation import truncate
+
 BLOCK = 256  # tokens
 LARGEST_SHARE = 1 - 2.0**-32  # times a sum in float64, it is less than the sum
-
-
-def truncate(
-    logits_BV: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float | None = None
-) -> torch.Tensor:
-    """Logits (B,V) with the tokens that truncation drops at -inf; in transformers' order: top-k, top-p, min-p."""
-    if 0 < top_k < logits_BV.shape[-1]:
-        kept_BK = logits_BV.topk(top_k, dim=-1).indices
-        logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(1, kept_BK, logits_BV.gather(1, kept_BK))
-    if top_p < 1.0:  # nucleus (arXiv:1904.09751): the smallest set of likeliest tokens with mass >= top_p
-        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-        probabilities_BV = sorted_BV.softmax(-1)
-        before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
-        sorted_BV = sorted_BV.masked_fill(before_BV >= top_p, -torch.inf)
-        logits_BV = torch.empty_like(logits_BV).scatter(1, order_BV, sorted_BV)
-    if min_p:  # arXiv:2407.01082
-        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.amax(-1, keepdim=True) + _log(min_p), -torch.inf)
-    return logits_BV
-
-
-def _log(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float64).log())
 
 
 def sample(

@@ -1,0 +1,99 @@
+"""One micro-batch's share of the step's policy loss: ratio, objective, weights, KL penalty, reduction, denominator."""
+
+from __future__ import annotations
+
+import torch
+
+from grpo.losses.kl import kl_estimate
+from grpo.losses.registry import find_loss
+from grpo.losses.sampler import off_policy_kept
+from grpo.losses.tokens import MAX_LOG_RATIO, Counts, LossOptions, Tokens
+
+
+def policy_ratio(log_ratio_BT: torch.Tensor, mask_BT: torch.Tensor, *, level: str) -> torch.Tensor:
+    """The ratio pi / pi_old that surrogates are made of, (B,T), with gradient.
+
+    token            exp(log_ratio) of each token
+    sequence         s = exp(mean of log_ratio over the sequence's tokens), at each of them (GSPO, arXiv:2507.18071,
+                     eq. 7)
+    sequence_token   sg(s) pi / sg(pi): s in value, its gradient that of the token alone (GSPO-token, eq. 14)
+    """
+    if level != "token":
+        mean_B1 = (log_ratio_BT * mask_BT).sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1.0)
+        if level == "sequence_token":
+            log_ratio_BT = mean_B1.detach() + log_ratio_BT - log_ratio_BT.detach()
+        elif level == "sequence":
+            log_ratio_BT = mean_B1.expand_as(log_ratio_BT)
+        else:
+            raise ValueError(f"level is 'token', 'sequence' or 'sequence_token', not {level!r}")
+    return log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def policy_loss(
+    logps_BT: torch.Tensor,
+    old_logps_BT: torch.Tensor | None,
+    ref_logps_BT: torch.Tensor | None,
+    advantages_B: torch.Tensor,
+    mask_BT: torch.Tensor,
+    counts: Counts,
+    *,
+    loss_type: str = "dapo",
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    use_bias_correction_kl: bool = False,
+    importance_sampling_level: str | None = None,
+    weights_BT: torch.Tensor | None = None,
+    kept_BT: torch.Tensor | None = None,
+    sampler_logps_BT: torch.Tensor | None = None,
+    off_policy_mask_threshold: float | None = None,
+    **options: float | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One micro-batch's share of the step's loss, and sums for the metrics.
+
+    Args:
+        logps_BT: log-probabilities of the tokens under the policy being trained, with gradient; nats.
+        old_logps_BT: the same under the policy that the clip range is around. None means on-policy: the old policy is
+            the current one, the ratio is 1 and its gradient that of the log-probability.
+        ref_logps_BT: the same under the reference model; None where ``beta`` is 0.
+        advantages_B: one advantage a sequence.
+        mask_BT: 1.0 at tokens that count, else 0.0.
+        counts: what the whole optimizer step holds.
+        use_bias_correction_kl: multiply the KL estimate by the ratio, with its gradient.
+        importance_sampling_level: of the ratio; None takes the loss type's.
+        weights_BT: factors of the surrogate (not of the KL penalty, nor in the denominator), finite everywhere:
+            ``importance_weights``. None means 1.
+        kept_BT: 1.0 at tokens that learn, 0.0 at those a selection took out (of the surrogate alone). None keeps all.
+        sampler_logps_BT: what the sampler said, needed for ``off_policy_mask_threshold``.
+        options: those of ``LossOptions``, by name.
+
+    Returns:
+        The loss (a scalar; summed over micro-batches and processes it is the step's loss) and, detached, sums over this
+        micro-batch's tokens: ``tokens``, ``kl``, and what the loss type measures.
+    """
+    variant, numbers = find_loss(loss_type), LossOptions(**options)  # type: ignore[arg-type]
+    # Padding may hold anything, inf and nan included: multiply by the mask only what is finite.
+    valid_BT = mask_BT > 0
+    logps_BT = torch.where(valid_BT, logps_BT, 0.0)
+    old_BT = logps_BT.detach() if old_logps_BT is None else torch.where(valid_BT, old_logps_BT, 0.0)
+    log_ratio_BT = logps_BT - old_BT
+    ratio_BT = policy_ratio(log_ratio_BT, mask_BT, level=importance_sampling_level or variant.level)
+    tokens = Tokens(logps_BT, log_ratio_BT, ratio_BT, advantages_B[:, None], mask_BT, weights_BT, kept_BT)
+
+    loss_BT = variant.objective(tokens, numbers)
+    if weights_BT is not None and not variant.weighs_sampler:
+        loss_BT = loss_BT * weights_BT
+    if kept_BT is not None and not variant.applies_kept:
+        loss_BT = loss_BT * kept_BT
+    metrics = {"tokens": mask_BT.sum()} | variant.measure(tokens, numbers)
+    if off_policy_mask_threshold is not None:
+        assert sampler_logps_BT is not None, "off_policy_mask_threshold compares with sampler_logps_BT"
+        on_policy_B1 = off_policy_kept(
+            advantages_B, logps_BT, sampler_logps_BT, mask_BT, threshold=off_policy_mask_threshold
+        )
+        loss_BT = loss_BT * on_policy_B1
+        metrics["off_policy_masked"] = ((1 - on_policy_B1) * mask_BT).sum()
+    if ref_logps_BT is not None and beta > 0:
+        kl_BT = kl_estimate(logps_BT, torch.where(valid_BT, ref_logps_BT, 0.0), estimator=kl_estimator)
+        metrics["kl"] = (kl_BT.detach() * mask_BT).sum()
+        loss_BT = loss_BT + beta * (kl_BT * ratio_BT if use_bias_correction_kl else kl_BT)
+    return variant.reduce(loss_BT, mask_BT) / max(variant.denominator(counts), 1), metrics

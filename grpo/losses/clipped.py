@@ -1,0 +1,58 @@
+"""Losses that bound the ratio by a hard clip of the surrogate (grpo, dr_grpo, dapo, bnpo, gspo, luspo, rloo, ...)."""
+
+from __future__ import annotations
+
+import torch
+
+from grpo.losses.tokens import MAX_LOG_RATIO, LossOptions, Tokens
+
+
+def clipped_surrogate(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+    """PPO's pessimistic bound (arXiv:1707.06347, eq. 7), per token: -min(r A, clip(r, 1 - e, 1 + e_high) A); (B,T).
+
+    ``delta`` bounds r from above where A < 0, which the plain bound does not (dual clip, arXiv:1912.09729). r is the
+    ratio at the recipe's ``importance_sampling_level``: with ``sequence`` this is GSPO's (arXiv:2507.18071, eq. 5).
+    """
+    return _pessimistic(tokens.ratio_BT, tokens.advantages_B1, options)
+
+
+def completion_surrogate(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+    """The same bound with one ratio a completion, the product over its tokens, at each of them; (B,T).
+
+    REINFORCE leave-one-out (arXiv:2402.14740) takes a completion for one action: on-policy the gradient is
+    -A grad log pi(completion). The clip, for several updates a rollout, is TRL's RLOOTrainer's. The ratio is not that
+    of ``importance_sampling_level``, which is a geometric mean.
+    """
+    return _pessimistic(_completion_ratio(tokens), tokens.advantages_B1, options).expand_as(tokens.ratio_BT)
+
+
+def _completion_ratio(tokens: Tokens) -> torch.Tensor:
+    log_ratio_B1 = (tokens.log_ratio_BT * tokens.mask_BT).sum(1, keepdim=True)
+    return log_ratio_B1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _pessimistic(ratio: torch.Tensor, advantages_B1: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    clipped = ratio.clamp(1 - options.epsilon, 1 + options.high)
+    if options.delta is not None:
+        ratio = ratio.clamp(max=options.delta)
+    return -torch.minimum(ratio * advantages_B1, clipped * advantages_B1)
+
+
+def clip_metrics(tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+    """How many tokens the clip took the gradient from: below (A < 0), above (A > 0), and either."""
+    return _clipped(tokens.ratio_BT.detach(), tokens, options)
+
+
+def completion_clip_metrics(tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+    """The same for the ratio of the completion, still counted in tokens."""
+    return _clipped(_completion_ratio(tokens).detach(), tokens, options)
+
+
+def _clipped(ratio: torch.Tensor, tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+    low_BT = ((ratio < 1 - options.epsilon) & (tokens.advantages_B1 < 0)) * tokens.mask_BT
+    high_BT = ((ratio > 1 + options.high) & (tokens.advantages_B1 > 0)) * tokens.mask_BT
+    return {
+        "clip_ratio/low": low_BT.sum(),
+        "clip_ratio/high": high_BT.sum(),
+        "clip_ratio/region": low_BT.sum() + high_BT.sum(),
+    }

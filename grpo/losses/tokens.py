@@ -1,0 +1,145 @@
+"""What a loss is made of: the tokens it sees, its options, what it is divided by, and its entry in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range and far inside float32
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an optimizer step holds, over all micro-batches and processes; truncated-and-masked or unscorable ones and
+    padding are not counted, groups without signal are. ``kept`` are the tokens that a selection leaves (all of them,
+    where None): the entropy bonus is divided by it."""
+
+    tokens: int
+    sequences: int
+    micro_batches: int
+    max_completion_length: int
+    kept: int | None = None
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The numbers in the losses' formulas, by the recipe's names (``config_algorithm`` says what each is)."""
+
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    sapo_temperature_neg: float = 1.05
+    sapo_temperature_pos: float = 1.0
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    clip_cov_ratio: float = 0.0002
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 0.0002
+    ppo_kl_coef: float = 1.0
+
+    @property
+    def high(self) -> float:
+        """Clip range above."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A micro-batch as an objective sees it; finite everywhere, whatever lay under the mask.
+
+    ``log_ratio_BT`` is log pi - log pi_old of each token; ``ratio_BT`` its exponential at the recipe's
+    ``importance_sampling_level``, with gradient. On-policy both old and current are the same numbers: the ratio is 1
+    and its gradient that of the log-probability. ``sampler_weights`` (B,T) or (B,1) make up for the sampler
+    (``policy_loss`` applies them, unless the loss type says it does so itself); ``kept_BT`` is 0 at tokens that a
+    selection took out, None without one.
+    """
+
+    logps_BT: torch.Tensor
+    log_ratio_BT: torch.Tensor
+    ratio_BT: torch.Tensor
+    advantages_B1: torch.Tensor
+    mask_BT: torch.Tensor
+    sampler_weights: torch.Tensor | None = None
+    kept_BT: torch.Tensor | None = None
+
+
+class StepTokens(NamedTuple):
+    """All valid tokens of an optimizer step in a row (M of them), without gradient: what selections choose among."""
+
+    logps_M: torch.Tensor
+    log_ratio_M: torch.Tensor
+    entropies_M: torch.Tensor
+    advantages_M: torch.Tensor
+
+
+Objective = Callable[[Tokens, LossOptions], torch.Tensor]
+Selection = Callable[[StepTokens, LossOptions, torch.Generator], torch.Tensor]
+Measure = Callable[[Tokens, LossOptions], dict[str, torch.Tensor]]
+
+
+def nothing_measured(tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+    """No metrics of its own."""
+    return {}
+
+
+@dataclass(frozen=True)
+class LossType:
+    """One entry of the registry: the three functions of the package's docstring, and where they come from.
+
+    ``level`` is the importance ratio's level where the recipe names none; ``measure`` gives sums over the micro-batch
+    for the metrics; ``select`` chooses tokens of the whole step beforehand (1 kept, 0 selected), which costs a forward
+    pass. ``weighs_sampler``: the objective applies ``sampler_weights`` itself. ``applies_kept``: it does so with
+    ``kept_BT``. ``without_advantage``: sequences of advantage 0 have a gradient, so they are not left out.
+    """
+
+    objective: Objective
+    reduce: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    denominator: Callable[[Counts], float]
+    source: str
+    level: str = "token"
+    measure: Measure = nothing_measured
+    select: Selection | None = None
+    weighs_sampler: bool = False
+    applies_kept: bool = False
+    without_advantage: bool = False
+
+
+def sequence_means(loss_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Sum over sequences of their mean over tokens: every sequence weighs the same, so long ones weigh less a token."""
+    return ((loss_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1.0)).sum()
+
+
+def token_sum(loss_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens: every token weighs the same."""
+    return (loss_BT * mask_BT).sum()
+
+
+def micro_batch_mean(loss_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Mean over this micro-batch's tokens."""
+    return (loss_BT * mask_BT).sum() / mask_BT.sum().clamp(min=1.0)
+
+
+def by_tokens(counts: Counts) -> float:
+    """Valid tokens of the step."""
+    return counts.tokens
+
+
+def by_sequences(counts: Counts) -> float:
+    """Valid sequences of the step."""
+    return counts.sequences
+
+
+def by_longest(counts: Counts) -> float:
+    """Valid sequences of the step times ``max_completion_length``: a constant, whatever lengths were sampled."""
+    return counts.sequences * counts.max_completion_length
+
+
+def by_micro_batches(counts: Counts) -> float:
+    """Micro-batches of the step that are not padding."""
+    return counts.micro_batches
