@@ -94,9 +94,13 @@ class Task:
     # --- order
 
     def train_rows(self, step: int) -> list[int]:
-        """Rows at positions ``[step * P, (step + 1) * P)`` of the endless stream of epochs, each all rows once."""
+        """The rows of the step that follows ``step`` completed ones, where each takes ``prompts_per_step``."""
+        return self.rows_at(step * self.recipe.training.prompts_per_step)
+
+    def rows_at(self, start: int) -> list[int]:
+        """A step's number of rows from position ``start`` on in the endless stream of epochs, each all rows once."""
         size = self.recipe.training.prompts_per_step
-        epoch, offset = divmod(step * size, len(self.train))
+        epoch, offset = divmod(start, len(self.train))
         positions = self._epoch_order(epoch)[offset : offset + size].tolist()
         if len(positions) < size:
             positions += self._epoch_order(epoch + 1)[: size - len(positions)].tolist()
