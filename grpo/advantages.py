@@ -46,8 +46,9 @@ def group_advantages(rewards_PG: np.ndarray, *, scale_rewards: str = "group", ba
     (REINFORCE++, arXiv:2501.03262); ``none`` nothing (REINFORCE).
     ``scale_rewards``: ``group`` divides by the group's standard deviation (GRPO), ``batch`` by that of all rewards of
     the step (arXiv:2508.08221; with ``baseline: group`` also REINFORCE++-baseline), ``none`` by nothing (Dr. GRPO,
-    arXiv:2503.20783). Deviations are over n - 1, and STD_OFFSET is added to them. A group's deviation goes with a
-    baseline of the group's alone: a group of equal rewards would be divided by next to nothing.
+    arXiv:2503.20783). Deviations are over n - 1, and STD_OFFSET is added to them. Where equal rewards are not 0 after
+    the baseline they must not be divided by their deviation: a group's goes with a baseline of the group, a step's with
+    any but ``none``.
 
     A group whose rewards are all equal gets exactly 0 with the baselines of its group, whatever the rounding of its
     mean; with ``batch`` only a step whose rewards are all equal.
@@ -69,9 +70,9 @@ def group_advantages(rewards_PG: np.ndarray, *, scale_rewards: str = "group", ba
     else:
         raise ValueError(f"baseline is 'group', 'leave_one_out', 'batch' or 'none', not {baseline!r}")
 
+    if (scale_rewards, baseline) in (("group", "batch"), ("group", "none"), ("batch", "none")):
+        raise ValueError(f"scale_rewards {scale_rewards!r} does not go with baseline {baseline!r}")
     if scale_rewards == "group":
-        if baseline in ("batch", "none"):
-            raise ValueError(f"scale_rewards 'group' does not go with baseline {baseline!r}")
         advantages_PG = centered_PG / (_std_P1(rewards_PG, scored_PG) + STD_OFFSET)
     elif scale_rewards == "batch":
         advantages_PG = centered_PG / (_std_P1(step_1S, scored_1S) + STD_OFFSET)

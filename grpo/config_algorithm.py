@@ -63,10 +63,10 @@ class AlgorithmConfig(Section):
 
     def _advantage_problems(self) -> list[str]:
         problems = []
-        if self.baseline in ("batch", "none") and self.scale_rewards == "group":
+        if (self.baseline, self.scale_rewards) in (("batch", "group"), ("none", "group"), ("none", "batch")):
             problems.append(
-                f"baseline ({self.baseline}) cannot be used with scale_rewards: group, which would divide a group of "
-                "equal rewards by 0; set scale_rewards to batch or none"
+                f"baseline ({self.baseline}) cannot be used with scale_rewards: {self.scale_rewards}, which would divide "
+                f"equal rewards by 0; set scale_rewards to {'batch or none' if self.baseline == 'batch' else 'none'}"
             )
         if self.multi_objective_aggregation == "normalize_then_sum":
             problems += [
