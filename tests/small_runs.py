@@ -44,6 +44,7 @@ def small_run(
     model: Path,
     folder: Path,
     patch: pytest.MonkeyPatch,
+    /,
     *,
     fails_at: int | None = None,
     resume: bool = False,
