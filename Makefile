@@ -7,7 +7,7 @@ VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-vllm fuzz bench lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-vllm fuzz bench algorithms lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -58,6 +58,9 @@ bench: setup smollm2 ## measure, small sizes (15 minutes): rewards, rollout, upd
 	$(BIN)/python -m benchmarks.rollout --prompts 4 --rounds 2 --check 16
 	$(BIN)/python -m benchmarks.update
 	$(BIN)/python -m benchmarks.vs_trl --prompts 2 --steps 2 --rows "same work"
+
+algorithms: setup ## the demo under every variant of the loss, two seeds each (an hour): docs/results/algorithms.md
+	$(BIN)/python -m benchmarks.algorithms
 
 lint: setup ## style, formatting, imports between the rooms, types of the public surface
 	$(BIN)/ruff check .

@@ -17,14 +17,17 @@ from grpo.types import Group
 STD_OFFSET = 1e-4  # TRL's; keeps a nearly constant group from exploding
 
 
-def step_advantages(groups: list[Group], weights_F: list[float], algorithm: AlgorithmConfig) -> np.ndarray:
-    """Advantages (P,G) of scored groups; ``weights_F`` are those of the reward functions, in the recipe's order."""
+def step_advantages(
+    rewards_PG: np.ndarray, groups: list[Group], weights_F: list[float], algorithm: AlgorithmConfig
+) -> np.ndarray:
+    """Advantages (P,G) of scored groups. ``rewards_PG`` are the groups' (``rewards_array``), ``weights_F`` those of the
+    reward functions, in the recipe's order."""
     if algorithm.multi_objective_aggregation == "normalize_then_sum":
         return normalize_then_sum(rewards_by_function(groups), weights_F)
     how = {"scale_rewards": algorithm.scale_rewards, "baseline": algorithm.baseline}
     if algorithm.pass_at_k is not None:
-        return pass_at_k_advantages(rewards_array(groups), algorithm.pass_at_k, **how)
-    return group_advantages(rewards_array(groups), **how)
+        return pass_at_k_advantages(rewards_PG, algorithm.pass_at_k, **how)
+    return group_advantages(rewards_PG, **how)
 
 
 def rewards_array(groups: list[Group]) -> np.ndarray:

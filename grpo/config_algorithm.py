@@ -64,9 +64,10 @@ class AlgorithmConfig(Section):
     def _advantage_problems(self) -> list[str]:
         problems = []
         if (self.baseline, self.scale_rewards) in (("batch", "group"), ("none", "group"), ("none", "batch")):
+            cure = "batch or none" if self.baseline == "batch" else "none"
             problems.append(
-                f"baseline ({self.baseline}) cannot be used with scale_rewards: {self.scale_rewards}, which would divide "
-                f"equal rewards by 0; set scale_rewards to {'batch or none' if self.baseline == 'batch' else 'none'}"
+                f"baseline ({self.baseline}) cannot be used with scale_rewards: {self.scale_rewards}, which would "
+                f"divide equal rewards by 0; set scale_rewards to {cure}"
             )
         if self.multi_objective_aggregation == "normalize_then_sum":
             problems += [

@@ -13,7 +13,7 @@ from itertools import islice
 
 from accelerate.utils import gather_object
 
-from grpo.advantages import step_advantages
+from grpo.advantages import rewards_array, step_advantages
 from grpo.config import Recipe
 from grpo.rollouts import Rollouts
 from grpo.scoring import Scorer
@@ -91,7 +91,8 @@ def round_size(wanted: int, drawn: int, with_signal: int) -> int:
 
 def has_signal(recipe: Recipe, groups: list[Group]) -> list[bool]:
     """Whether any completion that counts in the loss has an advantage, group by group."""
-    advantages_PG = step_advantages(groups, [reward.weight for reward in recipe.rewards], recipe.algorithm)
+    weights_F = [reward.weight for reward in recipe.rewards]
+    advantages_PG = step_advantages(rewards_array(groups), groups, weights_F, recipe.algorithm)
     sequences = to_sequences(groups, advantages_PG.tolist(), recipe.algorithm)
     G = recipe.rollout.num_generations
     return [any(s.valid and s.advantage != 0 for s in sequences[g : g + G]) for g in range(0, len(sequences), G)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo.advantages import step_advantages
+from grpo.advantages import rewards_array, step_advantages
 from grpo.backends import make_backend
 from grpo.backends.base import Backend
 from grpo.config import Recipe
@@ -124,7 +124,8 @@ def train_step(
     prompts = prompts_of_step(recipe, task, progress.step, extra=progress.extra_prompts, pass_rates=progress.pass_rates)
     drawn = draw_groups(recipe, rollouts, scorer, prompts, restored(task, progress.replay), progress.step, clock)
     groups, sampled = drawn.groups, drawn.sampled
-    advantages_PG = step_advantages(groups, [reward.weight for reward in recipe.rewards], recipe.algorithm)
+    weights_F = [reward.weight for reward in recipe.rewards]
+    advantages_PG = step_advantages(rewards_array(groups), groups, weights_F, recipe.algorithm)
     rate = learning_rate(recipe.optimizer, progress.step, recipe.training.max_steps)
     with clock("train"):
         updates = update(recipe, folder, policy, groups, advantages_PG, rate)

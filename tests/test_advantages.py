@@ -21,6 +21,7 @@ from grpo.advantages import (
     group_advantages,
     normalize_then_sum,
     pass_at_k_advantages,
+    rewards_array,
     step_advantages,
     zero_std,
 )
@@ -294,7 +295,7 @@ def test_a_recipes_keys_choose_the_formula() -> None:
     weights = [1.0, 0.5]
 
     def found(**keys: Any) -> np.ndarray:
-        return step_advantages(groups, weights, AlgorithmConfig(**keys))
+        return step_advantages(rewards_array(groups), groups, weights, AlgorithmConfig(**keys))
 
     np.testing.assert_array_equal(found(), group_advantages(rewards_PG))
     np.testing.assert_array_equal(
