@@ -45,7 +45,7 @@ def group_advantages(rewards_PG: np.ndarray, *, scale_rewards: str = "group", ba
     """Advantages (P,G) of rewards (P,G), both float64; NaN marks a completion that could not be scored.
 
     ``baseline``: ``group`` subtracts the group's mean (GRPO); ``leave_one_out`` the mean of the *other* completions
-    (RLOO, arXiv:2402.14740, eq. 6), which is the same times n / (n - 1); ``batch`` the mean of all rewards of the step
+    (RLOO, arXiv:2402.14740), which is the same times n / (n - 1); ``batch`` the mean of all rewards of the step
     (REINFORCE++, arXiv:2501.03262); ``none`` nothing (REINFORCE).
     ``scale_rewards``: ``group`` divides by the group's standard deviation (GRPO), ``batch`` by that of all rewards of
     the step (arXiv:2508.08221; with ``baseline: group`` also REINFORCE++-baseline), ``none`` by nothing (Dr. GRPO,
@@ -110,9 +110,9 @@ def pass_at_k_advantages(
 
     Over all subsets S of k of a group's n scored completions, with f(S) the best reward in S: A_i = (mean of f over the
     S with i in it - mean of f) / std of f, both counted out, not sampled. With rewards of 0 and 1, m of them 0, these
-    are the paper's analytic advantages: mean f = 1 - C(m, k) / C(n, k), and 1 - C(m - 1, k - 1) / C(n - 1, k - 1) for
-    an i with reward 0. Deviations: rewards need not be 0 or 1; STD_OFFSET is added to the deviation; k = 1 divides by
-    the deviation over n, GRPO by that over n - 1.
+    are the paper's analytic advantages (eq. 14, 15): mean f is 1 - C(m, k) / C(n, k), over the S with an i of reward 1
+    it is 1, and over those with an i of reward 0 it is 1 - C(m - 1, k - 1) / C(n - 1, k - 1). Deviations: rewards need
+    not be 0 or 1; STD_OFFSET is added to std f; k = 1 divides by the deviation over n, where GRPO's is over n - 1.
 
     ``scale_rewards``: ``group``, or ``none`` not to divide. ``baseline``: ``group``, or ``leave_one_out``, the mean of
     f over the S *without* i, which is the same times n / (n - k): unscaled, mean_i(A_i grad log pi_i) then has the

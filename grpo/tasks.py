@@ -2,7 +2,7 @@
 
 The one place that imports ``data``. Rows come from a task of ``data/`` (``data.name``), a file (``data.path``) or the
 hub (``data.hub``); an unsound row is an error that names it. No question is both trained on and held out. Nothing here
-has state that a restart could lose: step ``s`` of a run always gets the same rows.
+has state that a restart could lose: a position in the order is always the same row (``prompt_order`` says which).
 """
 
 from __future__ import annotations

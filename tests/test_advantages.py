@@ -229,7 +229,7 @@ def test_pass_at_k_agrees_with_all_subsets(k: int, rewards: list[float]) -> None
 
 @pytest.mark.parametrize(("n", "k"), [(8, 4), (16, 4), (6, 2)])
 def test_pass_at_k_of_right_and_wrong_is_the_papers_formula(n: int, k: int) -> None:
-    """Equations of section 2.4: C(., .) are binomials, of n rollouts `wrong` are wrong."""
+    """Equations 14 and 15, times the deviation: of n rollouts `wrong` are wrong."""
     for wrong in range(n + 1):
         ours = pass_at_k_advantages(np.array([[0.0] * wrong + [1.0] * (n - wrong)]), k, scale_rewards="none")[0]
         mean = 1 - math.comb(wrong, k) / math.comb(n, k)
