@@ -41,8 +41,8 @@ def curriculum(
 
     A row that was solved at rate p has weight w = floor + (1 - floor) 4 p (1 - p): but for the floor, which brings back
     every row, the variance of its reward, a lower bound of what the policy can gain on it (arXiv:2504.03380). A row not
-    yet seen has weight 1, the highest. The order is that of -log(u) / w, one uniform number u a row and step (Efraimidis
-    & Spirakis 2006).
+    yet seen has weight 1, the highest. The order is that of -log(u) / w, one uniform number u a row and step
+    (Efraimidis & Spirakis 2006).
     """
     rates_N = np.array([pass_rates.get(row, 0.5) for row in ids])
     weights_N = config.curriculum_floor + (1 - config.curriculum_floor) * 4 * rates_N * (1 - rates_N)
