@@ -9,7 +9,7 @@ PARITY_VENV := .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-vllm fuzz bench parity lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-vllm fuzz bench parity algorithms lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -73,6 +73,9 @@ $(PARITY_STAMP): pyproject.toml constraints.txt
 
 parity: $(PARITY_STAMP) ## every loss beside TRL's own code, or plain loops from the paper: the table in docs/algorithms.md
 	$(PARITY_VENV)/bin/python -m tests.parity
+
+algorithms: setup ## the demo under every variant of the loss, two seeds each (an hour): docs/results/algorithms.md
+	$(BIN)/python -m benchmarks.algorithms
 
 lint: setup ## style, formatting, imports between the rooms, types of the public surface
 	$(BIN)/ruff check .

@@ -137,7 +137,7 @@ def note_groups(gate: Gate) -> None:
     """Lengths of prompts and completions of each step, as the trainer gets them; and how many groups have signal."""
     from grpo import trainer
 
-    take, advantages = trainer.Rollouts.take, trainer.group_advantages
+    take, advantages = trainer.Rollouts.take, trainer.step_advantages
 
     def noted_take(*args: Any, **kwargs: Any) -> Any:
         groups = take(*args, **kwargs)
@@ -151,7 +151,7 @@ def note_groups(gate: Gate) -> None:
         return found
 
     trainer.Rollouts.take = noted_take  # type: ignore[method-assign]
-    trainer.group_advantages = noted_advantages
+    trainer.step_advantages = noted_advantages
 
 
 def force_our_lengths(case: Case) -> None:

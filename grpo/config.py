@@ -24,6 +24,7 @@ from grpo.config_base import (
     Section,
     refuse,
 )
+from grpo.config_prompts import PromptsConfig
 from grpo.config_vllm import VllmOptions
 
 
@@ -275,6 +276,8 @@ class Recipe(Section):
     """Reward functions; their weighted sum is the reward."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """How completions are sampled."""
+    prompts: PromptsConfig = Field(default_factory=PromptsConfig)
+    """Which prompts a step learns from."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     """Advantages and the policy loss."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -313,8 +316,30 @@ class Recipe(Section):
                 "algorithm.sync_ref_model cannot be used with model.lora: the reference is the model without adapters, "
                 "which never moves"
             )
+        problems += self._prompts_problems()
         refuse(problems)
         return self
+
+    def _prompts_problems(self) -> list[str]:
+        """What the choice of prompts, and of advantages, cannot be combined with."""
+        prompts, rollout, k = self.prompts, self.rollout, self.algorithm.pass_at_k
+        problems = [
+            f"prompts.{key} cannot be used with rollout.overlap, which asks for a step's prompts before the rewards of "
+            "the step before are known; turn one of them off"
+            for key in ("dynamic_sampling", "curriculum", "replay_groups")
+            if rollout.overlap and getattr(prompts, key)
+        ]
+        if prompts.replay_groups and (rollout.top_p < 1 or rollout.top_k or rollout.min_p):
+            problems.append(
+                "prompts.replay_groups needs importance ratios to the distribution sampled from, which rollout.top_p, "
+                "top_k and min_p cut: set them to 1.0, 0 and null"
+            )
+        if k is not None and k >= rollout.num_generations:
+            problems.append(
+                f"algorithm.pass_at_k ({k}) must be below rollout.num_generations ({rollout.num_generations}): it "
+                "compares subsets of k completions"
+            )
+        return problems
 
     def reward_names(self) -> list[str]:
         """The rewards' names in metrics and in `evaluation.reward`: a built-in's own, else the function's after the

@@ -116,8 +116,13 @@ class AlgorithmConfig(Section):
     """Optimizer steps into which each pass over a rollout is split; divides prompts_per_step."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group, of the step, or not at all (Dr. GRPO)."""
-    baseline: Literal["group", "leave_one_out"] = "group"
-    """Subtract the group's mean reward, or the mean of the others (RLOO)."""
+    baseline: Literal["group", "leave_one_out", "batch", "none"] = "group"
+    """Subtract the group's mean reward, the mean of the others (RLOO), the step's mean (REINFORCE++) or nothing."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """With several rewards: advantages of their weighted sum, or the weighted sum of each one's advantages, normalized
+    once more over the step (GDPO)."""
+    pass_at_k: PositiveInt | None = None
+    """Advantages for the best of k completions (Pass@k Training), k below num_generations; null: for each by itself."""
     mask_truncated_completions: bool = False
     """Leave completions that ran into max_completion_length out of the loss."""
     sync_ref_model: bool = False
@@ -159,8 +164,7 @@ class AlgorithmConfig(Section):
             problems.append(f"delta ({self.delta}) must be above 1 + epsilon ({1 + self.epsilon})")
         if self.sync_ref_model and self.beta == 0:
             problems.append("sync_ref_model needs a reference model: set beta above 0")
-        problems += self._loss_problems() + self._entropy_problems()
-        refuse(problems)
+        refuse(problems + self._loss_problems() + self._entropy_problems() + self._advantage_problems())
         return self
 
     def _loss_problems(self) -> list[str]:
@@ -195,4 +199,33 @@ class AlgorithmConfig(Section):
             )
         if self.top_entropy_quantile < 1 and self.loss_type in ("clip_cov", "kl_cov"):
             problems.append(f"top_entropy_quantile and loss_type {self.loss_type} both select tokens: use one of them")
+        return problems
+
+    def _advantage_problems(self) -> list[str]:
+        problems = []
+        if (self.baseline, self.scale_rewards) in (("batch", "group"), ("none", "group"), ("none", "batch")):
+            cure = "batch or none" if self.baseline == "batch" else "none"
+            problems.append(
+                f"baseline ({self.baseline}) cannot be used with scale_rewards: {self.scale_rewards}, which would "
+                f"divide equal rewards by 0; set scale_rewards to {cure}"
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            problems += [
+                f"{key} cannot be used with multi_objective_aggregation: normalize_then_sum, which normalizes in its "
+                "own way (by group, then by step); leave it out"
+                for key, default in (("scale_rewards", "group"), ("baseline", "group"), ("pass_at_k", None))
+                if getattr(self, key) != default
+            ]
+            if self.kl_in_reward:
+                problems.append(
+                    "kl_in_reward cannot be used with multi_objective_aggregation: normalize_then_sum, which takes "
+                    "rewards function by function; leave it out, for a penalty in the loss"
+                )
+        elif self.pass_at_k is not None:
+            if self.baseline in ("batch", "none"):
+                problems.append(f"pass_at_k needs a baseline of the group: group or leave_one_out, not {self.baseline}")
+            if self.scale_rewards == "batch":
+                problems.append(
+                    "pass_at_k needs scale_rewards: group or none; its deviation is that of a group's subsets"
+                )
         return problems

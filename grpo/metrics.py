@@ -6,13 +6,8 @@ from collections import Counter
 
 import numpy as np
 
-from grpo.advantages import zero_std
+from grpo.advantages import rewards_array, zero_std
 from grpo.types import Group, Status
-
-
-def rewards_array(groups: list[Group]) -> np.ndarray:
-    """Rewards (P,G) as float64, NaN where a completion could not be scored."""
-    return np.array([[np.nan if r is None else r for r in group.rewards] for group in groups], dtype=np.float64)
 
 
 def completion_metrics(groups: list[Group]) -> dict[str, float]:

@@ -20,6 +20,7 @@ class Stream(str, Enum):
     PROBE = "probe"
     DATA_ORDER = "data order"
     DATA_SPLIT = "data split"
+    CURRICULUM = "curriculum"
     ADAPTERS = "adapters"
     DROPOUT = "dropout"
 

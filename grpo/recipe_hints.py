@@ -113,6 +113,12 @@ RENAMED = {
     "vllm_is_truncated_threshold": "algorithm.importance_sampling_clip_max: low is `importance_sampling_clip_min`",
     "tis_imp_ratio_cap": "algorithm.importance_sampling_clip_max",
     "norm_adv_by_std_in_grpo": "algorithm.scale_rewards: group or none",
+    # prompts
+    "filter_groups": "prompts.dynamic_sampling",
+    "filter_groups.enable": "prompts.dynamic_sampling",
+    "dynamic_filtering": "prompts.dynamic_sampling",
+    "max_num_gen_batches": "prompts.max_resample: rounds after the first",
+    "replay_buffer_size": "prompts.replay_groups: groups, not completions",
     # optimizer
     "lr": "optimizer.learning_rate",
     "actor_learning_rate": "optimizer.learning_rate",
@@ -190,7 +196,6 @@ NOT_HERE = {
     "load_checkpoint": "it is a switch: grpo train RECIPE --resume",
     "per_device_eval_batch_size": "leave it out: rollout.max_batch_size bounds what is decoded at once",
     "eval_batch_size": "leave it out: rollout.max_batch_size bounds what is decoded at once",
-    "multi_objective_aggregation": "not supported: rewards are summed by weight, then normalized",
     "repetition_penalty": "not supported: it changes the sampling distribution",
     "generation_kwargs": "not supported: rollout has temperature, top_p, top_k, min_p and stop",
     "cache_implementation": "leave it out: the backend chooses",

@@ -7,7 +7,7 @@ ahead belongs to the run's state: a checkpoint waits for it and holds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,12 +34,16 @@ class Rollouts:
         self.flight: Any = None  # those of the next step, on their way
         self.ahead: list[list[Completion]] | None = None  # or here already
 
-    def take(self, step: int, on_group: Callable[[Group], None]) -> list[Group]:
-        """The groups of this step; with overlap, those of the next are asked for before this returns.
+    def take(
+        self, step: int, prompts: list[Prompt], on_group: Callable[[Group], None], *, before: Sequence[Prompt] = ()
+    ) -> list[Group]:
+        """This process's share of the groups of ``prompts``; with overlap, those of the next step are asked for before
+        this returns, in the order of the data.
 
         ``on_group`` is called once with each, in the order in which they end, while others are still sampled.
+        ``before`` are the prompts that this step has already sampled.
         """
-        requests = self._requests(step)
+        requests = self._requests(step, prompts, before)
         groups: dict[int, Group] = {}
 
         def ended(place: int, completions: list[Completion]) -> None:
@@ -52,7 +56,8 @@ class Rollouts:
             completions = self.backend.generate(requests, self.sampling, step, ended)
         if self.recipe.rollout.overlap and step + 1 < self.recipe.training.max_steps:
             overlapping = cast(OverlappingBackend, self.backend)
-            self.flight = overlapping.submit(self._requests(step + 1), self.sampling, step)
+            following = self._requests(step + 1, self.task.train_prompts(step + 1))
+            self.flight = overlapping.submit(following, self.sampling, step)
         for place in range(len(requests)):
             if place not in groups:
                 ended(place, completions[place])
@@ -63,8 +68,7 @@ class Rollouts:
         self._land()
         if self.ahead is None:
             return None
-        mine = [asdict(completion) for group in self.ahead for completion in group]
-        return [{**row, "status": row["status"].value} for row in gather_object(mine)]
+        return gather_object([row_of(completion) for group in self.ahead for completion in group])
 
     def restore(self, state: Rows | None) -> None:
         """Inverse of ``state``, for a run that goes on behind the same step."""
@@ -72,23 +76,30 @@ class Rollouts:
             return
         G, rank = self.recipe.rollout.num_generations, self.accelerator.process_index
         size = self.recipe.training.prompts_per_step // self.accelerator.num_processes
-        completions = [
-            Completion(
-                **{**row, "status": Status(row["status"]), "versions": [VersionSpan(**v) for v in row["versions"]]}
-            )
-            for row in state[rank * size * G : (rank + 1) * size * G]
-        ]
+        completions = [completion_of(row) for row in state[rank * size * G : (rank + 1) * size * G]]
         self.ahead = [completions[g : g + G] for g in range(0, len(completions), G)]
 
     def _land(self) -> None:
         if self.flight is not None:
             self.ahead, self.flight = cast(OverlappingBackend, self.backend).collect(self.flight), None
 
-    def _requests(self, step: int) -> list[Request]:
-        return share_of(rollout_requests(self.recipe, self.task.train_prompts(step), step), self.accelerator)
+    def _requests(self, step: int, prompts: Sequence[Prompt], before: Sequence[Prompt] = ()) -> list[Request]:
+        requests = rollout_requests(self.recipe, [*before, *prompts], step)[len(before) :]
+        return share_of(requests, self.accelerator)
 
 
-def rollout_requests(recipe: Recipe, prompts: list[Prompt], step: int) -> list[Request]:
+def row_of(completion: Completion) -> dict[str, Any]:
+    """A completion as plain values, which a checkpoint can hold."""
+    return {**asdict(completion), "status": completion.status.value}
+
+
+def completion_of(row: dict[str, Any]) -> Completion:
+    """Inverse of ``row_of``."""
+    versions = [VersionSpan(**span) for span in row["versions"]]
+    return Completion(**{**row, "status": Status(row["status"]), "versions": versions})
+
+
+def rollout_requests(recipe: Recipe, prompts: Sequence[Prompt], step: int) -> list[Request]:
     """Every completion's key: (seed, step, prompt, sample). A prompt that comes twice in a step gets fresh samples."""
     G = recipe.rollout.num_generations
     seen: dict[int, int] = {}
@@ -102,6 +113,7 @@ def rollout_requests(recipe: Recipe, prompts: list[Prompt], step: int) -> list[R
 
 
 def share_of(requests: list[Request], accelerator: Accelerator) -> list[Request]:
-    """This process's prompts: a contiguous piece, so that gathering restores the order."""
-    size = len(requests) // accelerator.num_processes
-    return requests[accelerator.process_index * size : (accelerator.process_index + 1) * size]
+    """This process's prompts: a contiguous piece, so that gathering restores the order. Where they do not divide by the
+    processes (a step's later rounds of drawing), pieces differ by one, and one may be empty."""
+    bounds = [len(requests) * rank // accelerator.num_processes for rank in range(accelerator.num_processes + 1)]
+    return requests[bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]

@@ -169,14 +169,15 @@ class _Piece:
 class StepScoring:
     """A step's scoring: pieces of groups go out, answers come in, pieces that failed are split and go out again.
 
-    ``add`` sends a group's pieces and returns at once; ``finish`` waits for all groups' answers and fills them in.
-    Errors are those of ``Scorer.score``.
+    ``add`` sends a group's pieces and returns at once; ``finish`` waits for the answers of all groups added since its
+    last call and fills them in. How many may fail is counted over all of them. Errors are those of ``Scorer.score``.
     """
 
     def __init__(self, scorer: Scorer, step: int) -> None:
         self._scorer = scorer
         self._step = step
         self._groups: list[Group] = []
+        self._done = 0  # groups that a call of finish has filled in
         self.answers: dict[tuple[int, int], list[tuple[_Piece, dict[str, Any]]]] = {}
         self._finished: queue.SimpleQueue[tuple[list[_Piece], Future[list[dict[str, Any]]]]] = queue.SimpleQueue()
         self._outstanding = 0
@@ -201,9 +202,11 @@ class StepScoring:
                 self._send(self._whole(function, [index]))
 
     def finish(self) -> None:
+        new = range(self._done, len(self._groups))
+        self._done = len(self._groups)
         for function, is_async in enumerate(self._scorer._is_async):
             if is_async:
-                self._send(self._whole(function, range(len(self._groups))))
+                self._send(self._whole(function, new))
         while self._outstanding:
             pieces, future = self._finished.get()
             self._outstanding -= 1
@@ -220,9 +223,9 @@ class StepScoring:
                 told = self._scorer._told  # a traceback once a run, then a line a step
                 logger.warning("%s%s", self._counted(function), "" if function in told else first)
                 told.add(function)
-        for index, group in enumerate(self._groups):
+        for index in new:
             answers_F = [self.answers[f, index] for f in range(len(self._scorer.names))]
-            _fill(group, self._scorer.names, self._scorer._weights, answers_F)
+            _fill(self._groups[index], self._scorer.names, self._scorer._weights, answers_F)
 
     @property
     def _total(self) -> int:

@@ -2,7 +2,7 @@
 
 The one place that imports ``data``. Rows come from a task of ``data/`` (``data.name``), a file (``data.path``) or the
 hub (``data.hub``); an unsound row is an error that names it. No question is both trained on and held out. Nothing here
-has state that a restart could lose: step ``s`` of a run always gets the same rows.
+has state that a restart could lose: a position in the order is always the same row (``prompt_order`` says which).
 """
 
 from __future__ import annotations
@@ -94,9 +94,13 @@ class Task:
     # --- order
 
     def train_rows(self, step: int) -> list[int]:
-        """Rows at positions ``[step * P, (step + 1) * P)`` of the endless stream of epochs, each all rows once."""
+        """The rows of the step that follows ``step`` completed ones, where each takes ``prompts_per_step``."""
+        return self.rows_at(step * self.recipe.training.prompts_per_step)
+
+    def rows_at(self, start: int) -> list[int]:
+        """A step's number of rows from position ``start`` on in the endless stream of epochs, each all rows once."""
         size = self.recipe.training.prompts_per_step
-        epoch, offset = divmod(step * size, len(self.train))
+        epoch, offset = divmod(start, len(self.train))
         positions = self._epoch_order(epoch)[offset : offset + size].tolist()
         if len(positions) < size:
             positions += self._epoch_order(epoch + 1)[: size - len(positions)].tolist()

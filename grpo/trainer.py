@@ -13,18 +13,20 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import gather_object
 
-from grpo.advantages import group_advantages
+from grpo.advantages import rewards_array, step_advantages
 from grpo.backends import make_backend
 from grpo.backends.base import Backend
 from grpo.config import Recipe
+from grpo.dynamic_sampling import Drawn, draw_groups
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
 from grpo.losses import find_loss
-from grpo.metrics import completion_metrics, reward_metrics, rewards_array, rollout_rows
+from grpo.metrics import completion_metrics, reward_metrics, rollout_rows
 from grpo.optimizer import learning_rate
 from grpo.policy import Policy
+from grpo.prompt_order import curriculum_metrics, prompts_of_step, updated_pass_rates
+from grpo.replay import remembered, restored, with_sampler_as_old
 from grpo.report import write_report
 from grpo.rollouts import Rollouts
 from grpo.row_checks import warn_of_unscorable_rows
@@ -43,6 +45,7 @@ from grpo.session import (
     saved,
     seed_step,
 )
+from grpo.tasks import Task
 from grpo.tracking import Tracker
 from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
 from grpo.types import Group
@@ -88,7 +91,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
             try:
                 while not finished(recipe, accelerator, progress):
                     seed_step(recipe, progress.step, accelerator.process_index)
-                    train_step(recipe, folder, rollouts, policy, backend, scorer, tracker, progress)
+                    train_step(recipe, folder, task, rollouts, policy, backend, scorer, tracker, progress)
 
                     stopping = preemption.requested()
                     done = finished(recipe, accelerator, progress)
@@ -110,6 +113,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
 def train_step(
     recipe: Recipe,
     folder: Path,
+    task: Task,
     rollouts: Rollouts,
     policy: Policy,
     backend: Backend,
@@ -119,18 +123,13 @@ def train_step(
 ) -> None:
     """One rollout and the updates made from it. Moves ``progress`` on by a step and logs it."""
     clock = Clock()
-    scoring = scorer.start(progress.step)
-    with clock("rollout"):
-        groups = rollouts.take(progress.step, on_group=scoring.add)
-    with clock("score"):  # what is left of it: groups are scored while others are sampled
-        scoring.finish()
-        groups = gather_object(groups)  # every process now holds the whole step, in the order of prompts
-
+    prompts = prompts_of_step(recipe, task, progress.step, extra=progress.extra_prompts, pass_rates=progress.pass_rates)
+    drawn = draw_groups(recipe, rollouts, scorer, prompts, restored(task, progress.replay), progress.step, clock)
+    groups, sampled = drawn.groups, drawn.sampled
     with clock("train"):
         rewards_PG, kl_metrics = less_kl(rewards_array(groups), policy, groups, recipe)
-    advantages_PG = group_advantages(
-        rewards_PG, scale_rewards=recipe.algorithm.scale_rewards, baseline=recipe.algorithm.baseline
-    )
+    weights_F = [reward.weight for reward in recipe.rewards]
+    advantages_PG = step_advantages(rewards_PG, groups, weights_F, recipe.algorithm)
     rate = learning_rate(recipe.optimizer, progress.step, recipe.training.max_steps)
     with clock("train"):
         updates = update(recipe, folder, policy, groups, advantages_PG, rate)
@@ -138,11 +137,12 @@ def train_step(
         if algorithm.sync_ref_model and (progress.step + 1) % algorithm.ref_model_sync_steps == 0:
             policy.mix_reference(algorithm.ref_model_mixup_alpha)
 
-    generated = sum(len(c.token_ids) for group in groups for c in group.completions)
+    generated = sum(len(c.token_ids) for group in sampled for c in group.completions)
+    metrics = reward_metrics(sampled) | completion_metrics(sampled) | mean_over_updates(updates)
+    metrics |= learn_of_prompts(recipe, task, drawn, progress)
     progress.step += 1
     progress.rollout_ahead = None  # if there was one, this step has used it
-    progress.num_tokens += generated + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
-    metrics = reward_metrics(groups) | completion_metrics(groups) | mean_over_updates(updates)
+    progress.num_tokens += generated + sum(len(g.prompt.token_ids) * len(g.completions) for g in sampled)
     metrics |= kl_metrics | {"learning_rate": rate, "num_tokens": float(progress.num_tokens)}
     try:
         with clock("sync"):
@@ -158,20 +158,38 @@ def train_step(
             tracker.log_rollouts(progress.step, rollout_rows(groups, progress.step, advantages_PG))
 
 
+def learn_of_prompts(recipe: Recipe, task: Task, drawn: Drawn, progress: Progress) -> dict[str, float]:
+    """What the step's groups say about prompts, for the steps to come: moves ``progress`` on; metrics of it."""
+    config = recipe.prompts
+    progress.extra_prompts += len(drawn.sampled) - recipe.training.prompts_per_step
+    progress.replay = remembered(
+        progress.replay, used=drawn.replayed, groups=drawn.with_signal, most=config.replay_groups
+    )
+    metrics = drawn.metrics() if config.dynamic_sampling or config.replay_groups else {}
+    if config.curriculum:
+        judged_by = recipe.evaluation.reward or recipe.reward_names()[0]
+        progress.pass_rates = updated_pass_rates(
+            progress.pass_rates, drawn.sampled, judged_by, config.curriculum_newest
+        )
+        metrics |= curriculum_metrics(progress.pass_rates, len(task.train))
+    return metrics
+
+
 def update(
     recipe: Recipe, folder: Path, policy: Policy, groups: list[Group], advantages_PG: np.ndarray, rate: float
 ) -> list[dict[str, float]]:
     """``num_iterations`` passes over the rollout in ``num_minibatches`` optimizer steps each; metrics of every step.
 
     With a single optimizer step the policy that sampled is the policy being updated: its old log-probabilities are the
-    current ones, and no forward pass is spent on them.
+    current ones, and no forward pass is spent on them. A replayed group's are always those it was sampled with.
     """
     algorithm, training, temperature = recipe.algorithm, recipe.training, recipe.rollout.temperature
     sequences = to_sequences(groups, advantages_PG.tolist(), algorithm)
-    if algorithm.num_iterations * algorithm.num_minibatches > 1:
+    if algorithm.num_iterations * algorithm.num_minibatches > 1 or any(group.replayed for group in groups):
         sequences = precompute_logprobs(
             policy, sequences, training, temperature=temperature, reference=algorithm.kl_in_loss
         )
+        sequences = with_sampler_as_old(sequences, groups)
     size = len(sequences) // algorithm.num_minibatches
     return [
         optimizer_step(

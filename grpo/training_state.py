@@ -6,7 +6,7 @@ Because every random draw is a function of its key, this is short: weights, opti
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ log = logging.getLogger("grpo")
 class Progress:
     """Where a run stands. ``seconds`` is time spent in steps; ``metrics_offset`` the bytes of metrics.jsonl so far;
     ``rollout_ahead`` the completions of the next step, where they were sampled before the checkpoint;
-    ``micro_batch_limit`` and ``entropy_control`` (coefficient, entropy) the policy's."""
+    ``micro_batch_limit`` and ``entropy_control`` (coefficient, entropy) the policy's. What steps learned about prompts:
+    ``extra_prompts`` were drawn beyond ``prompts_per_step`` a step so far, ``pass_rates`` are those of rows by id,
+    ``replay`` holds groups, oldest first.
+    """
 
     step: int = 0
     num_tokens: int = 0
@@ -34,6 +37,9 @@ class Progress:
     rollout_ahead: list[dict[str, Any]] | None = None
     micro_batch_limit: int | None = None
     entropy_control: tuple[float, float] | None = None
+    extra_prompts: int = 0
+    pass_rates: dict[int, float] = field(default_factory=dict)
+    replay: list[dict[str, Any]] = field(default_factory=list)
 
 
 def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:

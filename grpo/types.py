@@ -77,6 +77,7 @@ class Group:
 
     ``rewards[g]`` is the weighted sum over reward functions, or None where no function could score the completion.
     ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts why, where the function says so.
+    ``replayed``: an earlier step's policy made it, so that the update needs a ratio to that one.
     """
 
     prompt: Prompt
@@ -86,6 +87,7 @@ class Group:
     verdicts: dict[str, dict[str, int]] = field(default_factory=dict)
     extra_metrics: dict[str, list[float]] = field(default_factory=dict)
     extra_columns: dict[str, list[Any]] = field(default_factory=dict)
+    replayed: bool = False
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report, gpu_shapes, trl_case
+from benchmarks import algorithms, gpu_report, gpu_shapes, trl_case
 from benchmarks.common import timed
 from benchmarks.rollout import make_backend, make_requests
 from benchmarks.rollout_agreement import agreement
@@ -19,6 +19,8 @@ from benchmarks.trl_gradient import relative_difference
 from grpo.backends.base import Sampling
 from grpo.backends.hf import HFBackend
 from grpo.backends.sampling import sample
+from grpo.recipe_file import load_recipe
+from grpo.report import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,3 +156,63 @@ def test_the_gpu_suite_runs_on_a_cpu(tmp_path):
     assert found["rollout_tiny"]["tokens_per_s"] > 0
     assert 0 < found["update_tiny"]["mfu"] < 1
     assert "KeyError" in found["update_nonsense"]["output"]
+
+
+def variant_run(variant: str, seed: int, accuracies: list[float], drawn: list[float] | None = None) -> algorithms.Curve:
+    """Steps of 10 and 20 seconds and 4 prompts of 2 completions, evaluated before, between and after."""
+    training = [{"step": i + 1, "step_time": 10.0 * (i + 1)} for i in range(2)]
+    for row, groups in zip(training, drawn or [], strict=False):
+        row["dynamic_sampling/groups_drawn"] = groups
+    evaluation = [
+        {
+            "step": step,
+            "eval/accuracy": accuracy,
+            "eval/accuracy_low": accuracy - 0.1,
+            "eval/accuracy_high": accuracy + 0.1,
+            "eval/completions/mean_length": 50.0,
+        }
+        for step, accuracy in enumerate(accuracies)
+    ]
+    recipe = {"training": {"prompts_per_step": 4}, "rollout": {"num_generations": 2}, "data": {"eval_size": 8}}
+    environment = {
+        "python": "3.11",
+        "packages": {"torch": "2", "transformers": "5"},
+        "cpu": {"model": "c", "cores": 2},
+        "threads": 1,
+        "source": {"commit": "abcdef0123"},
+    }
+    return algorithms.curve(variant, seed, Run(Path("r"), training, evaluation, recipe, "", environment))
+
+
+def test_curves_count_seconds_and_samples_until_each_evaluation():
+    plain = variant_run("dapo", 0, [0.1, 0.2, 0.4])
+    assert plain.seconds_E.tolist() == [0, 10, 30]
+    assert plain.samples_E.tolist() == [0, 8, 16]
+    dynamic = variant_run("dapo+dynamic", 0, [0.1, 0.3, 0.5], drawn=[6.0, 9.0])
+    assert dynamic.samples_E.tolist() == [0, 12, 30]
+
+
+def test_variants_are_compared_after_the_same_seconds_and_the_same_samples():
+    curves = [
+        variant_run("dapo", 0, [0.1, 0.2, 0.4]),
+        variant_run("dapo", 1, [0.1, 0.4, 0.6]),
+        variant_run("dapo+dynamic", 0, [0.1, 0.3, 0.5], drawn=[6.0, 9.0]),
+    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in algorithms.table(curves).splitlines()]
+    assert lines[0][8:10] == ["after 30 s", "after 16 samples"]
+    assert [line[:2] for line in lines[2:]] == [
+        ["`dapo`", "0"], ["`dapo`", "1"], ["`dapo+dynamic`", "0"],
+        ["**`dapo`**", "mean of 2"], ["**`dapo+dynamic`**", "mean of 1"],
+    ]  # fmt: skip
+    assert lines[4][8:10] == ["0.500", "0.344"], "of 12 samples 0.3 and of 30 0.5: a part of the way"
+    assert lines[5][5:10] == ["0.100", "0.500", "0.500", "0.500", "0.500"]
+
+
+def test_every_named_variant_is_an_override_and_another_is_refused():
+    assert algorithms.overrides("dapo+few+curriculum") == [
+        *algorithms.LOSSES["dapo"], *algorithms.MORE["few"], *algorithms.MORE["curriculum"]
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="'dapo\\+dynamics': dynamics is unknown"):
+        algorithms.overrides("dapo+dynamics")
+    for more in algorithms.MORE:
+        assert load_recipe("recipes/demo_cpu.yaml", algorithms.overrides(f"dapo+{more}"))

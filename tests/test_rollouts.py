@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,11 +92,16 @@ def make(*, overlap: bool, max_steps: int = 4, rank: int = 0, world: int = 1) ->
     return Rollouts(recipe, task, backend, accelerator), backend
 
 
+def ignore(group: Group) -> None: ...
+
+
+def take(rollouts: Rollouts, step: int, on_group: Callable[[Group], None] = ignore) -> list[Group]:
+    """A step's groups, of the prompts that are next in the data."""
+    return rollouts.take(step, FakeTask().train_prompts(step), on_group)
+
+
 def texts(groups: list[Any]) -> list[str]:
     return [c.text for group in groups for c in group.completions]
-
-
-def ignore(group: Group) -> None: ...
 
 
 # --- what is asked ---
@@ -105,8 +111,8 @@ def ignore(group: Group) -> None: ...
 def test_every_group_is_reported_once_and_those_that_ended_first_before_the_others(overlap: bool) -> None:
     rollouts, _ = make(overlap=overlap)
     reported: list[Group] = []
-    rollouts.take(0, ignore)
-    groups = rollouts.take(1, reported.append)
+    take(rollouts, 0)
+    groups = take(rollouts, 1, reported.append)
     assert sorted(group.prompt.id for group in reported) == [group.prompt.id for group in groups] == [10, 11, 12, 13]
     assert reported[0] is groups[0 if overlap else 1]
 
@@ -114,7 +120,7 @@ def test_every_group_is_reported_once_and_those_that_ended_first_before_the_othe
 def test_without_overlap_a_step_samples_when_it_is_taken() -> None:
     rollouts, backend = make(overlap=False)
     for step in range(4):
-        groups = rollouts.take(step, ignore)
+        groups = take(rollouts, step)
         assert backend.asked[-1] == ("generate", (step, step))
         assert [group.prompt.id for group in groups] == [10 * step + i for i in range(4)]
         assert [len(group.completions) for group in groups] == [G] * 4
@@ -126,7 +132,7 @@ def test_with_overlap_the_next_step_is_asked_of_the_policy_before() -> None:
     rollouts, backend = make(overlap=True)
     asked = []
     for step in range(4):
-        rollouts.take(step, ignore)
+        take(rollouts, step)
         asked.append(backend.asked[:])
         backend.asked.clear()
     assert asked == [
@@ -141,7 +147,7 @@ def test_with_overlap_the_next_step_is_asked_of_the_policy_before() -> None:
 def test_nothing_is_asked_beyond_the_last_step(max_steps: int) -> None:
     rollouts, backend = make(overlap=True, max_steps=max_steps)
     for step in range(max_steps):
-        rollouts.take(step, ignore)
+        take(rollouts, step)
     assert [what for verb, what in backend.asked if verb == "submit"] == [
         (step + 1, step) for step in range(max_steps - 1)
     ]
@@ -151,13 +157,13 @@ def test_nothing_is_asked_beyond_the_last_step(max_steps: int) -> None:
 def test_a_step_gets_the_same_requests_with_and_without_overlap() -> None:
     plain, ahead = make(overlap=False)[0], make(overlap=True)[0]
     for step in range(4):
-        assert texts(plain.take(step, ignore)) == texts(ahead.take(step, ignore))
+        assert texts(take(plain, step)) == texts(take(ahead, step))
 
 
 def test_the_sampling_is_the_recipes_whether_ahead_or_not() -> None:
     rollouts, backend = make(overlap=True)
     for step in range(3):
-        rollouts.take(step, ignore)
+        take(rollouts, step)
     assert set(map(repr, backend.samplings)) == {repr(Sampling(9, temperature=0.7))}
 
 
@@ -174,22 +180,22 @@ def loaded(state: Any) -> Any:
 
 def test_a_resumed_run_takes_what_was_ahead() -> None:
     first, before = make(overlap=True)
-    first.take(0, ignore)
+    take(first, 0)
     state = first.state()
     assert before.asked[-1] == ("collect", 1)
     again, after = make(overlap=True)
     again.restore(loaded(state))
-    expected, found = first.take(1, ignore), again.take(1, ignore)
+    expected, found = take(first, 1), take(again, 1)
     assert found == expected, "to the token, its logprob, status and versions"
     assert {c.status for group in found for c in group.completions} == set(list(Status)[:2])
     assert after.asked == [("submit", (2, 1))], "nothing is sampled again"
     assert before.asked[-2:] == [("collect", 1), ("submit", (2, 1))], "and the first run collected once"
-    assert texts(again.take(2, ignore)) == texts(first.take(2, ignore))
+    assert texts(take(again, 2)) == texts(take(first, 2))
 
 
 def test_saving_twice_collects_once() -> None:
     rollouts, backend = make(overlap=True)
-    rollouts.take(0, ignore)
+    take(rollouts, 0)
     assert rollouts.state() == rollouts.state()
     assert backend.asked.count(("collect", 1)) == 1
 
@@ -197,7 +203,7 @@ def test_saving_twice_collects_once() -> None:
 def test_without_anything_ahead_a_resumed_run_samples() -> None:
     rollouts, backend = make(overlap=True)
     rollouts.restore(None)
-    rollouts.take(2, ignore)
+    take(rollouts, 2)
     assert backend.asked == [("generate", (2, 2)), ("submit", (3, 2))]
 
 
@@ -206,16 +212,16 @@ def test_every_process_gets_its_own_share_back(monkeypatch: pytest.MonkeyPatch) 
     mine: list[list[Any]] = []
     monkeypatch.setattr(rollouts_module, "gather_object", lambda rows: mine.append(rows) or rows)
     for rollouts in ranks:
-        rollouts.take(0, ignore)
+        take(rollouts, 0)
         rollouts.state()
     gathered = list(itertools.chain(*mine))
     assert len(gathered) == 4 * G
     for rank, rollouts in enumerate(ranks):
         again, _ = make(overlap=True, rank=rank, world=2)
         again.restore(gathered)
-        found = again.take(1, ignore)
+        found = take(again, 1)
         assert [group.prompt.id for group in found] == [10 + 2 * rank, 11 + 2 * rank]
-        assert found == rollouts.take(1, ignore)
+        assert found == take(rollouts, 1)
 
 
 # --- keys and shares ---

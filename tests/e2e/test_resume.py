@@ -138,3 +138,40 @@ def test_another_seed_is_another_run(undisturbed: Path, tiny_model: Path) -> Non
     done = run_python(*command(tiny_model, undisturbed, "--resume", "training.seed=1"))
     assert done.returncode == 2
     assert "training.seed" in done.stderr
+
+
+ALL_OF_IT = (  # what a checkpoint holds of prompts: where the order stands, pass rates, groups to replay
+    "prompts.dynamic_sampling=true",
+    "prompts.curriculum=true",
+    "prompts.replay_groups=2",
+    "prompts.max_resample=2",
+    "data.train_size=24",
+    f"rewards.0.path={ROOT}/tests/rewards_for_tests.py:length_divides_by_eight",
+    "training.save_every=1",
+    "training.max_steps=14",
+)
+
+
+def test_sigkills_leave_no_trace_in_which_prompts_are_drawn(tiny_model: Path, tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    done = run_python(*command(tiny_model, whole, *ALL_OF_IT))
+    assert done.returncode == 0, done.stderr
+    draw = random.Random(1)
+    for _ in range(2):
+        process = start(tiny_model, folder, "--resume", *ALL_OF_IT)
+        assert process.stderr is not None
+        for _ in range(4):
+            before = size(folder)
+            while size(folder) == before and process.poll() is None:
+                time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        assert process.poll() is None, process.stderr.read()  # still at work, so the kill hits
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    done = run_python(*command(tiny_model, folder, "--resume", *ALL_OF_IT))
+    assert done.returncode == 0, done.stderr
+    assert lines(folder) == lines(whole)
+    assert weights(folder) == weights(whole)
+    rounds = [row["dynamic_sampling/rounds"] for row in lines(whole) if "reward" in row]
+    assert len(set(rounds)) > 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.test_resume import command, lines
+from tests.e2e.test_resume import ALL_OF_IT, command, lines
 from tests.launching import DDP, FSDP2, launch, run_python
 
 pytestmark = pytest.mark.timeout(600)  # several launches each, on machines of any speed
@@ -56,6 +56,28 @@ def test_two_processes_make_the_same_run_as_one(tiny_model: Path, tmp_path: Path
     one, two = (AutoModelForCausalLM.from_pretrained(f / "final").state_dict() for f in (alone, together))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+def test_two_processes_draw_the_same_prompts_as_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Rounds whose prompts do not divide by the processes among them; what is learned of prompts is the same too."""
+    more = (*SHORT, *ALL_OF_IT, "training.max_steps=5", "optimizer.learning_rate=1e-5")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert run_python(*command(tiny_model, alone, *more)).returncode == 0
+    done = launch(DDP, *command(tiny_model, together, *more))
+    assert done.returncode == 0, done.stderr
+    assert len(lines(alone)) == len(lines(together)) > 5
+    for one, two in zip(lines(alone), lines(together), strict=True):
+        assert one == pytest.approx(two, rel=2e-3, abs=1e-5)
+    drawn = [row["dynamic_sampling/groups_drawn"] for row in lines(together) if "reward" in row]
+    assert any(number % 2 for number in drawn), "some round was of an odd number"
+    names = ("extra_prompts", "pass_rates", "replay")
+    held = [torch.load(f / "checkpoints/step_000005/progress.pt", weights_only=True) for f in (alone, together)]
+    for row in [row for state in held for group in state["replay"] for row in group["completions"]]:
+        del row["sampler_logprobs"]  # equal to rounding
+    assert all(held[0][name] == held[1][name] for name in names)
+    for step in range(1, 6):
+        one, two = ((f / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines() for f in (alone, together))
+        assert [json.loads(x)["completion"] for x in one] == [json.loads(x)["completion"] for x in two]
 
 
 def test_fsdp2_resumes_from_its_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
