@@ -29,7 +29,7 @@ LOSS_TYPES = (
 # What a loss type's name means besides the loss; such a key is filled in, and refused where it says something else.
 PRESETS: dict[str, dict[str, Any]] = {
     "rloo": {"baseline": "leave_one_out", "scale_rewards": "none", "kl_estimator": "k1", "kl_in_reward": True},
-    "reinforce_pp": {"scale_rewards": "batch", "kl_estimator": "k1", "kl_in_reward": True},
+    "reinforce_pp": {"baseline": "batch", "scale_rewards": "batch", "kl_estimator": "k1", "kl_in_reward": True},
 }
 
 

@@ -14,7 +14,7 @@ An entry's objective has the formula of a token in its docstring. Around it, ove
     vespo         tokens                        tokens                  log w cut to [log 1e-8, 20], as in TRL
     reinforce     tokens                        sequences               -
     rloo          completions                   sequences               a clip, as in TRL, for several updates
-    reinforce_pp  tokens                        tokens                  the group's baseline; KL summed per completion
+    reinforce_pp  tokens                        tokens                  KL summed per completion, not to-go
     clip_cov      tokens                        tokens                  selects in the step, not in a micro-batch
     kl_cov        tokens                        tokens                  the same
 
