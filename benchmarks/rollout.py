@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from benchmarks.common import hardware, median, print_table, timed, turn, versions
+from benchmarks.common import end_in_order, hardware, median, print_table, timed, turn, versions
 from benchmarks.rollout_agreement import agreement
 from benchmarks.rollout_vllm import vllm_server, vllm_version
 from benchmarks.trl_case import Case
@@ -230,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lock", help="a file whose lock to take around each part, where other jobs take it too")
     options = parser.parse_args(arguments)
 
+    end_in_order()
     backend, policy = make_backend(options.model, options.dtype)
     tokenizer = policy.tokenizer
     result: dict[str, Any] = {"versions": versions(), "hardware": hardware(), "settings": vars(options)}

@@ -32,7 +32,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import hardware, median, print_table, turn, versions
+from benchmarks.common import end_in_order, hardware, median, print_table, turn, versions
 from benchmarks.trl_case import REWARDS, Case
 from benchmarks.trl_gradient import gradient_difference
 from benchmarks.trl_sides import SIDES, run_side
@@ -241,6 +241,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    end_in_order()
     print(json.dumps(measure(parse(arguments))))
 
 
