@@ -222,7 +222,7 @@ def report(curves: list[Curve], runs: list[Run], options: argparse.Namespace) ->
     again += ["--set", *options.set] if options.set else []
     about = (
         f"`{RECIPE}` from the committed base, {options.minibatches} optimizer steps a rollout, at most {options.steps} "
-        f"rollouts and {options.seconds:g} s of training a run, one run at a time. Held-out: "
+        f"rollouts and {options.seconds:g} s of training a run. Held-out: "
         f"{runs[0].setting('data.eval_size')} tasks, one completion each at temperature 1, 95% intervals in brackets. "
         f"{'; '.join(machines)}; torch {packages['torch']}, transformers {packages['transformers']}, Python "
         f"{environments[0]['python']}; commit {', '.join(c[:7] for c in commits)}."
