@@ -187,11 +187,16 @@ def check_offline(recipe: Recipe) -> str:
     Raises UserError with everything found.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
+    from grpo.losses import find_loss
     from grpo.row_checks import check_data
     from grpo.scoring import Scorer
     from grpo.session import prepare_task
 
     note, problems, scorer = "", [], None
+    try:
+        find_loss(recipe.algorithm.loss_type)
+    except UserError as error:
+        problems.append(str(error))
     try:
         scorer = Scorer(recipe.rewards, recipe.scoring.model_copy(update={"workers": 1}))
     except UserError as error:

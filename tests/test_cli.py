@@ -334,11 +334,12 @@ def test_validate_without_a_recipe():
 
 def test_validate_names_corrupt_rows_and_reward_functions(rows):
     rows(ROW, '{"prompt": "1 2', {"nums": [1]})
-    result = run("validate", "rows.yaml", "rewards.1.path=nowhere.py:fn")
+    result = run("validate", "rows.yaml", "rewards.1.path=nowhere.py:fn", "algorithm.loss_type=no_file.py:my_loss")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "rows.jsonl:2" in result.stderr
     assert "rows.jsonl:3" in result.stderr
     assert "nowhere.py" in result.stderr
+    assert "no_file.py" in result.stderr
 
 
 def test_validate_finds_rows_that_nothing_could_be_right_on(rows):
