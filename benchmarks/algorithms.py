@@ -209,7 +209,9 @@ def report(curves: list[Curve], runs: list[Run], options: argparse.Namespace) ->
     environments = [run.environment for run in runs]
     packages = environments[0]["packages"]
     commits = sorted({(e.get("source") or {}).get("commit") or "unknown" for e in environments})
-    machines = sorted({f"{e['cpu']['model']}, {e['cpu']['cores']} cores, {e['threads']} threads a run" for e in environments})
+    machines = sorted(
+        {f"{e['cpu']['model']}, {e['cpu']['cores']} cores, {e['threads']} threads a run" for e in environments}
+    )
     again = [
         "--seconds",
         f"{options.seconds:g}",
