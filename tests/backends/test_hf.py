@@ -18,7 +18,6 @@ from grpo.types import Prompt, Status
 from tests.conftest import make_policy
 
 QUESTIONS = ["6 3 9 = 27", "1 2 = 3", "( 1 + 2 ) * 3 + 4 + 5 = 18", "7", "8 8 8 8 = 32"]
-pytestmark = pytest.mark.usefixtures("both_layouts")
 
 
 def prompts(policy: Policy) -> list[Prompt]:
@@ -45,6 +44,7 @@ def teacher_forced(policy: Policy, prompt: Prompt, token_ids: list[int], tempera
     return logits.float().log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
+@pytest.mark.usefixtures("both_layouts")
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_logprobs_are_the_teacher_forced_ones(tiny_model: Path, temperature: float) -> None:
     policy = make_policy(tiny_model)
@@ -149,6 +149,7 @@ KINDS = {
 }
 
 
+@pytest.mark.usefixtures("both_layouts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_attention_model_of_transformers(tiny_model: Path, kind: str) -> None:
     """Grouped heads, no grouping, sliding windows, soft-capped logits: sampler and teacher-forced agree."""
