@@ -156,7 +156,7 @@ def collate(
     completion_mask_BT = torch.zeros((B, T), dtype=torch.bool)
     mask_BT = torch.zeros((B, T))
     names = ["sampler_logprobs", "old_logprobs", "ref_logprobs", "kept"]
-    logps_BT = {name: torch.zeros((B, T)) for name in names if getattr(micro_batch[0], name) is not None}
+    per_token = {name: torch.zeros((B, T)) for name in names if getattr(micro_batch[0], name) is not None}
     for i, s in enumerate(micro_batch):
         length = len(s.completion_ids)
         completion_ids_BT[i, :length] = torch.tensor(s.completion_ids)
@@ -164,9 +164,9 @@ def collate(
         predicts_BT[i, 1:length] = torch.arange(rest_B[i], rest_B[i] + max(length - 1, 0))
         completion_mask_BT[i, :length] = True
         mask_BT[i, :length] = s.weight if s.valid else 0.0
-        for name, tensor in logps_BT.items():
+        for name, tensor in per_token.items():
             tensor[i, :length] = torch.tensor(getattr(s, name))
-    logps_BT = {name: tensor.to(device) for name, tensor in logps_BT.items()}
+    per_token = {name: tensor.to(device) for name, tensor in per_token.items()}
     return Batch(
         input_ids_RN=input_ids_RN.to(device),
         layout=layout,
@@ -175,10 +175,10 @@ def collate(
         completion_mask_BT=completion_mask_BT.to(device),
         mask_BT=mask_BT.to(device),
         advantages_B=torch.tensor([s.advantage for s in micro_batch], dtype=torch.float32).to(device),
-        sampler_logps_BT=logps_BT["sampler_logprobs"],
-        old_logps_BT=logps_BT.get("old_logprobs"),
-        ref_logps_BT=logps_BT.get("ref_logprobs"),
-        kept_BT=logps_BT.get("kept"),
+        sampler_logps_BT=per_token["sampler_logprobs"],
+        old_logps_BT=per_token.get("old_logprobs"),
+        ref_logps_BT=per_token.get("ref_logprobs"),
+        kept_BT=per_token.get("kept"),
     )
 
 

@@ -208,8 +208,6 @@ NOT_HERE = {
     "reward_model": "reward models are not supported; rewards takes functions",
     "reward_pretrain": "reward models are not supported; rewards takes functions",
     "remote_rm_url": "not supported; call the server from a function given as rewards: [{path: file.py:function}]",
-    "filter_groups": "not supported: groups without signal are left out of the update, not drawn anew",
-    "dynamic_filtering": "not supported: groups without signal are left out of the update, not drawn anew",
     "packing": "leave it out: sequences are put together by training.micro_batch_tokens",
     "packing_samples": "leave it out: sequences are put together by training.micro_batch_tokens",
     "use_dynamic_bsz": "leave it out: micro-batches always follow training.micro_batch_tokens",

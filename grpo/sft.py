@@ -15,6 +15,7 @@ from grpo.micro_batch_size import fitting, within_memory
 from grpo.optimizer import learning_rate
 from grpo.packing import MicroBatch
 from grpo.policy import Policy
+from grpo.precompute import plan_for
 from grpo.report import write_report
 from grpo.session import (
     Clock,
@@ -32,7 +33,7 @@ from grpo.session import (
 from grpo.tracking import Tracker
 from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
 from grpo.types import Batch, Sequence
-from grpo.update import backward, plan_for
+from grpo.update import backward
 
 Example = tuple[list[int], list[int]]  # token ids of prompt and completion
 

@@ -25,6 +25,7 @@ from grpo.losses import find_loss
 from grpo.metrics import completion_metrics, reward_metrics, rollout_rows
 from grpo.optimizer import learning_rate
 from grpo.policy import Policy
+from grpo.precompute import precompute_logprobs
 from grpo.prompt_order import curriculum_metrics, prompts_of_step, updated_pass_rates
 from grpo.replay import remembered, restored, with_sampler_as_old
 from grpo.report import write_report
@@ -49,7 +50,7 @@ from grpo.tasks import Task
 from grpo.tracking import Tracker
 from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
 from grpo.types import Group
-from grpo.update import less_kl, optimizer_step, precompute_logprobs, to_sequences
+from grpo.update import less_kl, optimizer_step, to_sequences
 
 
 def train(recipe: Recipe, resume: bool | str = False) -> None:

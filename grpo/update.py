@@ -32,10 +32,8 @@ from grpo.losses import (
 )
 from grpo.micro_batch_size import fitting, within_memory
 from grpo.policy import Policy
-from grpo.precompute import plan_for, precompute_logprobs, score_sequences, select_tokens, selects_tokens
+from grpo.precompute import plan_for, score_sequences, select_tokens, selects_tokens
 from grpo.types import Batch, Group, Sequence, Status
-
-__all__ = ["backward", "less_kl", "optimizer_step", "plan_for", "precompute_logprobs", "to_sequences", "with_signal"]
 
 RATIO = "sampling/importance_sampling_ratio"
 

@@ -131,6 +131,12 @@ def test_the_group_s_mean_as_baseline_shrinks_the_gradient_and_no_more(loss_type
     assert error(found, factor * true_gradient()) < 1e-12
 
 
+def test_a_step_s_mean_as_baseline_shrinks_it_by_the_completions_own_share() -> None:
+    """(N - 1) / N of it, for a step of N completions, here of one group."""
+    found = expected_gradient("reinforce_pp", baseline="batch", size=3)
+    assert error(found, 2 / 3 * true_gradient()) < 1e-12
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "sapo"])
 def test_means_over_sequences_weigh_a_completion_by_one_over_its_length(loss_type: str) -> None:
     """The gradient is sum p (R - E[R]) / length grad log p, which is not that of the expected reward."""

@@ -16,9 +16,10 @@ from grpo.errors import RunError
 from grpo.micro_batch_size import automatic_size, is_out_of_memory, kept_per_token, within_memory
 from grpo.packing import packed_tokens
 from grpo.policy import Policy
+from grpo.precompute import precompute_logprobs
 from grpo.training_state import Progress, restore_state, save_state
 from grpo.types import Batch, Sequence
-from grpo.update import optimizer_step, precompute_logprobs
+from grpo.update import optimizer_step
 from tests.conftest import make_policy, make_recipe
 from tests.gradient_of_step import sequences
 

@@ -14,6 +14,7 @@ import torch
 
 from grpo.errors import RunError, UserError
 from grpo.losses import LOSSES, Counts
+from grpo.precompute import precompute_logprobs
 from grpo.recipe_file import dump_recipe, load_recipe
 from grpo.same_run import check_same_run, run_identity
 from grpo.types import Batch, Completion, Group, Prompt, Sequence, Status
@@ -23,7 +24,6 @@ from grpo.update import (
     _over_processes,
     backward,
     optimizer_step,
-    precompute_logprobs,
     to_sequences,
     with_signal,
 )

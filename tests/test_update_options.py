@@ -19,10 +19,11 @@ from accelerate.state import AcceleratorState
 from grpo import trainer
 from grpo.losses import kl_estimate
 from grpo.policy import Policy
+from grpo.precompute import precompute_logprobs
 from grpo.run_folder import release_run_folder
 from grpo.truncation import truncate
 from grpo.types import Completion, Group, Prompt, Sequence, Status
-from grpo.update import less_kl, optimizer_step, precompute_logprobs
+from grpo.update import less_kl, optimizer_step
 from tests import gradient_of_step
 from tests.conftest import make_policy, make_recipe
 from tests.gradient_of_step import TEMPERATURE, gradient, recipe_for, sequences

@@ -76,6 +76,20 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+def kill_after(process: subprocess.Popen[str], folder: Path, growths: int, seconds: float) -> None:
+    """SIGKILL, ``seconds`` after the run's log has grown so many times."""
+    assert process.stderr is not None
+    for _ in range(growths):
+        before = size(folder)
+        while size(folder) == before and process.poll() is None:
+            time.sleep(0.01)
+    time.sleep(seconds)
+    assert process.poll() is None, process.stderr.read()  # still at work, so the kill hits
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
 def test_ten_sigkills_leave_no_trace(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Killed at ten random moments, start-up, rollouts, updates and saving among them: the same bits in the end."""
     draw = random.Random(0)
@@ -83,16 +97,7 @@ def test_ten_sigkills_leave_no_trace(undisturbed: Path, tiny_model: Path, tmp_pa
     kills = 0
     while kills < 10:
         process = start(tiny_model, folder, "--resume")
-        assert process.stderr is not None
-        for _ in range(draw.randrange(4)):  # 0: somewhere in start-up
-            before = size(folder)
-            while size(folder) == before and process.poll() is None:
-                time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
-        assert process.poll() is None, process.stderr.read()  # still at work, so the kill hits
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        kill_after(process, folder, draw.randrange(4), draw.uniform(0, 0.3))  # 0: somewhere in start-up
         kills += 1
     done = run_python(*command(tiny_model, folder, "--resume"))
     assert done.returncode == 0, done.stderr
@@ -159,16 +164,7 @@ def test_sigkills_leave_no_trace_in_which_prompts_are_drawn(tiny_model: Path, tm
     draw = random.Random(1)
     for _ in range(2):
         process = start(tiny_model, folder, "--resume", *ALL_OF_IT)
-        assert process.stderr is not None
-        for _ in range(4):
-            before = size(folder)
-            while size(folder) == before and process.poll() is None:
-                time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
-        assert process.poll() is None, process.stderr.read()  # still at work, so the kill hits
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        kill_after(process, folder, 4, draw.uniform(0, 0.3))
     done = run_python(*command(tiny_model, folder, "--resume", *ALL_OF_IT))
     assert done.returncode == 0, done.stderr
     assert lines(folder) == lines(whole)
