@@ -3,11 +3,11 @@
     python -m benchmarks.profile [RECIPE ...] [--steps 3] [--set KEY=VALUE ...]
 
 Runs each recipe (by default the case of ``vs_trl`` with its natural lengths, and the demo) through the trainer for a
-few steps after one to warm up, with a stopwatch around the parts: rollout (prefill; decoding's attention, linear
-layers, output head and the rest of the model; sampling; bookkeeping), score, train (the model's forward pass, head and
-loss, backward pass of each, clipping and optimizer), sync. What a part contains of another is not counted twice. On an
-accelerator each part waits for it, so that shares are right and the sum is slower than without. A table and, on the
-last line, one JSON object.
+few steps after one to warm up, with a stopwatch around the parts: rollout (prefill; decoding: a compiled step, or its
+attention, linear layers, output head and the rest of the model; sampling; bookkeeping), score, train (the model's
+forward pass, head and loss, backward pass of each, clipping and optimizer), sync. What a part contains of another is
+not counted twice. On an accelerator each part waits for it, so that shares are right and the sum is slower than
+without. A table and, on the last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ DEMO = "recipes/demo_cpu.yaml"
 PARTS = {
     "rollout": [
         "prefill",
+        "weights into panels",
+        "decode: compiled step",
         "decode: attention",
         "decode: linear layers",
         "output head",

@@ -41,12 +41,14 @@ class Spans:
 def watched() -> Iterator[Counter[str]]:
     """Within it, seconds of the parts of the steps that this process makes. Wraps what the trainer calls."""
     from grpo import trainer
-    from grpo.backends import hf, sampling
+    from grpo.backends import decode_cpu, hf, sampling
     from grpo.policy import Policy
 
     seconds: Counter[str] = Counter()
     spans = Spans(seconds)
     _wrap_everywhere(sampling.sample, lambda: "sampling", spans)
+    _wrap(decode_cpu.DecodeStep, "__init__", lambda: "weights into panels", spans)
+    _wrap(decode_cpu.DecodeStep, "__call__", lambda: "decode: compiled step", spans)
     _wrap(trainer, "update", lambda: "other", spans)
     _wrap(Policy, "clip_gradients", lambda: "clip and optimizer", spans)
     _wrap(Policy, "step", lambda: "clip and optimizer", spans)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from grpo.backends.attention import decoding_into
+from grpo.backends.decode_cpu import DecodeStep
 from grpo.backends.kv_cache import DecodeCache, Prefill, Shape
 from grpo.errors import RunError
 from grpo.scored_lm import ScoredLM
@@ -16,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of the logits' range
 
 
 @torch.no_grad()
-def bytes_per_token(model: ScoredLM, device: torch.device) -> int:
+def bytes_per_token(model: ScoredLM, device: torch.device, compiled_step: DecodeStep | None = None) -> int:
     """What one token's keys and values take, over all layers. A few made-up tokens are decoded to find out.
 
     Raises:
@@ -27,7 +28,7 @@ def bytes_per_token(model: ScoredLM, device: torch.device) -> int:
     difference, size = 0.0, 0.0
     with decoding_into(model.causal_lm, cache):
         _prefill(model, cache, ids)
-        decoded = [_step(model, cache, ids, t) for t in range(STEPS)]
+        decoded = [_step(model, cache, ids, t, compiled_step) for t in range(STEPS)]
     for row in range(len(PROMPT_OF_ROWS)):
         own = model.causal_lm(input_ids=_sequence(ids, row)[None], use_cache=False).logits[0, -STEPS:].float()
         ours = torch.stack([logits_BV[row] for logits_BV in decoded]).float()
@@ -37,7 +38,7 @@ def bytes_per_token(model: ScoredLM, device: torch.device) -> int:
     if not difference <= TOLERANCE.get(dtype, 0.05) * max(size, 1e-3):
         raise RunError(
             f"{type(model.causal_lm).__name__} decodes to other logits in the hf backend than its own forward pass has "
-            f"(by {difference:.3g}; they range over {size:.3g}), so that its attention does something the backend does "
+            f"(by {difference:.3g}; they range over {size:.3g}), so that its layers do something the backend does "
             "not know; use rollout.backend: vllm"
         )
     buffers = [b for layer in cache.layers.values() for b in (layer.row_keys, layer.row_values)]
@@ -66,8 +67,12 @@ def _prefill(model: ScoredLM, cache: DecodeCache, ids: torch.Tensor) -> None:
         cache.add_row(prompt)
 
 
-def _step(model: ScoredLM, cache: DecodeCache, ids: torch.Tensor, t: int) -> torch.Tensor:
+def _step(
+    model: ScoredLM, cache: DecodeCache, ids: torch.Tensor, t: int, compiled_step: DecodeStep | None
+) -> torch.Tensor:
     tokens_B = torch.stack([_sequence(ids, row)[PROMPTS[p] + t] for row, p in enumerate(PROMPT_OF_ROWS)])
+    if compiled_step is not None:
+        return compiled_step(tokens_B, cache)
     step = cache.begin_step()
     output = model.causal_lm.base_model(
         input_ids=tokens_B[:, None], position_ids=step.positions_B[:, None], use_cache=False

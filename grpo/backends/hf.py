@@ -7,12 +7,15 @@ agree to rounding.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 
 from grpo.backends.base import OnGroup, Request, Sampling
+from grpo.backends.decode_cpu import DecodeStep
+from grpo.backends.decode_cpu import why_not as why_not_compiled
 from grpo.backends.engine import Decoding, Row
 from grpo.backends.engine_check import bytes_per_token
 from grpo.backends.linear import packed_linears
@@ -21,6 +24,8 @@ from grpo.memory import total_memory
 from grpo.policy import Policy
 from grpo.scored_lm import ScoredLM
 from grpo.types import Completion, Status, VersionSpan
+
+log = logging.getLogger("grpo")
 
 CACHE_SHARE = 0.25  # of the device's memory: a share of what is free would make a resumed run another one
 
@@ -49,7 +54,12 @@ class HFBackend:
         self.model = model
         self.scored = ScoredLM(model)
         with self._sampling_mode():
-            size = bytes_per_token(self.scored, self.device)
+            why = why_not_compiled(model)
+            self.compiled = why is None
+            size = bytes_per_token(self.scored, self.device, DecodeStep(model) if self.compiled else None)
+        if self.device.type == "cpu" and policy.accelerator.is_main_process:
+            what = "decoding: one compiled call a step" if self.compiled else "decoding: through transformers, slower"
+            log.info("%s%s", what, "" if why is None else f": {why}")
         sharing = policy.accelerator.num_processes if self.device.type == "cpu" else 1
         budget = kv_cache_gb * 1e9 if kv_cache_gb else CACHE_SHARE * total_memory(self.device) / sharing
         self.cache_tokens = int(budget / size)
@@ -70,7 +80,7 @@ class HFBackend:
             raise RunError(f"rollout asked for policy version {version}, the hf backend holds version {self.version}")
         groups: list[list[Completion | None]] = [[None] * len(request.keys) for request in requests]
         missing = [len(request.keys) for request in requests]
-        with self._sampling_mode(), packed_linears(self.model):
+        with self._sampling_mode(), nullcontext() if self.compiled else packed_linears(self.model):
             for row in self._rows(requests, sampling):
                 groups[row.request][row.sample] = self._completion(row)
                 missing[row.request] -= 1
@@ -89,6 +99,7 @@ class HFBackend:
             max_rows=self.max_batch_size,
             cache_tokens=self.cache_tokens,
             device=self.device,
+            compiled_step=DecodeStep(self.model) if self.compiled else None,
         ).rows()
 
     @contextmanager

@@ -179,10 +179,14 @@ class DecodeCache:
 
     def begin_step(self) -> Step:
         """Before a forward pass of one token for every live row: where it is written and who reads what."""
-        self._clear_to(self.longest + 1)
         self.step = Step.of(self)
-        self.row_lengths = [length + 1 for length in self.row_lengths]
+        self.grow()
         return self.step
+
+    def grow(self) -> None:
+        """Every live row is about to write a token."""
+        self._clear_to(self.longest + 1)
+        self.row_lengths = [length + 1 for length in self.row_lengths]
 
     def _clear_to(self, length: int) -> None:
         while self.cleared < length:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.backends import linear
 from grpo.backends.base import Request, Sampling
+from grpo.backends.decode_cpu import DecodeStep, why_not
 from grpo.backends.engine import Budget, Decoding, Row
 from grpo.backends.engine_check import bytes_per_token
 from grpo.backends.hf import HFBackend
@@ -23,7 +24,7 @@ from grpo.types import Prompt
 from tests.conftest import make_policy
 
 LIMIT = 96
-pytestmark = pytest.mark.usefixtures("both_layouts")
+pytestmark = pytest.mark.usefixtures("both_layouts", "both_steps")
 
 
 def requests(policy: Policy, prompts: int, G: int) -> list[Request]:
@@ -42,6 +43,7 @@ def decode(policy: Policy, wanted: list[Request], *, rows: int = 512, tokens: in
         max_rows=rows,
         cache_tokens=tokens,
         device=policy.device,
+        compiled_step=DecodeStep(policy.causal_lm) if why_not(policy.causal_lm) is None else None,
     )
     policy.causal_lm.eval()
     with torch.no_grad():

@@ -1,0 +1,296 @@
+// One decoding step of a Llama-shaped decoder on a CPU, in float32: norm, q/k/v, rotary embedding, attention over a
+// prompt that rows share and over what each row wrote, output projection, gated MLP; layer after layer in one call.
+//
+// What a row becomes does not depend on the rows beside it, to the bit: every sum runs over its own elements in the
+// same order whatever the batch. Compiled at first use by decode_cpu.py, whose ctypes structures mirror those below;
+// no header of torch or Python, and torch's own OpenMP threads.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int W = 16, ROWS = 12;  // floats of a vector; rows of a tile: 24 sums stay in registers
+#else
+constexpr int W = 8, ROWS = 6;
+#endif
+constexpr int PANEL = 2 * W;  // columns of a tile
+constexpr int LINE = 16;      // floats of a cache line
+
+typedef float V __attribute__((vector_size(W * 4)));
+typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t Int __attribute__((vector_size(W * 4)));
+
+struct Layer {
+  const float *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *post_norm, *gate_up, *down;
+  float *prompt_keys, *prompt_values, *row_keys, *row_values;  // (slots, kv heads, tokens, D)
+};
+
+struct Model {
+  int32_t layers, hidden, heads, kv_heads, head_dim, mlp, vocabulary;
+  float eps, scale;
+  const Layer *layer;
+  const float *norm, *head;
+};
+
+struct Step {
+  int32_t rows, prompt_tokens, row_tokens;  // live rows; tokens that a slot of the buffers holds
+  const int64_t *order, *written;           // rows, those of a prompt together; tokens that each row wrote
+  const int64_t *prompt, *prompt_length;    // of each row: its prompt's slot, and how much of it to attend to
+  const float *cos, *sin;                   // (rows, D)
+  float *x, *h, *qkv, *attended, *mlp, *scores;  // (rows, columns); h and scores a part for every thread
+  float *logits;                                 // (rows, vocabulary)
+};
+
+static inline V load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
+static inline void store(float *p, V v) { *reinterpret_cast<Unaligned *>(p) = v; }
+
+// Lanes 2i + ``odd`` of a and b, one behind the other.
+static inline V lanes(V a, V b, int odd) {
+  Int which;
+  for (int i = 0; i < W; i++) which[i] = 2 * i + odd;
+  return __builtin_shuffle(a, b, which);
+}
+
+// Lane j of the result is the sum of v[j]'s lanes.
+static inline V sums_of(V (&v)[W]) {
+#pragma GCC unroll 16
+  for (int n = W / 2; n; n /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) v[i] = lanes(v[2 * i], v[2 * i + 1], 0) + lanes(v[2 * i], v[2 * i + 1], 1);
+  return v[0];
+}
+
+static inline float sum_of(V v) {
+#pragma GCC unroll 16
+  for (int n = W / 2; n; n /= 2) v = lanes(v, v, 0) + lanes(v, v, 1);
+  return v[0];
+}
+
+// exp to about two units in the last place; below -87 it is 1e-38, above 88 it stays there.
+static inline V exp_of(V x) {
+  const V low = V{} - 87.0f, high = V{} + 88.0f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const V magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  V n = (x * 1.44269504f + magic) - magic;
+  V r = x - n * 0.693145752f - n * 1.42860677e-6f;
+  V p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Int power = (__builtin_convertvector(n, Int) + 127) << 23;
+  V scale;
+  memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+static void rms_norm(const float *x, const float *weight, float eps, int n, float *out) {
+  V squares{};
+  for (int i = 0; i < n; i += W) squares += load(x + i) * load(x + i);
+  float rstd = 1.0f / __builtin_sqrtf(sum_of(squares) / n + eps);
+  for (int i = 0; i < n; i += W) store(out + i, load(x + i) * rstd * load(weight + i));
+}
+
+enum class Into { fresh, sum, gated };  // y = x W, y += x W, y = silu(x W_gate) * (x W_up)
+
+// M rows of x (M,K) by one panel (K,PANEL). Meanwhile a line of ``next``, the panel to come, is fetched for every k.
+template <int M>
+static void tile(const float *x, int K, const float *panel, const float *bias, const float *next, Into into, float *y,
+                 int y_stride, int columns) {
+  V sums[M][2];
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < 2; j++) sums[m][j] = bias ? load(bias + j * W) : V{};
+  for (int k = 0; k < K; k++) {
+    V w0 = load(panel + k * PANEL), w1 = load(panel + k * PANEL + W);
+    __builtin_prefetch(next + k * LINE, 0, 2);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      sums[m][0] += w0 * x[m * K + k];
+      sums[m][1] += w1 * x[m * K + k];
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    float *row = y + static_cast<int64_t>(m) * y_stride;
+    if (into == Into::gated) {
+      sums[m][0] = sums[m][0] / (1.0f + exp_of(-sums[m][0])) * sums[m][1];
+    } else if (into == Into::sum) {
+      float old[PANEL] = {};
+      memcpy(old, row, columns * 4);
+      sums[m][0] += load(old);
+      sums[m][1] += load(old + W);
+    }
+    memcpy(row, sums[m], columns * 4);
+  }
+}
+
+template <int M>
+static void tile_of(int rows, const float *x, int K, const float *panel, const float *bias, const float *next,
+                    Into into, float *y, int y_stride, int columns) {
+  if constexpr (M > 1) {
+    if (rows < M) return tile_of<M - 1>(rows, x, K, panel, bias, next, into, y, y_stride, columns);
+  }
+  tile<M>(x, K, panel, bias, next, into, y, y_stride, columns);
+}
+
+// y (B,N) of x (B,K) and weights packed by panels; with ``gated``, N gate columns and as many of up, W each in turn.
+static void product(const float *x, int B, int K, const float *weight, const float *bias, int N, Into into, float *y) {
+  const int width = into == Into::gated ? W : PANEL, panels = (N + width - 1) / width;
+  const int blocks = (B + ROWS - 1) / ROWS;
+#pragma omp for schedule(static)
+  for (int p = 0; p < panels; p++) {
+    const float *panel = weight + static_cast<int64_t>(p) * K * PANEL;
+    const float *next = p + 1 < panels && blocks > 1 ? panel + static_cast<int64_t>(K) * PANEL : nullptr;
+    const int columns = N - p * width < width ? N - p * width : width;
+    for (int block = 0; block < blocks; block++) {
+      const int first = static_cast<int64_t>(B) * block / blocks, end = static_cast<int64_t>(B) * (block + 1) / blocks;
+      // The first two blocks fetch half of the next panel each.
+      const float *fetched = next && block < 2 ? next + static_cast<int64_t>(block) * K * LINE * (PANEL / LINE) / 2 : panel;
+      tile_of<ROWS>(end - first, x + static_cast<int64_t>(first) * K, K, panel, bias ? bias + p * PANEL : nullptr,
+                    fetched, into, y + static_cast<int64_t>(first) * N + p * width, N, columns);
+    }
+  }
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int D) {
+  const int half = D / 2;
+  for (int i = 0; i < half; i++) {
+    float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i + half] + a * sin[i + half];
+  }
+}
+
+// Scores (Q, tokens) of Q queries with keys (tokens, D); what stands behind them, up to a whole vector, is of no use.
+template <int D>
+static void score(const float *q, int Q, const float *keys, int tokens, float scale, float *scores, int stride) {
+  for (int t = 0; t < tokens; t += W)
+    for (int g = 0; g < Q; g++) {
+      V dots[W];
+#pragma GCC unroll 16
+      for (int j = 0; j < W; j++) {
+        const float *key = keys + static_cast<int64_t>(t + j < tokens ? t + j : tokens - 1) * D;
+        dots[j] = load(q + g * D) * load(key);
+#pragma GCC unroll 16
+        for (int i = W; i < D; i += W) dots[j] += load(q + g * D + i) * load(key + i);
+      }
+      store(scores + g * stride + t, sums_of(dots) * scale);
+    }
+}
+
+template <int D>
+static void weigh(const float *weights, const float *values, int tokens, V (&out)[2][D / W]) {
+  for (int t = 0; t < tokens; t++)  // two sums in turn, or each would wait for itself
+#pragma GCC unroll 16
+    for (int i = 0; i < D / W; i++) out[t % 2][i] += weights[t] * load(values + static_cast<int64_t>(t) * D + i * W);
+}
+
+// Softmax in place; returns 1 / its sum, which the caller multiplies by. The row is padded to whole vectors.
+static float exponentials(float *scores, int n) {
+  float most = scores[0];
+  for (int i = 1; i < n; i++) most = scores[i] > most ? scores[i] : most;
+  for (int i = n; i % W; i++) scores[i] = -1e30f;
+  V total{};
+  for (int i = 0; i < n; i += W) {
+    V e = exp_of(load(scores + i) - most);
+    store(scores + i, e);
+    total += e;
+  }
+  return 1.0f / sum_of(total);
+}
+
+static int scores_stride(const Step &s) { return (s.prompt_tokens + s.row_tokens + 3 * W) / W * W; }
+
+// All query heads of a row that share kv head ``kv``; the row's own key and value are filed away first.
+template <int D>
+static void attend(const Model &m, const Layer &layer, const Step &s, int row, int kv, float *scores) {
+  const int Q = m.heads / m.kv_heads, own = s.written[row] + 1, shared = s.prompt_length[row];
+  const int stride = scores_stride(s);
+  float *qkv = s.qkv + static_cast<int64_t>(row) * (m.heads + 2 * m.kv_heads) * D;
+  float *q = qkv + kv * Q * D, *k = qkv + (m.heads + kv) * D, *v = k + m.kv_heads * D;
+  const float *cos = s.cos + row * D, *sin = s.sin + row * D;
+  if (layer.q_norm) {
+    for (int g = 0; g < Q; g++) rms_norm(q + g * D, layer.q_norm, m.eps, D, q + g * D);
+    rms_norm(k, layer.k_norm, m.eps, D, k);
+  }
+  for (int g = 0; g < Q; g++) rotate(q + g * D, cos, sin, D);
+  rotate(k, cos, sin, D);
+  const int64_t in_row = (static_cast<int64_t>(row) * m.kv_heads + kv) * s.row_tokens * D;
+  const int64_t in_prompt = (s.prompt[row] * m.kv_heads + kv) * s.prompt_tokens * D;
+  memcpy(layer.row_keys + in_row + (own - 1) * D, k, D * 4);
+  memcpy(layer.row_values + in_row + (own - 1) * D, v, D * 4);
+  score<D>(q, Q, layer.prompt_keys + in_prompt, shared, m.scale, scores, stride);
+  score<D>(q, Q, layer.row_keys + in_row, own, m.scale, scores + shared, stride);
+  for (int g = 0; g < Q; g++) {
+    float *weights = scores + g * stride, share = exponentials(weights, shared + own);
+    V out[2][D / W] = {};
+    weigh<D>(weights, layer.prompt_values + in_prompt, shared, out);
+    weigh<D>(weights + shared, layer.row_values + in_row, own, out);
+    float *to = s.attended + (static_cast<int64_t>(row) * m.heads + kv * Q + g) * D;
+    for (int i = 0; i < D / W; i++) store(to + i * W, (out[0][i] + out[1][i]) * share);
+  }
+}
+
+template <int D>
+static void step_of(const Model &m, const Step &s, int thread) {
+  const int B = s.rows, H = m.hidden, Q = m.heads / m.kv_heads;
+  float *scores = s.scores + static_cast<int64_t>(thread) * Q * scores_stride(s);
+  float *h = s.h + static_cast<int64_t>(thread) * B * H;  // every thread norms all rows, rather than wait for others
+  auto norm = [&](const float *weight) {
+    for (int b = 0; b < B; b++) rms_norm(s.x + b * H, weight, m.eps, H, h + b * H);
+  };
+  for (int l = 0; l < m.layers; l++) {
+    const Layer &layer = m.layer[l];
+    norm(layer.input_norm);
+    product(h, B, H, layer.qkv, layer.qkv_bias, (m.heads + 2 * m.kv_heads) * D, Into::fresh, s.qkv);
+#pragma omp for schedule(static)
+    for (int i = 0; i < B * m.kv_heads; i++) attend<D>(m, layer, s, s.order[i % B], i / B, scores);
+    product(s.attended, B, m.heads * D, layer.o, nullptr, H, Into::sum, s.x);
+    norm(layer.post_norm);
+    product(h, B, H, layer.gate_up, nullptr, m.mlp, Into::gated, s.mlp);
+    product(s.mlp, B, m.mlp, layer.down, nullptr, H, Into::sum, s.x);
+  }
+  norm(m.norm);
+  product(h, B, H, m.head, nullptr, m.vocabulary, Into::fresh, s.logits);
+}
+
+extern "C" int omp_get_thread_num();
+
+extern "C" {
+
+int32_t vector_floats() { return W; }
+
+// ``scores`` of a step holds so many floats a thread.
+int64_t scores_of_thread(const Model *m, const Step *s) {
+  return static_cast<int64_t>(m->heads / m->kv_heads) * scores_stride(*s);
+}
+
+// Weight (N,K) into panels: ``width`` of its rows become columns ``at``..``at + width`` of each.
+void pack(const float *weight, int64_t N, int64_t K, int32_t width, int32_t at, float *packed, int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t p = 0; p < (N + width - 1) / width; p++)
+    for (int64_t k0 = 0; k0 < K; k0 += LINE)
+      for (int j = 0; j < width; j++)
+        for (int64_t k = k0; k < K && k < k0 + LINE; k++)
+          packed[(p * K + k) * PANEL + at + j] = p * width + j < N ? weight[(p * width + j) * K + k] : 0.0f;
+}
+
+// Returns 1, having done nothing, for a head size it is not compiled for.
+int32_t decode_step(const Model *m, const Step *s, int32_t threads) {
+  void (*step)(const Model &, const Step &, int) = nullptr;
+  switch (m->head_dim) {
+    case 16: step = step_of<16>; break;
+    case 32: step = step_of<32>; break;
+    case 64: step = step_of<64>; break;
+    case 96: step = step_of<96>; break;
+    case 128: step = step_of<128>; break;
+    default: return 1;
+  }
+#pragma omp parallel num_threads(threads)
+  step(*m, *s, omp_get_thread_num());
+  return 0;
+}
+
+}  // extern "C"
