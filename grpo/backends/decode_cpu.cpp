@@ -1,5 +1,7 @@
-// One decoding step of a Llama-shaped decoder on a CPU, in float32: norm, q/k/v, rotary embedding, attention over a
-// prompt that rows share and over what each row wrote, output projection, gated MLP; layer after layer in one call.
+// One decoding step of a Llama-shaped decoder on a CPU: norm, q/k/v, rotary embedding, attention over a prompt that rows
+// share and over what each row wrote, output projection, gated MLP; layer after layer in one call. T is the type of
+// weights, of keys and values, and of what is multiplied by weights: float or bfloat16. Sums, the residual stream,
+// scores and logits are float32, as they are in the trainer's forward pass under autocast.
 //
 // What a row becomes does not depend on the rows beside it, to the bit: every sum runs over its own elements in the
 // same order whatever the batch. Compiled at first use by decode_cpu.py, whose ctypes structures mirror those below;
@@ -7,6 +9,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int W = 16, ROWS = 12;  // floats of a vector; rows of a tile: 24 sums stay in registers
@@ -14,22 +19,34 @@ constexpr int W = 16, ROWS = 12;  // floats of a vector; rows of a tile: 24 sums
 constexpr int W = 8, ROWS = 6;
 #endif
 constexpr int PANEL = 2 * W;  // columns of a tile
-constexpr int LINE = 16;      // floats of a cache line
+constexpr int LINE = 64;      // bytes of the cache's
 
 typedef float V __attribute__((vector_size(W * 4)));
 typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t Int __attribute__((vector_size(W * 4)));
+typedef uint32_t Bits __attribute__((vector_size(W * 4)));
+typedef uint16_t Half __attribute__((vector_size(W * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
 
 struct Layer {
-  const float *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *post_norm, *gate_up, *down;
-  float *prompt_keys, *prompt_values, *row_keys, *row_values;  // (slots, kv heads, tokens, D)
+  const float *input_norm;
+  const void *qkv;  // a weight: panels of T
+  const float *qkv_bias, *q_norm, *k_norm;
+  const void *o;
+  const float *post_norm;
+  const void *gate_up, *down;
+  void *prompt_keys, *prompt_values, *row_keys, *row_values;  // (slots, kv heads, tokens, D) of T
 };
 
 struct Model {
   int32_t layers, hidden, heads, kv_heads, head_dim, mlp, vocabulary;
   float eps, scale;
   const Layer *layer;
-  const float *norm, *head;
+  const float *norm;
+  const void *head;
 };
 
 struct Step {
@@ -37,12 +54,31 @@ struct Step {
   const int64_t *order, *written;           // rows, those of a prompt together; tokens that each row wrote
   const int64_t *prompt, *prompt_length;    // of each row: its prompt's slot, and how much of it to attend to
   const float *cos, *sin;                   // (rows, D)
-  float *x, *h, *qkv, *attended, *mlp, *scores;  // (rows, columns); h and scores a part for every thread
-  float *logits;                                 // (rows, vocabulary)
+  float *x, *qkv, *scores, *logits;         // (rows, columns); of scores and h every thread has its own part
+  void *h, *attended, *mlp;                 // the same, of T
 };
 
 static inline V load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 static inline void store(float *p, V v) { *reinterpret_cast<Unaligned *>(p) = v; }
+
+static inline V from_bits(Bits bits) {
+  V v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+static inline V load(const bfloat16 *p) {
+  Half bits;
+  memcpy(&bits, p, sizeof bits);
+  return from_bits(__builtin_convertvector(bits, Bits) << 16);
+}
+
+static inline void store(bfloat16 *p, V v) {  // to the nearest, ties to even
+  Bits bits;
+  memcpy(&bits, &v, sizeof bits);
+  Half half = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Half);
+  memcpy(p, &half, sizeof half);
+}
 
 // Lanes 2i + ``odd`` of a and b, one behind the other.
 static inline V lanes(V a, V b, int odd) {
@@ -87,48 +123,67 @@ static inline V exp_of(V x) {
   return p * scale;
 }
 
-static void rms_norm(const float *x, const float *weight, float eps, int n, float *out) {
+template <typename T>
+static void rms_norm(const float *x, const float *weight, float eps, int n, T *out) {
   V squares{};
   for (int i = 0; i < n; i += W) squares += load(x + i) * load(x + i);
   float rstd = 1.0f / __builtin_sqrtf(sum_of(squares) / n + eps);
   for (int i = 0; i < n; i += W) store(out + i, load(x + i) * rstd * load(weight + i));
 }
 
+// sums += w x for W columns at one k, or at two that stand side by side.
+static inline void multiply(V &sums, const float *w, const float *x) { sums += load(w) * x[0]; }
+
+static inline void multiply(V &sums, const bfloat16 *w, const bfloat16 *x) {
+#ifdef __AVX512BF16__
+  int32_t pair;
+  memcpy(&pair, x, sizeof pair);
+  sums = (V)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+#else
+  Bits pairs;
+  memcpy(&pairs, w, sizeof pairs);
+  sums += from_bits(pairs << 16) * from_bits(Bits{} + (uint32_t(x[0].bits) << 16));
+  sums += from_bits(pairs & 0xffff0000u) * from_bits(Bits{} + (uint32_t(x[1].bits) << 16));
+#endif
+}
+
 enum class Into { fresh, sum, gated };  // y = x W, y += x W, y = silu(x W_gate) * (x W_up)
 
-// M rows of x (M,K) by one panel (K,PANEL). Meanwhile a line of ``next``, the panel to come, is fetched for every k.
-template <int M>
-static void tile(const float *x, int K, const float *panel, const float *bias, const float *next, Into into, float *y,
-                 int y_stride, int columns) {
+// M rows of x (M,K) by one panel: a line of PANEL columns for every k, or every two. Meanwhile a cache line of ``next``,
+// the panel to come, is fetched for each of them.
+template <int M, typename T, typename Y>
+static void tile(const T *x, int K, const T *panel, const float *bias, const T *next, Into into, Y *y, int y_stride,
+                 int columns) {
+  constexpr int ks = 4 / sizeof(T);
   V sums[M][2];
   for (int m = 0; m < M; m++)
     for (int j = 0; j < 2; j++) sums[m][j] = bias ? load(bias + j * W) : V{};
-  for (int k = 0; k < K; k++) {
-    V w0 = load(panel + k * PANEL), w1 = load(panel + k * PANEL + W);
-    __builtin_prefetch(next + k * LINE, 0, 2);
+  for (int k = 0; k < K; k += ks) {
+    __builtin_prefetch(next + k * (LINE / 4), 0, 2);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      sums[m][0] += w0 * x[m * K + k];
-      sums[m][1] += w1 * x[m * K + k];
+      multiply(sums[m][0], panel + k * PANEL, x + m * K + k);
+      multiply(sums[m][1], panel + k * PANEL + W * ks, x + m * K + k);
     }
   }
   for (int m = 0; m < M; m++) {
-    float *row = y + static_cast<int64_t>(m) * y_stride;
+    Y *row = y + static_cast<int64_t>(m) * y_stride, held[PANEL] = {};
     if (into == Into::gated) {
       sums[m][0] = sums[m][0] / (1.0f + exp_of(-sums[m][0])) * sums[m][1];
     } else if (into == Into::sum) {
-      float old[PANEL] = {};
-      memcpy(old, row, columns * 4);
-      sums[m][0] += load(old);
-      sums[m][1] += load(old + W);
+      memcpy(held, row, columns * sizeof(Y));
+      sums[m][0] += load(held);
+      sums[m][1] += load(held + W);
     }
-    memcpy(row, sums[m], columns * 4);
+    store(held, sums[m][0]);
+    store(held + W, sums[m][1]);
+    memcpy(row, held, columns * sizeof(Y));
   }
 }
 
-template <int M>
-static void tile_of(int rows, const float *x, int K, const float *panel, const float *bias, const float *next,
-                    Into into, float *y, int y_stride, int columns) {
+template <int M, typename T, typename Y>
+static void tile_of(int rows, const T *x, int K, const T *panel, const float *bias, const T *next, Into into, Y *y,
+                    int y_stride, int columns) {
   if constexpr (M > 1) {
     if (rows < M) return tile_of<M - 1>(rows, x, K, panel, bias, next, into, y, y_stride, columns);
   }
@@ -136,20 +191,22 @@ static void tile_of(int rows, const float *x, int K, const float *panel, const f
 }
 
 // y (B,N) of x (B,K) and weights packed by panels; with ``gated``, N gate columns and as many of up, W each in turn.
-static void product(const float *x, int B, int K, const float *weight, const float *bias, int N, Into into, float *y) {
+template <typename T, typename Y>
+static void product(const T *x, int B, int K, const void *weight, const float *bias, int N, Into into, Y *y) {
   const int width = into == Into::gated ? W : PANEL, panels = (N + width - 1) / width;
   const int blocks = (B + ROWS - 1) / ROWS;
 #pragma omp for schedule(static)
   for (int p = 0; p < panels; p++) {
-    const float *panel = weight + static_cast<int64_t>(p) * K * PANEL;
-    const float *next = p + 1 < panels && blocks > 1 ? panel + static_cast<int64_t>(K) * PANEL : nullptr;
+    const int64_t size = static_cast<int64_t>(K) * PANEL;
+    const T *panel = static_cast<const T *>(weight) + p * size;
     const int columns = N - p * width < width ? N - p * width : width;
-    for (int block = 0; block < blocks; block++) {
-      const int first = static_cast<int64_t>(B) * block / blocks, end = static_cast<int64_t>(B) * (block + 1) / blocks;
+    for (int64_t block = 0; block < blocks; block++) {
+      const int first = B * block / blocks, end = B * (block + 1) / blocks;
       // The first two blocks fetch half of the next panel each.
-      const float *fetched = next && block < 2 ? next + static_cast<int64_t>(block) * K * LINE * (PANEL / LINE) / 2 : panel;
-      tile_of<ROWS>(end - first, x + static_cast<int64_t>(first) * K, K, panel, bias ? bias + p * PANEL : nullptr,
-                    fetched, into, y + static_cast<int64_t>(first) * N + p * width, N, columns);
+      const bool fetch = p + 1 < panels && blocks > 1 && block < 2;
+      const T *next = fetch ? panel + size + block * size / 2 : panel;
+      tile_of<ROWS>(end - first, x + static_cast<int64_t>(first) * K, K, panel, bias ? bias + p * PANEL : nullptr, next,
+                    into, y + static_cast<int64_t>(first) * N + p * width, N, columns);
     }
   }
 }
@@ -164,14 +221,14 @@ static void rotate(float *x, const float *cos, const float *sin, int D) {
 }
 
 // Scores (Q, tokens) of Q queries with keys (tokens, D); what stands behind them, up to a whole vector, is of no use.
-template <int D>
-static void score(const float *q, int Q, const float *keys, int tokens, float scale, float *scores, int stride) {
+template <int D, typename T>
+static void score(const float *q, int Q, const T *keys, int tokens, float scale, float *scores, int stride) {
   for (int t = 0; t < tokens; t += W)
     for (int g = 0; g < Q; g++) {
       V dots[W];
 #pragma GCC unroll 16
       for (int j = 0; j < W; j++) {
-        const float *key = keys + static_cast<int64_t>(t + j < tokens ? t + j : tokens - 1) * D;
+        const T *key = keys + static_cast<int64_t>(t + j < tokens ? t + j : tokens - 1) * D;
         dots[j] = load(q + g * D) * load(key);
 #pragma GCC unroll 16
         for (int i = W; i < D; i += W) dots[j] += load(q + g * D + i) * load(key + i);
@@ -180,8 +237,8 @@ static void score(const float *q, int Q, const float *keys, int tokens, float sc
     }
 }
 
-template <int D>
-static void weigh(const float *weights, const float *values, int tokens, V (&out)[2][D / W]) {
+template <int D, typename T>
+static void weigh(const float *weights, const T *values, int tokens, V (&out)[2][D / W]) {
   for (int t = 0; t < tokens; t++)  // two sums in turn, or each would wait for itself
 #pragma GCC unroll 16
     for (int i = 0; i < D / W; i++) out[t % 2][i] += weights[t] * load(values + static_cast<int64_t>(t) * D + i * W);
@@ -204,7 +261,7 @@ static float exponentials(float *scores, int n) {
 static int scores_stride(const Step &s) { return (s.prompt_tokens + s.row_tokens + 3 * W) / W * W; }
 
 // All query heads of a row that share kv head ``kv``; the row's own key and value are filed away first.
-template <int D>
+template <int D, typename T>
 static void attend(const Model &m, const Layer &layer, const Step &s, int row, int kv, float *scores) {
   const int Q = m.heads / m.kv_heads, own = s.written[row] + 1, shared = s.prompt_length[row];
   const int stride = scores_stride(s);
@@ -219,26 +276,30 @@ static void attend(const Model &m, const Layer &layer, const Step &s, int row, i
   rotate(k, cos, sin, D);
   const int64_t in_row = (static_cast<int64_t>(row) * m.kv_heads + kv) * s.row_tokens * D;
   const int64_t in_prompt = (s.prompt[row] * m.kv_heads + kv) * s.prompt_tokens * D;
-  memcpy(layer.row_keys + in_row + (own - 1) * D, k, D * 4);
-  memcpy(layer.row_values + in_row + (own - 1) * D, v, D * 4);
-  score<D>(q, Q, layer.prompt_keys + in_prompt, shared, m.scale, scores, stride);
-  score<D>(q, Q, layer.row_keys + in_row, own, m.scale, scores + shared, stride);
+  T *row_keys = static_cast<T *>(layer.row_keys) + in_row, *row_values = static_cast<T *>(layer.row_values) + in_row;
+  for (int i = 0; i < D; i += W) {
+    store(row_keys + (own - 1) * D + i, load(k + i));
+    store(row_values + (own - 1) * D + i, load(v + i));
+  }
+  score<D>(q, Q, static_cast<const T *>(layer.prompt_keys) + in_prompt, shared, m.scale, scores, stride);
+  score<D>(q, Q, row_keys, own, m.scale, scores + shared, stride);
   for (int g = 0; g < Q; g++) {
     float *weights = scores + g * stride, share = exponentials(weights, shared + own);
     V out[2][D / W] = {};
-    weigh<D>(weights, layer.prompt_values + in_prompt, shared, out);
-    weigh<D>(weights + shared, layer.row_values + in_row, own, out);
-    float *to = s.attended + (static_cast<int64_t>(row) * m.heads + kv * Q + g) * D;
+    weigh<D>(weights, static_cast<const T *>(layer.prompt_values) + in_prompt, shared, out);
+    weigh<D>(weights + shared, row_values, own, out);
+    T *to = static_cast<T *>(s.attended) + (static_cast<int64_t>(row) * m.heads + kv * Q + g) * D;
     for (int i = 0; i < D / W; i++) store(to + i * W, (out[0][i] + out[1][i]) * share);
   }
 }
 
-template <int D>
+template <int D, typename T>
 static void step_of(const Model &m, const Step &s, int thread) {
   const int B = s.rows, H = m.hidden, Q = m.heads / m.kv_heads;
   float *scores = s.scores + static_cast<int64_t>(thread) * Q * scores_stride(s);
-  float *h = s.h + static_cast<int64_t>(thread) * B * H;  // every thread norms all rows, rather than wait for others
-  auto norm = [&](const float *weight) {
+  T *attended = static_cast<T *>(s.attended), *mlp = static_cast<T *>(s.mlp);
+  T *h = static_cast<T *>(s.h) + static_cast<int64_t>(thread) * B * H;
+  auto norm = [&](const float *weight) {  // of all rows by every thread, rather than wait for others
     for (int b = 0; b < B; b++) rms_norm(s.x + b * H, weight, m.eps, H, h + b * H);
   };
   for (int l = 0; l < m.layers; l++) {
@@ -246,19 +307,46 @@ static void step_of(const Model &m, const Step &s, int thread) {
     norm(layer.input_norm);
     product(h, B, H, layer.qkv, layer.qkv_bias, (m.heads + 2 * m.kv_heads) * D, Into::fresh, s.qkv);
 #pragma omp for schedule(static)
-    for (int i = 0; i < B * m.kv_heads; i++) attend<D>(m, layer, s, s.order[i % B], i / B, scores);
-    product(s.attended, B, m.heads * D, layer.o, nullptr, H, Into::sum, s.x);
+    for (int i = 0; i < B * m.kv_heads; i++) attend<D, T>(m, layer, s, s.order[i % B], i / B, scores);
+    product(attended, B, m.heads * D, layer.o, nullptr, H, Into::sum, s.x);
     norm(layer.post_norm);
-    product(h, B, H, layer.gate_up, nullptr, m.mlp, Into::gated, s.mlp);
-    product(s.mlp, B, m.mlp, layer.down, nullptr, H, Into::sum, s.x);
+    product(h, B, H, layer.gate_up, nullptr, m.mlp, Into::gated, mlp);
+    product(mlp, B, m.mlp, layer.down, nullptr, H, Into::sum, s.x);
   }
   norm(m.norm);
   product(h, B, H, m.head, nullptr, m.vocabulary, Into::fresh, s.logits);
 }
 
-extern "C" int omp_get_thread_num();
+typedef void (*StepFunction)(const Model &, const Step &, int);
+
+template <typename T>
+static StepFunction step_for(int head_dim) {
+  switch (head_dim) {
+    case 16: return step_of<16, T>;
+    case 32: return step_of<32, T>;
+    case 64: return step_of<64, T>;
+    case 96: return step_of<96, T>;
+    case 128: return step_of<128, T>;
+    default: return nullptr;
+  }
+}
+
+// Weight (N,K) into panels: ``width`` of its rows become columns ``at``..``at + width`` of each.
+template <typename T>
+static void pack(const T *weight, int64_t N, int64_t K, int width, int at, T *packed, int threads) {
+  constexpr int ks = 4 / sizeof(T), AT_ONCE = 16;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t p = 0; p < (N + width - 1) / width; p++)
+    for (int64_t k0 = 0; k0 < K; k0 += AT_ONCE)
+      for (int j = 0; j < width; j++)
+        for (int64_t k = k0; k < K && k < k0 + AT_ONCE; k++)
+          packed[(p * K + k / ks * ks) * PANEL + (at + j) * ks + k % ks] =
+              p * width + j < N ? weight[(p * width + j) * K + k] : T{};
+}
 
 extern "C" {
+
+int omp_get_thread_num();
 
 int32_t vector_floats() { return W; }
 
@@ -267,27 +355,19 @@ int64_t scores_of_thread(const Model *m, const Step *s) {
   return static_cast<int64_t>(m->heads / m->kv_heads) * scores_stride(*s);
 }
 
-// Weight (N,K) into panels: ``width`` of its rows become columns ``at``..``at + width`` of each.
-void pack(const float *weight, int64_t N, int64_t K, int32_t width, int32_t at, float *packed, int32_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t p = 0; p < (N + width - 1) / width; p++)
-    for (int64_t k0 = 0; k0 < K; k0 += LINE)
-      for (int j = 0; j < width; j++)
-        for (int64_t k = k0; k < K && k < k0 + LINE; k++)
-          packed[(p * K + k) * PANEL + at + j] = p * width + j < N ? weight[(p * width + j) * K + k] : 0.0f;
+void pack_float32(const float *weight, int64_t N, int64_t K, int32_t width, int32_t at, float *packed, int32_t threads) {
+  pack(weight, N, K, width, at, packed, threads);
+}
+
+void pack_bfloat16(const bfloat16 *weight, int64_t N, int64_t K, int32_t width, int32_t at, bfloat16 *packed,
+                   int32_t threads) {
+  pack(weight, N, K, width, at, packed, threads);
 }
 
 // Returns 1, having done nothing, for a head size it is not compiled for.
-int32_t decode_step(const Model *m, const Step *s, int32_t threads) {
-  void (*step)(const Model &, const Step &, int) = nullptr;
-  switch (m->head_dim) {
-    case 16: step = step_of<16>; break;
-    case 32: step = step_of<32>; break;
-    case 64: step = step_of<64>; break;
-    case 96: step = step_of<96>; break;
-    case 128: step = step_of<128>; break;
-    default: return 1;
-  }
+int32_t decode_step(const Model *m, const Step *s, int32_t in_bfloat16, int32_t threads) {
+  StepFunction step = in_bfloat16 ? step_for<bfloat16>(m->head_dim) : step_for<float>(m->head_dim);
+  if (!step) return 1;
 #pragma omp parallel num_threads(threads)
   step(*m, *s, omp_get_thread_num());
   return 0;

@@ -62,7 +62,7 @@ class _Model(Structure):
 class _Step(Structure):
     _fields_ = [
         *_numbers("rows prompt_tokens row_tokens"),
-        *_pointers("order written prompt prompt_length cos sin x h qkv attended mlp scores logits"),
+        *_pointers("order written prompt prompt_length cos sin x qkv scores logits h attended mlp"),
     ]
 
 
@@ -90,7 +90,8 @@ def library() -> ctypes.CDLL:
     except OSError as error:  # a folder that can't be written, or a torch without OpenMP's symbols
         raise CannotCompile(str(error)) from error
     found.scores_of_thread.restype = c_int64
-    found.pack.argtypes = [c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32]
+    for pack in (found.pack_float32, found.pack_bfloat16):
+        pack.argtypes = [c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32]
     return found
 
 
@@ -115,9 +116,13 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "it is for CPUs"
     if type(model).__name__ not in FAMILIES:
         return f"it does not know {type(model).__name__}"
-    if any(p.dtype != torch.float32 for p in model.parameters()) or torch.is_autocast_enabled("cpu"):
-        return "it computes in float32 alone"
-    if any(type(m) is not nn.Linear for m in linears) or hasattr(model, "peft_config"):
+    if {p.dtype for p in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
+        return "it computes in float32 or bfloat16 throughout"
+    if (
+        torch.is_autocast_enabled("cpu")
+        or any(type(m) is not nn.Linear for m in linears)
+        or hasattr(model, "peft_config")
+    ):
         return "the model has adapters"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         return "the model has a sliding window"
@@ -143,6 +148,7 @@ class DecodeStep:
     def __init__(self, model: PreTrainedModel):
         self.base, self.library, self.threads = model.base_model, library(), torch.get_num_threads()
         self.width = self.library.vector_floats()
+        self.dtype = model.dtype
         config, head = model.config, model.get_output_embeddings().weight
         attention = self.base.layers[0].self_attn
         self.kept: list[torch.Tensor] = []  # what C++ points to
@@ -172,7 +178,7 @@ class DecodeStep:
         written_B, prompt_B = np.array(cache.row_lengths), np.array(cache.row_prompt)
         shared_B = np.zeros_like(prompt_B) if cache.shape.head_tokens else np.array(cache.prompt_lengths)[prompt_B]
         order_B = np.argsort(prompt_B, kind="stable")
-        x_BH = self.base.embed_tokens(tokens_B)
+        x_BH = self.base.embed_tokens(tokens_B).float()
         positions_1B = torch.from_numpy(shared_B + written_B)[None]
         cos_BD, sin_BD = (t[0].contiguous() for t in self.base.rotary_emb(x_BH, position_ids=positions_1B))
         logits_BV = torch.empty((B, V))
@@ -186,7 +192,9 @@ class DecodeStep:
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
         cache.grow()
-        self.library.decode_step(ctypes.byref(self.model), ctypes.byref(step), self.threads)
+        self.library.decode_step(
+            ctypes.byref(self.model), ctypes.byref(step), self.dtype == torch.bfloat16, self.threads
+        )
         return logits_BV
 
     def _point_into(self, cache: DecodeCache) -> None:
@@ -201,8 +209,8 @@ class DecodeStep:
             ctypes.byref(_Step(prompt_tokens=cache.shape.prompt_tokens, row_tokens=cache.shape.row_tokens)),
         )
         columns = {"h": self.threads * m.hidden, "attended": m.heads * m.head_dim, "mlp": m.mlp}
-        columns["qkv"] = (m.heads + 2 * m.kv_heads) * m.head_dim
-        self.work = {name: torch.zeros(rows * n) for name, n in columns.items()}
+        self.work = {name: torch.empty(rows * n, dtype=self.dtype) for name, n in columns.items()}
+        self.work["qkv"] = torch.empty(rows * (m.heads + 2 * m.kv_heads) * m.head_dim)
         self.work["scores"] = torch.empty(self.threads * scores)
 
     def _layer(self, layer: nn.Module) -> _Layer:
@@ -221,8 +229,8 @@ class DecodeStep:
             **{name: self._pointer(norm.weight) for name, norm in norms.items() if norm is not None},
         )
 
-    def _pointer(self, tensor: torch.Tensor) -> int:
-        self.kept.append(tensor.detach().contiguous())
+    def _pointer(self, tensor: torch.Tensor) -> int:  # of what is small and stays float32
+        self.kept.append(tensor.detach().float().contiguous())
         return self.kept[-1].data_ptr()
 
     def _padded(self, bias_N: torch.Tensor) -> int:
@@ -230,10 +238,11 @@ class DecodeStep:
 
     def _packed(self, weights: list[torch.Tensor]) -> int:
         """Weights (N,K) by panels of two vectors' columns; of two weights, each panel has one vector of each."""
+        pack = self.library.pack_bfloat16 if self.dtype == torch.bfloat16 else self.library.pack_float32
         width, (N, K) = 2 * self.width // len(weights), weights[0].shape
-        panels = torch.empty((-(-N // width), K, 2 * self.width))
+        panels = torch.empty((-(-N // width), K, 2 * self.width), dtype=self.dtype)
         for i, weight in enumerate(weights):
-            self.library.pack(
-                weight.detach().contiguous().data_ptr(), N, K, width, i * width, panels.data_ptr(), self.threads
-            )
-        return self._pointer(panels)
+            source = weight.detach().contiguous()
+            pack(source.data_ptr(), N, K, width, i * width, panels.data_ptr(), self.threads)
+        self.kept.append(panels)
+        return panels.data_ptr()

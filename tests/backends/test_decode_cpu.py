@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,9 +87,10 @@ def test_logits_are_those_of_the_models_own_forward_pass(kind: str) -> None:
         torch.testing.assert_close(found_TBV[:, b], own_TV, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_the_same_to_the_bit_whatever_is_beside_it(kind: str) -> None:
-    model, lengths = make(kind, KINDS[kind]), [40, 33]
+def test_a_row_is_the_same_to_the_bit_whatever_is_beside_it(kind: str, dtype: torch.dtype) -> None:
+    model, lengths = make(kind, KINDS[kind]).to(dtype), [40, 33]
     rows = [b % 2 for b in range(29)]
     tokens_TB = torch.randint(V, (STEPS, len(rows)), generator=torch.Generator().manual_seed(1))
     together_TBV = logits_of(model, rows, tokens_TB, lengths)
@@ -112,9 +114,24 @@ def test_models_it_does_not_know_are_left_to_transformers(kind: str) -> None:
     assert why in str(why_not(make(kind, settings)))
 
 
-def test_bfloat16_and_adapters_are_left_to_transformers() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_nearer_to_float32_than_transformers_is(kind: str) -> None:
+    model, rows, length = make(kind, KINDS[kind]).bfloat16(), [0] * 7, 40
+    assert why_not(model) is None
+    tokens_TB = torch.randint(V, (STEPS, len(rows)), generator=torch.Generator().manual_seed(1))
+    found_BTV = logits_of(model, rows, tokens_TB, [length]).transpose(0, 1)
+    ids_BN = torch.cat([((torch.arange(length) * 5 + 3) % V).expand(7, -1), tokens_TB.T], dim=1)
+    with torch.no_grad():
+        theirs_BTV = model(input_ids=ids_BN).logits[:, -STEPS:].float()
+        exact_BTV = model.float()(input_ids=ids_BN).logits[:, -STEPS:]
+    assert (found_BTV - exact_BTV).abs().mean() <= (theirs_BTV - exact_BTV).abs().mean()
+    assert (found_BTV - exact_BTV).abs().max() < 0.03 * (exact_BTV.max() - exact_BTV.min())
+
+
+def test_mixed_types_and_adapters_are_left_to_transformers() -> None:
     model = make("llama", KINDS["llama"])
-    assert "float32" in str(why_not(model.bfloat16()))
+    model.lm_head.bfloat16()
+    assert "throughout" in str(why_not(model))
     peft = pytest.importorskip("peft")
     model = make("llama", KINDS["llama"])
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -126,6 +143,20 @@ def forgotten() -> Iterator[None]:
     decode_cpu.library.cache_clear()
     yield
     decode_cpu.library.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_of_eight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU without AVX-512 compiles."""
+    model, tokens_TB = make("qwen2", KINDS["qwen2"]).to(dtype), torch.arange(STEPS * 7).view(STEPS, 7) % V
+    wide = logits_of(model, [0, 1, 0, 1, 0, 1, 1], tokens_TB, [40, 33])
+    monkeypatch.setattr(decode_cpu, "FLAGS", [flag.replace("native", "haswell") for flag in decode_cpu.FLAGS])
+    decode_cpu.library.cache_clear()
+    assert decode_cpu.library().vector_floats() == 8
+    narrow = logits_of(model, [0, 1, 0, 1, 0, 1, 1], tokens_TB, [40, 33])
+    torch.testing.assert_close(narrow, wide, atol=2e-5 if dtype == torch.float32 else 0.05, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("forgotten")
