@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from grpo.randomness import key
 from grpo.types import Prompt
 from tests.conftest import make_policy
 
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 V, STEPS = 97, 20
 SMALL = {
     "hidden_size": 64,
@@ -163,7 +165,7 @@ def test_vectors_of_eight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 def test_without_a_compiler_a_line_says_so_and_the_rollout_goes_on(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(decode_cpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with caplog.at_level(logging.INFO, "grpo"):
         policy = make_policy(tiny_model)
         backend = HFBackend(policy, max_batch_size=8)
