@@ -124,7 +124,7 @@ class Recomputed(torch.autograd.Function):
         # Of parameters a copy, they are small: where they are sharded, by the backward pass they may be gone.
         kept = (x.detach().clone() if isinstance(x, nn.Parameter) else x for x in inputs)
         ctx.save_for_backward(*kept)
-        device = out.device.type
+        ctx.device, ctx.contiguous, device = out.device, out.is_contiguous(), out.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.function, ctx.second = function, None
         return out
@@ -155,10 +155,10 @@ def _second_pass(node: Any) -> tuple[list[torch.Tensor | None], torch.Tensor]:
 
 
 class _Again(NamedTuple):
-    """What is kept in place of a view of a ``Recomputed``'s output, or of a copy of it in another type."""
+    """What is kept in place of a view of a ``Recomputed``'s output, or of a copy of it in other types one by one."""
 
     node: Any
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -169,26 +169,33 @@ def _pack(tensor: torch.Tensor) -> _Again | tuple[torch.Tensor, int]:
         return again
     for see in _watchers:
         see(tensor)
-    # Detached, as an output would keep its node alive which keeps it; but parameters as they are: ZeRO swaps their data.
+    # Detached: a node that keeps its own output would be kept by it. Parameters as they are: ZeRO swaps their data.
     return (tensor if tensor.is_leaf else tensor.detach()), tensor._version
 
 
 def _again(tensor: torch.Tensor) -> _Again | None:
     base = tensor._base if tensor._is_view() else tensor
-    node = base.grad_fn
-    if node is not None and node.name() == "ToCopyBackward0":  # autocast's
+    node: Any = base.grad_fn
+    dtypes: tuple[torch.dtype, ...] = ()
+    while node is not None and node.name() == "ToCopyBackward0":  # autocast's, peft's
+        dtypes = (node._input_metadata[0].dtype, *dtypes)
         node = node.next_functions[0][0]
     if not isinstance(node, Recomputed._backward_cls):  # type: ignore[attr-defined]
         return None
-    if not (tensor.requires_grad and tensor.dtype == base.dtype and base.is_contiguous()):
+    if not (tensor.requires_grad and tensor.dtype == base.dtype and tensor.device == node.device):
         return None
-    return _Again(node, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+    if not (base.is_contiguous() and node.contiguous):  # or sizes and strides would not say what is where
+        return None
+    return _Again(node, dtypes, tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 def _unpack(kept: _Again | tuple[torch.Tensor, int]) -> torch.Tensor:
     if isinstance(kept, _Again):
         _, out = _second_pass(kept.node)
-        return out.detach().to(kept.dtype).as_strided(kept.size, kept.stride, kept.offset)
+        out = out.detach()
+        for dtype in kept.dtypes:
+            out = out.to(dtype)
+        return out.as_strided(kept.size, kept.stride, kept.offset)
     tensor, version = kept
     if tensor._version != version:  # with hooks, autograd leaves this to them
         raise RuntimeError(
