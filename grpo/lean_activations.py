@@ -37,10 +37,10 @@ def install(causal_lm: Any) -> None:
 
     Not for a model with gradient checkpointing, which makes whole layers again; one that gets it later is still right.
     """
-    fitting = [(module, forward) for module in causal_lm.modules() if (forward := _lean_forward(module))]
-    for module, forward in fitting:
+    found = [(module, forward) for module in causal_lm.modules() if (forward := _lean_forward(module))]
+    for module, forward in found:
         module.forward = MethodType(forward, module)
-    if fitting and "forward" not in vars(causal_lm.base_model):
+    if found and "forward" not in vars(causal_lm.base_model):
         causal_lm.base_model.forward = MethodType(_base_model_forward, causal_lm.base_model)
 
 
@@ -122,8 +122,7 @@ class Recomputed(torch.autograd.Function):
     def forward(ctx, function: Callable, *inputs: torch.Tensor | None):
         out = function(*inputs)
         # Of parameters a copy, they are small: where they are sharded, by the backward pass they may be gone.
-        kept = (x.detach().clone() if isinstance(x, nn.Parameter) else x for x in inputs)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*(x.detach().clone() if isinstance(x, nn.Parameter) else x for x in inputs))
         ctx.device, ctx.contiguous, device = out.device, out.is_contiguous(), out.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.function, ctx.second = function, None
@@ -134,12 +133,9 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, grad):
         leaves, out = _second_pass(ctx)
         ctx.second = None  # all others that wanted it came before
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        found = torch.autograd.grad(out, [leaves[i] for i in wanted], grad, allow_unused=True)
-        grads: list[torch.Tensor | None] = [None] * len(leaves)
-        for i, grad_of_input in zip(wanted, found, strict=True):
-            grads[i] = grad_of_input
-        return None, *grads
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
 def _second_pass(node: Any) -> tuple[list[torch.Tensor | None], torch.Tensor]:
@@ -157,7 +153,7 @@ def _second_pass(node: Any) -> tuple[list[torch.Tensor | None], torch.Tensor]:
 class _Again(NamedTuple):
     """What is kept in place of a view of a ``Recomputed``'s output, or of a copy of it in other types one by one."""
 
-    node: Any
+    node: Any  # a Recomputed's
     dtypes: tuple[torch.dtype, ...]
     size: torch.Size
     stride: tuple[int, ...]
@@ -182,9 +178,8 @@ def _again(tensor: torch.Tensor) -> _Again | None:
         node = node.next_functions[0][0]
     if not isinstance(node, Recomputed._backward_cls):  # type: ignore[attr-defined]
         return None
-    if not (tensor.requires_grad and tensor.dtype == base.dtype and tensor.device == node.device):
-        return None
-    if not (base.is_contiguous() and node.contiguous):  # or sizes and strides would not say what is where
+    same_layout = base.is_contiguous() and node.contiguous  # or sizes and strides would not say what is where
+    if not (same_layout and tensor.requires_grad and tensor.dtype == base.dtype and tensor.device == node.device):
         return None
     return _Again(node, dtypes, tensor.size(), tensor.stride(), tensor.storage_offset())
 
