@@ -17,6 +17,7 @@ import torch
 
 from grpo.config import TrainingConfig
 from grpo.errors import RunError
+from grpo.lean_activations import watching
 from grpo.memory import free_memory
 from grpo.packing import MicroBatch, packed_tokens, padded_tokens
 from grpo.policy import Policy
@@ -127,7 +128,7 @@ def _kept(policy: Policy, tokens: int) -> int:
     """Bytes kept by a forward pass over one made-up sequence."""
     found: dict[int, int] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def see(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         found[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -135,8 +136,8 @@ def _kept(policy: Policy, tokens: int) -> int:
     vocab_size = policy.causal_lm.config.get_text_config(decoder=True).vocab_size
     ids = [token % vocab_size for token in range(tokens)]
     batch = policy.collate([Sequence(ids[: tokens // 4], ids[tokens // 4 :], [0.0] * (tokens - tokens // 4), 1.0)])
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.enable_grad(), policy.no_sync(), hooks:
+    hooks = torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor)
+    with torch.enable_grad(), policy.no_sync(), hooks, watching(see):
         logps_BT, _ = policy.logprobs(batch, 1.0)
     del logps_BT
     return sum(found.values())

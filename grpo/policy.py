@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from grpo import lean_activations
 from grpo.config import Recipe
 from grpo.loading import DTYPES, add_adapters, load_weights
 from grpo.losses import EntropyControl
@@ -65,6 +66,8 @@ class Policy:
         self.causal_lm = causal_lm
         if recipe.model.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            lean_activations.install(causal_lm)
         scored = ScoredLM(causal_lm)
         scored.check_head()
         self.packed = self._can_pack(scored)
