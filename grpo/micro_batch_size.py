@@ -26,9 +26,9 @@ from grpo.types import Sequence
 log = logging.getLogger("grpo")
 Result = TypeVar("Result")
 
-# Beyond these a larger micro-batch gained nothing: on a CPU what a layer makes of 2,048 tokens has left the cache, and
+# Beyond these a larger micro-batch gained nothing: on a CPU what a layer makes of 1,024 tokens has left the cache, and
 # an accelerator's products are as fast as they get.
-LARGEST = {"cpu": 2048, "cuda": 32768}
+LARGEST = {"cpu": 1024, "cuda": 32768}
 SMALLEST = 256
 SHARE = 0.5  # of free memory: what else the backward pass makes and frees is as large again at most
 MEASURED_TOKENS = (128, 384)

@@ -151,7 +151,7 @@ def test_the_automatic_size_is_a_share_of_free_memory(
     caplog.set_level(logging.INFO)
     policy = make_policy(tiny_model)
     kept = kept_per_token(policy)
-    for tokens, size in ((1200, 1024), (1000, 512), (10, micro_batch_size.SMALLEST), (1e9, 2048)):
+    for tokens, size in ((1200, 1024), (1000, 512), (10, micro_batch_size.SMALLEST), (1e9, micro_batch_size.LARGEST["cpu"])):
         free = kept * tokens / micro_batch_size.SHARE + micro_batch_size._still_to_come(policy)
         monkeypatch.setattr(micro_batch_size, "free_memory", lambda _, free=free: free)
         assert automatic_size(policy) == size
