@@ -26,9 +26,10 @@ from grpo.types import Sequence
 log = logging.getLogger("grpo")
 Result = TypeVar("Result")
 
-# Beyond these a larger micro-batch gained nothing: on a CPU what a layer makes of 1,024 tokens has left the cache, and
-# an accelerator's products are as fast as they get.
-LARGEST = {"cpu": 1024, "cuda": 32768}
+# Tokens, and on a CPU bytes kept, beyond which a larger micro-batch gained nothing: 1,024 tokens of a model of 135 M
+# parameters were as fast as 2,048, and 4,096 of one of 0.85 M as 16,384 (docs/performance.md).
+LARGEST = {"cpu": 8192, "cuda": 32768}
+LARGEST_KEPT_ON_CPU = 1e9
 SMALLEST = 256
 SHARE = 0.5  # of free memory: what else the backward pass makes and frees is as large again at most
 MEASURED_TOKENS = (128, 384)
@@ -105,6 +106,8 @@ def automatic_size(policy: Policy) -> int:
     free = free_memory(policy.device) - _still_to_come(policy)
     fits = SHARE * free / kept
     largest = LARGEST.get(policy.device.type, LARGEST["cuda"])
+    if policy.device.type == "cpu":
+        largest = min(largest, int(LARGEST_KEPT_ON_CPU / kept))
     mine = torch.tensor([min(max(fits, 1), largest)], device=policy.device)
     tokens = 1 << (int(policy.accelerator.gather(mine).min()).bit_length() - 1)
     if policy.accelerator.is_main_process:

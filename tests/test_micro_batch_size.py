@@ -157,6 +157,8 @@ def test_the_automatic_size_is_a_share_of_free_memory(
         monkeypatch.setattr(micro_batch_size, "free_memory", lambda _, free=free: free)
         assert automatic_size(policy) == size
         assert f"training.micro_batch_tokens: {size}" in caplog.text
+    monkeypatch.setattr(micro_batch_size, "LARGEST_KEPT_ON_CPU", kept * 1100)  # of a larger model a token keeps more
+    assert automatic_size(policy) == 1024
 
 
 def test_a_resumed_run_takes_the_size_that_the_checkpoint_s_run_had(tiny_model: Path, tmp_path: Path) -> None:
