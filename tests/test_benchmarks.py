@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,15 +110,20 @@ def test_timed_counts_what_the_engine_calls_and_puts_it_back(backend):
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_profile_add_up_to_the_step():
-    found = last_line("benchmarks.profile", "recipes/smoke_cpu.yaml", "--steps=1")["recipes/smoke_cpu.yaml"]
+@pytest.mark.parametrize("compiler", ["g++", "none"])
+def test_the_parts_of_a_profile_add_up_to_the_step(compiler):
+    if compiler != "none" and shutil.which(compiler) is None:
+        pytest.skip("no g++")
+    recipe = "recipes/smoke_cpu.yaml"
+    found = last_line("benchmarks.profile", recipe, "--steps=1", CXX=compiler)[recipe]
     parts = {name: row["share"] for name, row in found["parts"].items()}
     phases = [name for name in parts if not name.startswith(" ")]
     assert phases == ["rollout", "score", "train", "sync"]
     assert sum(parts[name] for name in phases) == pytest.approx(1.0)
     inner = sum(share for name, share in parts.items() if name.startswith(" "))
     assert inner == pytest.approx(parts["rollout"] + parts["train"])
-    for part in ("prefill", "decode: attention", "decode: linear layers", "sampling", "forward", "backward: model"):
+    decoding = ["decode: attention", "decode: linear layers"] if compiler == "none" else ["decode: compiled step"]
+    for part in ("prefill", *decoding, "sampling", "forward", "backward: model"):
         assert parts[f"  {part}"] > 0, part
     assert all(share > -0.01 for share in parts.values()), parts
 

@@ -73,9 +73,10 @@ class CannotCompile(Exception):
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The compiled source, from the cache folder where it is there already. Raises CannotCompile."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++") or shutil.which("clang++")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None or platform.system() != "Linux":
-        raise CannotCompile("there is no C++ compiler (g++) here")
+        raise CannotCompile(f"there is no C++ compiler here ({', '.join(names)})")
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     of = "\0".join([SOURCE.read_text(), *FLAGS, os.path.realpath(compiler), cpu, platform.machine()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"

@@ -169,7 +169,7 @@ def test_without_a_compiler_a_line_says_so_and_the_rollout_goes_on(
     with caplog.at_level(logging.INFO, "grpo"):
         policy = make_policy(tiny_model)
         backend = HFBackend(policy, max_batch_size=8)
-    assert "through transformers, slower: there is no C++ compiler (g++) here" in caplog.text
+    assert "through transformers, slower: there is no C++ compiler here (g++, c++, clang++)" in caplog.text
     backend.sync(policy, 0)
     assert backend.generate([Request(Prompt(0, "", "", [5, 6]), [key(0)])], Sampling(4), 0)[0][0].token_ids
 
