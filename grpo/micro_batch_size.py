@@ -107,7 +107,7 @@ def automatic_size(policy: Policy) -> int:
     fits = SHARE * free / kept
     largest = LARGEST.get(policy.device.type, LARGEST["cuda"])
     if policy.device.type == "cpu":
-        largest = min(largest, int(LARGEST_KEPT_ON_CPU / kept))
+        largest = min(largest, max(1, int(LARGEST_KEPT_ON_CPU / kept)))
     mine = torch.tensor([min(max(fits, 1), largest)], device=policy.device)
     tokens = 1 << (int(policy.accelerator.gather(mine).min()).bit_length() - 1)
     if policy.accelerator.is_main_process:

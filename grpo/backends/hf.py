@@ -1,8 +1,8 @@
 """Rollouts with transformers, in the training process, from the trainer's own weights.
 
-``engine.py`` schedules, ``kv_cache.py`` holds keys and values, ``attention.py`` reads them, ``sampling.py`` draws. What
-a completion becomes depends on its key and the weights alone: the uniform numbers never depend on the batch; logits
-agree to rounding.
+``engine.py`` schedules, ``kv_cache.py`` holds keys and values, ``attention.py`` reads them, ``sampling.py`` draws; on a
+CPU ``decode_cpu.py`` makes a whole step one compiled call for the models that it knows. What a completion becomes
+depends on its key and the weights alone: the uniform numbers never depend on the batch; logits agree to rounding.
 """
 
 from __future__ import annotations
