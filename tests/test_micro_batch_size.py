@@ -152,7 +152,7 @@ def test_the_automatic_size_is_a_share_of_free_memory(
     policy = make_policy(tiny_model)
     kept = kept_per_token(policy)
     largest, smallest = micro_batch_size.LARGEST["cpu"], micro_batch_size.SMALLEST
-    for tokens, size in ((1000, 512), (600, 512), (500, smallest), (10, smallest), (1e9, largest)):
+    for tokens, size in ((1200, 1024), (1000, 512), (500, smallest), (10, smallest), (1e9, largest)):
         free = kept * tokens / micro_batch_size.SHARE + micro_batch_size._still_to_come(policy)
         monkeypatch.setattr(micro_batch_size, "free_memory", lambda _, free=free: free)
         assert automatic_size(policy) == size

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -25,13 +24,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grpo.backends.kv_cache import DecodeCache
-
-log = logging.getLogger("grpo")
+from grpo.errors import RunError
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC"]
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
 FAMILIES = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"})
+# Those that step_for in the source is compiled for.
 HEAD_DIMS = (16, 32, 64, 96, 128)
 
 
@@ -193,9 +192,9 @@ class DecodeStep:
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
         cache.grow()
-        self.library.decode_step(
-            ctypes.byref(self.model), ctypes.byref(step), self.dtype == torch.bfloat16, self.threads
-        )
+        in_bfloat16 = self.dtype == torch.bfloat16
+        if self.library.decode_step(ctypes.byref(self.model), ctypes.byref(step), in_bfloat16, self.threads):
+            raise RunError(f"{SOURCE.name} is not compiled for heads of {self.model.head_dim}; HEAD_DIMS says it is")
         return logits_BV
 
     def _point_into(self, cache: DecodeCache) -> None:

@@ -65,7 +65,7 @@ def logprobs_agree(policy: Policy, wanted: list[Request], rows: dict[tuple[int, 
         torch.testing.assert_close(torch.tensor(row.logprobs), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [2, 10])
+@pytest.mark.parametrize("rows", [1, 3, 10])
 def test_places_that_rows_give_up_are_filled_from_the_queue(tiny_model: Path, rows: int) -> None:
     policy = make_policy(tiny_model)
     wanted = requests(policy, 6, 5)
