@@ -10,11 +10,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import datasets
 
 SHOWN = 10  # unsound rows that a message spells out
 
@@ -33,7 +32,7 @@ class Rows:
         return self.rows[index]
 
     def column(self, name: str) -> list[Any]:
-        if isinstance(self.rows, datasets.Dataset):
+        if not isinstance(self.rows, list):
             return self.rows.select_columns(name).to_dict()[name]  # many times faster than row by row
         return [row[name] for row in self.rows]
 
@@ -63,6 +62,10 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
     if not file.is_file():
         raise ValueError(f"{path}: no such file" + ("" if Path(path).is_absolute() else f" (from {Path.cwd()})"))
     if file.suffix == ".parquet":
+        import datasets  # here: a second and 100 MB that a .jsonl does without
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(file)
         except (pa.ArrowException, OSError) as error:

@@ -3,8 +3,9 @@
 Logits are the largest tensor of a language model's update: 16 sequences of 1,024 tokens over 152,000 words are 10 GB in
 float32, before their gradient. Here they exist for one chunk of positions at a time, in the forward and, computed
 again, in the backward pass, where they are overwritten by their gradient, g (onehot - p) / temperature. The first few
-chunks are kept instead of computed again: a constant amount, so memory does not grow with tokens x vocabulary. The
-gradient of the entropies, -p (log p + H) / temperature, is added in the same pass where it is wanted.
+chunks, or all of them as one where they are that few, are kept instead of computed again: a constant amount, so memory
+does not grow with tokens x vocabulary. The gradient of the
+entropies, -p (log p + H) / temperature, is added in the same pass where it is wanted.
 
 On a CPU the time beside the matrix products is that of passing through memory. So each chunk is read once in the
 forward pass and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
@@ -93,8 +94,8 @@ class _TokenStatistics(torch.autograd.Function):
         head, vocab_size, temperature, learns, entropy_gradient, truncation = options
         device = hidden_NH.device.type
         sizes = CPU_SIZES if device == "cpu" else ACCELERATOR_SIZES
-        rows = max(1, sizes.chunk // vocab_size)
         N = len(targets_N)
+        rows = max(1, N if N * vocab_size <= sizes.kept else sizes.chunk // vocab_size)
         logps_N, entropy_N, normalizer_N = (hidden_NH.new_empty(N, dtype=torch.float32) for _ in range(3))
         log_left_N = hidden_NH.new_zeros(N, dtype=torch.float32)
         kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by its first position, a chunk's input and logits
@@ -128,7 +129,7 @@ class _TokenStatistics(torch.autograd.Function):
         hidden_NH, targets_N, normalizer_N, entropy_N, *trained = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
         grad_hidden_NH = torch.empty_like(hidden_NH)
-        grads = [torch.zeros_like(p) for p in trained]
+        grads: list[torch.Tensor] = []
         scale_N = grad_N / ctx.temperature
         entropy_scale_N = entropy_grad_N / ctx.temperature if ctx.entropy_gradient else None
         for start in range(0, len(targets_N), ctx.rows):
@@ -152,10 +153,11 @@ class _TokenStatistics(torch.autograd.Function):
                 overwritten_nV[tile] = buffer_rV
             found = torch.autograd.grad(logits_nV, [hidden_nH, *trained], overwritten_nV)
             grad_hidden_NH[piece] = found[0]
-            for total, grad in zip(grads, found[1:], strict=True):
+            for total, grad in zip(grads, found[1:], strict=bool(grads)):
                 total += grad
+            grads = grads or list(found[1:])
             del hidden_nH, logits_nV, overwritten_nV, found
-        return grad_hidden_NH, None, None, *grads
+        return grad_hidden_NH, None, None, *(grads or map(torch.zeros_like, trained))
 
 
 def _measure(logits_rV: torch.Tensor, targets_r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,11 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
 import data as data_room
-from data import countdown, files, templates
+from data import files, templates
 from grpo.config import DataConfig, Recipe
 from grpo.errors import UserError
 from grpo.lint import lint, stop_token_ids
@@ -190,6 +189,8 @@ class Task:
 
 def countdown_solution(nums: Any, target: Any) -> str | None:
     """An expression that solves a countdown row; None where its columns are broken or nothing solves it."""
+    from data import countdown  # which imports datasets: see _from_hub
+
     try:
         return next(countdown.solutions(list(nums), int(target)), None)
     except (TypeError, ValueError, OverflowError):
@@ -335,6 +336,8 @@ def _task_names() -> list[str]:
 
 def _from_hub(data: DataConfig, split: str, columns: files.Columns) -> files.Rows:
     """Rows of a hub id. ``data.args`` go to ``load_dataset``, but for ``eval_split``: where held-out rows are."""
+    import datasets  # here: a second and 100 MB that files do without
+
     arguments = {key: value for key, value in data.args.items() if key not in ("split", "eval_split")}
     try:
         dataset = datasets.load_dataset(data.hub, split=split, **arguments)

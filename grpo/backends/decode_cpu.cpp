@@ -19,7 +19,7 @@ constexpr int W = 16, ROWS = 12;  // floats of a vector; rows of a tile: 24 sums
 constexpr int W = 8, ROWS = 6;
 #endif
 constexpr int PANEL = 2 * W;  // columns of a tile
-constexpr int LINE = 64;      // bytes of the cache's
+constexpr int SLICE = 12288;  // bytes of a panel that all rows are multiplied by before the next are
 
 typedef float V __attribute__((vector_size(W * 4)));
 typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -54,7 +54,7 @@ struct Step {
   const int64_t *order, *written;           // rows, those of a prompt together; tokens that each row wrote
   const int64_t *prompt, *prompt_length;    // of each row: its prompt's slot, and how much of it to attend to
   const float *cos, *sin;                   // (rows, D)
-  float *x, *qkv, *scores, *logits;         // (rows, columns); of scores and h every thread has its own part
+  float *x, *qkv, *scores, *sums, *logits;  // (rows, columns); of scores, sums and h every thread has its own part
   void *h, *attended, *mlp;                 // the same, of T
 };
 
@@ -147,67 +147,79 @@ static inline void multiply(V &sums, const bfloat16 *w, const bfloat16 *x) {
 #endif
 }
 
-enum class Into { fresh, sum, gated };  // y = x W, y += x W, y = silu(x W_gate) * (x W_up)
-
-// M rows of x (M,K) by one panel: a line of PANEL columns for every k, or every two. Meanwhile a cache line of ``next``,
-// the panel to come, is fetched for each of them.
-template <int M, typename T, typename Y>
-static void tile(const T *x, int K, const T *panel, const float *bias, const T *next, Into into, Y *y, int y_stride,
-                 int columns) {
+// M rows of x (M,K) by a slice of ``n`` of a panel's k, which start at x and panel; added to ``sums`` (M,PANEL).
+// Meanwhile ``fetch`` floats of ``next`` come into the cache for every line of a vector.
+template <int M, typename T>
+static void add_slice(const T *x, int K, const T *panel, int n, const float *next, int fetch, float *sums) {
   constexpr int ks = 4 / sizeof(T);
-  V sums[M][2];
+  V held[M][2];
   for (int m = 0; m < M; m++)
-    for (int j = 0; j < 2; j++) sums[m][j] = bias ? load(bias + j * W) : V{};
-  for (int k = 0; k < K; k += ks) {
-    __builtin_prefetch(next + k * (LINE / 4), 0, 2);
+    for (int j = 0; j < 2; j++) held[m][j] = load(sums + m * PANEL + j * W);
+  for (int k = 0; k < n; k += ks) {
+    __builtin_prefetch(next, 0, 3);
+    __builtin_prefetch(next + fetch / 2, 0, 3);
+    next += fetch;
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      multiply(sums[m][0], panel + k * PANEL, x + m * K + k);
-      multiply(sums[m][1], panel + k * PANEL + W * ks, x + m * K + k);
+      multiply(held[m][0], panel + k * PANEL, x + m * K + k);
+      multiply(held[m][1], panel + k * PANEL + W * ks, x + m * K + k);
     }
   }
-  for (int m = 0; m < M; m++) {
-    Y *row = y + static_cast<int64_t>(m) * y_stride, held[PANEL] = {};
-    if (into == Into::gated) {
-      sums[m][0] = sums[m][0] / (1.0f + exp_of(-sums[m][0])) * sums[m][1];
-    } else if (into == Into::sum) {
-      memcpy(held, row, columns * sizeof(Y));
-      sums[m][0] += load(held);
-      sums[m][1] += load(held + W);
-    }
-    store(held, sums[m][0]);
-    store(held + W, sums[m][1]);
-    memcpy(row, held, columns * sizeof(Y));
-  }
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < 2; j++) store(sums + m * PANEL + j * W, held[m][j]);
 }
 
-template <int M, typename T, typename Y>
-static void tile_of(int rows, const T *x, int K, const T *panel, const float *bias, const T *next, Into into, Y *y,
-                    int y_stride, int columns) {
+template <int M, typename T>
+static void add_slice_of(int rows, const T *x, int K, const T *panel, int n, const float *next, int fetch, float *sums) {
   if constexpr (M > 1) {
-    if (rows < M) return tile_of<M - 1>(rows, x, K, panel, bias, next, into, y, y_stride, columns);
+    if (rows < M) return add_slice_of<M - 1>(rows, x, K, panel, n, next, fetch, sums);
   }
-  tile<M>(x, K, panel, bias, next, into, y, y_stride, columns);
+  add_slice<M>(x, K, panel, n, next, fetch, sums);
+}
+
+enum class Into { fresh, sum, gated };  // y = x W, y += x W, y = silu(x W_gate) * (x W_up)
+
+template <typename Y>
+static void put(const float *sums, Into into, Y *y, int columns) {
+  V a = load(sums), b = load(sums + W);
+  Y held[PANEL] = {};
+  if (into == Into::gated) {
+    a = a / (1.0f + exp_of(-a)) * b;
+  } else if (into == Into::sum) {
+    memcpy(held, y, columns * sizeof(Y));
+    a += load(held);
+    b += load(held + W);
+  }
+  store(held, a);
+  store(held + W, b);
+  memcpy(y, held, columns * sizeof(Y));
 }
 
 // y (B,N) of x (B,K) and weights packed by panels; with ``gated``, N gate columns and as many of up, W each in turn.
+// A slice of a panel stays in the first cache while all rows are multiplied by it, and they fetch the next one.
 template <typename T, typename Y>
-static void product(const T *x, int B, int K, const void *weight, const float *bias, int N, Into into, Y *y) {
+static void product(const T *x, int B, int K, const void *weight, const float *bias, int N, Into into, Y *y,
+                    float *sums) {
   const int width = into == Into::gated ? W : PANEL, panels = (N + width - 1) / width;
-  const int blocks = (B + ROWS - 1) / ROWS;
+  const int blocks = (B + ROWS - 1) / ROWS, slice = SLICE / sizeof(T) / PANEL;
+  const int fetch = (PANEL + blocks - 1) / blocks;  // floats for each line: over all blocks, a slice
 #pragma omp for schedule(static)
   for (int p = 0; p < panels; p++) {
-    const int64_t size = static_cast<int64_t>(K) * PANEL;
-    const T *panel = static_cast<const T *>(weight) + p * size;
-    const int columns = N - p * width < width ? N - p * width : width;
-    for (int64_t block = 0; block < blocks; block++) {
-      const int first = B * block / blocks, end = B * (block + 1) / blocks;
-      // The first two blocks fetch half of the next panel each.
-      const bool fetch = p + 1 < panels && blocks > 1 && block < 2;
-      const T *next = fetch ? panel + size + block * size / 2 : panel;
-      tile_of<ROWS>(end - first, x + static_cast<int64_t>(first) * K, K, panel, bias ? bias + p * PANEL : nullptr, next,
-                    into, y + static_cast<int64_t>(first) * N + p * width, N, columns);
+    const T *panel = static_cast<const T *>(weight) + static_cast<int64_t>(p) * K * PANEL;
+    for (int b = 0; b < B; b++)
+      for (int j = 0; j < PANEL; j += W) store(sums + b * PANEL + j, bias ? load(bias + p * PANEL + j) : V{});
+    for (int k = 0; k < K; k += slice) {
+      const int n = K - k < slice ? K - k : slice;
+      const T *here = panel + static_cast<int64_t>(k) * PANEL;
+      const float *next = reinterpret_cast<const float *>(here + n * PANEL);
+      for (int64_t block = 0; block < blocks; block++) {
+        const int first = B * block / blocks, end = B * (block + 1) / blocks;
+        add_slice_of<ROWS>(end - first, x + static_cast<int64_t>(first) * K + k, K, here, n,
+                           next + block * fetch * n * sizeof(T) / 4, fetch, sums + first * PANEL);
+      }
     }
+    for (int b = 0; b < B; b++)
+      put(sums + b * PANEL, into, y + static_cast<int64_t>(b) * N + p * width, N - p * width < width ? N - p * width : width);
   }
 }
 
@@ -237,25 +249,46 @@ static void score(const float *q, int Q, const T *keys, int tokens, float scale,
     }
 }
 
-template <int D, typename T>
-static void weigh(const float *weights, const T *values, int tokens, V (&out)[2][D / W]) {
-  for (int t = 0; t < tokens; t++)  // two sums in turn, or each would wait for itself
-#pragma GCC unroll 16
-    for (int i = 0; i < D / W; i++) out[t % 2][i] += weights[t] * load(values + static_cast<int64_t>(t) * D + i * W);
-}
-
 // Softmax in place; returns 1 / its sum, which the caller multiplies by. The row is padded to whole vectors.
 static float exponentials(float *scores, int n) {
-  float most = scores[0];
-  for (int i = 1; i < n; i++) most = scores[i] > most ? scores[i] : most;
   for (int i = n; i % W; i++) scores[i] = -1e30f;
+  V most = load(scores);
+  for (int i = W; i < n; i += W) {
+    V s = load(scores + i);
+    most = s > most ? s : most;
+  }
+  float largest = most[0];
+  for (int i = 1; i < W; i++) largest = most[i] > largest ? most[i] : largest;
   V total{};
   for (int i = 0; i < n; i += W) {
-    V e = exp_of(load(scores + i) - most);
+    V e = exp_of(load(scores + i) - largest);
     store(scores + i, e);
     total += e;
   }
   return 1.0f / sum_of(total);
+}
+
+template <int D, int G, typename T>
+static void weigh(const float *weights, int stride, const T *values, int tokens, V (&out)[G][D / W]) {
+  for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 16
+    for (int i = 0; i < D / W; i++) {
+      V value = load(values + static_cast<int64_t>(t) * D + i * W);
+#pragma GCC unroll 16
+      for (int g = 0; g < G; g++) out[g][i] += weights[g * stride + t] * value;
+    }
+}
+
+// Softmax of G queries' scores, and what the values of prompt and row become under it.
+template <int D, int G, typename T>
+static void average(float *scores, int stride, const T *prompt_values, int shared, const T *row_values, int own, T *to) {
+  V out[G][D / W] = {};
+  float share[G];
+  for (int g = 0; g < G; g++) share[g] = exponentials(scores + g * stride, shared + own);
+  weigh<D, G>(scores, stride, prompt_values, shared, out);
+  weigh<D, G>(scores + shared, stride, row_values, own, out);
+  for (int g = 0; g < G; g++)
+    for (int i = 0; i < D / W; i++) store(to + g * D + i * W, out[g][i] * share[g]);
 }
 
 static int scores_stride(const Step &s) { return (s.prompt_tokens + s.row_tokens + 3 * W) / W * W; }
@@ -283,20 +316,19 @@ static void attend(const Model &m, const Layer &layer, const Step &s, int row, i
   }
   score<D>(q, Q, static_cast<const T *>(layer.prompt_keys) + in_prompt, shared, m.scale, scores, stride);
   score<D>(q, Q, row_keys, own, m.scale, scores + shared, stride);
-  for (int g = 0; g < Q; g++) {
-    float *weights = scores + g * stride, share = exponentials(weights, shared + own);
-    V out[2][D / W] = {};
-    weigh<D>(weights, static_cast<const T *>(layer.prompt_values) + in_prompt, shared, out);
-    weigh<D>(weights + shared, row_values, own, out);
-    T *to = static_cast<T *>(s.attended) + (static_cast<int64_t>(row) * m.heads + kv * Q + g) * D;
-    for (int i = 0; i < D / W; i++) store(to + i * W, (out[0][i] + out[1][i]) * share);
-  }
+  const T *prompt_values = static_cast<const T *>(layer.prompt_values) + in_prompt;
+  T *to = static_cast<T *>(s.attended) + (static_cast<int64_t>(row) * m.heads + kv * Q) * D;
+  int g = 0;
+  for (; g + 3 <= Q; g += 3)  // as many as there are registers for
+    average<D, 3>(scores + g * stride, stride, prompt_values, shared, row_values, own, to + g * D);
+  for (; g < Q; g++) average<D, 1>(scores + g * stride, stride, prompt_values, shared, row_values, own, to + g * D);
 }
 
 template <int D, typename T>
 static void step_of(const Model &m, const Step &s, int thread) {
   const int B = s.rows, H = m.hidden, Q = m.heads / m.kv_heads;
   float *scores = s.scores + static_cast<int64_t>(thread) * Q * scores_stride(s);
+  float *sums = s.sums + static_cast<int64_t>(thread) * B * PANEL;
   T *attended = static_cast<T *>(s.attended), *mlp = static_cast<T *>(s.mlp);
   T *h = static_cast<T *>(s.h) + static_cast<int64_t>(thread) * B * H;
   auto norm = [&](const float *weight) {  // of all rows by every thread, rather than wait for others
@@ -305,16 +337,16 @@ static void step_of(const Model &m, const Step &s, int thread) {
   for (int l = 0; l < m.layers; l++) {
     const Layer &layer = m.layer[l];
     norm(layer.input_norm);
-    product(h, B, H, layer.qkv, layer.qkv_bias, (m.heads + 2 * m.kv_heads) * D, Into::fresh, s.qkv);
+    product(h, B, H, layer.qkv, layer.qkv_bias, (m.heads + 2 * m.kv_heads) * D, Into::fresh, s.qkv, sums);
 #pragma omp for schedule(static)
     for (int i = 0; i < B * m.kv_heads; i++) attend<D, T>(m, layer, s, s.order[i % B], i / B, scores);
-    product(attended, B, m.heads * D, layer.o, nullptr, H, Into::sum, s.x);
+    product(attended, B, m.heads * D, layer.o, nullptr, H, Into::sum, s.x, sums);
     norm(layer.post_norm);
-    product(h, B, H, layer.gate_up, nullptr, m.mlp, Into::gated, mlp);
-    product(mlp, B, m.mlp, layer.down, nullptr, H, Into::sum, s.x);
+    product(h, B, H, layer.gate_up, nullptr, m.mlp, Into::gated, mlp, sums);
+    product(mlp, B, m.mlp, layer.down, nullptr, H, Into::sum, s.x, sums);
   }
   norm(m.norm);
-  product(h, B, H, m.head, nullptr, m.vocabulary, Into::fresh, s.logits);
+  product(h, B, H, m.head, nullptr, m.vocabulary, Into::fresh, s.logits, sums);
 }
 
 typedef void (*StepFunction)(const Model &, const Step &, int);

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from grpo.backends.kv_cache import DecodeCache
 from grpo.errors import RunError
+from grpo.memory import own_pages
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC"]
@@ -61,7 +62,7 @@ class _Model(Structure):
 class _Step(Structure):
     _fields_ = [
         *_numbers("rows prompt_tokens row_tokens"),
-        *_pointers("order written prompt prompt_length cos sin x qkv scores logits h attended mlp"),
+        *_pointers("order written prompt prompt_length cos sin x qkv scores sums logits h attended mlp"),
     ]
 
 
@@ -152,6 +153,9 @@ class DecodeStep:
         config, head = model.config, model.get_output_embeddings().weight
         attention = self.base.layers[0].self_attn
         self.kept: list[torch.Tensor] = []  # what C++ points to
+        self.used = 0
+        total = sum(-(-len(w) // 32) * 32 * w.shape[1] for w in model.state_dict().values() if w.ndim == 2)
+        self.room = own_pages((total,), self.dtype)
         self.layers = (_Layer * len(self.base.layers))(*(self._layer(layer) for layer in self.base.layers))
         self.model = _Model(
             layers=len(self.base.layers),
@@ -211,6 +215,7 @@ class DecodeStep:
         columns = {"h": self.threads * m.hidden, "attended": m.heads * m.head_dim, "mlp": m.mlp}
         self.work = {name: torch.empty(rows * n, dtype=self.dtype) for name, n in columns.items()}
         self.work["qkv"] = torch.empty(rows * (m.heads + 2 * m.kv_heads) * m.head_dim)
+        self.work["sums"] = torch.empty(self.threads * rows * 2 * self.width)
         self.work["scores"] = torch.empty(self.threads * scores)
 
     def _layer(self, layer: nn.Module) -> _Layer:
@@ -240,7 +245,9 @@ class DecodeStep:
         """Weights (N,K) by panels of two vectors' columns; of two weights, each panel has one vector of each."""
         pack = self.library.pack_bfloat16 if self.dtype == torch.bfloat16 else self.library.pack_float32
         width, (N, K) = 2 * self.width // len(weights), weights[0].shape
-        panels = torch.empty((-(-N // width), K, 2 * self.width), dtype=self.dtype)
+        size = -(-N // width) * K * 2 * self.width
+        panels = self.room[self.used : self.used + size]
+        self.used += size
         for i, weight in enumerate(weights):
             source = weight.detach().contiguous()
             pack(source.data_ptr(), N, K, width, i * width, panels.data_ptr(), self.threads)
