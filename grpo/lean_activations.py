@@ -26,6 +26,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from grpo import elementwise_cpu
+
+Compiled = elementwise_cpu.Norm | elementwise_cpu.Gated
+
 NORMS = ("RMSNorm", "LayerNorm")
 GATED_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
@@ -40,6 +44,7 @@ def install(causal_lm: Any) -> None:
     found = [(module, forward) for module in causal_lm.modules() if (forward := _lean_forward(module))]
     for module, forward in found:
         module.forward = MethodType(forward, module)
+        module.compiled = _compiled(module)
     if found and "forward" not in vars(causal_lm.base_model):
         causal_lm.base_model.forward = MethodType(_base_model_forward, causal_lm.base_model)
 
@@ -62,6 +67,13 @@ def _lean_forward(module: nn.Module) -> Callable | None:
     return _mlp_forward if all(hasattr(module, name) for name in GATED_MLP) and _is_gated_mlp(module) else None
 
 
+def _compiled(module: Any) -> Compiled | None:
+    if hasattr(module, "gate_proj"):
+        weight = next(module.parameters())
+        return elementwise_cpu.gated_of(partial(_gated, module.act_fn), weight.device)
+    return elementwise_cpu.norm_of(module, partial(_norm, module))
+
+
 @torch.no_grad()
 def _is_gated_mlp(mlp: Any) -> bool:
     """Does it compute what ``_mlp_forward`` does? Tried on two made-up tokens."""
@@ -80,9 +92,9 @@ def _is_gated_mlp(mlp: Any) -> bool:
         mlp.train(was_training)
 
 
-def _learns(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+def _learns(module: nn.Module) -> bool:
     """Asked of nothing but the module and the mode, so that gradient checkpointing's second pass finds the same."""
-    return module.training and torch.is_grad_enabled() and len(args) == 1 and not kwargs
+    return module.training and torch.is_grad_enabled()
 
 
 def _base_model_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -92,16 +104,29 @@ def _base_model_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs)
 
 
-def _norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not _learns(self, args, kwargs):
+def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 1 or kwargs or not (_learns(self) or _compiled_alone(self)):
         return type(self).forward(self, *args, **kwargs)
-    return Recomputed.apply(partial(_norm, self), *args, *self._parameters.values())
+    inputs = *args, *self._parameters.values()
+    return _made(self, partial(_norm, self), inputs)
 
 
 def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if not _learns(self, args, kwargs):
+    if len(args) != 1 or kwargs or not (_learns(self) or _compiled_alone(self)):
         return type(self).forward(self, *args, **kwargs)
-    return self.down_proj(Recomputed.apply(partial(_gated, self.act_fn), self.gate_proj(*args), self.up_proj(*args)))
+    return self.down_proj(_made(self, partial(_gated, self.act_fn), (self.gate_proj(*args), self.up_proj(*args))))
+
+
+def _compiled_alone(module: Any) -> bool:
+    """Without gradients too it is the faster one, and gives the same numbers as in training."""
+    return module.compiled is not None and not torch.is_grad_enabled()
+
+
+def _made(module: Any, function: Callable, inputs: tuple) -> torch.Tensor:
+    """``function(*inputs)`` by compiled code where that takes them, and such that its output need not be kept."""
+    if module.compiled is not None and module.compiled.takes(*inputs):
+        function = module.compiled
+    return Recomputed.apply(function, *inputs) if _learns(module) else function(*inputs)
 
 
 def _norm(norm: nn.Module, x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
@@ -131,6 +156,9 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if isinstance(ctx.function, (elementwise_cpu.Norm, elementwise_cpu.Gated)):
+            ctx.second = None
+            return None, *ctx.function.gradients(grad, *ctx.saved_tensors)
         leaves, out = _second_pass(ctx)
         ctx.second = None  # all others that wanted it came before
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]

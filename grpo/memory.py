@@ -51,5 +51,4 @@ def own_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if size < LARGE:
         return torch.zeros(shape, dtype=dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if os.environ.get("HUGE"): pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=prod(shape)).view(shape)

@@ -17,7 +17,7 @@ import grpo
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = {
-    "grpo": ("*.py", "*.css", "*.cpp"),
+    "grpo": ("*.py", "*.css", "*.cpp", "*.h"),
     "rewards": ("*.py",),
     "data": ("*.py", "tiny_base/*"),
     "recipes": ("*.py", "*.yaml"),

@@ -8,12 +8,6 @@ or has adapters, decoding goes through transformers (``attention.py``, ``linear.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -23,13 +17,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from grpo import native
 from grpo.backends.kv_cache import DecodeCache
 from grpo.errors import RunError
 from grpo.memory import own_pages
+from grpo.native import CannotCompile
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC"]
-FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
 FAMILIES = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"})
 # Those that step_for in the source is compiled for.
 HEAD_DIMS = (16, 32, 64, 96, 128)
@@ -66,48 +60,14 @@ class _Step(Structure):
     ]
 
 
-class CannotCompile(Exception):
-    """Why there is no compiled step: ends up in one line of the log."""
-
-
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled source, from the cache folder where it is there already. Raises CannotCompile."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    compiler = next(filter(None, map(shutil.which, names)), None)
-    if compiler is None or platform.system() != "Linux":
-        raise CannotCompile(f"there is no C++ compiler here ({', '.join(names)})")
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    of = "\0".join([SOURCE.read_text(), *FLAGS, os.path.realpath(compiler), cpu, platform.machine()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
-    file = folder / f"decode-{hashlib.sha256(of.encode()).hexdigest()[:16]}.so"
-    try:
-        if not file.exists():
-            _compile(compiler, file)
-        found = ctypes.CDLL(str(file))
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or ["without a word"]
-        raise CannotCompile(f"{compiler} failed: {said[-1]}") from error
-    except OSError as error:  # a folder that can't be written, or a torch without OpenMP's symbols
-        raise CannotCompile(str(error)) from error
+    """The compiled source. Raises CannotCompile."""
+    found = native.library(SOURCE)
     found.scores_of_thread.restype = c_int64
     for pack in (found.pack_float32, found.pack_bfloat16):
         pack.argtypes = [c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32]
     return found
-
-
-def _compile(compiler: str, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        built = Path(folder) / file.name
-        # Linked apart and without -fopenmp: the symbols are those of the OpenMP that torch has loaded, whose threads
-        # would otherwise spin beside another's.
-        for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{built}.o"],
-            [compiler, "-shared", f"{built}.o", "-o", str(built)],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        os.replace(built, file)  # other processes see all of it or nothing
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -153,9 +113,6 @@ class DecodeStep:
         config, head = model.config, model.get_output_embeddings().weight
         attention = self.base.layers[0].self_attn
         self.kept: list[torch.Tensor] = []  # what C++ points to
-        self.used = 0
-        total = sum(-(-len(w) // 32) * 32 * w.shape[1] for w in model.state_dict().values() if w.ndim == 2)
-        self.room = own_pages((total,), self.dtype)
         self.layers = (_Layer * len(self.base.layers))(*(self._layer(layer) for layer in self.base.layers))
         self.model = _Model(
             layers=len(self.base.layers),
@@ -245,9 +202,7 @@ class DecodeStep:
         """Weights (N,K) by panels of two vectors' columns; of two weights, each panel has one vector of each."""
         pack = self.library.pack_bfloat16 if self.dtype == torch.bfloat16 else self.library.pack_float32
         width, (N, K) = 2 * self.width // len(weights), weights[0].shape
-        size = -(-N // width) * K * 2 * self.width
-        panels = self.room[self.used : self.used + size]
-        self.used += size
+        panels = own_pages((-(-N // width), K, 2 * self.width), self.dtype)
         for i, weight in enumerate(weights):
             source = weight.detach().contiguous()
             pack(source.data_ptr(), N, K, width, i * width, panels.data_ptr(), self.threads)

@@ -1,0 +1,62 @@
+"""C++ for CPUs, compiled at first use into the user's cache folder: what torch's kernels, one by one, do slowly.
+
+The sources use no header of torch or Python, and torch's own OpenMP threads. Whoever uses one goes on without it where
+there is no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC"]
+FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
+HEADER = Path(__file__).with_name("vectors.h")
+
+
+class CannotCompile(Exception):
+    """Why there is no compiled code: ends up in one line of the log."""
+
+
+@lru_cache(maxsize=None)
+def library(source: Path) -> ctypes.CDLL:
+    """The compiled source, from the cache folder where it is there already. Raises CannotCompile."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None or platform.system() != "Linux":
+        raise CannotCompile(f"there is no C++ compiler here ({', '.join(names)})")
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    texts = [HEADER.read_text(), source.read_text()]
+    of = "\0".join([*texts, *FLAGS, os.path.realpath(compiler), cpu, platform.machine()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
+    file = folder / f"{source.stem}-{hashlib.sha256(of.encode()).hexdigest()[:16]}.so"
+    try:
+        if not file.exists():
+            _compile(compiler, source, file)
+        return ctypes.CDLL(str(file))
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines() or ["without a word"]
+        raise CannotCompile(f"{compiler} failed: {said[-1]}") from error
+    except OSError as error:  # a folder that can't be written, or a torch without OpenMP's symbols
+        raise CannotCompile(str(error)) from error
+
+
+def _compile(compiler: str, source: Path, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        built = Path(folder) / file.name
+        # Linked apart and without -fopenmp: the symbols are those of the OpenMP that torch has loaded, whose threads
+        # would otherwise spin beside another's.
+        for command in (
+            [compiler, *FLAGS, "-c", str(source), "-o", f"{built}.o"],
+            [compiler, "-shared", f"{built}.o", "-o", str(built)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(built, file)  # other processes see all of it or nothing
