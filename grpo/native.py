@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC"]
@@ -25,7 +25,7 @@ class CannotCompile(Exception):
     """Why there is no compiled code: ends up in one line of the log."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(source: Path) -> ctypes.CDLL:
     """The compiled source, from the cache folder where it is there already. Raises CannotCompile."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]

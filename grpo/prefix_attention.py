@@ -19,6 +19,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import grpo.prefix_attention_compiled as compiled
 import grpo.prefix_attention_cpu as on_cpu
 from grpo.types import Layout
 
@@ -81,6 +82,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_NhD, k_NkD, v_NkD, layout: Layout, scale: float | None):
         scale = q_NhD.shape[-1] ** -0.5 if scale is None else scale
+        ctx.layout, ctx.scale = layout, scale
+        if compiled.takes(q_NhD, k_NkD, v_NkD):
+            bounds = tuple(layout.segments), tuple(layout.groups)
+            out_NhD, lse_hN = compiled.forward(q_NhD, k_NkD, v_NkD, *bounds, scale)
+            ctx.save_for_backward(q_NhD, k_NkD, v_NkD, out_NhD, lse_hN)
+            return out_NhD
         prompts = layout.groups[0]  # how many tokens are prompts; completions follow
         out_NhD, lse_hN = _own(q_NhD, k_NkD, v_NkD, layout, scale)
         if prompts < len(q_NhD):
@@ -91,7 +98,6 @@ class _Attention(torch.autograd.Function):
             part.copy_(part.float().lerp_(prefix.float(), share))
             lse.copy_(torch.logaddexp(lse, prefix_lse))
         ctx.save_for_backward(q_NhD, k_NkD, v_NkD, out_NhD, lse_hN)
-        ctx.layout, ctx.scale = layout, scale
         return out_NhD
 
     @staticmethod
@@ -99,6 +105,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_NhD):
         q_NhD, k_NkD, v_NkD, out_NhD, lse_hN = ctx.saved_tensors
         layout, scale = ctx.layout, ctx.scale
+        if compiled.takes(q_NhD, k_NkD, v_NkD):
+            bounds = tuple(layout.segments), tuple(layout.groups)
+            return *compiled.backward(grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN, *bounds, scale), None, None
         prompts = layout.groups[0]
         dq, dk, dv = _own_backward((grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN), layout, scale)
         if prompts < len(q_NhD):
