@@ -18,6 +18,7 @@ import torch
 from grpo import native
 
 SOURCE = Path(__file__).with_name("prefix_attention_cpu.cpp")
+OF_TASKS = ("start", "length", "prompt", "prompt_length")
 
 
 class _Array(Structure):
@@ -33,7 +34,7 @@ class _Problem(Structure):
         *((name, c_int32) for name in ("kv_heads", "queries", "D", "tasks", "prompt_tokens")),
         ("scale", c_float),
         *((name, c_int64) for name in ("N", "keys")),
-        *((name, c_void_p) for name in ("start", "length", "prompt", "prompt_length")),
+        *((name, c_void_p) for name in OF_TASKS),
         *((name, _Array) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
         *((name, c_void_p) for name in ("lse", "work", "partial")),
     ]
@@ -76,10 +77,10 @@ def backward(
     """Gradients of queries, keys and values."""
     if grad_NhD.stride(-1) != 1:
         grad_NhD = grad_NhD.contiguous()
-    gradients = {f"d{name}": torch.empty(x.shape, dtype=x.dtype) for name, x in zip("qkv", (q_NhD, k_NkD, v_NkD))}
+    dq_NhD, dk_NkD, dv_NkD = (torch.empty(x.shape, dtype=x.dtype) for x in (q_NhD, k_NkD, v_NkD))
     given = {"q": q_NhD, "k": k_NkD, "v": v_NkD, "out": out_NhD, "grad": grad_NhD}
-    _attend(segments, groups, scale, lse_hN, **given, **gradients)
-    return tuple(gradients.values())
+    _attend(segments, groups, scale, lse_hN, **given, dq=dq_NhD, dk=dk_NkD, dv=dv_NkD)
+    return dq_NhD, dk_NkD, dv_NkD
 
 
 def _attend(segments: tuple[int, ...], groups: tuple[int, ...], scale: float, lse_hN, **arrays: torch.Tensor) -> None:
@@ -98,7 +99,7 @@ def _attend(segments: tuple[int, ...], groups: tuple[int, ...], scale: float, ls
         scale=scale,
         N=N,
         keys=keys,
-        **{name: row.ctypes.data for name, row in zip(("start", "length", "prompt", "prompt_length"), tasks_4S)},
+        **{name: row.ctypes.data for name, row in zip(OF_TASKS, tasks_4S, strict=True)},
         **{name: _Array.of(x) for name, x in arrays.items()},
         lse=lse_hN.data_ptr(),
         work=work.data_ptr(),

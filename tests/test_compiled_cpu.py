@@ -1,0 +1,225 @@
+"""What is compiled for the update on a CPU: norms, gated MLPs and packed attention, beside their definitions."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from grpo import elementwise_cpu, native, prefix_attention, prefix_attention_compiled
+from grpo.types import Layout
+from tests.conftest import make_policy
+from tests.gradient_of_step import sequences
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+LAYOUTS = {  # lengths of prompts, and of each one's completions
+    "two groups": ([20, 33], [[5, 64, 1], [40, 100]]),
+    "one token": ([1], [[1]]),
+    "whole panels": ([32, 64], [[32, 96], [64]]),
+    "several blocks": ([130], [[200, 49, 48, 47]]),
+    "an empty completion": ([7, 9], [[3, 0], [0, 31, 33]]),
+}
+
+
+def forget() -> None:
+    native.library.cache_clear()
+    elementwise_cpu.library.cache_clear()
+    prefix_attention_compiled.library.cache_clear()
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    forget()
+    yield
+    forget()
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def layout_of(name: str) -> Layout:
+    prompts, completions = LAYOUTS[name]
+    segments, groups = [0], []
+    for length in prompts:
+        segments.append(segments[-1] + length)
+    groups.append(segments[-1])
+    for lengths in completions:
+        for length in lengths:
+            segments.append(segments[-1] + length)
+        groups.append(segments[-1])
+    unused = torch.empty(0)
+    return Layout(segments, groups, unused, unused, unused)
+
+
+def mask_of(layout: Layout) -> torch.Tensor:
+    """True where a token (row) sees another (column)."""
+    sees = torch.zeros((layout.segments[-1],) * 2, dtype=torch.bool)
+    for start, end in pairwise(layout.segments):
+        sees[start:end, start:end] = torch.ones((end - start,) * 2).tril().bool()
+    for (start, end), (first, last) in zip(pairwise(layout.segments), pairwise(layout.groups), strict=False):
+        sees[first:last, start:end] = True
+    return sees
+
+
+def with_gradients(function: Callable, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and gradients of a sum in which every number has another weight."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    (out.float() * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert float((one.double() - other.double()).norm()) <= tolerance * float(other.double().norm())
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (7, 48), (3, 5, 576)])
+def test_a_norm_is_its_definition(shape: tuple[int, ...]) -> None:
+    x, weight, grad = torch.randn(shape) * 3, torch.randn(shape[-1]), torch.randn(shape)
+    x64, weight64 = (t.double().requires_grad_() for t in (x, weight))
+    expected = norm(x64, weight64)
+    expected.backward(grad.double())
+    compiled = elementwise_cpu.Norm(1e-5)
+    found = [compiled(x, weight), *compiled.gradients(grad, x, weight)]
+    assert_close(found, [expected.detach(), x64.grad, weight64.grad], 3e-7)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
+def test_a_gated_product_is_its_definition(size: int) -> None:
+    gate, up, grad = (torch.randn(size) * 4 for _ in range(3))
+    gate64, up64 = (t.double().requires_grad_() for t in (gate, up))
+    expected = silu(gate64) * up64
+    expected.backward(grad.double())
+    compiled = elementwise_cpu.Gated()
+    found = [compiled(gate, up), *compiled.gradients(grad, gate, up)]
+    assert_close(found, [expected.detach(), gate64.grad, up64.grad], 1e-6)
+
+
+def test_a_gated_product_in_bfloat16_rounds_where_torch_does() -> None:
+    """The same bits but for a few: exp differs in its last places."""
+    gate, up, grad = ((torch.randn(10_000) * 4).bfloat16() for _ in range(3))
+    leaves = [t.clone().requires_grad_() for t in (gate, up)]
+    expected = silu(leaves[0]) * leaves[1]
+    expected.backward(grad)
+    compiled = elementwise_cpu.Gated()
+    found = [compiled(gate, up), *compiled.gradients(grad, gate, up)]
+    for one, other in zip(found, [expected.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+        assert float((one != other).float().mean()) < 0.01
+
+
+def test_what_is_another_norm_or_product_is_left_to_torch() -> None:
+    llama, gemma, layer_norm, odd = LlamaRMSNorm(64), Gemma2RMSNorm(64), nn.LayerNorm(64, bias=False), LlamaRMSNorm(20)
+    assert elementwise_cpu.norm_of(llama, norm_like(llama)) is not None
+    for other in (gemma, layer_norm, odd, LlamaRMSNorm(64).bfloat16()):
+        assert elementwise_cpu.norm_of(other, norm_like(other)) is None
+    cpu = torch.device("cpu")
+    assert elementwise_cpu.gated_of(lambda gate, up: silu(gate) * up, cpu) is not None
+    assert elementwise_cpu.gated_of(lambda gate, up: gelu(gate) * up, cpu) is None
+    x = torch.randn(4, 64)
+    compiled = elementwise_cpu.Norm(1e-6)
+    assert compiled.takes(x, llama.weight)
+    assert not compiled.takes(x.T, llama.weight)
+    assert not compiled.takes(x.double(), llama.weight)
+    assert not elementwise_cpu.Gated().takes(x, x.bfloat16())
+
+
+def norm_like(module: nn.Module) -> Callable[..., torch.Tensor]:
+    def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {"weight": weight}, x)
+
+    return forward
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "D"), [(9, 3, 64), (2, 2, 32), (4, 1, 128)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_attention_is_attention_under_the_mask(name: str, heads: int, kv_heads: int, D: int) -> None:
+    layout = layout_of(name)
+    q_NhD, k_NkD, v_NkD = (torch.randn(layout.segments[-1], n, D) for n in (heads, kv_heads, kv_heads))
+
+    def dense(*qkv: torch.Tensor) -> torch.Tensor:
+        by_head = (x.transpose(0, 1)[None] for x in qkv)
+        return scaled_dot_product_attention(*by_head, mask_of(layout), enable_gqa=True)[0].transpose(0, 1)
+
+    def packed(*qkv: torch.Tensor) -> torch.Tensor:
+        return prefix_attention._Attention.apply(*qkv, layout, None)
+
+    assert prefix_attention_compiled.takes(q_NhD, k_NkD, v_NkD)
+    found = with_gradients(packed, q_NhD, k_NkD, v_NkD)
+    assert_close(found, with_gradients(dense, *(x.double() for x in (q_NhD, k_NkD, v_NkD))), 2e-6)
+    again = with_gradients(packed, q_NhD, k_NkD, v_NkD)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    # As the trainer hands them over: heads and tokens in the other order in memory.
+    strided = with_gradients(
+        lambda *qkv: packed(*(x.transpose(0, 1) for x in qkv)), *(x.transpose(0, 1) for x in (q_NhD, k_NkD, v_NkD))
+    )
+    for one, other in zip(strided[1:], found[1:], strict=True):
+        assert torch.equal(one.transpose(0, 1), other)
+
+
+def test_attention_in_bfloat16_is_nearer_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of("two groups")
+    q_NhD, k_NkD, v_NkD = (torch.randn(layout.segments[-1], n, 64).bfloat16() for n in (9, 3, 3))
+
+    def packed(*qkv: torch.Tensor) -> torch.Tensor:
+        return prefix_attention._Attention.apply(*qkv, layout, None)
+
+    exact = with_gradients(packed, q_NhD.float(), k_NkD.float(), v_NkD.float())
+    found = with_gradients(packed, q_NhD, k_NkD, v_NkD)
+    monkeypatch.setattr(prefix_attention_compiled, "library", lambda: None)
+    torchs = with_gradients(packed, q_NhD, k_NkD, v_NkD)
+    for one, other, expected in zip(found, torchs, exact, strict=True):
+        assert float((one.float() - expected).norm()) < float((other.float() - expected).norm())
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_vectors_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU without AVX-512 compiles."""
+    layout = layout_of("two groups")
+    qkv = [torch.randn(layout.segments[-1], n, 64) for n in (4, 2, 2)]
+    gate, up = torch.randn(2, 1001)
+
+    def everything() -> list[torch.Tensor]:
+        attention = with_gradients(lambda *x: prefix_attention._Attention.apply(*x, layout, None), *qkv)
+        weight = qkv[0][0, 0]
+        norms = [
+            elementwise_cpu.Norm(1e-5)(qkv[0], weight),
+            *elementwise_cpu.Norm(1e-5).gradients(*qkv[:1] * 2, weight),
+        ]
+        return [*attention, *norms, elementwise_cpu.Gated()(gate, up), *elementwise_cpu.Gated().gradients(up, gate, up)]
+
+    wide = everything()
+    monkeypatch.setattr(native, "FLAGS", [flag.replace("native", "haswell") for flag in native.FLAGS])
+    forget()
+    assert elementwise_cpu.library().vector_floats() == 8
+    assert_close(everything(), wide, 1e-6)
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_without_a_compiler_the_gradient_is_the_same(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gradient() -> torch.Tensor:
+        policy = make_policy(tiny_model)
+        policy.logprobs(policy.collate(sequences()), 1.0)[0].sum().backward()
+        return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+
+    compiled = gradient()
+    monkeypatch.setenv("CXX", "none")
+    forget()
+    with caplog.at_level(logging.INFO, "grpo"):
+        through_torch = gradient()
+    assert "update: norms and gated MLPs through torch, slower: there is no C++ compiler here (none)" in caplog.text
+    assert_close([compiled], [through_torch], 2e-6)
+    assert not torch.equal(compiled, through_torch)
