@@ -20,8 +20,8 @@ class FakeServer:
     """NOT vLLM: answers the routes of ``api.py`` from a thread of its own, in the shapes that vLLM has, as it is told.
 
     A completion is two tokens that follow from the request's seed, labelled ``label``. ``gate`` closed keeps requests
-    for completions waiting; ``routes`` replaces what is answered; ``asked`` is what came. ``die`` breaks off everything
-    that is open, ``start`` listens again on the same port.
+    for completions waiting, ``waits`` those of which it is true; ``routes`` replaces what is answered; ``asked`` is
+    what came. ``die`` breaks off everything that is open, ``start`` listens again on the same port.
     """
 
     def __init__(self, label: str = "0"):
@@ -31,6 +31,7 @@ class FakeServer:
         self.open = self.most_open = 0
         self.gate = threading.Event()
         self.gate.set()
+        self.waits: Callable[[Body], bool] = lambda _: False
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -77,7 +78,7 @@ class FakeServer:
             self.open += 1
             self.most_open = max(self.open, self.most_open)
             try:
-                while not self.gate.is_set():
+                while not self.gate.is_set() or self.waits(body):
                     await asyncio.sleep(0.002)
             finally:
                 self.open -= 1

@@ -79,12 +79,10 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"it does not know {type(model).__name__}"
     if {p.dtype for p in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
         return "it computes in float32 or bfloat16 throughout"
-    if (
-        torch.is_autocast_enabled("cpu")
-        or any(type(m) is not nn.Linear for m in linears)
-        or hasattr(model, "peft_config")
-    ):
+    if any(type(m) is not nn.Linear for m in linears) or hasattr(model, "peft_config"):
         return "the model has adapters"
+    if torch.is_autocast_enabled("cpu"):
+        return "it computes under autocast"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         return "the model has a sliding window"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):

@@ -137,6 +137,21 @@ def test_what_is_sampled_comes_from_the_policys_weights(
         shift(policy)
 
 
+def test_a_group_is_handed_over_while_others_are_still_sampled(
+    connect: Callable[..., VLLMBackend], engine: FakeEngine, policy: Policy
+) -> None:
+    backend = connect(engine)
+    backend.sync(policy, 0)
+    asked, groups = requests(policy), {}
+    engine.waits = lambda body: body["token_ids"] == asked[0].prompt.token_ids and not groups
+
+    def on_group(place: int, completions: list[Completion]) -> None:
+        groups[place] = completions
+
+    found = in_time(lambda: backend.generate(asked, Sampling(6), 0, on_group))
+    assert list(groups.items()) == [(1, found[1]), (0, found[0])]
+
+
 def test_weights_are_labelled_and_old_keys_and_values_dropped_before_anything_is_sampled(
     connect: Callable[..., VLLMBackend], engine: FakeEngine, policy: Policy
 ) -> None:

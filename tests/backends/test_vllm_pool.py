@@ -18,7 +18,7 @@ from aiohttp import web
 from grpo.backends.base import Sampling
 from grpo.backends.vllm import api, pool
 from grpo.backends.vllm.api import Server, ServerGone, generate_payload
-from grpo.backends.vllm.pool import Lost, Pool
+from grpo.backends.vllm.pool import Answers, Lost, Pool
 from grpo.errors import BackendFailed, RunError
 from tests.fake_vllm import GENERATE, FakeServer
 
@@ -63,6 +63,12 @@ def with_choice(answer: dict[str, Any], **changed: Any) -> dict[str, Any]:
     return answer | {"choices": [answer["choices"][0] | changed]}
 
 
+def all_of(flight: Answers) -> list[Any]:
+    """The answers in the order of what was asked."""
+    found = dict(flight)
+    return [found[i] for i in range(len(found))]
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
@@ -79,9 +85,19 @@ def test_requests_are_balanced_over_servers_and_answers_come_in_order(servers, c
     flight = connect(a, b).submit(payloads(11))
     wait_for(lambda: a.open + b.open == 11)
     assert {a.open, b.open} == {5, 6}
-    assert not flight.done()
+    assert not flight.asked.done()
     b.gate.set(), wait_for(lambda: b.open == 0), a.gate.set()
-    assert tokens(flight.result(10)) == list(range(11))
+    assert tokens(all_of(flight)) == list(range(11))
+
+
+def test_answers_come_as_they_end(servers, connect) -> None:
+    a, b = servers
+    a.gate.clear()
+    coming = iter(connect(a, b).submit(payloads(6)))
+    early = [next(coming) for _ in range(3)]
+    assert sorted(tokens([answer for _, answer in early])) == sorted(place for place, _ in early)
+    a.gate.set()
+    assert sorted(place for place, _ in [*early, *coming]) == list(range(6))
 
 
 def test_what_is_still_open_counts_for_the_next_requests(servers, connect) -> None:
@@ -90,10 +106,10 @@ def test_what_is_still_open_counts_for_the_next_requests(servers, connect) -> No
     one = connect(a, b)
     first = one.submit(payloads(8))
     wait_for(lambda: a.open == 4 and len(b.seeds()) == 4 and b.open == 0)
-    one.submit(payloads(3)).result(10)
+    all_of(one.submit(payloads(3)))
     assert len(b.seeds()) == 7, "a has four open, b none"
     a.gate.set()
-    first.result(10)
+    all_of(first)
 
 
 def test_a_server_that_dies_has_its_requests_sent_to_the_other(servers, connect, caplog) -> None:
@@ -106,7 +122,7 @@ def test_a_server_that_dies_has_its_requests_sent_to_the_other(servers, connect,
     with caplog.at_level(logging.WARNING, "grpo"):
         a.die()
         b.gate.set()
-        assert tokens(flight.result(10)) == list(range(8))
+        assert tokens(all_of(flight)) == list(range(8))
     assert sorted(b.seeds()) == list(range(8)), "all of them, each once"
     assert set(of_a) < set(b.seeds())
     assert one.live() == [one.servers[1]]
@@ -119,12 +135,12 @@ def test_a_dead_server_is_asked_nothing_until_it_is_taken_back(servers, connect)
     a, b = servers
     one = connect(a, b)
     a.die()
-    one.submit(payloads(4)).result(10)
+    all_of(one.submit(payloads(4)))
     a.start()
-    one.submit(payloads(4)).result(10)
+    all_of(one.submit(payloads(4)))
     assert a.seeds() == []
     one.up([a.url, b.url])
-    one.submit(payloads(4)).result(10)
+    all_of(one.submit(payloads(4)))
     assert len(a.seeds()) == 2
 
 
@@ -136,12 +152,12 @@ def test_with_both_gone_the_requests_are_lost_with_each_servers_last_error(serve
     flight = one.submit(payloads(6))
     wait_for(lambda: a.open == 6)
     a.die()
-    lost = flight.result(10)
+    lost = all_of(flight)
     assert all(isinstance(answer, Lost) for answer in lost)
     assert f"{b.url}: POST {GENERATE} answered 503: EngineCore died" in lost[-1].why
     assert f"{a.url}: POST {GENERATE}: " in lost[-1].why
     assert one.live() == []
-    assert isinstance(one.submit(payloads(1)).result(10)[0], Lost), "and nobody is asked again"
+    assert isinstance(all_of(one.submit(payloads(1)))[0], Lost), "and nobody is asked again"
     assert len(a.seeds()) == 6
 
 
@@ -149,7 +165,7 @@ def test_what_was_answered_before_all_servers_went_is_kept(servers, connect) -> 
     a, _ = servers
     one = connect(a)
     a.routes[GENERATE] = lambda body: a.completion(body) if body["sampling_params"]["seed"] < 3 else (500, "gone")
-    found = one.submit(payloads(6)).result(10)
+    found = all_of(one.submit(payloads(6)))
     assert tokens(found[:3]) == [0, 1, 2]
     assert [isinstance(answer, Lost) for answer in found] == [False] * 3 + [True] * 3
 
@@ -159,7 +175,7 @@ def test_a_server_with_weights_of_nobody_was_started_again(servers, connect) -> 
     a, b = servers
     a.label = "default"
     one = connect(a, b)
-    assert tokens(one.submit(payloads(6)).result(10)) == list(range(6))
+    assert tokens(all_of(one.submit(payloads(6)))) == list(range(6))
     assert sorted(b.seeds()) == list(range(6))
     assert one.down == {a.url: "it was started again and holds weights that did not come from this run"}
 
@@ -168,7 +184,7 @@ def test_one_token_of_nobodys_weights_is_enough(servers, connect) -> None:
     a, _ = servers
     spans = [{"start": 0, "end": 1, "version": "3"}, {"start": 1, "end": 2, "version": "default"}]
     a.routes[GENERATE] = lambda body: with_choice(a.completion(body), weight_versions=spans)
-    assert "started again" in connect(a).submit(payloads(1)).result(10)[0].why
+    assert "started again" in all_of(connect(a).submit(payloads(1)))[0].why
 
 
 def test_a_refusal_is_an_error_with_the_servers_message_and_ends_the_other_requests(servers, connect) -> None:
@@ -178,7 +194,7 @@ def test_a_refusal_is_an_error_with_the_servers_message_and_ends_the_other_reque
     one = connect(a, b)
     flight = one.submit(payloads(4))
     with pytest.raises(BackendFailed) as refused:
-        flight.result(10)
+        all_of(flight)
     assert str(refused.value) == f"vllm server {b.url} refused POST {GENERATE} (400): max_tokens is too large"
     wait_for(lambda: a.open == 0)
     assert one.live() == one.servers, "a server that refuses is not lost"
@@ -193,7 +209,7 @@ def test_no_more_than_so_many_requests_are_open_on_a_server(servers, connect, mo
     time.sleep(0.05)
     assert (a.open, b.open) == (3, 3)
     a.gate.set(), b.gate.set()
-    assert tokens(flight.result(10)) == list(range(20))
+    assert tokens(all_of(flight)) == list(range(20))
     assert (a.most_open, b.most_open) == (3, 3)
 
 
@@ -207,7 +223,7 @@ def test_requests_that_wait_for_a_dead_server_are_not_sent_to_it(servers, connec
     a.die(), a.start()
     wait_for(lambda: one.live() == [one.servers[1]])
     b.gate.set()
-    assert tokens(flight.result(10)) == list(range(12))
+    assert tokens(all_of(flight)) == list(range(12))
     assert len(a.seeds()) == 2
     assert b.most_open == 2
 
@@ -217,7 +233,7 @@ def test_a_server_that_hangs_is_lost_after_its_seconds(servers, connect) -> None
     a.gate.clear()
     one = connect(a, timeout=0.2)
     started = time.monotonic()
-    lost = one.submit(payloads(2)).result(10)
+    lost = all_of(one.submit(payloads(2)))
     assert 0.2 < time.monotonic() - started < 5
     assert [answer.why for answer in lost] == [f"{a.url}: no answer to POST {GENERATE} within 0.2 s"] * 2
 
@@ -226,7 +242,7 @@ def test_waiting_for_a_free_place_does_not_count_as_hanging(servers, connect, mo
     a, _ = servers
     monkeypatch.setattr(pool, "MAX_IN_FLIGHT", 1)
     a.routes[GENERATE] = lambda body: time.sleep(0.05) or a.completion(body)
-    assert tokens(connect(a, timeout=0.3).submit(payloads(10)).result(10)) == list(range(10))
+    assert tokens(all_of(connect(a, timeout=0.3).submit(payloads(10)))) == list(range(10))
 
 
 @pytest.mark.parametrize("working", [False, True])
@@ -239,9 +255,9 @@ def test_closing_leaves_nothing_open(servers, caplog, recwarn, monkeypatch, work
     one = Pool([a.url, b.url], 20.0)
     one.up([a.url, b.url])
     flight = one.submit(payloads(10))
-    wait_for(lambda: a.open == b.open == 2) if working else flight.result(10)
+    wait_for(lambda: a.open == b.open == 2) if working else all_of(flight)
     one.close()
-    assert flight.cancelled() is working
+    assert flight.asked.cancelled() is working
     assert not one.thread.is_alive()
     wait_for(lambda: a.open == b.open == 0)
     del one, flight
@@ -253,8 +269,8 @@ def test_closing_leaves_nothing_open(servers, caplog, recwarn, monkeypatch, work
 def test_requests_go_on_while_the_caller_does_something_else(servers, connect) -> None:
     a, _ = servers
     flight = connect(a).submit(payloads(5))
-    wait_for(flight.done)
-    assert tokens(flight.result()) == list(range(5))
+    wait_for(flight.asked.done)
+    assert tokens(all_of(flight)) == list(range(5))
 
 
 # --- what an answer means ---

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from grpo.backends.base import OnGroup, Request, Sampling
 from grpo.backends.vllm import trust
 from grpo.backends.vllm.api import generate_payload
 from grpo.backends.vllm.keeper import Keeper, adapter_name, version_of
-from grpo.backends.vllm.pool import Lost, Pool
+from grpo.backends.vllm.pool import Answers, Lost, Pool
 from grpo.backends.vllm.process import make_engine
 from grpo.backends.vllm.scratch import make_scratch
 from grpo.backends.vllm.transfer import make_sender
@@ -44,7 +43,7 @@ class InFlight:
     requests: list[Request]
     sampling: Sampling
     version: int
-    answers: Future[list[dict[str, Any] | Lost]]
+    answers: Answers
 
 
 class VLLMBackend:
@@ -74,7 +73,7 @@ class VLLMBackend:
     def generate(
         self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
-        return self.collect(self.submit(requests, sampling, version))
+        return self.collect(self.submit(requests, sampling, version), on_group)
 
     def submit(self, requests: list[Request], sampling: Sampling, version: int) -> InFlight:
         """Ask for completions and return at once; they go on while the policy is trained and new weights arrive."""
@@ -85,19 +84,18 @@ class VLLMBackend:
             self.asleep = False
         return InFlight(requests, sampling, version, self.pool.submit(self._payloads(requests, sampling)))
 
-    def collect(self, flight: InFlight) -> list[list[Completion]]:
+    def collect(self, flight: InFlight, on_group: OnGroup | None = None) -> list[list[Completion]]:
         """Wait for what ``submit`` asked for. Requests whose server was lost are asked again; where none is left, the
         servers get until ``vllm_server_timeout`` to come back and are given the weights again."""
-        payloads = self._payloads(flight.requests, flight.sampling)
-        answers: dict[int, Any] = {}  # by place among the payloads
-        asked, coming = list(range(len(payloads))), flight.answers
+        landing = _Landing(flight.requests, lambda answer: self._completion(answer, flight), on_group)
+        asked, coming = list(range(landing.size)), flight.answers
         for _ in range(RECOVERIES):
-            errors = [why for why in self._everywhere(partial(_land, answers, asked, coming)) if why]
+            errors = [why for why in self._everywhere(partial(landing.land, asked, coming)) if why]
             if not errors:
                 break
             self.sync(self.policy, self.version)
-            asked = [i for i in range(len(payloads)) if i not in answers]
             payloads = self._payloads(flight.requests, flight.sampling)  # those of an adapter name its version
+            asked = landing.missing()
             coming = self.pool.submit([payloads[i] for i in asked])
         else:
             raise BackendFailed(
@@ -107,10 +105,7 @@ class VLLMBackend:
         if self.rollout.vllm_enable_sleep_mode:
             self._everywhere(self.keeper.sleep)
             self.asleep = True
-        completions: list[Completion] = []
-        self._everywhere(lambda: completions.extend(self._completion(answers[i], flight) for i in range(len(payloads))))
-        in_order = iter(completions)
-        return [[next(in_order) for _ in request.keys] for request in flight.requests]
+        return landing.groups
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         """Hand the policy's weights to every server that can be reached, and check that they are what samples.
@@ -218,12 +213,29 @@ class VLLMBackend:
         return [value for value, _ in outcomes]
 
 
-def _land(answers: dict[int, Any], asked: list[int], coming: Future[list[dict[str, Any] | Lost]]) -> str | None:
-    """Wait for answers and put those that came in their places; where some are lost, why."""
-    why = None
-    for i, answer in zip(asked, coming.result(), strict=True):
-        if isinstance(answer, Lost):
-            why = answer.why
-        else:
-            answers[i] = answer
-    return why
+class _Landing:
+    """Completions of a rollout as they come, by request. ``on_group`` is called with each request that is whole."""
+
+    def __init__(self, requests: list[Request], completion: Callable[[Any], Completion], on_group: OnGroup | None):
+        self.places = [(i, g) for i, request in enumerate(requests) for g in range(len(request.keys))]
+        self.size = len(self.places)
+        self.groups: list[list[Any]] = [[None] * len(request.keys) for request in requests]
+        self.left = [len(request.keys) for request in requests]
+        self.completion, self.on_group = completion, on_group
+
+    def missing(self) -> list[int]:
+        return [n for n, (i, g) in enumerate(self.places) if self.groups[i][g] is None]
+
+    def land(self, asked: list[int], coming: Answers) -> str | None:
+        """Wait for what was asked for and put it in its place; where some of it is lost, why."""
+        why = None
+        for n, answer in coming:
+            if isinstance(answer, Lost):
+                why = answer.why
+                continue
+            i, g = self.places[asked[n]]
+            self.groups[i][g] = self.completion(answer)
+            self.left[i] -= 1
+            if self.on_group is not None and not self.left[i]:
+                self.on_group(i, self.groups[i])
+        return why

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import aiohttp
@@ -27,6 +28,23 @@ class Lost:
     """In place of a completion: every server was down by the time it could be asked for. ``why`` is the last error."""
 
     why: str
+
+
+Came = tuple[int, dict[str, Any] | Lost] | None  # a payload's place and its answer; None behind the last
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was asked for, as it comes: iterating gives each payload's place and answer, in the order of their ends, and
+    raises what ``Server.generate`` does."""
+
+    asked: Future[None]
+    came: SimpleQueue[Came]
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | Lost]]:
+        while (answer := self.came.get()) is not None:
+            yield answer
+        self.asked.result()
 
 
 class Pool:
@@ -52,9 +70,10 @@ class Pool:
         """The result of a coroutine, awaited in the pool's thread."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    def submit(self, payloads: list[dict[str, Any]]) -> Future[list[dict[str, Any] | Lost]]:
-        """Ask for all of them now; the answers come in order. The future raises what ``Server.generate`` does."""
-        return asyncio.run_coroutine_threadsafe(self._all(payloads), self.loop)
+    def submit(self, payloads: list[dict[str, Any]]) -> Answers:
+        """Ask for all of them now."""
+        came: SimpleQueue[Came] = SimpleQueue()
+        return Answers(asyncio.run_coroutine_threadsafe(self._all(payloads, came), self.loop), came)
 
     def live(self) -> list[Server]:
         return [server for server in self.servers if server.url not in self.down]
@@ -88,14 +107,19 @@ class Pool:
             task.cancel()
         await self._session.close()
 
-    async def _all(self, payloads: list[dict[str, Any]]) -> list[dict[str, Any] | Lost]:
-        tasks = [asyncio.ensure_future(self._one(payload)) for payload in payloads]
+    async def _all(self, payloads: list[dict[str, Any]], came: SimpleQueue[Came]) -> None:
+        async def one(place: int, payload: dict[str, Any]) -> None:
+            came.put((place, await self._one(payload)))
+
+        tasks = [asyncio.ensure_future(one(i, payload)) for i, payload in enumerate(payloads)]
         try:
-            return list(await asyncio.gather(*tasks))
+            await asyncio.gather(*tasks)
         except BaseException:
             for task in tasks:
                 task.cancel()
             raise
+        finally:
+            came.put(None)
 
     async def _one(self, payload: dict[str, Any]) -> dict[str, Any] | Lost:
         while live := self.live():
