@@ -32,8 +32,8 @@ static void norm(const float *x, const float *weight, float eps, int64_t N, int 
 }
 
 // With s = sum(g w x): dx = r (g w - x r^2 s / H), dw = sum over rows of g x r; of dw every thread adds up its own row.
-static void norm_gradient(const float *x, const float *weight, const float *grad, float eps, int64_t N, int H, float *dx,
-                          float *dw, int threads) {
+static void norm_gradient(const float *x, const float *weight, const float *grad, float eps, int64_t N, int H,
+                          float *dx, float *dw, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     float *mine = dw + static_cast<int64_t>(omp_get_thread_num()) * H;

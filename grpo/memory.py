@@ -43,15 +43,18 @@ def free_memory(device: torch.device) -> int:
 
 
 def own_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros on the CPU whose memory goes back to the system with it.
+    """A tensor of zeros on the CPU whose memory goes back to the system with it. Raises MemoryError.
 
-    For what lives through many smaller allocations. Between those of the C library it would keep what they freed from
-    being given back or used for larger ones: a third of a run's memory were such holes.
+    For what lives through many smaller allocations: among those of the C library it would keep what they freed from
+    being given back or used for larger ones.
     """
     size = prod(shape) * dtype.itemsize
     if size < LARGE:
         return torch.zeros(shape, dtype=dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"can't allocate {size} bytes: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)

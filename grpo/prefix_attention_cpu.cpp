@@ -37,7 +37,7 @@ struct Problem {
   int32_t kv_heads, queries, D, tasks, prompt_tokens;  // query heads of a kv head; segments in ``order``
   float scale;
   int64_t N, keys;                                         // tokens; columns of the longest task
-  const int64_t *start, *length, *prompt, *prompt_length;  // of each segment in order; of a prompt itself 0 tokens before
+  const int64_t *start, *length, *prompt, *prompt_length;  // of each segment in order; before a prompt stand 0 tokens
   AnyArray q, k, v, out, grad, dq, dk, dv;
   float *lse;      // (heads, N)
   float *work;     // (threads, work_floats)
@@ -48,8 +48,8 @@ static inline int whole(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 // y (M, PANEL) = or += x (M,n) w (n,PANEL), of which rows and columns are so far apart.
 template <int M>
-static void tile(const float *x, int64_t row, int64_t column, const float *w, int64_t w_row, int n, float *y, int64_t y_row,
-                 bool add) {
+static void tile(const float *x, int64_t row, int64_t column, const float *w, int64_t w_row, int n, float *y,
+                 int64_t y_row, bool add) {
   V sums[M][2];
   for (int m = 0; m < M; m++)
     for (int j = 0; j < 2; j++) sums[m][j] = add ? load(y + m * y_row + j * W) : V{};
@@ -67,8 +67,8 @@ static void tile(const float *x, int64_t row, int64_t column, const float *w, in
 }
 
 template <int M>
-static void tile_of(int rows, const float *x, int64_t row, int64_t column, const float *w, int64_t w_row, int n, float *y,
-                    int64_t y_row, bool add) {
+static void tile_of(int rows, const float *x, int64_t row, int64_t column, const float *w, int64_t w_row, int n,
+                    float *y, int64_t y_row, bool add) {
   if constexpr (M > 1) {
     if (rows < M) return tile_of<M - 1>(rows, x, row, column, w, w_row, n, y, y_row, add);
   }
@@ -125,7 +125,8 @@ struct Task {
 static Task task_of(const Problem &p, int i) {
   Task t;
   t.segment = i % p.tasks, t.kv = i / p.tasks;
-  t.start = p.start[t.segment], t.T = p.length[t.segment], t.prompt = p.prompt[t.segment], t.P = p.prompt_length[t.segment];
+  t.start = p.start[t.segment], t.T = p.length[t.segment];
+  t.prompt = p.prompt[t.segment], t.P = p.prompt_length[t.segment];
   t.own = whole(t.P), t.keys = t.own + whole(t.T);
   return t;
 }
@@ -134,7 +135,10 @@ static Task task_of(const Problem &p, int i) {
 static int first_of(const Problem &p, int thread, int threads) {
   const int n = p.tasks * p.kv_heads;
   double total = 0, until = 0;
-  auto cost = [&](int i) { return (p.prompt_length[i % p.tasks] + p.length[i % p.tasks] / 2 + PANEL) * double(p.length[i % p.tasks]); };
+  auto cost = [&](int i) {
+    const int64_t length = p.length[i % p.tasks];
+    return (p.prompt_length[i % p.tasks] + length / 2 + PANEL) * double(length);
+  };
   for (int i = 0; i < n; i++) total += cost(i);
   for (int i = 0; i < n; i++) {
     if (until + cost(i) / 2 >= total * thread / threads) return i;
@@ -165,10 +169,10 @@ static void hide(const Task &t, int r, int columns, float *scores) {
   for (int i = t.own + r + 1; i < columns; i++) scores[i] = UNSEEN;
 }
 
-// exp(score - by), and nothing where a score is hidden.
+// exp(score - by), and nothing where a score is hidden. What is not a number stays that.
 static inline V share_of(V score, float by) {
   V e = exp_of(score - by);
-  return score > UNSEEN ? e : V{};
+  return score == UNSEEN ? V{} : e;
 }
 
 template <typename T>
@@ -287,9 +291,10 @@ static void run(const Problem &p, bool backwards, int thread, int threads) {
 }
 
 template <typename T>
-static void attention(const Problem &p, bool backwards, int threads) {
-#pragma omp parallel num_threads(threads)
+static void attention(const Problem &p, bool backwards, int wanted) {
+#pragma omp parallel num_threads(wanted)
   {
+    const int threads = omp_get_num_threads();  // there may be fewer
     run<T>(p, backwards, omp_get_thread_num(), threads);
     if (backwards) {
       const int64_t size = static_cast<int64_t>(p.prompt_tokens) * p.kv_heads * p.D;

@@ -5,6 +5,7 @@
 #include <cstring>
 
 extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
 
 #if defined(__AVX512F__)
 constexpr int W = 16;  // floats of a vector

@@ -168,6 +168,17 @@ def test_attention_is_attention_under_the_mask(name: str, heads: int, kv_heads: 
         assert torch.equal(one.transpose(0, 1), other)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_what_is_not_a_number_stays_that(which: int) -> None:
+    layout = layout_of("whole panels")
+    qkv = [torch.randn(layout.segments[-1], n, 64) for n in (2, 1, 1)]
+    qkv[which][40] = torch.nan  # a token of the second prompt
+    out_NhD = prefix_attention._Attention.apply(*qkv, layout, None)
+    sees_N = mask_of(layout)[:, 40] if which else torch.arange(len(out_NhD)) == 40
+    assert torch.equal(out_NhD.isnan().all(-1).all(-1), sees_N)
+    assert torch.equal(out_NhD.isnan().any(-1).any(-1), sees_N)
+
+
 def test_attention_in_bfloat16_is_nearer_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = layout_of("two groups")
     q_NhD, k_NkD, v_NkD = (torch.randn(layout.segments[-1], n, 64).bfloat16() for n in (9, 3, 3))

@@ -94,7 +94,8 @@ static void add_slice(const T *x, int K, const T *panel, int n, const float *nex
 }
 
 template <int M, typename T>
-static void add_slice_of(int rows, const T *x, int K, const T *panel, int n, const float *next, int fetch, float *sums) {
+static void add_slice_of(int rows, const T *x, int K, const T *panel, int n, const float *next, int fetch,
+                         float *sums) {
   if constexpr (M > 1) {
     if (rows < M) return add_slice_of<M - 1>(rows, x, K, panel, n, next, fetch, sums);
   }
@@ -142,8 +143,8 @@ static void product(const T *x, int B, int K, const void *weight, const float *b
                            next + block * fetch * n * sizeof(T) / 4, fetch, sums + first * PANEL);
       }
     }
-    for (int b = 0; b < B; b++)
-      put(sums + b * PANEL, into, y + static_cast<int64_t>(b) * N + p * width, N - p * width < width ? N - p * width : width);
+    const int columns = N - p * width < width ? N - p * width : width;
+    for (int b = 0; b < B; b++) put(sums + b * PANEL, into, y + static_cast<int64_t>(b) * N + p * width, columns);
   }
 }
 
@@ -205,7 +206,8 @@ static void weigh(const float *weights, int stride, const T *values, int tokens,
 
 // Softmax of G queries' scores, and what the values of prompt and row become under it.
 template <int D, int G, typename T>
-static void average(float *scores, int stride, const T *prompt_values, int shared, const T *row_values, int own, T *to) {
+static void average(float *scores, int stride, const T *prompt_values, int shared, const T *row_values, int own,
+                    T *to) {
   V out[G][D / W] = {};
   float share[G];
   for (int g = 0; g < G; g++) share[g] = exponentials(scores + g * stride, shared + own);
@@ -309,7 +311,8 @@ int64_t scores_of_thread(const Model *m, const Step *s) {
   return static_cast<int64_t>(m->heads / m->kv_heads) * scores_stride(*s);
 }
 
-void pack_float32(const float *weight, int64_t N, int64_t K, int32_t width, int32_t at, float *packed, int32_t threads) {
+void pack_float32(const float *weight, int64_t N, int64_t K, int32_t width, int32_t at, float *packed,
+                  int32_t threads) {
   pack(weight, N, K, width, at, packed, threads);
 }
 
