@@ -175,8 +175,9 @@ def test_what_is_not_a_number_stays_that(which: int) -> None:
     qkv[which][40] = torch.nan  # a token of the second prompt
     out_NhD = prefix_attention._Attention.apply(*qkv, layout, None)
     sees_N = mask_of(layout)[:, 40] if which else torch.arange(len(out_NhD)) == 40
-    assert torch.equal(out_NhD.isnan().all(-1).all(-1), sees_N)
-    assert torch.equal(out_NhD.isnan().any(-1).any(-1), sees_N)
+    assert out_NhD[sees_N].isnan().all()
+    if which < 2:  # of values nan times 0 is nan, for tokens before it too
+        assert not out_NhD[~sees_N].isnan().any()
 
 
 def test_attention_in_bfloat16_is_nearer_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
