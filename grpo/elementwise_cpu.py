@@ -21,7 +21,7 @@ from grpo import native
 
 log = logging.getLogger("grpo")
 SOURCE = Path(__file__).with_name("elementwise_cpu.cpp")
-CLOSE = 1e-5
+CLOSE = 1e-5  # to a module's own output; other formulas differ in the first digit
 
 
 @lru_cache(maxsize=1)
@@ -35,10 +35,10 @@ def library() -> CDLL | None:
     norm = [c_void_p, c_void_p, c_float, c_int64, c_int32, c_void_p, c_int32]
     found.norm_float32.argtypes = norm
     found.norm_gradient_float32.argtypes = [c_void_p, *norm[:-1], c_void_p, c_int32]
-    for function, tensors in ((found.gated_float32, 3), (found.gated_bfloat16, 3)):
-        function.argtypes = [c_void_p] * (tensors - 1) + [c_int64, c_void_p, c_int32]
+    for function in (found.gated_float32, found.gated_bfloat16):
+        function.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int32]
     for function in (found.gated_gradient_float32, found.gated_gradient_bfloat16):
-        function.argtypes = [c_void_p] * 3 + [c_int64, c_void_p, c_void_p, c_int32]
+        function.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32]
     return found
 
 

@@ -5,7 +5,8 @@ prompt and every completion attends causally to itself; (b) the completions of a
 the prompt. Softmax over both is the two outputs weighted by their log-sum-exps. In the backward pass each part is given
 the *merged* output and log-sum-exp, and its gradient is then exactly its share of the whole: P = exp(QK - lse) and
 dS = P * (dP - rowsum(dO * O)) hold element by element (as in ring attention, arXiv:2310.01889). No mask, no padding,
-and nothing of size N x N is ever kept.
+and nothing of size N x N is ever kept. On a CPU with a compiler the two parts are one call
+(``prefix_attention_compiled.py``).
 
 ``sdpa`` is registered anew with transformers: with a ``layout`` among a model's keyword arguments it is what is here,
 without one it is transformers' own.

@@ -175,15 +175,25 @@ static inline V share_of(V score, float by) {
   return score == UNSEEN ? V{} : e;
 }
 
+struct Block {
+  int rows, head, end, columns;  // columns that its last row sees, and as whole panels
+};
+
+// Scores of a block of a query head's rows, nothing hidden yet; ``w.q`` has the scaled queries.
+template <typename T>
+static Block scores_of(const Problem &p, const Task &t, int g, int r0, const Work &w) {
+  const int R = t.T - r0 < BLOCK ? t.T - r0 : BLOCK, head = t.kv * p.queries + g, columns = t.own + whole(r0 + R);
+  rows_of(p.q.as<T>(), t.start + r0, head, R, p.D, p.scale, w.q);
+  product(R, columns, p.D, w.q, p.D, 1, w.k_columns, p.D * PANEL, PANEL, w.scores, t.keys, false);
+  return {R, head, t.own + r0 + R, columns};
+}
+
 template <typename T>
 static void forward(const Problem &p, const Task &t, const Work &w) {
   const int D = p.D;
   for (int g = 0; g < p.queries; g++)
     for (int r0 = 0; r0 < t.T; r0 += BLOCK) {
-      const int R = t.T - r0 < BLOCK ? t.T - r0 : BLOCK, head = t.kv * p.queries + g;
-      const int end = t.own + r0 + R, columns = t.own + whole(r0 + R);
-      rows_of(p.q.as<T>(), t.start + r0, head, R, D, p.scale, w.q);
-      product(R, columns, D, w.q, D, 1, w.k_columns, D * PANEL, PANEL, w.scores, t.keys, false);
+      const auto [R, head, end, columns] = scores_of<T>(p, t, g, r0, w);
       for (int r = 0; r < R; r++) {
         float *scores = w.scores + r * t.keys, largest = UNSEEN;
         hide(t, r0 + r, columns, scores);
@@ -215,11 +225,8 @@ static void backward(const Problem &p, const Task &t, const Work &w) {
   const int D = p.D;
   for (int g = 0; g < p.queries; g++)
     for (int r0 = 0; r0 < t.T; r0 += BLOCK) {
-      const int R = t.T - r0 < BLOCK ? t.T - r0 : BLOCK, head = t.kv * p.queries + g;
-      const int end = t.own + r0 + R, columns = t.own + whole(r0 + R);
-      rows_of(p.q.as<T>(), t.start + r0, head, R, D, p.scale, w.q);
+      const auto [R, head, end, columns] = scores_of<T>(p, t, g, r0, w);
       rows_of(p.grad.as<T>(), t.start + r0, head, R, D, 1.0f, w.grad);
-      product(R, columns, D, w.q, D, 1, w.k_columns, D * PANEL, PANEL, w.scores, t.keys, false);
       product(R, columns, D, w.grad, D, 1, w.v_columns, D * PANEL, PANEL, w.d_scores, t.keys, false);
       for (int r = 0; r < R; r++) {
         float *scores = w.scores + r * t.keys, *d_scores = w.d_scores + r * t.keys;
