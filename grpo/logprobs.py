@@ -4,8 +4,8 @@ Logits are the largest tensor of a language model's update: 16 sequences of 1,02
 float32, before their gradient. Here they exist for one chunk of positions at a time, in the forward and, computed
 again, in the backward pass, where they are overwritten by their gradient, g (onehot - p) / temperature. The first few
 chunks, or all of them as one where they are that few, are kept instead of computed again: a constant amount, so memory
-does not grow with tokens x vocabulary. The gradient of the
-entropies, -p (log p + H) / temperature, is added in the same pass where it is wanted.
+does not grow with tokens x vocabulary. The gradient of the entropies, -p (log p + H) / temperature, is added in the same
+pass where it is wanted.
 
 On a CPU the time beside the matrix products is that of passing through memory. So each chunk is read once in the
 forward pass and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
@@ -95,7 +95,7 @@ class _TokenStatistics(torch.autograd.Function):
         device = hidden_NH.device.type
         sizes = CPU_SIZES if device == "cpu" else ACCELERATOR_SIZES
         N = len(targets_N)
-        rows = max(1, N if N * vocab_size <= sizes.kept else sizes.chunk // vocab_size)
+        rows = max(1, N if learns and N * vocab_size <= sizes.kept else sizes.chunk // vocab_size)
         logps_N, entropy_N, normalizer_N = (hidden_NH.new_empty(N, dtype=torch.float32) for _ in range(3))
         log_left_N = hidden_NH.new_zeros(N, dtype=torch.float32)
         kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by its first position, a chunk's input and logits
@@ -153,9 +153,11 @@ class _TokenStatistics(torch.autograd.Function):
                 overwritten_nV[tile] = buffer_rV
             found = torch.autograd.grad(logits_nV, [hidden_nH, *trained], overwritten_nV)
             grad_hidden_NH[piece] = found[0]
-            for total, grad in zip(grads, found[1:], strict=bool(grads)):
-                total += grad
-            grads = grads or list(found[1:])
+            if grads:
+                for total, grad in zip(grads, found[1:], strict=True):
+                    total += grad
+            else:
+                grads = list(found[1:])
             del hidden_nH, logits_nV, overwritten_nV, found
         return grad_hidden_NH, None, None, *(grads or map(torch.zeros_like, trained))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-LARGE = 1 << 18  # bytes; less than that finds a place anywhere
 CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+LARGE = 1 << 18  # bytes; less than that finds a place anywhere
 
 
 def total_memory(device: torch.device) -> int:

@@ -10,12 +10,7 @@
 
 #include "vectors.h"
 
-#if defined(__AVX512F__)
-constexpr int ROWS = 12;
-#else
-constexpr int ROWS = 6;
-#endif
-constexpr int PANEL = 2 * W, BLOCK = 48;  // columns of a tile; rows whose scores are there at a time
+constexpr int BLOCK = 48;  // rows whose scores are there at a time
 
 template <typename P>
 struct Array {  // (tokens, heads, D)
@@ -34,7 +29,7 @@ struct AnyArray {
 };
 
 struct Problem {
-  int32_t kv_heads, queries, D, tasks, prompt_tokens;  // query heads of a kv head; segments in ``order``
+  int32_t kv_heads, queries, D, tasks, prompt_tokens;  // query heads of a kv head; tasks are segments
   float scale;
   int64_t N, keys;                                         // tokens; columns of the longest task
   const int64_t *start, *length, *prompt, *prompt_length;  // of each segment in order; before a prompt stand 0 tokens
@@ -195,14 +190,9 @@ static void forward(const Problem &p, const Task &t, const Work &w) {
     for (int r0 = 0; r0 < t.T; r0 += BLOCK) {
       const auto [R, head, end, columns] = scores_of<T>(p, t, g, r0, w);
       for (int r = 0; r < R; r++) {
-        float *scores = w.scores + r * t.keys, largest = UNSEEN;
+        float *scores = w.scores + r * t.keys;
         hide(t, r0 + r, columns, scores);
-        V most = load(scores);
-        for (int i = W; i < columns; i += W) {
-          V s = load(scores + i);
-          most = s > most ? s : most;
-        }
-        for (int i = 0; i < W; i++) largest = most[i] > largest ? most[i] : largest;
+        const float largest = largest_of(scores, columns);
         V total{};
         for (int i = 0; i < columns; i += W) {
           V e = share_of(load(scores + i), largest);

@@ -8,10 +8,11 @@ extern "C" int omp_get_thread_num();
 extern "C" int omp_get_num_threads();
 
 #if defined(__AVX512F__)
-constexpr int W = 16;  // floats of a vector
+constexpr int W = 16, ROWS = 12;  // floats of a vector; rows of a product's tile: 24 sums stay in registers
 #else
-constexpr int W = 8;
+constexpr int W = 8, ROWS = 6;
 #endif
+constexpr int PANEL = 2 * W;  // columns of a tile
 
 typedef float V __attribute__((vector_size(W * 4)));
 typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -65,6 +66,18 @@ static inline float sum_of(V v) {
 #pragma GCC unroll 16
   for (int n = W / 2; n; n /= 2) v = lanes(v, v, 0) + lanes(v, v, 1);
   return v[0];
+}
+
+// Of n floats and those behind them up to a whole vector.
+static inline float largest_of(const float *x, int n) {
+  V most = load(x);
+  for (int i = W; i < n; i += W) {
+    V v = load(x + i);
+    most = v > most ? v : most;
+  }
+  float largest = most[0];
+  for (int i = 1; i < W; i++) largest = most[i] > largest ? most[i] : largest;
+  return largest;
 }
 
 // exp to about two units in the last place; below -87 it is 1e-38, above 88 it stays there.

@@ -36,6 +36,11 @@ def forget() -> None:
     prefix_attention_compiled.library.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     forget()
@@ -157,7 +162,15 @@ def test_attention_is_attention_under_the_mask(name: str, heads: int, kv_heads: 
 
     assert prefix_attention_compiled.takes(q_NhD, k_NkD, v_NkD)
     found = with_gradients(packed, q_NhD, k_NkD, v_NkD)
-    assert_close(found, with_gradients(dense, *(x.double() for x in (q_NhD, k_NkD, v_NkD))), 2e-6)
+    expected = with_gradients(dense, *(x.double() for x in (q_NhD, k_NkD, v_NkD)))
+    if name == "one token":
+        # Softmax over one or two keys: gradients of queries and keys are differences of numbers of the size of the
+        # values' gradient, or nought, and are right to that size's rounding.
+        scale = float(expected[3].norm())
+        assert_close([found[0], found[3]], [expected[0], expected[3]], 2e-6)
+        assert all(float((found[i] - expected[i]).norm()) < 2e-6 * scale for i in (1, 2))
+    else:
+        assert_close(found, expected, 2e-6)
     again = with_gradients(packed, q_NhD, k_NkD, v_NkD)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
     # As the trainer hands them over: heads and tokens in the other order in memory.

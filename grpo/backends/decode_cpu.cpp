@@ -12,12 +12,6 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
-constexpr int ROWS = 12;  // of a tile: 24 sums stay in registers
-#else
-constexpr int ROWS = 6;
-#endif
-constexpr int PANEL = 2 * W;  // columns of a tile
 constexpr int SLICE = 12288;  // bytes of a panel that all rows are multiplied by before the next are
 
 struct Layer {
@@ -177,13 +171,7 @@ static void score(const float *q, int Q, const T *keys, int tokens, float scale,
 // Softmax in place; returns 1 / its sum, which the caller multiplies by. The row is padded to whole vectors.
 static float exponentials(float *scores, int n) {
   for (int i = n; i % W; i++) scores[i] = -1e30f;
-  V most = load(scores);
-  for (int i = W; i < n; i += W) {
-    V s = load(scores + i);
-    most = s > most ? s : most;
-  }
-  float largest = most[0];
-  for (int i = 1; i < W; i++) largest = most[i] > largest ? most[i] : largest;
+  const float largest = largest_of(scores, n);
   V total{};
   for (int i = 0; i < n; i += W) {
     V e = exp_of(load(scores + i) - largest);
