@@ -4,8 +4,8 @@ Logits are the largest tensor of a language model's update: 16 sequences of 1,02
 float32, before their gradient. Here they exist for one chunk of positions at a time, in the forward and, computed
 again, in the backward pass, where they are overwritten by their gradient, g (onehot - p) / temperature. The first few
 chunks, or all of them as one where they are that few, are kept instead of computed again: a constant amount, so memory
-does not grow with tokens x vocabulary. The gradient of the entropies, -p (log p + H) / temperature, is added in the same
-pass where it is wanted.
+does not grow with tokens x vocabulary. The gradient of the entropies, -p (log p + H) / temperature, is added in the
+same pass where it is wanted.
 
 On a CPU the time beside the matrix products is that of passing through memory. So each chunk is read once in the
 forward pass and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
