@@ -31,9 +31,9 @@ class Sizes(NamedTuple):
     kept: int
 
 
-# A chunk of 64 MB in float32. Not much smaller: under 32 MB glibc keeps freed blocks in its heap, which fragments until
-# the process holds far more than it uses. On an accelerator a product wants thousands of rows, and a tile fewer calls.
-CPU_SIZES = Sizes(chunk=16 << 20, tile=1 << 19, kept=64 << 20)
+# On a CPU a chunk is 32 MB in float32; of half as much products are slower. On an accelerator a product wants thousands
+# of rows, and a tile fewer calls.
+CPU_SIZES = Sizes(chunk=8 << 20, tile=1 << 19, kept=8 << 20)
 ACCELERATOR_SIZES = Sizes(chunk=256 << 20, tile=64 << 20, kept=256 << 20)
 
 
@@ -129,7 +129,7 @@ class _TokenStatistics(torch.autograd.Function):
         hidden_NH, targets_N, normalizer_N, entropy_N, *trained = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
         grad_hidden_NH = torch.empty_like(hidden_NH)
-        grads: list[torch.Tensor] = []
+        grads: list[torch.Tensor | None] = [None] * len(trained)
         scale_N = grad_N / ctx.temperature
         entropy_scale_N = entropy_grad_N / ctx.temperature if ctx.entropy_gradient else None
         for start in range(0, len(targets_N), ctx.rows):
@@ -151,15 +151,15 @@ class _TokenStatistics(torch.autograd.Function):
                     buffer_rV.exp_().mul_(factor_rV.add_(scale_N[at, None]).neg_())
                 buffer_rV.scatter_add_(1, targets_N[at, None], scale_N[at, None])
                 overwritten_nV[tile] = buffer_rV
-            found = torch.autograd.grad(logits_nV, [hidden_nH, *trained], overwritten_nV)
+            # None for a parameter whose layer adds its gradient itself (grads_in_place).
+            found = torch.autograd.grad(logits_nV, [hidden_nH, *trained], overwritten_nV, allow_unused=True)
             grad_hidden_NH[piece] = found[0]
-            if grads:
-                for total, grad in zip(grads, found[1:], strict=True):
-                    total += grad
-            else:
-                grads = list(found[1:])
+            for i, grad in enumerate(found[1:]):
+                grads[i] = grad if grads[i] is None else grads[i].add_(grad)
             del hidden_nH, logits_nV, overwritten_nV, found
-        return grad_hidden_NH, None, None, *(grads or map(torch.zeros_like, trained))
+        if len(targets_N) == 0:  # DDP waits for a gradient all the same
+            grads = [torch.zeros_like(parameter) for parameter in trained]
+        return grad_hidden_NH, None, None, *grads
 
 
 def _measure(logits_rV: torch.Tensor, targets_r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,18 +1,14 @@
-"""How much memory there is, of an accelerator or of the machine as this process may use it; and pages of one's own."""
+"""How much memory there is, of an accelerator or of the machine as this process may use it."""
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
-from math import prod
 from pathlib import Path
 
 import torch
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
-LARGE = 1 << 18  # bytes; less than that finds a place anywhere
 
 
 def total_memory(device: torch.device) -> int:
@@ -40,22 +36,3 @@ def free_memory(device: torch.device) -> int:
         if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
             free = min(free, int(text) - int(used.read_text()))
     return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def own_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros on the CPU whose memory goes back to the system with it. Raises MemoryError.
-
-    For what lives through many smaller allocations: among those of the C library it would keep what they freed from
-    being given back or used for larger ones.
-    """
-    size = prod(shape) * dtype.itemsize
-    if size < LARGE:
-        return torch.zeros(shape, dtype=dtype)
-    try:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"can't allocate {size} bytes: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=prod(shape)).view(shape)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from grpo import allocator_cpu
 from grpo.config import TrainingConfig
 from grpo.errors import RunError
 from grpo.lean_activations import watching
@@ -103,6 +104,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def automatic_size(policy: Policy) -> int:
     """A power of two, the same on every process, and a line in the log. Called by all processes."""
     kept = kept_per_token(policy)
+    allocator_cpu.trim()
     free = free_memory(policy.device) - _still_to_come(policy)
     fits = SHARE * free / kept
     largest = LARGEST.get(policy.device.type, LARGEST["cuda"])

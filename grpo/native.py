@@ -1,7 +1,7 @@
 """C++ for CPUs, compiled at first use into the user's cache folder: what torch's kernels, one by one, do slowly.
 
-The sources use no header of torch or Python, and torch's own OpenMP threads. Whoever uses one goes on without it where
-there is no compiler.
+The sources use torch's own OpenMP threads, and no header of Python or (but for the allocator's) of torch. Whoever uses
+one goes on without it where there is no compiler.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC"]
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
+TORCH = Path(torch.__file__).parent
 HEADER = Path(__file__).with_name("vectors.h")
 
 
@@ -26,20 +29,25 @@ class CannotCompile(Exception):
 
 
 @cache
-def library(source: Path) -> ctypes.CDLL:
-    """The compiled source, from the cache folder where it is there already. Raises CannotCompile."""
+def library(source: Path, with_torch: bool = False) -> ctypes.CDLL:
+    """The compiled source, from the cache folder where it is there already. Raises CannotCompile.
+
+    ``with_torch`` for a source that includes headers of torch's core, c10.
+    """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None or platform.system() != "Linux":
         raise CannotCompile(f"there is no C++ compiler here ({', '.join(names)})")
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     texts = [HEADER.read_text(), source.read_text()]
-    of = "\0".join([*texts, *FLAGS, os.path.realpath(compiler), cpu, platform.machine()])
+    torch_flags = [f"-I{TORCH}/include", f"-L{TORCH}/lib", "-lc10"] if with_torch else []
+    version = [torch.__version__] if with_torch else []
+    of = "\0".join([*texts, *FLAGS, *torch_flags, *version, os.path.realpath(compiler), cpu, platform.machine()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
     file = folder / f"{source.stem}-{hashlib.sha256(of.encode()).hexdigest()[:16]}.so"
     try:
         if not file.exists():
-            _compile(compiler, source, file)
+            _compile(compiler, source, file, torch_flags)
         return ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines() or ["without a word"]
@@ -48,15 +56,15 @@ def library(source: Path) -> ctypes.CDLL:
         raise CannotCompile(str(error)) from error
 
 
-def _compile(compiler: str, source: Path, file: Path) -> None:
+def _compile(compiler: str, source: Path, file: Path, torch_flags: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         built = Path(folder) / file.name
         # Linked apart and without -fopenmp: the symbols are those of the OpenMP that torch has loaded, whose threads
         # would otherwise spin beside another's.
         for command in (
-            [compiler, *FLAGS, "-c", str(source), "-o", f"{built}.o"],
-            [compiler, "-shared", f"{built}.o", "-o", str(built)],
+            [compiler, *FLAGS, *torch_flags[:1], "-c", str(source), "-o", f"{built}.o"],
+            [compiler, "-shared", f"{built}.o", *torch_flags[1:], "-o", str(built)],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(built, file)  # other processes see all of it or nothing

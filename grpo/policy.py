@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from grpo import lean_activations
+from grpo import grads_in_place, lean_activations
 from grpo.config import Recipe
 from grpo.loading import DTYPES, add_adapters, load_weights
 from grpo.losses import EntropyControl
-from grpo.memory import own_pages
 from grpo.optimizer import make_optimizer
 from grpo.packed_check import why_padded
 from grpo.packing import collate
@@ -69,6 +69,8 @@ class Policy:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             lean_activations.install(causal_lm)
+        if accelerator.distributed_type == DistributedType.NO:
+            grads_in_place.install(causal_lm)
         scored = ScoredLM(causal_lm)
         scored.check_head()
         self.packed = self._can_pack(scored)
@@ -79,10 +81,6 @@ class Policy:
         optimizer = make_optimizer(scored, recipe.optimizer, several_processes=accelerator.num_processes > 1)
         self.model, self.optimizer = accelerator.prepare(scored.train(), optimizer)
         self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
-        if self.device.type == "cpu" and accelerator.num_processes == 1:
-            for parameter in scored.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(_into_own_pages)
 
     def _can_pack(self, scored: ScoredLM) -> bool:
         why = why_padded(scored, self.device, self.compute_dtype)
@@ -243,15 +241,6 @@ class Policy:
             if adapter is not None:
                 self.peft_model.save_pretrained(folder / "adapter", state_dict=adapter)
         self.accelerator.wait_for_everyone()
-
-
-@torch.no_grad()
-def _into_own_pages(parameter: torch.Tensor) -> None:
-    """Move a new gradient, to which later micro-batches add, away from the activations that were freed around it."""
-    grad = parameter.grad
-    if grad is not None and not hasattr(grad, "has_own_pages"):
-        parameter.grad = own_pages(tuple(grad.shape), grad.dtype).copy_(grad)
-        parameter.grad.has_own_pages = True
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

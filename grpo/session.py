@@ -25,6 +25,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
+from grpo import allocator_cpu
 from grpo.config import Recipe
 from grpo.errors import Preempted, RunError, UserError
 from grpo.loading import load_configs, load_tokenizer
@@ -54,6 +55,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "accelerate launch --config_file launch/fsdp2.yaml"
         )
     if on_cpu:
+        allocator_cpu.install()
         allow_fsdp_on_cpu(accelerator)
         if recipe.model.dtype == "bfloat16" and accelerator.is_main_process:
             warn_of_slow_bfloat16(_seconds_a_product)

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from grpo import native
 from grpo.backends.kv_cache import DecodeCache
 from grpo.errors import RunError
-from grpo.memory import own_pages
 from grpo.native import CannotCompile
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
@@ -200,7 +199,7 @@ class DecodeStep:
         """Weights (N,K) by panels of two vectors' columns; of two weights, each panel has one vector of each."""
         pack = self.library.pack_bfloat16 if self.dtype == torch.bfloat16 else self.library.pack_float32
         width, (N, K) = 2 * self.width // len(weights), weights[0].shape
-        panels = own_pages((-(-N // width), K, 2 * self.width), self.dtype)
+        panels = torch.zeros((-(-N // width), K, 2 * self.width), dtype=self.dtype)
         for i, weight in enumerate(weights):
             source = weight.detach().contiguous()
             pack(source.data_ptr(), N, K, width, i * width, panels.data_ptr(), self.threads)

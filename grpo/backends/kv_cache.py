@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from grpo.memory import own_pages
-
 CLEARED_AT_ONCE = 64  # tokens of every row
 SHORT_PROMPT = 32  # tokens; up to here rows begin with a copy of their prompt
 
@@ -56,8 +54,7 @@ class Layer:
         """Buffers for what looks like ``key`` and ``value`` (B, kv heads, T, D)."""
 
         def like(x: torch.Tensor, n: int, tokens: int) -> torch.Tensor:
-            shape = n, x.shape[1], tokens, x.shape[3]
-            return own_pages(shape, x.dtype) if x.device.type == "cpu" else x.new_empty(shape)
+            return x.new_empty((n, x.shape[1], tokens, x.shape[3]))
 
         prompts = (like(x, shape.prompts, shape.prompt_tokens).zero_() for x in (key, value))
         return cls(*prompts, *(like(x, shape.rows, shape.row_tokens) for x in (key, value)))

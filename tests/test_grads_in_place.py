@@ -1,0 +1,138 @@
+"""Layers that add their weight's gradient themselves, beside autograd's sums of the same micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from grpo import grads_in_place
+from tests.conftest import make_policy
+from tests.gradient_of_step import sequences
+
+V, H = 5000, 24  # more words than a block
+
+
+class Tied(nn.Module):
+    """Ids to logits: the head's weight is the embedding's, the linear layer in between has a bias."""
+
+    def __init__(self, padding_idx: int | None = None):
+        super().__init__()
+        self.embedding = nn.Embedding(V, H, padding_idx=padding_idx)
+        self.layer = nn.Linear(H, H)
+        self.head = nn.Linear(H, V, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.layer(self.embedding(ids_BT))))
+
+
+def pair(**kwargs: int) -> tuple[Tied, Tied]:
+    torch.manual_seed(0)
+    plain = Tied(**kwargs)
+    ours = copy.deepcopy(plain)
+    ours.head.weight = ours.embedding.weight
+    grads_in_place.install(ours)
+    return plain, ours
+
+
+def micro_batches() -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(0, V, (2, tokens), generator=draw) for tokens in (7, 1, 30)]
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(ours: nn.Module, plain: nn.Module, rtol: float = 1e-5) -> None:
+    found, expected = gradients(ours), gradients(plain)
+    for name, grad in expected.items():
+        assert (grad is None) == (found[name] is None), name
+        if grad is not None:
+            assert found[name].dtype == grad.dtype
+            assert torch.linalg.norm(found[name] - grad) <= rtol * torch.linalg.norm(grad), name
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_several_micro_batches(dtype: torch.dtype, padding_idx: int | None) -> None:
+    plain, ours = pair(padding_idx=padding_idx)
+    for ids_BT in micro_batches():
+        ids_BT[0, 0] = 3
+        for model in (plain, ours):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits_BTV = model(ids_BT)
+            assert logits_BTV.dtype == dtype
+            logits_BTV.float().square().mean().backward()
+    # In bfloat16 autograd adds the head's and the embedding's before either joins the sum.
+    assert_same_gradients(ours, plain, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_outputs_are_the_same_numbers() -> None:
+    plain, ours = pair()
+    (ids_BT, *_) = micro_batches()
+    assert torch.equal(ours(ids_BT), plain(ids_BT))
+    with torch.no_grad():
+        assert torch.equal(ours(ids_BT), plain(ids_BT))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(ids_BT), plain(ids_BT))
+
+
+@pytest.mark.parametrize("frozen", ["embedding.weight", "layer.weight", "layer.bias"])
+def test_what_is_frozen_gets_none(frozen: str) -> None:
+    plain, ours = pair()
+    for model in (plain, ours):
+        model.get_parameter(frozen).requires_grad_(False)
+        for ids_BT in micro_batches():
+            model(ids_BT).square().mean().backward()
+    assert ours.get_parameter(frozen).grad is None
+    assert_same_gradients(ours, plain)
+
+
+def test_checkpointing_makes_them_once() -> None:
+    plain, ours = pair()
+    for ids_BT in micro_batches():
+        plain(ids_BT).square().mean().backward()
+        checkpoint(ours, ids_BT, use_reentrant=False).square().mean().backward()
+    assert_same_gradients(ours, plain)
+
+
+def test_whoever_listens_to_a_gradient_gets_it() -> None:
+    plain, ours = pair()
+    for model in (plain, ours):
+        model.embedding.weight.register_hook(lambda grad: 2 * grad)
+        model(micro_batches()[0]).square().mean().backward()
+    assert_same_gradients(ours, plain)
+
+
+def test_a_layer_of_someones_own_stays() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layer = Doubled(3, 3)
+    grads_in_place.install(layer)
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_a_policy_with_tied_weights(tiny_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward() -> nn.Module:
+        policy = make_policy(tiny_model, dtype=dtype)
+        head, embedding = policy.causal_lm.get_output_embeddings(), policy.causal_lm.get_input_embeddings()
+        assert head.weight is embedding.weight
+        for part in (sequences()[:2], sequences()[2:]):
+            policy.logprobs(policy.collate(part), 1.0)[0].sum().backward()
+        return policy.causal_lm
+
+    ours = backward()
+    assert "forward" in vars(ours.get_output_embeddings())
+    monkeypatch.setattr(grads_in_place, "install", lambda model: None)
+    assert_same_gradients(ours, backward(), 1e-5 if dtype == "float32" else 2e-2)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a bfloat16 one would stay for the next test
