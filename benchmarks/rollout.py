@@ -30,6 +30,7 @@ from benchmarks.common import end_in_order, hardware, median, print_table, timed
 from benchmarks.rollout_agreement import agreement
 from benchmarks.rollout_vllm import vllm_server, vllm_version
 from benchmarks.trl_case import Case
+from grpo import allocator_cpu
 from grpo.backends.base import Request, Sampling
 from grpo.backends.hf import HFBackend
 from grpo.backends.sampling import sample
@@ -53,6 +54,8 @@ def make_policy(model: str, dtype: str) -> tuple[Policy, Recipe]:
     )
     tokenizer = load_tokenizer(recipe.model)
     on_cpu = not torch.accelerator.is_available()
+    if on_cpu:  # as make_accelerator does
+        allocator_cpu.install()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
     return Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], False), recipe
 

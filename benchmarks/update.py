@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.common import hardware, median, peak_memory_mb, print_table, turn, versions
 from benchmarks.rollout import make_policy
+from grpo import allocator_cpu, grads_in_place
 from grpo.config import Recipe
 from grpo.logprobs import token_logprobs
 from grpo.packing import packed_tokens
@@ -141,9 +142,11 @@ def peak_of(options: argparse.Namespace) -> float:
 
 
 def peak_of_head(options: argparse.Namespace) -> float:
-    """MB that log-probabilities and their gradient add, the gradient of the head's weight taken off."""
+    """MB that log-probabilities and their gradient add, the gradient of the head's weight taken off; set up as a run is."""
     V, N = json.loads(options.peak_of_head)
+    allocator_cpu.install()
     head, hidden_NH = torch.nn.Linear(256, V, bias=False), torch.randn(N, 256, requires_grad=True)
+    grads_in_place.install(head)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     targets_N = torch.zeros(N, dtype=torch.long)
     logps_N, _ = token_logprobs(hidden_NH, targets_N, head, vocab_size=V, parameters=head.parameters())

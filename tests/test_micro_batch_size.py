@@ -178,9 +178,11 @@ REALLY = """
 import logging, resource, sys
 from pathlib import Path
 from tests.conftest import make_policy, make_recipe
+from grpo import allocator_cpu
 from grpo.types import Sequence
 from tests.test_micro_batch_size import step
 logging.basicConfig(level=logging.WARNING)
+allocator_cpu.install()
 policy = make_policy(Path(sys.argv[1]))
 batch = [Sequence([1, 2, 3], [7 + i * (g + 1) % 90 for i in range(300)], [-5.0] * 300, (-1.0) ** g) for g in range(16)]
 if sys.argv[2] != "all":
