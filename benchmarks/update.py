@@ -142,7 +142,7 @@ def peak_of(options: argparse.Namespace) -> float:
 
 
 def peak_of_head(options: argparse.Namespace) -> float:
-    """MB that log-probabilities and their gradient add, the gradient of the head's weight taken off; set up as a run is."""
+    """MB that log-probabilities and their gradient add in a run, without the gradient of the head's weight."""
     V, N = json.loads(options.peak_of_head)
     allocator_cpu.install()
     head, hidden_NH = torch.nn.Linear(256, V, bias=False), torch.randn(N, 256, requires_grad=True)

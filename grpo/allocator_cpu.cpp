@@ -86,29 +86,39 @@ struct Arena {
     return block;
   }
 
-  void give_back(void* block) {
+  // false where the block is someone else's.
+  bool give_back(void* block) {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = used.find(block);
+    if (found == used.end()) return false;
     add_free(static_cast<char*>(block), found->second);
     bytes_used -= found->second;
     used.erase(found);
+    return true;
   }
 };
 
 Arena& arena = *new Arena;  // never destroyed: tensors may outlive what a process destroys at its end
 
-void give_back(void* block) {
-  c10::profiledCPUMemoryReporter().Delete(block);
-  arena.give_back(block);
+// Of every block, whoever's it is: raw_deleter has to be one and the same.
+void release(void* block) {
+  const bool at_page = reinterpret_cast<uintptr_t>(block) % PAGE == 0;
+  if (at_page && arena.give_back(block))
+    c10::profiledCPUMemoryReporter().Delete(block);
+  else
+    c10::GetDefaultCPUAllocator()->raw_deallocate(block);
 }
 
 struct Pages final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
     void* block = size < SMALL ? nullptr : arena.take((size + PAGE - 1) / PAGE * PAGE);
-    if (block == nullptr) return c10::GetDefaultCPUAllocator()->allocate(size);
-    c10::profiledCPUMemoryReporter().New(block, size);
-    return {block, block, &give_back, c10::Device(c10::DeviceType::CPU)};
+    if (block != nullptr)
+      c10::profiledCPUMemoryReporter().New(block, size);
+    else
+      block = c10::GetDefaultCPUAllocator()->raw_allocate(size);
+    return {block, block, &release, c10::Device(c10::DeviceType::CPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
 };
 

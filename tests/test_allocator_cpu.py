@@ -137,6 +137,20 @@ assert (torch.ones(MB) == 1).all()
 """)
 
 
+def test_onednn_which_asks_for_bare_pointers() -> None:
+    """A product in bfloat16 takes its scratch memory so; and one larger than a page, one smaller."""
+    run("""
+for n in (8, 300, 2000):
+    x, weight = torch.randn(n, 256), torch.randn(512, 256)
+    found = torch.nn.functional.linear(x.bfloat16(), weight.bfloat16())
+    expected = x.bfloat16().float() @ weight.bfloat16().float().T
+    assert torch.allclose(found.float(), expected, rtol=1e-2, atol=1e-1)
+y = torch.nn.functional.conv2d(torch.randn(2, 8, 64, 64), torch.randn(16, 8, 3, 3))
+assert y.isfinite().all()
+del x, weight, found, expected, y
+""")
+
+
 def test_the_profiler_sees_its_blocks() -> None:
     run("""
 with torch.profiler.profile(profile_memory=True) as profile:

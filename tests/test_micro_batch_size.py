@@ -204,7 +204,7 @@ def test_memory_that_really_runs_out(tiny_model: Path) -> None:
     """By a limit on the process's address space."""
     norm, limit, said = run_really(tiny_model, "all")
     assert (limit, said.count("out of memory")) == ("None", 0)
-    less, limit, said = run_really(tiny_model, "100")
+    less, limit, said = run_really(tiny_model, "40")
     assert int(limit) < 20_000
     assert "out of memory in a micro-batch of" in said
     assert float(less) == pytest.approx(float(norm), rel=1e-4)
