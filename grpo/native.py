@@ -40,14 +40,14 @@ def library(source: Path, with_torch: bool = False) -> ctypes.CDLL:
         raise CannotCompile(f"there is no C++ compiler here ({', '.join(names)})")
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     texts = [HEADER.read_text(), source.read_text()]
-    torch_flags = [f"-I{TORCH}/include", f"-L{TORCH}/lib", "-lc10"] if with_torch else []
-    version = [torch.__version__] if with_torch else []
-    of = "\0".join([*texts, *FLAGS, *torch_flags, *version, os.path.realpath(compiler), cpu, platform.machine()])
+    include, link = ([f"-I{TORCH}/include"], [f"-L{TORCH}/lib", "-lc10"]) if with_torch else ([], [])
+    machine = [os.path.realpath(compiler), cpu, platform.machine(), torch.__version__]
+    of = "\0".join([*texts, *FLAGS, *include, *link, *machine])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
     file = folder / f"{source.stem}-{hashlib.sha256(of.encode()).hexdigest()[:16]}.so"
     try:
         if not file.exists():
-            _compile(compiler, source, file, torch_flags)
+            _compile(compiler, source, file, include, link)
         return ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines() or ["without a word"]
@@ -56,15 +56,15 @@ def library(source: Path, with_torch: bool = False) -> ctypes.CDLL:
         raise CannotCompile(str(error)) from error
 
 
-def _compile(compiler: str, source: Path, file: Path, torch_flags: list[str]) -> None:
+def _compile(compiler: str, source: Path, file: Path, include: list[str], link: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         built = Path(folder) / file.name
         # Linked apart and without -fopenmp: the symbols are those of the OpenMP that torch has loaded, whose threads
         # would otherwise spin beside another's.
         for command in (
-            [compiler, *FLAGS, *torch_flags[:1], "-c", str(source), "-o", f"{built}.o"],
-            [compiler, "-shared", f"{built}.o", *torch_flags[1:], "-o", str(built)],
+            [compiler, *FLAGS, *include, "-c", str(source), "-o", f"{built}.o"],
+            [compiler, "-shared", f"{built}.o", *link, "-o", str(built)],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(built, file)  # other processes see all of it or nothing

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from grpo import grads_in_place
+from grpo.backends.linear import packed_linears
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
 
@@ -108,6 +109,21 @@ def test_whoever_listens_to_a_gradient_gets_it() -> None:
     for model in (plain, ours):
         model.embedding.weight.register_hook(lambda grad: 2 * grad)
         model(micro_batches()[0]).square().mean().backward()
+    assert_same_gradients(ours, plain)
+
+
+def test_a_rollout_between_two_updates_leaves_it_as_it_was() -> None:
+    """Decoding through transformers gives linear layers another forward for its time."""
+    plain, ours = pair()
+    for ids_BT in micro_batches():
+        plain(ids_BT).square().mean().backward()
+        with packed_linears(ours), torch.no_grad():
+            assert torch.allclose(ours(ids_BT), plain(ids_BT), atol=1e-5)
+        assert vars(ours.head)["forward"].__func__ is grads_in_place._linear_forward
+        ours(ids_BT).square().mean().backward()
+    with packed_linears(plain):
+        pass
+    assert "forward" not in vars(plain.head)
     assert_same_gradients(ours, plain)
 
 

@@ -24,7 +24,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     The copies, as large as the weights, are made when it opens and gone when it closes. Elsewhere, and under autocast
     (where a layer's weight is not what it multiplies by), it does nothing.
     """
-    packed: list[nn.Linear] = []
+    before: list[tuple[nn.Linear, Callable | None]] = []  # a forward that was not the class's (grads_in_place)
     try:
         if _can_pack() and not torch.is_autocast_enabled("cpu"):
             for module in model.modules():
@@ -32,12 +32,15 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
                     small = module.weight.dtype == torch.float32 and module.weight.numel() <= SMALL
                     made = _transposed_forward if small else _packed_forward
                     bias = None if module.bias is None else module.bias.detach()
+                    before.append((module, vars(module).get("forward")))
                     module.forward = made(module.weight.detach(), bias)
-                    packed.append(module)
         yield
     finally:
-        for module in packed:
-            del module.forward  # the class's own again
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def _can_pack() -> bool:
