@@ -12,6 +12,9 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <set>
@@ -137,7 +140,11 @@ void trim() {
   arena.trim();
 }
 
-size_t bytes_used() { return arena.bytes_used; }
+// Of use to tests alone, like bytes_free.
+size_t bytes_used() {
+  const std::lock_guard<std::mutex> lock(arena.mutex);
+  return arena.bytes_used;
+}
 
 size_t bytes_free() {
   const std::lock_guard<std::mutex> lock(arena.mutex);
