@@ -58,14 +58,14 @@ def watched() -> Iterator[Counter[str]]:
 
     def policy_made(self: Policy, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
-        _watch_model(self.causal_lm, spans, training=True)
+        _watch_model(self.causal_lm, spans)
 
     made_backend = hf.HFBackend.__init__
 
     def backend_made(self: Any, policy: Policy, *args: Any, **kwargs: Any) -> None:
         made_backend(self, policy, *args, **kwargs)
         if self.model is not policy.causal_lm:
-            _watch_model(self.model, spans, training=False)
+            _watch_model(self.model, spans)
         _wrap(self, "generate", lambda: "bookkeeping", spans)
 
     Policy.__init__, hf.HFBackend.__init__ = policy_made, backend_made  # type: ignore[method-assign]
@@ -93,15 +93,16 @@ def _wrap_everywhere(function: Callable[..., Any], part: Callable[[], str], span
             _wrap(module, function.__name__, part, spans)
 
 
-def _watch_model(model: Any, spans: Spans, training: bool) -> None:
+def _watch_model(model: Any, spans: Spans) -> None:
     """Parts within the model: while weights learn one part, while prompts are read another, and while tokens are
     decoded, one a sequence, by kind of layer."""
     state = {"within": ""}
 
     def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        decoding = not torch.is_grad_enabled() and ids is not None and ids.shape[1] == 1
-        state["within"] = "forward" if torch.is_grad_enabled() else "decode" if decoding else "prefill"
+        rollout = "bookkeeping" in spans.open  # the update computes log-probabilities without gradients too
+        decoding = rollout and ids is not None and ids.shape[1] == 1
+        state["within"] = "decode" if decoding else "prefill" if rollout else "forward"
         spans.enter("decode: rest of the model" if decoding else state["within"])
 
     def end(_: nn.Module, __: Any, output: Any) -> None:

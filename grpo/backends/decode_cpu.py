@@ -24,8 +24,6 @@ from grpo.native import CannotCompile
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 FAMILIES = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"})
-# Those that step_for in the source is compiled for.
-HEAD_DIMS = (16, 32, 64, 96, 128)
 
 
 def _pointers(names: str) -> list[tuple[str, type]]:
@@ -91,12 +89,12 @@ def why_not(model: PreTrainedModel) -> str | None:
     if model.base_model.layers[0].self_attn.o_proj.bias is not None:
         return "its attention has an output bias"
     head_dim = model.base_model.layers[0].self_attn.head_dim
-    if head_dim not in HEAD_DIMS or config.hidden_size % 16 or config.intermediate_size % 16:
-        return f"it is not made for heads of {head_dim} and {config.hidden_size} hidden units"
     try:
-        library()
+        known = library().knows_heads_of(head_dim)
     except CannotCompile as error:
         return str(error)
+    if not known or config.hidden_size % 16 or config.intermediate_size % 16:
+        return f"it is not made for heads of {head_dim} and {config.hidden_size} hidden units"
     return None
 
 
@@ -152,7 +150,7 @@ class DecodeStep:
         cache.grow()
         in_bfloat16 = self.dtype == torch.bfloat16
         if self.library.decode_step(ctypes.byref(self.model), ctypes.byref(step), in_bfloat16, self.threads):
-            raise RunError(f"{SOURCE.name} is not compiled for heads of {self.model.head_dim}; HEAD_DIMS says it is")
+            raise RunError(f"{SOURCE.name} is not compiled for heads of {self.model.head_dim}")
         return logits_BV
 
     def _point_into(self, cache: DecodeCache) -> None:

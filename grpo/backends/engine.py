@@ -16,7 +16,6 @@ import torch
 
 from grpo.backends.attention import decoding_into
 from grpo.backends.base import Request, Sampling
-from grpo.backends.decode_cpu import DecodeStep
 from grpo.backends.kv_cache import DecodeCache, Prefill, Shape, head_tokens
 from grpo.backends.sampling import sample
 from grpo.errors import RunError, UserError
@@ -28,6 +27,18 @@ SHORTEST_ROW = 64  # tokens; rows do not start shorter than this where memory is
 # Tokens drawn between two looks at what was drawn: looking makes the host wait for an accelerator.
 BURST = {"cpu": 1}
 BURST_ELSEWHERE = 16
+
+# Tokens (B,), one more of every live row, and the cache to logits (B,V) behind them, which the next step may overwrite.
+Step = Callable[[torch.Tensor, DecodeCache], torch.Tensor]
+
+
+def step_through_transformers(model: ScoredLM, tokens_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
+    """A ``Step`` by the model's own modules, which attend into the cache within ``decoding_into``."""
+    step = cache.begin_step()
+    hidden_B1H = model.causal_lm.base_model(
+        input_ids=tokens_B[:, None], position_ids=step.positions_B[:, None], use_cache=False
+    ).last_hidden_state
+    return model.head(hidden_B1H[:, 0])
 
 
 @dataclass(eq=False)
@@ -59,10 +70,10 @@ class Decoding:
         max_rows: int,
         cache_tokens: int,
         device: torch.device,
-        compiled_step: DecodeStep | None = None,
+        step: Step,
     ):
-        self.compiled_step = compiled_step
         self.model, self.requests, self.sampling, self.ended, self.device = model, requests, sampling, ended, device
+        self.step = step
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
         self.waiting = deque(Row(i, g, key) for i in by_length for g, key in enumerate(requests[i].keys))
         self.budget = Budget.of(requests, sampling.max_completion_length, max_rows, cache_tokens)
@@ -153,20 +164,10 @@ class Decoding:
         tokens_B = torch.tensor([row.tokens[-1] for row in self.live], device=self.device)
         drawn, logps = [], []
         for k in range(burst):
-            tokens_B, logps_B = self._draw(self._step(tokens_B), uniforms_BK[:, k])
+            tokens_B, logps_B = self._draw(self.step(tokens_B, self.cache), uniforms_BK[:, k])
             drawn.append(tokens_B)
             logps.append(logps_B)
         return self._extend(range(len(self.live)), torch.stack(drawn, 1), torch.stack(logps, 1))
-
-    def _step(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        """Logits (B,V) behind one more token of every live row."""
-        if self.compiled_step is not None:
-            return self.compiled_step(tokens_B, self.cache)
-        step = self.cache.begin_step()
-        hidden_B1H = self.model.causal_lm.base_model(
-            input_ids=tokens_B[:, None], position_ids=step.positions_B[:, None], use_cache=False
-        ).last_hidden_state
-        return self.model.head(hidden_B1H[:, 0])
 
     def _uniforms(self, rows: list[Row], count: int) -> torch.Tensor:
         """The next ``count`` uniform numbers (B,count) of each row: functions of its key and its tokens' positions."""

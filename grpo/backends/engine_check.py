@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from grpo.backends.attention import decoding_into
-from grpo.backends.decode_cpu import DecodeStep
+from grpo.backends.engine import Step
 from grpo.backends.kv_cache import DecodeCache, Prefill, Shape
 from grpo.errors import RunError
 from grpo.scored_lm import ScoredLM
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of the logits' range
 
 
 @torch.no_grad()
-def bytes_per_token(model: ScoredLM, device: torch.device, compiled_step: DecodeStep | None = None) -> int:
+def bytes_per_token(model: ScoredLM, device: torch.device, step: Step) -> int:
     """What one token's keys and values take, over all layers. A few made-up tokens are decoded to find out.
 
     Raises:
@@ -28,7 +28,7 @@ def bytes_per_token(model: ScoredLM, device: torch.device, compiled_step: Decode
     difference, size = 0.0, 0.0
     with decoding_into(model.causal_lm, cache):
         _prefill(model, cache, ids)
-        decoded = [_step(model, cache, ids, t, compiled_step) for t in range(STEPS)]
+        decoded = [step(_tokens_at(ids, t), cache).clone() for t in range(STEPS)]
     for row in range(len(PROMPT_OF_ROWS)):
         own = model.causal_lm(input_ids=_sequence(ids, row)[None], use_cache=False).logits[0, -STEPS:].float()
         ours = torch.stack([logits_BV[row] for logits_BV in decoded]).float()
@@ -67,14 +67,5 @@ def _prefill(model: ScoredLM, cache: DecodeCache, ids: torch.Tensor) -> None:
         cache.add_row(prompt)
 
 
-def _step(
-    model: ScoredLM, cache: DecodeCache, ids: torch.Tensor, t: int, compiled_step: DecodeStep | None
-) -> torch.Tensor:
-    tokens_B = torch.stack([_sequence(ids, row)[PROMPTS[p] + t] for row, p in enumerate(PROMPT_OF_ROWS)])
-    if compiled_step is not None:
-        return compiled_step(tokens_B, cache)
-    step = cache.begin_step()
-    output = model.causal_lm.base_model(
-        input_ids=tokens_B[:, None], position_ids=step.positions_B[:, None], use_cache=False
-    )
-    return model.head(output.last_hidden_state[:, 0])
+def _tokens_at(ids: torch.Tensor, t: int) -> torch.Tensor:
+    return torch.stack([_sequence(ids, row)[PROMPTS[p] + t] for row, p in enumerate(PROMPT_OF_ROWS)])

@@ -7,6 +7,7 @@ view and never a copy: where a row ends, the last one moves into its place. The 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -150,14 +151,14 @@ class DecodeCache:
     def begin_prefill(self, prefill: Prefill) -> None:
         """Before a forward pass over prompts; rows that come with tokens of their own have been added."""
         if prefill.tails:
-            self._clear_to(self.longest)
+            self.clear_to(self.longest)
         self.prefill = prefill
 
     def begin_rows(self, rows: list[int]) -> None:
         """Rows of computed prompts, with nothing written yet: where prompts are short, they begin with a copy."""
         if self.shape.head_tokens:
             P = max(self.prompt_lengths)
-            self._clear_to(P)
+            self.clear_to(P)
             prompt_of_rows = torch.tensor([self.row_prompt[row] for row in rows], device=self.device)
             for layer in self.layers.values():
                 layer.row_keys[rows, :, :P] = layer.prompt_keys[prompt_of_rows, :, :P]
@@ -185,10 +186,11 @@ class DecodeCache:
 
     def grow(self) -> None:
         """Every live row is about to write a token."""
-        self._clear_to(self.longest + 1)
+        self.clear_to(self.longest + 1)
         self.row_lengths = [length + 1 for length in self.row_lengths]
 
-    def _clear_to(self, length: int) -> None:
+    def clear_to(self, length: int) -> None:
+        """Make the memory of every row's first ``length`` tokens one that may be read."""
         while self.cleared < length:
             end = min(self.cleared + CLEARED_AT_ONCE, self.shape.row_tokens)
             for layer in self.layers.values():
@@ -247,7 +249,7 @@ class Step:
             written_B=written_B,
             positions_B=written_B if prompts is None else prompts.lengths_B + written_B,
             row_tokens=C,
-            row_mask_BC=None if min(cache.row_lengths) + 1 == C else _beyond(written_B + 1, C),
+            row_mask_BC=None if min(cache.row_lengths) + 1 == C else beyond(written_B + 1, C),
             prompts=prompts,
         )
 
@@ -263,6 +265,7 @@ class LivePrompts:
     of_B: torch.Tensor
     lengths_B: torch.Tensor  # of each row's prompt
     place_B: torch.Tensor
+    row_at: torch.Tensor  # (U * group_size): the row at each place
     number: int  # U
     group_size: int
     longest: int
@@ -272,33 +275,36 @@ class LivePrompts:
     @classmethod
     def of(cls, cache: DecodeCache) -> LivePrompts:
         U, P = len(cache.prompt_lengths), max(cache.prompt_lengths)
-        counts = [0] * U
-        ranks = []
-        for slot in cache.row_prompt:
-            ranks.append(counts[slot])
-            counts[slot] += 1
-        n = max(counts)
-        places = [slot * n + rank for slot, rank in zip(cache.row_prompt, ranks, strict=True)]
-        lengths_U, of_B, place_B = (
-            torch.tensor(values, device=cache.device) for values in (cache.prompt_lengths, cache.row_prompt, places)
-        )
-        mask_UP = None if min(cache.prompt_lengths) == P else _beyond(lengths_U, P)
-        return cls(of_B, lengths_U[of_B], place_B, U, n, P, mask_UP)
+        n = max(Counter(cache.row_prompt).values())
+        given = (cache.prompt_lengths, cache.row_prompt, *cls.arrange(cache.row_prompt, U, n))
+        lengths_U, of_B, place_B, row_at = (torch.tensor(values, device=cache.device) for values in given)
+        mask_UP = None if min(cache.prompt_lengths) == P else beyond(lengths_U, P)
+        return cls(of_B, lengths_U[of_B], place_B, row_at, U, n, P, mask_UP)
+
+    @staticmethod
+    def arrange(prompt_of_rows: list[int], prompts: int, group_size: int) -> tuple[list[int], list[int]]:
+        """The place of each row, and the row at each place."""
+        free = [slot * group_size for slot in range(prompts)]
+        places, row_at = [], [0] * (prompts * group_size)
+        for row, slot in enumerate(prompt_of_rows):
+            places.append(free[slot])
+            row_at[free[slot]] = row
+            free[slot] += 1
+        return places, row_at
 
     def places_by_kv_head(self, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Between rows (B, kv heads) and places (U, kv heads, group_size), both flat: for each place the row's entry
         that stands there, and for each row's entry its place. Made by the first layer, used by all."""
         if kv_heads not in self._by_kv_head:
             U, n, place_B = self.number, self.group_size, self.place_B
-            rows_B, heads = (torch.arange(k, device=place_B.device) for k in (len(place_B), kv_heads))
-            row_at = place_B.new_zeros(U * n).index_copy_(0, place_B, rows_B).view(U, 1, n)
-            into = (row_at * kv_heads + heads[:, None]).flatten()
+            heads = torch.arange(kv_heads, device=place_B.device)
+            into = (self.row_at.view(U, 1, n) * kv_heads + heads[:, None]).flatten()
             back = (((place_B // n)[:, None] * kv_heads + heads) * n + (place_B % n)[:, None]).flatten()
             self._by_kv_head[kv_heads] = into, back
         return self._by_kv_head[kv_heads]
 
 
-def _beyond(lengths_N: torch.Tensor, width: int) -> torch.Tensor:
+def beyond(lengths_N: torch.Tensor, width: int) -> torch.Tensor:
     """-inf (N,width) at and behind each length, else 0."""
     outside = torch.arange(width, device=lengths_N.device)[None] >= lengths_N[:, None]
     return torch.zeros(outside.shape, device=lengths_N.device).masked_fill_(outside, -torch.inf)

@@ -167,6 +167,54 @@ def test_vectors_of_eight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(narrow, wide, atol=2e-5 if dtype == torch.float32 else 0.05, rtol=1e-5)
 
 
+# What a CPU with bfloat16 instructions compiles, with the instruction as Intel's manual defines it: odd elements first,
+# each product and sum rounded once, to nearest, denormal numbers taken for zero.
+AS_VDPBF16PS = """
+#include <immintrin.h>
+#include <string.h>
+#define __AVX512BF16__ 1
+static inline float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? 0.0f * x : x; }
+static inline float wide(unsigned short bits) {
+  unsigned at = (unsigned)bits << 16;
+  float x;
+  memcpy(&x, &at, 4);
+  return flushed(x);
+}
+static __attribute__((noinline)) __m512 as_vdpbf16ps(__m512 sums, __m512bh a, __m512bh b) {
+  unsigned short x[32], y[32];
+  float z[16];
+  memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &sums, 64);
+  for (int i = 0; i < 16; i++)
+    for (int j = 1; j >= 0; j--) z[i] = flushed(__builtin_fmaf(wide(x[2 * i + j]), wide(y[2 * i + j]), flushed(z[i])));
+  memcpy(&sums, z, 64);
+  return sums;
+}
+#define _mm512_dpbf16_ps as_vdpbf16ps
+"""
+
+
+@pytest.mark.skipif("avx512f" not in Path("/proc/cpuinfo").read_text(), reason="no vectors of sixteen")
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_bfloat16_pairs(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, tokens_TB = make(kind, KINDS[kind]).bfloat16(), torch.arange(STEPS * 7).view(STEPS, 7) % V
+    widened = logits_of(model, [0, 1, 0, 1, 0, 1, 1], tokens_TB, [40, 33])
+    (header := tmp_path / "as_vdpbf16ps.h").write_text(AS_VDPBF16PS)
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-include", str(header)])
+    forget()
+    by_pairs = logits_of(model, [0, 1, 0, 1, 0, 1, 1], tokens_TB, [40, 33])
+    assert not torch.equal(by_pairs, widened)  # another order of sums: it is another code
+    torch.testing.assert_close(by_pairs, widened, atol=0.05, rtol=1e-5)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+def test_bfloat16_instructions_are_used_where_there_are_some(tmp_path: Path) -> None:
+    source, built = Path(decode_cpu.__file__).with_suffix(".cpp"), tmp_path / "decode_cpu.s"
+    flags = [flag.replace("native", "cooperlake") for flag in native.FLAGS]
+    subprocess.run(["g++", *flags, "-S", str(source), "-o", str(built)], check=True)
+    assert "vdpbf16ps" in built.read_text()
+
+
 @pytest.mark.usefixtures("forgotten")
 def test_without_a_compiler_a_line_says_so_and_the_rollout_goes_on(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.backends import linear
 from grpo.backends.base import Request, Sampling
 from grpo.backends.decode_cpu import DecodeStep, why_not
-from grpo.backends.engine import Budget, Decoding, Row
+from grpo.backends.engine import Budget, Decoding, Row, Step, step_through_transformers
 from grpo.backends.engine_check import bytes_per_token
 from grpo.backends.hf import HFBackend
 from grpo.backends.kv_cache import head_tokens
@@ -33,6 +34,12 @@ def requests(policy: Policy, prompts: int, G: int) -> list[Request]:
     return [Request(Prompt(i, "", "", t), [key(0, i, g) for g in range(G)]) for i, t in enumerate(ids)]
 
 
+def step_of(policy: Policy) -> Step:
+    if why_not(policy.causal_lm) is None:
+        return DecodeStep(policy.causal_lm)
+    return partial(step_through_transformers, ScoredLM(policy.causal_lm))
+
+
 def decode(policy: Policy, wanted: list[Request], *, rows: int = 512, tokens: int = 10**6) -> tuple[dict, Decoding]:
     """Completions by (request, sample), and what made them."""
     decoding = Decoding(
@@ -43,7 +50,7 @@ def decode(policy: Policy, wanted: list[Request], *, rows: int = 512, tokens: in
         max_rows=rows,
         cache_tokens=tokens,
         device=policy.device,
-        compiled_step=DecodeStep(policy.causal_lm) if why_not(policy.causal_lm) is None else None,
+        step=step_of(policy),
     )
     policy.causal_lm.eval()
     with torch.no_grad():
@@ -157,11 +164,13 @@ def test_a_model_that_decodes_otherwise_than_it_computes_is_refused(tiny_model: 
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert bytes_per_token(ScoredLM(model), torch.device("cpu")) == 2 * 2 * 32 * 4
+    scored, cpu = ScoredLM(model), torch.device("cpu")
+    step = partial(step_through_transformers, scored)
+    assert bytes_per_token(scored, cpu, step) == 2 * 2 * 32 * 4
     forward = model.base_model.forward
     model.base_model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
     with pytest.raises(RunError, match=r"GPT2LMHeadModel decodes to other logits.*rollout\.backend: vllm"):
-        bytes_per_token(ScoredLM(model), torch.device("cpu"))
+        bytes_per_token(scored, cpu, step)
 
 
 def test_nan_logits_end_the_run_with_a_message(tiny_model: Path) -> None:
