@@ -10,10 +10,14 @@ Not for what listens to gradients as autograd hands them over: DDP, FSDP.
 
 from __future__ import annotations
 
+import weakref
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from grpo import bfloat16_cpu
 
 BLOCK = 4096  # rows of a weight whose gradient is made at once where it has to be added in another type
 
@@ -30,9 +34,11 @@ def install(module: nn.Module) -> None:
 
 
 def _linear_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if not _learns(self.weight):
+    if _learns(self.weight):
+        return _Linear.apply(x, self.weight, self.bias)
+    if torch.is_grad_enabled():
         return nn.Linear.forward(self, x)
-    return _Linear.apply(x, self.weight, self.bias)
+    return _linear(x, self.weight, self.bias)
 
 
 def _embedding_forward(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
@@ -48,26 +54,58 @@ def _learns(weight: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf and not hooks
 
 
+def _linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        weight_OI = _cast(weight_OI, dtype)
+        wide = weight_OI.dtype
+        bias_O = None if bias_O is None else bias_O.to(dtype).to(wide)
+        return nn.functional.linear(x.to(dtype).to(wide), weight_OI, bias_O).to(dtype)
+
+
+class _Last(NamedTuple):
+    weight: weakref.ref[torch.Tensor]
+    version: int
+    dtype: torch.dtype
+    cast: torch.Tensor
+
+
+_last: _Last | None = None
+
+
+def _cast(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight rounded to ``dtype``, in the type that products of it are computed in.
+
+    Autocast's own cast would keep the copies of all weights from the forward to the backward pass. Here they are cast
+    again, and the last one alone is kept: the head's next chunk wants it.
+    """
+    global _last
+    wide = bfloat16_cpu.multiplied_in(dtype, weight_OI.device)
+    if weight_OI.dtype == dtype == wide:
+        return weight_OI
+    key = weight_OI._version, dtype
+    if _last is None or _last.weight() is not weight_OI or (_last.version, _last.dtype) != key:
+        _last = None  # before there is another
+        _last = _Last(weakref.ref(weight_OI), *key, weight_OI.detach().to(dtype).to(wide))
+    return _last.cast
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_OI, bias_O):
         ctx.x_dtype, ctx.weight = x.dtype, weight_OI
-        x_cast, weight_cast_OI = x, weight_OI
-        if torch.is_autocast_enabled(x.device.type):
-            # Not autocast's own cast: it would keep the copy for others, without its gradient.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x_cast, weight_cast_OI = x.to(dtype), weight_OI.to(dtype)
-            bias_O = None if bias_O is None else bias_O.to(dtype)
-        ctx.save_for_backward(x, weight_cast_OI)
-        with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x_cast, weight_cast_OI, bias_O)
+        ctx.save_for_backward(x, weight_OI)
+        return _linear(x, weight_OI, bias_O)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight_OI = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
+        weight_OI = _cast(ctx.weight, grad.dtype)
+        x, grad = x.to(grad.dtype).to(weight_OI.dtype), grad.to(weight_OI.dtype)
         grad_NO = grad.flatten(0, -2)
-        _add_product(ctx.weight, grad_NO, x.flatten(0, -2).to(grad.dtype))
+        _add_product(ctx.weight, grad_NO, x.flatten(0, -2))
         needs_x, _, needs_bias = ctx.needs_input_grad
         return (
             (grad @ weight_OI).to(ctx.x_dtype) if needs_x else None,

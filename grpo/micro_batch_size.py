@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 # Tokens, and on a CPU bytes kept, beyond which a larger micro-batch gained nothing: 1,024 tokens of a model of 135 M
 # parameters were as fast as 2,048, and 4,096 of one of 0.85 M as 16,384 (docs/performance.md).
 LARGEST = {"cpu": 8192, "cuda": 32768}
-LARGEST_KEPT_ON_CPU = 1e9
+LARGEST_KEPT_ON_CPU = 0.75e9
 SMALLEST = 256
 SHARE = 0.5  # of free memory: what else the backward pass makes and frees is as large again at most
 MEASURED_TOKENS = (128, 384)

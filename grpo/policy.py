@@ -69,8 +69,7 @@ class Policy:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             lean_activations.install(causal_lm)
-        if accelerator.distributed_type == DistributedType.NO:
-            grads_in_place.install(causal_lm)
+        self._install_products(causal_lm)
         scored = ScoredLM(causal_lm)
         scored.check_head()
         self.packed = self._can_pack(scored)
@@ -109,7 +108,13 @@ class Policy:
         twin = AutoModelForCausalLM.from_config(
             self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
         )
+        self._install_products(twin)
         return twin.to(self.device).eval().requires_grad_(False)
+
+    def _install_products(self, causal_lm: PreTrainedModel) -> None:
+        """The policy's linear layers and its copies' compute alike, to the bit."""
+        if self.accelerator.distributed_type == DistributedType.NO:
+            grads_in_place.install(causal_lm)
 
     def autocast(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grpo import grads_in_place
+from grpo import bfloat16_cpu, grads_in_place
 from grpo.backends.linear import packed_linears
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
@@ -60,9 +60,15 @@ def assert_same_gradients(ours: nn.Module, plain: nn.Module, rtol: float = 1e-5)
             assert torch.linalg.norm(found[name] - grad) <= rtol * torch.linalg.norm(grad), name
 
 
+@pytest.fixture(params=[False, True], ids=["", "no bfloat16 instructions"])
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(bfloat16_cpu, "emulated", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_several_micro_batches(dtype: torch.dtype, padding_idx: int | None) -> None:
+def test_gradients_of_several_micro_batches(dtype: torch.dtype, padding_idx: int | None, emulated: bool) -> None:
     plain, ours = pair(padding_idx=padding_idx)
     for ids_BT in micro_batches():
         ids_BT[0, 0] = 3
@@ -75,14 +81,72 @@ def test_gradients_of_several_micro_batches(dtype: torch.dtype, padding_idx: int
     assert_same_gradients(ours, plain, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_outputs_are_the_same_numbers() -> None:
+def test_outputs_are_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, ours = pair()
     (ids_BT, *_) = micro_batches()
     assert torch.equal(ours(ids_BT), plain(ids_BT))
     with torch.no_grad():
         assert torch.equal(ours(ids_BT), plain(ids_BT))
     with torch.autocast("cpu", torch.bfloat16):
+        monkeypatch.setattr(bfloat16_cpu, "emulated", lambda: False)
         assert torch.equal(ours(ids_BT), plain(ids_BT))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_in_bfloat16_with_and_without_gradients_the_same_numbers() -> None:
+    """One pass gives the old log-probabilities, the other those that learn: their ratio must begin at 1."""
+    _, ours = pair()
+    (ids_BT, *_) = micro_batches()
+    with torch.autocast("cpu", torch.bfloat16):
+        learning_BTV = ours(ids_BT)
+        with torch.no_grad():
+            assert torch.equal(ours(ids_BT), learning_BTV)
+    assert learning_BTV.dtype == torch.bfloat16
+
+
+def test_products_in_float32_are_those_of_bfloat16_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded as the instructions would: operands before, and the sum once. Sums' orders turn over few last bits."""
+    _, ours = pair()
+    x_NH = torch.randn(500, H, generator=torch.Generator().manual_seed(2))
+    exact_NH = nn.functional.linear(
+        x_NH.bfloat16().double(), ours.layer.weight.bfloat16().double(), ours.layer.bias.bfloat16().double()
+    )
+    monkeypatch.setattr(bfloat16_cpu, "emulated", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found_NH = ours.layer(x_NH)
+    assert (found_NH == exact_NH.bfloat16()).float().mean() > 0.99
+    torch.testing.assert_close(found_NH.double(), exact_NH, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_weight_that_was_cast_is_cast_again_when_it_changed() -> None:
+    """The last cast is kept, for the chunks of a head."""
+    _, ours = pair()
+    x_NH = torch.ones(2, H)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before_NV = ours.head(x_NH)
+        kept = grads_in_place._last
+        assert torch.equal(ours.head(x_NH), before_NV)
+        assert grads_in_place._last is kept
+        ours.head.weight.mul_(2)
+        assert torch.equal(ours.head(x_NH), 2 * before_NV)
+
+
+def test_which_cpus_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(**capabilities: object) -> bool:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        bfloat16_cpu.emulated.cache_clear()
+        return bfloat16_cpu.emulated()
+
+    try:
+        assert answer(architecture="x86_64", avx2=True, avx512_f=True, avx512_bf16=False)
+        assert not answer(architecture="x86_64", avx512_bf16=True)
+        assert not answer(architecture="aarch64", neon=True, bf16=True)
+        monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
+        bfloat16_cpu.emulated.cache_clear()
+        assert not bfloat16_cpu.emulated()
+    finally:
+        bfloat16_cpu.emulated.cache_clear()
 
 
 @pytest.mark.parametrize("frozen", ["embedding.weight", "layer.weight", "layer.bias"])

@@ -1,8 +1,9 @@
 """Rollouts with transformers, in the training process, from the trainer's own weights.
 
-``engine.py`` schedules, ``kv_cache.py`` holds keys and values, ``attention.py`` reads them, ``sampling.py`` draws; on a
-CPU ``decode_cpu.py`` makes a whole step one compiled call for the models that it knows. What a completion becomes
-depends on its key and the weights alone: the uniform numbers never depend on the batch; logits agree to rounding.
+``engine.py`` schedules, ``kv_cache.py`` holds keys and values, ``attention.py`` reads them, ``sampling.py`` draws. A
+step is one compiled call on a CPU (``decode_cpu.py``, for the models that it knows), one CUDA graph on a GPU
+(``graph_step.py``). What a completion becomes depends on its key and the weights alone: the uniform numbers never
+depend on the batch; logits agree to rounding.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from grpo.backends.base import OnGroup, Request, Sampling
 from grpo.backends.decode_cpu import DecodeStep
 from grpo.backends.decode_cpu import why_not as why_not_compiled
-from grpo.backends.engine import Decoding, Row
+from grpo.backends.engine import Decoding, Row, Step, step_through_transformers
 from grpo.backends.engine_check import bytes_per_token
+from grpo.backends.graph_step import GraphStep, cuda_capture
 from grpo.backends.linear import packed_linears
 from grpo.errors import RunError, UserError
 from grpo.memory import total_memory
@@ -30,8 +34,32 @@ log = logging.getLogger("grpo")
 CACHE_SHARE = 0.25  # of the device's memory: a share of what is free would make a resumed run another one
 
 
+def compiled_step(model: ScoredLM) -> Step:
+    return DecodeStep(model.causal_lm)
+
+
+def captured_step(model: ScoredLM) -> Step:
+    return GraphStep(model, cuda_capture())
+
+
+def plain_step(model: ScoredLM) -> Step:
+    return partial(step_through_transformers, model)
+
+
+def _resize(model: PreTrainedModel, *, holds: bool) -> None:
+    """Memory for a model's weights, or none; shapes and ties stay."""
+    for parameter in model.parameters():
+        parameter.untyped_storage().resize_(parameter.nbytes if holds else 0)
+
+
+def _changes(policy: Policy) -> list[int]:
+    """How often each weight was written to, as autograd counts."""
+    return [parameter._version for parameter in policy.causal_lm.parameters()]
+
+
 class HFBackend:
-    """Generates with the policy's module itself, or a copy where the compute type differs or weights are sharded.
+    """Generates with the policy's module itself, or a copy where the compute type differs or weights are sharded. A
+    copy of weights that are not sharded is made as a rollout begins and takes no memory between rollouts.
 
     ``max_batch_size`` bounds the completions decoded at once, ``kv_cache_gb`` their keys and values (None: a quarter of
     the device's memory, divided among the processes that share it).
@@ -54,24 +82,24 @@ class HFBackend:
         self.model = model
         self.scored = ScoredLM(model)
         with self._sampling_mode():
-            why = why_not_compiled(model)
-            self.compiled = why is None
-            size = bytes_per_token(self.scored, self.device, DecodeStep(model) if self.compiled else None)
-        if self.device.type == "cpu" and policy.accelerator.is_main_process:
-            what = "decoding: one compiled call a step" if self.compiled else "decoding: through transformers, slower"
-            log.info("%s%s", what, "" if why is None else f": {why}")
+            size, how = self._choose_step()
+        if policy.accelerator.is_main_process:
+            log.info("decoding: %s", how)
+        self.source = None if self.shares_weights or policy.sharded else policy
+        if self.source:
+            _resize(model, holds=False)
         sharing = policy.accelerator.num_processes if self.device.type == "cpu" else 1
         budget = kv_cache_gb * 1e9 if kv_cache_gb else CACHE_SHARE * total_memory(self.device) / sharing
         self.cache_tokens = int(budget / size)
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
-        if not self.shares_weights:
-            self.model.load_state_dict(policy.full_state())
-        self.version = version
+        if policy.sharded:
+            self.model.load_state_dict(policy.full_state())  # gathered by all processes together
+        self.version, self.as_synced = version, _changes(policy)
         return {}
 
     def close(self) -> None:
-        self.model = self.scored = None
+        self.model = self.scored = self.source = None
 
     def generate(
         self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
@@ -80,7 +108,8 @@ class HFBackend:
             raise RunError(f"rollout asked for policy version {version}, the hf backend holds version {self.version}")
         groups: list[list[Completion | None]] = [[None] * len(request.keys) for request in requests]
         missing = [len(request.keys) for request in requests]
-        with self._sampling_mode(), nullcontext() if self.compiled else packed_linears(self.model):
+        packed = nullcontext() if self.step_of is compiled_step else packed_linears(self.model)
+        with self._weights(), self._sampling_mode(), packed:
             for row in self._rows(requests, sampling):
                 groups[row.request][row.sample] = self._completion(row)
                 missing[row.request] -= 1
@@ -99,8 +128,42 @@ class HFBackend:
             max_rows=self.max_batch_size,
             cache_tokens=self.cache_tokens,
             device=self.device,
-            compiled_step=DecodeStep(self.model) if self.compiled else None,
+            step=self.step_of(self.scored),
         ).rows()
+
+    def _choose_step(self) -> tuple[int, str]:
+        """Sets ``step_of``, how a rollout's decoding steps are made, after it decoded a few tokens.
+
+        Returns what a token's keys and values take (bytes), and what to say of the choice.
+        """
+        why = why_not_compiled(self.model)
+        ways = [(compiled_step, "one compiled call a step")] if why is None else []
+        if self.device.type == "cuda":
+            ways.append((captured_step, "one CUDA graph a step"))
+        for self.step_of, what in ways:
+            try:
+                return bytes_per_token(self.scored, self.device, self.step_of(self.scored)), what
+            except (RuntimeError, RunError) as error:
+                log.warning("decoding: %s fails, so it goes through transformers: %s", what, error)
+                why = f"{what} fails"
+        self.step_of = plain_step
+        size = bytes_per_token(self.scored, self.device, self.step_of(self.scored))
+        return size, f"through transformers, slower: {why}"
+
+    @contextmanager
+    def _weights(self) -> Iterator[None]:
+        """Within it, the copy, where there is one, holds the policy's weights."""
+        if self.source is None:
+            yield
+            return
+        if _changes(self.source) != self.as_synced:
+            raise RunError(f"the policy changed after its version {self.version} was synced to the hf backend")
+        _resize(self.model, holds=True)
+        self.model.load_state_dict(self.source.full_state())
+        try:
+            yield
+        finally:
+            _resize(self.model, holds=False)
 
     @contextmanager
     def _sampling_mode(self) -> Iterator[None]:

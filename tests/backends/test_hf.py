@@ -130,10 +130,13 @@ def test_a_bfloat16_policy_generates_from_its_own_copy_and_sync_updates_it(tiny_
     assert backend.model is not policy.causal_lm
     assert next(backend.model.parameters()).dtype is torch.bfloat16
     before = backend.generate(requests(policy, 4), Sampling(20), 0)
+    assert not any(parameter.untyped_storage().nbytes() for parameter in backend.model.parameters())
+    assert backend.generate(requests(policy, 4), Sampling(20), 0) == before
     with torch.no_grad():
         for parameter in policy.causal_lm.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    assert backend.generate(requests(policy, 4), Sampling(20), 0) == before
+    with pytest.raises(RunError, match="policy changed after its version 0 was synced to the hf backend"):
+        backend.generate(requests(policy, 4), Sampling(20), 0)
     backend.sync(policy, 1)
     after = backend.generate(requests(policy, 4), Sampling(20), 1)
     assert [c.token_ids for g in after for c in g] != [c.token_ids for g in before for c in g]
