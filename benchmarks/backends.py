@@ -165,7 +165,7 @@ def speed(options: argparse.Namespace, dtype: str, folder: Path) -> dict[str, di
 
 
 def weights_mb(backend: Any) -> float:
-    """What the hf backend holds besides the trainer: its copy of the weights, where it needs one."""
+    """What the hf backend holds besides the trainer in a rollout: its copy of the weights, where it needs one."""
     if backend.shares_weights:
         return 0.0
     return sum(p.nbytes for p in backend.model.parameters()) / 2**20

@@ -16,6 +16,7 @@ COLUMNS = {
     "rollout": {
         "tokens_per_s": "rollout tokens/s",
         "decode_step_s": "s a decoding step",
+        "plain_decode_step_s": "s without a graph",
         "step_over_floor": "times the weights' floor",
         "step_over_floor_with_cache": "times the floor with cache",
         "peak_gb": "rollout GB",

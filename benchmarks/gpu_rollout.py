@@ -22,7 +22,7 @@ from benchmarks.gpu_machine import bandwidth, synchronize
 from benchmarks.gpu_shapes import cache_bytes_per_token, counts, model_folder
 from benchmarks.rollout import make_backend
 from grpo.backends.base import Request, Sampling
-from grpo.backends.hf import HFBackend
+from grpo.backends.hf import HFBackend, make_plain_step
 from grpo.randomness import key
 from grpo.types import Prompt
 
@@ -82,6 +82,16 @@ def measure(backend: HFBackend, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def plain_step_seconds(backend: HFBackend, options: argparse.Namespace) -> float:
+    """A decoding step through transformers, a kernel at a time: what one graph a step (``graph_step``) is beside."""
+    requests, wanted = make_requests(options), {}
+    force_lengths(wanted)
+    B, T = options.prompts * options.completions, min(64, options.length)
+    backend.make_step = make_plain_step
+    short, long = (seconds(backend, requests, [n] * B, wanted) for n in (max(1, T // 2), T))
+    return (long - short) / (T - max(1, T // 2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape")
@@ -94,7 +104,8 @@ def main() -> None:
     options = parser.parse_args()
     with model_folder(options.shape, options.device) as folder:
         backend, _ = make_backend(str(folder), "bfloat16")
-        print(json.dumps({**measure(backend, options), "settings": vars(options)}))
+        result = measure(backend, options) | {"plain_decode_step_s": plain_step_seconds(backend, options)}
+        print(json.dumps(result | {"settings": vars(options)}))
 
 
 if __name__ == "__main__":

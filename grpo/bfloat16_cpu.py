@@ -1,7 +1,7 @@
-"""Matrix products of bfloat16 numbers on CPUs that have no instructions for them: most that are not servers' newest.
+"""Linear layers of bfloat16 numbers on CPUs that have no instructions for them: most that are not servers' newest.
 
 There oneDNN emulates them at a quarter of float32's speed. float32 holds every bfloat16 number, so operands are widened
-and multiplied by float32's instructions, and the sums rounded once.
+and multiplied by float32's instructions, and the sums rounded once (``grads_in_place.py``; DDP and FSDP go without).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ Not for what listens to gradients as autograd hands them over: DDP, FSDP.
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from types import MethodType
 from typing import NamedTuple
 
@@ -34,30 +35,31 @@ def install(module: nn.Module) -> None:
 
 
 def _linear_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if _learns(self.weight):
-        return _Linear.apply(x, self.weight, self.bias)
-    if torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return _linear(x, self.weight, self.bias)
+    if _is_watched(self.weight):
         return nn.Linear.forward(self, x)
-    return _linear(x, self.weight, self.bias)
+    return _Linear.apply(x, self.weight, self.bias)
 
 
 def _embedding_forward(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
     # Rows come in any order; on an accelerator they would be added in another one each time.
-    if not (_learns(self.weight) and self.weight.device.type == "cpu"):
+    learns = torch.is_grad_enabled() and self.weight.requires_grad and not _is_watched(self.weight)
+    if not (learns and self.weight.device.type == "cpu"):
         return nn.Embedding.forward(self, ids)
     return _Embedding.apply(ids, self.weight, self.padding_idx)
 
 
-def _learns(weight: torch.Tensor) -> bool:
-    """In this pass, and nothing waits for autograd to hand it the gradient."""
-    hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
-    return torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf and not hooks
+def _is_watched(weight: torch.Tensor) -> bool:
+    """Does something wait for autograd to hand it the gradient?"""
+    return not weight.is_leaf or bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def _linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+    with torch.autocast(device, enabled=False) if cast else nullcontext():
         weight_OI = _cast(weight_OI, dtype)
         wide = weight_OI.dtype
         bias_O = None if bias_O is None else bias_O.to(dtype).to(wide)
@@ -66,12 +68,17 @@ def _linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | Non
 
 class _Last(NamedTuple):
     weight: weakref.ref[torch.Tensor]
-    version: int
-    dtype: torch.dtype
+    key: tuple[int, torch.dtype, torch.device]  # how often it was written to, and what was asked for
     cast: torch.Tensor
 
 
 _last: _Last | None = None
+
+
+def forget() -> None:
+    """Let go of the last weight that was cast."""
+    global _last
+    _last = None
 
 
 def _cast(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -84,10 +91,10 @@ def _cast(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     wide = bfloat16_cpu.multiplied_in(dtype, weight_OI.device)
     if weight_OI.dtype == dtype == wide:
         return weight_OI
-    key = weight_OI._version, dtype
-    if _last is None or _last.weight() is not weight_OI or (_last.version, _last.dtype) != key:
-        _last = None  # before there is another
-        _last = _Last(weakref.ref(weight_OI), *key, weight_OI.detach().to(dtype).to(wide))
+    key = weight_OI._version, dtype, weight_OI.device
+    if _last is None or _last.weight() is not weight_OI or _last.key != key:
+        forget()  # before there is another
+        _last = _Last(weakref.ref(weight_OI), key, weight_OI.detach().to(dtype).to(wide))
     return _last.cast
 
 
@@ -95,7 +102,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_OI, bias_O):
         ctx.x_dtype, ctx.weight = x.dtype, weight_OI
-        ctx.save_for_backward(x, weight_OI)
+        ctx.save_for_backward(x if weight_OI.requires_grad else None, weight_OI)
         return _linear(x, weight_OI, bias_O)
 
     @staticmethod
@@ -103,9 +110,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, _ = ctx.saved_tensors
         weight_OI = _cast(ctx.weight, grad.dtype)
-        x, grad = x.to(grad.dtype).to(weight_OI.dtype), grad.to(weight_OI.dtype)
+        if x is not None:
+            x = x.to(grad.dtype).to(weight_OI.dtype)
+        grad = grad.to(weight_OI.dtype)
         grad_NO = grad.flatten(0, -2)
-        _add_product(ctx.weight, grad_NO, x.flatten(0, -2))
+        if x is not None:
+            _add_product(ctx.weight, grad_NO, x.flatten(0, -2))
         needs_x, _, needs_bias = ctx.needs_input_grad
         return (
             (grad @ weight_OI).to(ctx.x_dtype) if needs_x else None,

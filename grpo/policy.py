@@ -159,6 +159,8 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        # Fused optimizers write weights without autograd's knowing; casts and copies of weights tell by its count.
+        torch.autograd.graph.increment_version([p for group in self.optimizer.param_groups for p in group["params"]])
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()

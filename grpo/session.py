@@ -69,7 +69,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def warn_of_slow_bfloat16(seconds_a_product: Callable[[torch.dtype], float]) -> None:
-    """A CPU without instructions for bfloat16 emulates it, several times slower than float32, and says nothing."""
+    """A CPU without instructions for bfloat16 emulates it, several times slower than float32, and says nothing. Linear
+    layers of a single process are spared (``bfloat16_cpu.py``), and are still slower than in float32."""
     bfloat16, float32 = seconds_a_product(torch.bfloat16), seconds_a_product(torch.float32)
     if bfloat16 > 1.5 * float32:
         log.warning(

@@ -132,6 +132,39 @@ def test_a_weight_that_was_cast_is_cast_again_when_it_changed() -> None:
         assert torch.equal(ours.head(x_NH), 2 * before_NV)
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_a_step_of_the_optimizer_is_seen(tiny_model: Path, optim: str) -> None:
+    """Fused optimizers write without autograd's counting. The backward pass casts the first layer's weight last, and
+    the next forward pass begins with it."""
+    if optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    policy = make_policy(tiny_model, dtype="bfloat16", optimizer={"optim": optim})
+    batch = policy.collate(sequences()[:2])
+    for _ in range(2):
+        policy.logprobs(batch, 1.0)[0].sum().backward()
+        policy.step(0.1)
+        kept = policy.logprobs(batch, 1.0)[0]
+        grads_in_place.forget()
+        assert torch.equal(policy.logprobs(batch, 1.0)[0], kept)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_of_adapters_with_and_without_gradients_the_same_numbers(tiny_model: Path) -> None:
+    policy = make_policy(tiny_model, dtype="bfloat16", model={"lora": {"r": 4, "target_modules": "all-linear"}})
+    batch = policy.collate(sequences()[:2])
+    learning = policy.logprobs(batch, 1.0)[0]
+    learning.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(policy.logprobs(batch, 1.0)[0], learning)
+    frozen = [p for p in policy.causal_lm.parameters() if not p.requires_grad]
+    assert frozen
+    assert all(p.grad is None for p in frozen)
+    assert any(p.grad is not None and p.grad.any() for p in policy.causal_lm.parameters())
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_which_cpus_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(**capabilities: object) -> bool:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)

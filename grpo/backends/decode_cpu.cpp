@@ -309,9 +309,9 @@ void pack_bfloat16(const bfloat16 *weight, int64_t N, int64_t K, int32_t width, 
   pack(weight, N, K, width, at, packed, threads);
 }
 
-// Returns 1, having done nothing, for a head size it is not compiled for.
 int32_t knows_heads_of(int32_t head_dim) { return step_for<float>(head_dim) != nullptr; }
 
+// Returns 1, having done nothing, for a head size it is not compiled for.
 int32_t decode_step(const Model *m, const Step *s, int32_t in_bfloat16, int32_t threads) {
   StepFunction step = in_bfloat16 ? step_for<bfloat16>(m->head_dim) : step_for<float>(m->head_dim);
   if (!step) return 1;

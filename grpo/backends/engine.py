@@ -29,11 +29,11 @@ BURST = {"cpu": 1}
 BURST_ELSEWHERE = 16
 
 # Tokens (B,), one more of every live row, and the cache to logits (B,V) behind them, which the next step may overwrite.
-Step = Callable[[torch.Tensor, DecodeCache], torch.Tensor]
+NextLogits = Callable[[torch.Tensor, DecodeCache], torch.Tensor]
 
 
 def step_through_transformers(model: ScoredLM, tokens_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
-    """A ``Step`` by the model's own modules, which attend into the cache within ``decoding_into``."""
+    """``NextLogits`` by the model's own modules, which attend into the cache within ``decoding_into``."""
     step = cache.begin_step()
     hidden_B1H = model.causal_lm.base_model(
         input_ids=tokens_B[:, None], position_ids=step.positions_B[:, None], use_cache=False
@@ -70,7 +70,7 @@ class Decoding:
         max_rows: int,
         cache_tokens: int,
         device: torch.device,
-        step: Step,
+        step: NextLogits,
     ):
         self.model, self.requests, self.sampling, self.ended, self.device = model, requests, sampling, ended, device
         self.step = step

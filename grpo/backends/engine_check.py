@@ -5,26 +5,27 @@ from __future__ import annotations
 import torch
 
 from grpo.backends.attention import decoding_into
-from grpo.backends.engine import Step
+from grpo.backends.engine import NextLogits
 from grpo.backends.kv_cache import DecodeCache, Prefill, Shape
 from grpo.errors import RunError
 from grpo.scored_lm import ScoredLM
 
-PROMPTS = (40, 21)  # lengths: too long for rows to begin with a copy
-PROMPT_OF_ROWS = (0, 1, 0)
+PROMPTS = (40, 21, 33)  # lengths: too long for rows to begin with a copy
+PROMPT_OF_ROWS = (0, 1, 0, 2, 1)
+ROOM = Shape(prompts=5, prompt_tokens=40, rows=6, row_tokens=80)  # for more: a graph computes those as well
 STEPS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of the logits' range
 
 
 @torch.no_grad()
-def bytes_per_token(model: ScoredLM, device: torch.device, step: Step) -> int:
+def bytes_per_token(model: ScoredLM, device: torch.device, step: NextLogits) -> int:
     """What one token's keys and values take, over all layers. A few made-up tokens are decoded to find out.
 
     Raises:
         RunError: the engine's logits are not the model's own.
     """
     ids = _made_up_ids(model, device)
-    cache = DecodeCache(Shape(len(PROMPTS), max(PROMPTS), len(PROMPT_OF_ROWS), STEPS), device)
+    cache = DecodeCache(ROOM, device)
     difference, size = 0.0, 0.0
     with decoding_into(model.causal_lm, cache):
         _prefill(model, cache, ids)

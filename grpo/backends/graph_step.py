@@ -11,17 +11,22 @@ compares a replay's logits with the model's own (``engine_check.py``), and does 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from grpo import grads_in_place
 from grpo.backends.kv_cache import DecodeCache, LivePrompts, Shape, Step, beyond
 from grpo.scored_lm import ScoredLM
 
-SHORTEST_ROW = 64  # tokens; a graph is for no fewer
+log = logging.getLogger("grpo")
+
+FEWEST_TOKENS = 64  # of a row; a graph is for no shorter ones
 
 # Records what a function computes; returns what computes it again from the same tensors into the same tensors.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -32,13 +37,19 @@ def cuda_capture() -> Capture:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Callable[[], None]) -> Callable[[], None]:
-        graph, caching = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # what it kept would be in the pool, and overwritten
+        graph, stream, caching = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.is_autocast_cache_enabled()
+        # Casts that are kept from before may be freed before a replay, and those made now are overwritten by one.
+        torch.set_autocast_cache_enabled(False)
+        grads_in_place.forget()
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 compute()
+        except RuntimeError as error:  # that there was nothing to end, with the cause in its context
+            raise error.__context__ or error from None
         finally:
+            torch.cuda.set_stream(stream)  # torch leaves another where it fails
             torch.set_autocast_cache_enabled(caching)
+            grads_in_place.forget()
         return graph.replay
 
     return capture
@@ -57,7 +68,7 @@ class Size:
     def of(cls, cache: DecodeCache) -> Size:
         shape = cache.shape
         rows = cls.up(len(cache.row_lengths), shape.rows)
-        row_tokens = cls.up(max(cache.longest + 1, SHORTEST_ROW), shape.row_tokens)
+        row_tokens = cls.up(max(cache.longest + 1, FEWEST_TOKENS), shape.row_tokens)
         if shape.head_tokens:
             return cls(rows, row_tokens, 0, 0)
         largest_group = max(Counter(cache.row_prompt).values())
@@ -71,7 +82,7 @@ class Size:
 
 
 class GraphStep:
-    """An engine's ``Step``. The logits (B,V) that it returns are overwritten by the next step: read them before."""
+    """``NextLogits`` for the engine. What it returns is overwritten by the next step: read it before."""
 
     def __init__(self, model: ScoredLM, capture: Capture):
         self.model, self.capture = model, capture
@@ -89,11 +100,19 @@ class GraphStep:
         self.told = self._state(size)  # graphs count what rows have written themselves
         self.inputs["tokens"][: len(tokens_B)].copy_(tokens_B)
         if size not in self.replays and size in self.seen:
-            self.replays[size] = self.capture(lambda: self._compute(size))
-        self.replays.get(size, lambda: self._compute(size))()
+            self.replays[size] = self._captured(size)
+        self.replays.get(size, partial(self._compute, size))()
         self.seen.add(size)
         assert self.logits is not None
         return self.logits[: len(tokens_B)]
+
+    def _captured(self, size: Size) -> Callable[[], None]:
+        compute = partial(self._compute, size)
+        try:
+            return self.capture(compute)
+        except torch.OutOfMemoryError:
+            log.warning("decoding: no memory to capture a CUDA graph of %s; computed without, slower", size)
+            return compute
 
     def _begin(self, cache: DecodeCache) -> None:
         """New buffers: graphs of the old ones are void."""

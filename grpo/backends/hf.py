@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from grpo.backends.base import OnGroup, Request, Sampling
 from grpo.backends.decode_cpu import DecodeStep
 from grpo.backends.decode_cpu import why_not as why_not_compiled
-from grpo.backends.engine import Decoding, Row, Step, step_through_transformers
+from grpo.backends.engine import Decoding, NextLogits, Row, step_through_transformers
 from grpo.backends.engine_check import bytes_per_token
 from grpo.backends.graph_step import GraphStep, cuda_capture
 from grpo.backends.linear import packed_linears
@@ -34,15 +34,15 @@ log = logging.getLogger("grpo")
 CACHE_SHARE = 0.25  # of the device's memory: a share of what is free would make a resumed run another one
 
 
-def compiled_step(model: ScoredLM) -> Step:
+def make_compiled_step(model: ScoredLM) -> NextLogits:
     return DecodeStep(model.causal_lm)
 
 
-def captured_step(model: ScoredLM) -> Step:
+def make_graph_step(model: ScoredLM) -> NextLogits:
     return GraphStep(model, cuda_capture())
 
 
-def plain_step(model: ScoredLM) -> Step:
+def make_plain_step(model: ScoredLM) -> NextLogits:
     return partial(step_through_transformers, model)
 
 
@@ -85,8 +85,9 @@ class HFBackend:
             size, how = self._choose_step()
         if policy.accelerator.is_main_process:
             log.info("decoding: %s", how)
-        self.source = None if self.shares_weights or policy.sharded else policy
-        if self.source:
+        self.policy = None if policy.sharded else policy
+        self.copies = not (self.shares_weights or policy.sharded)  # for each rollout
+        if self.copies:
             _resize(model, holds=False)
         sharing = policy.accelerator.num_processes if self.device.type == "cpu" else 1
         budget = kv_cache_gb * 1e9 if kv_cache_gb else CACHE_SHARE * total_memory(self.device) / sharing
@@ -99,16 +100,20 @@ class HFBackend:
         return {}
 
     def close(self) -> None:
-        self.model = self.scored = self.source = None
+        self.model = self.scored = self.policy = None
 
     def generate(
         self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         if version != self.version:
             raise RunError(f"rollout asked for policy version {version}, the hf backend holds version {self.version}")
+        if self.policy is not None and _changes(self.policy) != self.as_synced:
+            raise RunError(f"the policy changed after its version {version} was synced to the hf backend")
+        if not requests:
+            return []
         groups: list[list[Completion | None]] = [[None] * len(request.keys) for request in requests]
         missing = [len(request.keys) for request in requests]
-        packed = nullcontext() if self.step_of is compiled_step else packed_linears(self.model)
+        packed = nullcontext() if self.make_step is make_compiled_step else packed_linears(self.model)
         with self._weights(), self._sampling_mode(), packed:
             for row in self._rows(requests, sampling):
                 groups[row.request][row.sample] = self._completion(row)
@@ -118,8 +123,6 @@ class HFBackend:
         return groups
 
     def _rows(self, requests: list[Request], sampling: Sampling) -> Iterator[Row]:
-        if not requests:
-            return iter(())
         return Decoding(
             self.scored,
             requests,
@@ -128,39 +131,38 @@ class HFBackend:
             max_rows=self.max_batch_size,
             cache_tokens=self.cache_tokens,
             device=self.device,
-            step=self.step_of(self.scored),
+            step=self.make_step(self.scored),
         ).rows()
 
     def _choose_step(self) -> tuple[int, str]:
-        """Sets ``step_of``, how a rollout's decoding steps are made, after it decoded a few tokens.
+        """Sets ``make_step``: a way to make a rollout's decoding steps that decodes a few tokens to the model's logits.
 
         Returns what a token's keys and values take (bytes), and what to say of the choice.
         """
         why = why_not_compiled(self.model)
-        ways = [(compiled_step, "one compiled call a step")] if why is None else []
+        ways = [(make_compiled_step, "one compiled call a step")] if why is None else []
         if self.device.type == "cuda":
-            ways.append((captured_step, "one CUDA graph a step"))
-        for self.step_of, what in ways:
+            ways.append((make_graph_step, "one CUDA graph a step"))
+        for make_step, what in ways:
+            self.make_step = make_step
             try:
-                return bytes_per_token(self.scored, self.device, self.step_of(self.scored)), what
+                return bytes_per_token(self.scored, self.device, make_step(self.scored)), what
             except (RuntimeError, RunError) as error:
                 log.warning("decoding: %s fails, so it goes through transformers: %s", what, error)
                 why = f"{what} fails"
-        self.step_of = plain_step
-        size = bytes_per_token(self.scored, self.device, self.step_of(self.scored))
+        self.make_step = make_plain_step
+        size = bytes_per_token(self.scored, self.device, make_plain_step(self.scored))
         return size, f"through transformers, slower: {why}"
 
     @contextmanager
     def _weights(self) -> Iterator[None]:
         """Within it, the copy, where there is one, holds the policy's weights."""
-        if self.source is None:
+        if not self.copies:
             yield
             return
-        if _changes(self.source) != self.as_synced:
-            raise RunError(f"the policy changed after its version {self.version} was synced to the hf backend")
-        _resize(self.model, holds=True)
-        self.model.load_state_dict(self.source.full_state())
         try:
+            _resize(self.model, holds=True)
+            self.model.load_state_dict(self.policy.full_state())
             yield
         finally:
             _resize(self.model, holds=False)

@@ -235,7 +235,7 @@ class Step:
     rows_B: torch.Tensor
     written_B: torch.Tensor  # tokens each row held before
     positions_B: torch.Tensor  # of the new token in its sequence
-    row_tokens: int  # longest live row, the new token included
+    row_tokens: int  # to attend over: the longest live row, the new token included, or more
     row_mask_BC: torch.Tensor | None
     prompts: LivePrompts | None
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from grpo.bfloat16_cpu import multiplied_in
+
 ROWS = 64  # the number of rows that oneDNN's order is made for; others use it as well
 SMALL = 2**19  # entries of a float32 weight; up to here MKL and a transposed copy are as fast or faster
 
@@ -29,11 +31,8 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
         if _can_pack() and not torch.is_autocast_enabled("cpu"):
             for module in model.modules():
                 if type(module) is nn.Linear and module.weight.device.type == "cpu":
-                    small = module.weight.dtype == torch.float32 and module.weight.numel() <= SMALL
-                    made = _transposed_forward if small else _packed_forward
-                    bias = None if module.bias is None else module.bias.detach()
                     before.append((module, vars(module).get("forward")))
-                    module.forward = made(module.weight.detach(), bias)
+                    module.forward = _forward(module)
         yield
     finally:
         for module, forward in before:
@@ -49,6 +48,15 @@ def _can_pack() -> bool:
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def _forward(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    dtype = module.weight.dtype
+    wide = multiplied_in(dtype, module.weight.device)
+    weight, bias = (None if p is None else p.detach().to(wide) for p in (module.weight, module.bias))
+    made = _transposed_forward if wide == torch.float32 and weight.numel() <= SMALL else _packed_forward
+    forward = made(weight, bias)
+    return forward if wide == dtype else lambda x: forward(x.to(wide)).to(dtype)
 
 
 def _packed_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:

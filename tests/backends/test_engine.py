@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.backends import linear
 from grpo.backends.base import Request, Sampling
 from grpo.backends.decode_cpu import DecodeStep, why_not
-from grpo.backends.engine import Budget, Decoding, Row, Step, step_through_transformers
+from grpo.backends.engine import Budget, Decoding, NextLogits, Row, step_through_transformers
 from grpo.backends.engine_check import bytes_per_token
 from grpo.backends.hf import HFBackend
 from grpo.backends.kv_cache import head_tokens
@@ -34,7 +34,7 @@ def requests(policy: Policy, prompts: int, G: int) -> list[Request]:
     return [Request(Prompt(i, "", "", t), [key(0, i, g) for g in range(G)]) for i, t in enumerate(ids)]
 
 
-def step_of(policy: Policy) -> Step:
+def step_of(policy: Policy) -> NextLogits:
     if why_not(policy.causal_lm) is None:
         return DecodeStep(policy.causal_lm)
     return partial(step_through_transformers, ScoredLM(policy.causal_lm))

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.backends.base import Request, Sampling
-from grpo.backends.engine import Decoding, Row, Step, step_through_transformers
+from grpo.backends.engine import Decoding, NextLogits, Row, step_through_transformers
 from grpo.backends.engine_check import bytes_per_token
 from grpo.backends.graph_step import GraphStep, Size
 from grpo.errors import RunError
@@ -83,7 +83,7 @@ def ends(key: int, ids: list[int]) -> bool:
 
 
 @torch.no_grad()
-def decode(model: ScoredLM, step: Step, *, rows: int = 512, tokens: int = 10**6) -> dict[tuple[int, int], Row]:
+def decode(model: ScoredLM, step: NextLogits, *, rows: int = 512, tokens: int = 10**6) -> dict[tuple[int, int], Row]:
     """Completions by (request, sample) of prompts of unequal lengths."""
     ids = [[5 + (7 * i + j) % 40 for j in range(3 + 3 * i)] for i in range(5)]
     wanted = [Request(Prompt(i, "", "", t), [key(0, i, g) for g in range(5)]) for i, t in enumerate(ids)]
@@ -137,6 +137,17 @@ def test_the_check_at_start_replays(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(RunError, match="decodes to other logits"):
         bytes_per_token(model, torch.device("cpu"), GraphStep(model, Stale(monkeypatch)))
+
+
+def test_without_memory_for_a_graph_steps_go_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    def none_left(compute: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = make("llama")
+    expected = decode(model, partial(step_through_transformers, model))
+    found = decode(model, GraphStep(model, none_left))
+    assert {at: row.tokens for at, row in found.items()} == {at: row.tokens for at, row in expected.items()}
+    assert "no memory to capture a CUDA graph of Size(rows=" in caplog.text
 
 
 def test_sizes_are_few() -> None:

@@ -124,6 +124,20 @@ def test_nothing_asked_nothing_generated(tiny_model: Path) -> None:
     assert synced(make_policy(tiny_model)).generate([], Sampling(4), 0) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_were_trained_must_be_synced(tiny_model: Path, dtype: str) -> None:
+    """Also by a fused optimizer, of whose writing autograd knows nothing."""
+    policy = make_policy(tiny_model, dtype=dtype)
+    backend = synced(policy)
+    for parameter in policy.causal_lm.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    policy.step(1e-3)
+    with pytest.raises(RunError, match="policy changed after its version 0 was synced"):
+        backend.generate(requests(policy, 1), Sampling(4), 0)
+    backend.sync(policy, 1)
+    backend.generate(requests(policy, 1), Sampling(4), 1)
+
+
 def test_a_bfloat16_policy_generates_from_its_own_copy_and_sync_updates_it(tiny_model: Path) -> None:
     policy = make_policy(tiny_model, dtype="bfloat16")
     backend = synced(policy)
