@@ -28,7 +28,8 @@ log = logging.getLogger("grpo")
 Result = TypeVar("Result")
 
 # Tokens, and on a CPU bytes kept, beyond which a larger micro-batch gained nothing: 1,024 tokens of a model of 135 M
-# parameters were as fast as 2,048, and 4,096 of one of 0.85 M as 16,384 (docs/performance.md).
+# parameters were as fast as 2,048 in float32 (in bfloat16 a seventh slower, for 290 MB less), and 4,096 of one of
+# 0.85 M as 16,384 (docs/performance.md).
 LARGEST = {"cpu": 8192, "cuda": 32768}
 LARGEST_KEPT_ON_CPU = 0.75e9
 SMALLEST = 256
