@@ -5,9 +5,9 @@ tied weights the head's, V x H numbers, is made when the most is held and kept u
 zeros but for the rows of a few hundred tokens, joins it at the end. Here the product is added as it is computed, and
 only rows of tokens that were seen are touched. Gradients are the same, to rounding.
 
-Under autocast a weight is cast for its product, forward and backward, and not kept in between; CPUs without
-instructions for bfloat16 multiply in float32 (``bfloat16_cpu.py``). Passes without gradients do the same, so that both
-give the same numbers.
+Under autocast a weight is cast for its product, forward and again backward, and only the last cast is kept; CPUs
+without instructions for bfloat16 multiply in float32 (``bfloat16_cpu.py``). Passes without gradients do the same, so
+that both give the same numbers.
 
 Not for what listens to gradients as autograd hands them over: DDP, FSDP.
 """
