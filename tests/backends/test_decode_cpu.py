@@ -198,13 +198,20 @@ static __attribute__((noinline)) __m512 as_vdpbf16ps(__m512 sums, __m512bh a, __
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_of_bfloat16_pairs(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, tokens_TB = make(kind, KINDS[kind]).bfloat16(), torch.arange(STEPS * 7).view(STEPS, 7) % V
-    widened = logits_of(model, [0, 1, 0, 1, 0, 1, 1], tokens_TB, [40, 33])
+
+    def logits_compiled_with(*flags: str) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "FLAGS", [*native.FLAGS, *flags])
+            forget()
+            return logits_of(model, [0, 1, 0, 1, 0, 1, 1], tokens_TB, [40, 33])
+
+    widened = logits_compiled_with("-mno-avx512bf16")
     (header := tmp_path / "as_vdpbf16ps.h").write_text(AS_VDPBF16PS)
-    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-include", str(header)])
-    forget()
-    by_pairs = logits_of(model, [0, 1, 0, 1, 0, 1, 1], tokens_TB, [40, 33])
+    by_pairs = logits_compiled_with("-mno-avx512bf16", "-include", str(header))
     assert not torch.equal(by_pairs, widened)  # another order of sums: it is another code
     torch.testing.assert_close(by_pairs, widened, atol=0.05, rtol=1e-5)
+    if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+        assert torch.equal(logits_compiled_with(), by_pairs)  # the instruction itself
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")

@@ -133,7 +133,9 @@ def test_a_colocated_engine_that_is_killed_is_started_again(tmp_path: Path) -> N
         os.kill(process, signal.SIGKILL)
     _, said = run.communicate(timeout=200)
     assert run.returncode == 0, said
-    assert "the vllm engine ended with code -9; starting it again" in said
+    # Whichever is noticed first: that its process ended, or (while the process is not yet reaped) that nobody answers.
+    ended = "the vllm engine ended with code -9; starting it again" in said
+    assert ended or "the vllm engine of rank 0 does not answer; starting it again" in said
     assert [row["step"] for row in metrics(folder)] == list(range(1, 13))
 
 
