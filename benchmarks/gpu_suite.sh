@@ -51,14 +51,14 @@ part() {
 
 small=()
 if [[ "$device" == cpu ]]; then small=(--prompts 2 --completions 2 --prompt-length 8 --length 16 --rounds 1); fi
-[[ " $parts " == *" machine "* ]] && part machine 60 benchmarks.gpu_machine --device "$device"
+[[ " $parts " == *" machine "* ]] && part machine 60 benchmarks.gpu.machine --device "$device"
 for shape in $shapes; do
   for name in rollout update; do
     [[ " $parts " == *" $name "* ]] &&
-      part "${name}_$shape" 100 "benchmarks.gpu_$name" "$shape" --device "$device" ${small[@]+"${small[@]}"}
+      part "${name}_$shape" 100 "benchmarks.gpu.$name" "$shape" --device "$device" ${small[@]+"${small[@]}"}
   done
   if [[ " $parts " == *" trl "* && "$shape" == "${shapes%% *}" ]]; then
-    part "trl_$shape" 180 benchmarks.gpu_trl "$shape" --device "$device"
+    part "trl_$shape" 180 benchmarks.gpu.trl "$shape" --device "$device"
   fi
 done
-"$python" -m benchmarks.gpu_report "$work" "$out"
+"$python" -m benchmarks.gpu.report "$work" "$out"

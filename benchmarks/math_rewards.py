@@ -20,8 +20,9 @@ from typing import Any
 
 import math_verify
 
-from rewards import math as math_rewards
-from rewards import math_expression, math_text
+from rewards.math import expression as math_expression
+from rewards.math import reward as math_rewards
+from rewards.math import text as math_text
 
 LABELLED = Path(__file__).parents[1] / "tests" / "rewards" / "math_labelled.jsonl"
 

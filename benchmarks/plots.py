@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.report_drawing import LIGHT, STYLE
+from grpo.report.drawing import LIGHT, STYLE
 
 
 def time_against_tokens(ax: Any, found: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import hardware, print_table, turn, versions
-from benchmarks.trl_case import Case
+from benchmarks.trl.case import Case
 
 CASE = "the case of vs_trl"
 DEMO = "recipes/demo_cpu.yaml"
@@ -46,8 +46,8 @@ PARTS = {
 
 
 def recipe_of(name: str, steps: int, folder: Path, overrides: list[str]) -> Any:
-    from benchmarks.trl_sides import our_recipe
-    from grpo.recipe_file import load_recipe
+    from benchmarks.trl.sides import our_recipe
+    from grpo.config.load import load_recipe
 
     fixed = {"max_steps": steps + 1, "eval_every": 0, "save_every": 0, "output_dir": str(folder / "run")}
     settings = [f"training.{key}={value}" for key, value in fixed.items()]

@@ -29,14 +29,14 @@ from accelerate import Accelerator
 from benchmarks.common import end_in_order, hardware, median, print_table, timed, turn, versions
 from benchmarks.rollout_agreement import agreement
 from benchmarks.rollout_vllm import vllm_server, vllm_version
-from benchmarks.trl_case import Case
-from grpo import allocator_cpu
+from benchmarks.trl.case import Case
 from grpo.backends.base import Request, Sampling
-from grpo.backends.hf import HFBackend
-from grpo.backends.sampling import sample
+from grpo.backends.hf.backend import HFBackend
+from grpo.backends.hf.draw import sample
 from grpo.config import Recipe
-from grpo.loading import DTYPES, load_tokenizer
-from grpo.policy import Policy
+from grpo.kernels import allocator
+from grpo.model.loading import DTYPES, load_tokenizer
+from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Prompt
 
@@ -55,7 +55,7 @@ def make_policy(model: str, dtype: str) -> tuple[Policy, Recipe]:
     tokenizer = load_tokenizer(recipe.model)
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:  # as make_accelerator does
-        allocator_cpu.install()
+        allocator.install()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
     return Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], False), recipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from grpo.backends.base import Request, Sampling
-from grpo.backends.hf import HFBackend
+from grpo.backends.hf.backend import HFBackend
 from grpo.randomness import uniforms
 
 

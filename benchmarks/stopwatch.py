@@ -41,14 +41,14 @@ class Spans:
 def watched() -> Iterator[Counter[str]]:
     """Within it, seconds of the parts of the steps that this process makes. Wraps what the trainer calls."""
     from grpo import trainer
-    from grpo.backends import decode_cpu, hf, sampling
-    from grpo.policy import Policy
+    from grpo.backends.hf import backend, draw, step_compiled
+    from grpo.model.policy import Policy
 
     seconds: Counter[str] = Counter()
     spans = Spans(seconds)
-    _wrap_everywhere(sampling.sample, lambda: "sampling", spans)
-    _wrap(decode_cpu.DecodeStep, "__init__", lambda: "weights into panels", spans)
-    _wrap(decode_cpu.DecodeStep, "__call__", lambda: "decode: compiled step", spans)
+    _wrap_everywhere(draw.sample, lambda: "sampling", spans)
+    _wrap(step_compiled.DecodeStep, "__init__", lambda: "weights into panels", spans)
+    _wrap(step_compiled.DecodeStep, "__call__", lambda: "decode: compiled step", spans)
     _wrap(trainer, "update", lambda: "other", spans)
     _wrap(Policy, "clip_gradients", lambda: "clip and optimizer", spans)
     _wrap(Policy, "step", lambda: "clip and optimizer", spans)
@@ -60,7 +60,7 @@ def watched() -> Iterator[Counter[str]]:
         made(self, *args, **kwargs)
         _watch_model(self.causal_lm, spans)
 
-    made_backend = hf.HFBackend.__init__
+    made_backend = backend.HFBackend.__init__
 
     def backend_made(self: Any, policy: Policy, *args: Any, **kwargs: Any) -> None:
         made_backend(self, policy, *args, **kwargs)
@@ -68,7 +68,7 @@ def watched() -> Iterator[Counter[str]]:
             _watch_model(self.model, spans)
         _wrap(self, "generate", lambda: "bookkeeping", spans)
 
-    Policy.__init__, hf.HFBackend.__init__ = policy_made, backend_made  # type: ignore[method-assign]
+    Policy.__init__, backend.HFBackend.__init__ = policy_made, backend_made  # type: ignore[method-assign]
     yield seconds
 
 

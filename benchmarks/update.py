@@ -29,13 +29,13 @@ import torch
 
 from benchmarks.common import hardware, median, peak_memory_mb, print_table, turn, versions
 from benchmarks.rollout import make_policy
-from grpo import allocator_cpu, grads_in_place
 from grpo.config import Recipe
-from grpo.logprobs import token_logprobs
+from grpo.kernels import allocator, grads_in_place
+from grpo.model.logprobs import token_logprobs
+from grpo.model.policy import Policy
 from grpo.packing import packed_tokens
-from grpo.policy import Policy
 from grpo.types import Sequence
-from grpo.update import optimizer_step
+from grpo.update.step import optimizer_step
 
 
 def make_sequences(vocab_size: int, prompts: int, completions: int, length: int) -> list[Sequence]:
@@ -144,7 +144,7 @@ def peak_of(options: argparse.Namespace) -> float:
 def peak_of_head(options: argparse.Namespace) -> float:
     """MB that log-probabilities and their gradient add in a run, without the gradient of the head's weight."""
     V, N = json.loads(options.peak_of_head)
-    allocator_cpu.install()
+    allocator.install()
     head, hidden_NH = torch.nn.Linear(256, V, bias=False), torch.randn(N, 256, requires_grad=True)
     grads_in_place.install(head)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

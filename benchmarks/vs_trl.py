@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import end_in_order, hardware, median, print_table, turn, versions
-from benchmarks.trl_case import REWARDS, Case
-from benchmarks.trl_gradient import gradient_difference
-from benchmarks.trl_sides import SIDES, run_side
+from benchmarks.trl.case import REWARDS, Case
+from benchmarks.trl.gradient import gradient_difference
+from benchmarks.trl.sides import SIDES, run_side
 
 BEST: dict[str, Any] = {
     "per_device_train_batch_size": 2,

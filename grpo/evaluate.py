@@ -19,7 +19,7 @@ from grpo.types import Group, Prompt
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from grpo.scoring import Scorer
+    from grpo.scoring.scorer import Scorer
 
 Z_95 = 1.959963984540054
 
@@ -106,9 +106,9 @@ def evaluate(
 def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float]:
     """Held-out metrics of a recipe's model, or of another one, without a run folder: what ``grpo eval`` does."""
     from grpo.backends import make_backend
-    from grpo.policy import Policy
-    from grpo.scoring import Scorer
-    from grpo.session import leave, make_accelerator, prepare_task
+    from grpo.model.policy import Policy
+    from grpo.run.session import leave, make_accelerator, prepare_task
+    from grpo.scoring.scorer import Scorer
 
     if model is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model, "lora": None})})

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 
 from grpo.config import Recipe
-from grpo.micro_batch_size import fitting, within_memory
-from grpo.optimizer import learning_rate
+from grpo.model.optimizer import learning_rate
+from grpo.model.policy import Policy
 from grpo.packing import MicroBatch
-from grpo.policy import Policy
-from grpo.precompute import plan_for
-from grpo.report import write_report
-from grpo.session import (
+from grpo.report.write import write_report
+from grpo.run.log import Tracker
+from grpo.run.session import (
     Clock,
     PreemptionGuard,
     due,
@@ -30,10 +29,11 @@ from grpo.session import (
     prepare_task,
     seed_step,
 )
-from grpo.tracking import Tracker
-from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
+from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
 from grpo.types import Batch, Sequence
-from grpo.update import backward
+from grpo.update.forward import plan_for
+from grpo.update.micro_batch_size import fitting, within_memory
+from grpo.update.step import backward
 
 Example = tuple[list[int], list[int]]  # token ids of prompt and completion
 

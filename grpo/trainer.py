@@ -15,24 +15,24 @@ from pathlib import Path
 import numpy as np
 
 from grpo.advantages import rewards_array, step_advantages
+from grpo.audit.rows import warn_of_unscorable_rows
 from grpo.backends import make_backend
 from grpo.backends.base import Backend
 from grpo.config import Recipe
-from grpo.dynamic_sampling import Drawn, draw_groups
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
 from grpo.losses import find_loss
 from grpo.metrics import completion_metrics, reward_metrics, rollout_rows
-from grpo.optimizer import learning_rate
-from grpo.policy import Policy
-from grpo.precompute import precompute_logprobs
-from grpo.prompt_order import curriculum_metrics, prompts_of_step, updated_pass_rates
-from grpo.replay import remembered, restored, with_sampler_as_old
-from grpo.report import write_report
-from grpo.rollouts import Rollouts
-from grpo.row_checks import warn_of_unscorable_rows
-from grpo.scoring import Scorer
-from grpo.session import (
+from grpo.model.optimizer import learning_rate
+from grpo.model.policy import Policy
+from grpo.prompts.order import curriculum_metrics, prompts_of_step, updated_pass_rates
+from grpo.prompts.task import Task
+from grpo.report.write import write_report
+from grpo.rollout.groups import Drawn, draw_groups
+from grpo.rollout.replay import remembered, restored, with_sampler_as_old
+from grpo.rollout.rollouts import Rollouts
+from grpo.run.log import Tracker
+from grpo.run.session import (
     Clock,
     PreemptionGuard,
     due,
@@ -46,11 +46,11 @@ from grpo.session import (
     saved,
     seed_step,
 )
-from grpo.tasks import Task
-from grpo.tracking import Tracker
-from grpo.training_state import Progress, find_checkpoint, restore_state, save_state
+from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
+from grpo.scoring.scorer import Scorer
 from grpo.types import Group
-from grpo.update import less_kl, optimizer_step, to_sequences
+from grpo.update.forward import precompute_logprobs
+from grpo.update.step import less_kl, optimizer_step, to_sequences
 
 
 def train(recipe: Recipe, resume: bool | str = False) -> None:

@@ -28,10 +28,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from data.tiny import write_tiny_model
-from grpo import policy as policy_module
 from grpo.config import Recipe
-from grpo.loading import load_tokenizer
-from grpo.policy import Policy
+from grpo.model import policy as policy_module
+from grpo.model.loading import load_tokenizer
+from grpo.model.policy import Policy
 
 hypothesis.settings.register_profile("busy machine", deadline=None)  # its 0.2 s an example are a matter of the load
 hypothesis.settings.load_profile("busy machine")

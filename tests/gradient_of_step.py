@@ -13,12 +13,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from grpo.config import Recipe
-from grpo.loading import load_tokenizer
 from grpo.losses import LOSSES
-from grpo.policy import Policy
-from grpo.session import make_accelerator
+from grpo.model.loading import load_tokenizer
+from grpo.model.policy import Policy
+from grpo.run.session import make_accelerator
 from grpo.types import Sequence
-from grpo.update import optimizer_step
+from grpo.update.step import optimizer_step
 
 TEMPERATURE = 0.9
 

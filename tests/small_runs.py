@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from grpo import trainer
 from grpo.backends import make_backend
 from grpo.errors import BackendFailed
-from grpo.run_folder import release_run_folder
+from grpo.run.folder import release_run_folder
 from tests.conftest import make_recipe
 from tests.launching import ROOT
 

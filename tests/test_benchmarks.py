@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import algorithms, gpu_report, gpu_shapes, trl_case
+from benchmarks import algorithms
 from benchmarks.common import timed
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import shapes as gpu_shapes
 from benchmarks.rollout import make_backend, make_requests
 from benchmarks.rollout_agreement import agreement
-from benchmarks.trl_gradient import relative_difference
+from benchmarks.trl import case as trl_case
+from benchmarks.trl.gradient import relative_difference
 from grpo.backends.base import Sampling
-from grpo.backends.hf import HFBackend
-from grpo.backends.sampling import sample
-from grpo.recipe_file import load_recipe
-from grpo.report import Run
+from grpo.backends.hf.backend import HFBackend
+from grpo.backends.hf.draw import sample
+from grpo.config.load import load_recipe
+from grpo.report.write import Run
 
 ROOT = Path(__file__).parents[1]
 

@@ -46,7 +46,7 @@ def test_the_wheel_holds_what_it_should_and_nothing_else(wheel):
         for file in (ROOT / package).rglob(pattern)
         if file.is_file() and "__pycache__" not in file.parts
     }
-    assert {"grpo/cli.py", "recipes/smoke_cpu.yaml", "data/tiny_base/model.safetensors"} <= expected
+    assert {"grpo/cli/main.py", "recipes/smoke_cpu.yaml", "data/tiny_base/model.safetensors"} <= expected
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
@@ -57,7 +57,7 @@ def test_the_wheel_says_what_it_is(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
-    assert "grpo = grpo.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "grpo = grpo.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert wheel.read(f"{info}/top_level.txt").decode().split() == ["data", "grpo", "recipes", "rewards"]
 
 

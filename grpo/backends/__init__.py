@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from grpo.backends.base import Backend
     from grpo.config import Recipe
-    from grpo.policy import Policy
+    from grpo.model.policy import Policy
 
 
 def make_backend(recipe: Recipe, policy: Policy) -> Backend:
@@ -16,7 +16,7 @@ def make_backend(recipe: Recipe, policy: Policy) -> Backend:
         from grpo.backends.vllm.backend import VLLMBackend
 
         return VLLMBackend(policy, recipe)
-    from grpo.backends.hf import HFBackend
+    from grpo.backends.hf.backend import HFBackend
 
     rollout = recipe.rollout
     return HFBackend(policy, max_batch_size=rollout.max_batch_size, kv_cache_gb=rollout.kv_cache_gb)

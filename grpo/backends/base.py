@@ -10,7 +10,7 @@ from grpo.config import RolloutConfig
 from grpo.types import Completion, Prompt
 
 if TYPE_CHECKING:
-    from grpo.policy import Policy
+    from grpo.model.policy import Policy
 
 
 @dataclass(frozen=True)

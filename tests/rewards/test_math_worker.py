@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rewards import math as math_rewards
-from rewards import math_pool
 from rewards.math import math_reward, verify
-from rewards.math_pool import Pool, WorkerFailed, WorkerTimeout
+from rewards.math import pool as math_pool
+from rewards.math import reward as math_rewards
+from rewards.math.pool import Pool, WorkerFailed, WorkerTimeout
 from rewards.verdict import Outcome
 
 # Equal, and it takes sympy far longer to see it than anybody waits.
@@ -176,7 +176,7 @@ def test_workers_die_with_a_killed_parent_even_when_busy():
     program = textwrap.dedent(
         f"""
         import threading, time
-        from rewards import math_pool
+        from rewards.math import pool as math_pool
         from rewards.math import start, verify
         start(2)
         threading.Thread(target=verify, args={HANGS!r}, kwargs=dict(timeout=60), daemon=True).start()
@@ -207,7 +207,7 @@ def test_a_fork_does_not_use_its_parents_workers():
 PROBE = """
 import builtins, os, sys
 import sympy, sympy.parsing.sympy_parser as parser
-from rewards import math_worker
+from rewards.math import worker as math_worker
 
 math_worker._same_formula("\\\\sin x", "\\\\cos(\\\\frac{\\\\pi}{2}-x)")
 seen = []
@@ -244,7 +244,8 @@ seen.clear()
 
 for guarded in (True, False):
     if not guarded:  # the parser alone, as if every guard had failed
-        from rewards import math_compare, math_expression
+        from rewards.math import compare as math_compare
+        from rewards.math import expression as math_expression
 
         math_compare.check_for_worker = math_expression.check_for_worker = lambda text: None
     for payload in sys.stdin.read().split("\\n"):

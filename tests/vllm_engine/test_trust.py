@@ -16,7 +16,7 @@ from grpo.backends.vllm import backend as backend_module
 from grpo.backends.vllm import keeper as keeper_module
 from grpo.backends.vllm.backend import VLLMBackend
 from grpo.errors import BackendFailed, RunError, UserError
-from grpo.policy import Policy
+from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Completion, Prompt, Status
 from tests.conftest import make_policy, make_recipe

@@ -27,8 +27,8 @@ from grpo.backends.vllm.scratch import make_scratch
 from grpo.backends.vllm.transfer import make_sender
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, RunError, UserError
-from grpo.loading import DTYPES
-from grpo.policy import Policy
+from grpo.model.loading import DTYPES
+from grpo.model.policy import Policy
 from grpo.types import Completion, Sequence, Status, VersionSpan
 
 T = TypeVar("T")

@@ -20,8 +20,8 @@ from grpo.backends.vllm.process import EngineProcess, longest_sequence
 from grpo.backends.vllm.transfer import Sender, on_each
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, UserError
-from grpo.loading import DTYPES
-from grpo.policy import Policy
+from grpo.model.loading import DTYPES
+from grpo.model.policy import Policy
 from grpo.randomness import Stream, key
 
 log = logging.getLogger("grpo")

@@ -16,7 +16,7 @@ import torch
 import grpo
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.policy import Policy
+from grpo.model.policy import Policy
 
 PACKAGE = Path(grpo.__file__).resolve().parent
 SECONDS_TO_STOP = 20.0

@@ -23,7 +23,7 @@ from grpo.backends.vllm.api import Server, ServerGone, WeightSource, cast, nccl_
 from grpo.backends.vllm.pool import Pool
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, UserError
-from grpo.policy import Policy
+from grpo.model.policy import Policy
 
 CHUNK_BYTES = 1 << 30  # what is cast and shared at once over CUDA IPC
 

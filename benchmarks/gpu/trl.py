@@ -1,0 +1,42 @@
+"""``vs_trl`` at a size: random weights, forced lengths, bfloat16; then TRL alone in ways that are not the same work.
+
+    python -m benchmarks.gpu.trl 0.5b [--device cpu]
+
+Those keep no float32 master weights (``bfloat16 weights``) or cast them away (its ``continuous batching``): they are
+shown beside its ``best``, all completions at the limit, and count for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from benchmarks import vs_trl
+from benchmarks.gpu.shapes import model_folder
+
+# Nearly all of TRL's step is generation on a GPU: its batch in the update matters little, as long as it fits.
+ON_GPU = ["--prompts=8", "--generations=8", '--trl={"per_device_train_batch_size": 16}']
+ON_CPU = ["--prompts=2", "--generations=2"]
+LENGTHS = {"cuda": (240, 384), "cpu": (10, 16)}  # mean, longest
+OTHER_WAYS = ["best", "bfloat16 weights", "continuous batching"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    options = parser.parse_args()
+    mean, longest = LENGTHS[options.device]
+    with model_folder(options.shape, options.device) as folder:
+        fixed = [f"--model={folder}", "--dtype=bfloat16", f"--device={options.device}", f"--max-length={longest}"]
+        fixed += ["--rows", "same work", *(ON_CPU if options.device == "cpu" else ON_GPU)]
+        steps = 1 if options.device == "cpu" else 3
+        result = vs_trl.measure(vs_trl.parse([*fixed, f"--mean-length={mean}", f"--steps={steps}", "--no-gradients"]))
+        print(json.dumps(result), flush=True)  # should the rest take too long
+        others = [*fixed, f"--mean-length={longest}", "--steps=1", "--sweep", *OTHER_WAYS]
+        result["TRL otherwise"] = vs_trl.measure(vs_trl.parse(others))["sweep, same work"]
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

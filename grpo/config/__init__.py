@@ -1,0 +1,36 @@
+"""The recipe's schema, and the way from a file and overrides to a ``Recipe``, without torch.
+
+Others take the sections from here, ``load_recipe`` and ``dump_recipe`` from ``load``.
+"""
+
+from grpo.config.algorithm import AlgorithmConfig
+from grpo.config.prompts import PromptsConfig
+from grpo.config.recipe import (
+    DataConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    RewardConfig,
+    RolloutConfig,
+    ScoringConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PromptsConfig",
+    "Recipe",
+    "RewardConfig",
+    "RolloutConfig",
+    "ScoringConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]

@@ -1,0 +1,164 @@
+"""``docs/recipe.md`` from the schema: ``python -m grpo.config.docs > docs/recipe.md``. A test holds them equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from grpo.config.hints import RENAMED, section_in, sections
+from grpo.config.recipe import Section
+from grpo.config.yaml_text import dump
+
+EXAMPLE = """\
+stage: grpo                       # or sft: imitate a column instead of learning from rewards
+model:
+  name: Qwen/Qwen2.5-0.5B         # hub id, folder, another run's final/, or a GGUF file
+data:
+  name: countdown                 # a task of data/; or path: tasks.jsonl, or hub: owner/dataset
+  template: r1_zero
+rewards:
+  - {name: countdown, weight: 1.0}
+  - {name: format, weight: 0.1}
+rollout:
+  num_generations: 8              # completions per prompt
+  max_completion_length: 1024
+optimizer:
+  learning_rate: 1e-6
+training:
+  output_dir: runs/countdown
+  prompts_per_step: 32
+  max_steps: 500
+"""
+
+INTRODUCTION = f"""\
+# The recipe
+
+One YAML file describes one run. This page is made from the schema (`python -m grpo.config.docs > docs/recipe.md`).
+
+```yaml
+{EXAMPLE}```
+
+```
+grpo validate recipe.yaml                     # schema and data rows, without weights or network
+grpo audit recipe.yaml                        # the rewards on those rows: right answers paid, cheats not
+grpo train recipe.yaml                        # or: accelerate launch --num_processes 2 -m grpo train recipe.yaml
+grpo train recipe.yaml --resume               # go on from the newest checkpoint that verifies
+grpo train recipe.yaml --dry-run              # check everything but the weights, print the resolved recipe
+grpo eval runs/countdown                      # the run's final model on its held-out tasks
+grpo report runs/countdown                    # curves and a self-contained HTML page
+```
+
+**Overrides** follow the recipe as `KEY=VALUE`, with the value in YAML: `rollout.temperature=0.8`,
+`rewards.0.weight=0.5`, `model.lora.r=64` (makes the section), `rollout.stop='["</answer>"]'`,
+`training.max_seconds=null`. The resolved recipe is written to `OUTPUT_DIR/recipe.yaml` and can be trained again.
+
+**YAML as people mean it**: `1e-6` is a number; only `true` and `false` are booleans, so `wandb: off` needs no quotes; a
+key given twice is an error.
+
+**Mistakes** are reported all at once, each with its line or its override, before anything heavy is loaded:
+
+```
+recipe.yaml:14: optimizer.learning_rat: unknown key, did you mean learning_rate?
+override rollout.num_generations=1: must be at least 2, got 1. Completions per prompt, G. [...]
+```
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 2 | the recipe, the data or the command line is wrong |
+| 143 | preempted (SIGTERM), and saved: start again with `--resume` |
+| 130 | Ctrl-C |
+| 1 | anything else; the last line says what to do; a traceback, if there is one, is in `OUTPUT_DIR/error.txt` |
+"""
+
+
+def recipe_markdown() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION]
+    for name, section in sections().items():
+        title = f"## `{name}`" if name else "## Top level"
+        about = _about(name)
+        parts.append("\n".join([title, "", *([about, ""] if about else []), *_table(section)]) + "\n")
+    parts.append(_foreign_names())
+    return "\n".join(parts)
+
+
+def _about(name: str) -> str:
+    above, _, key = name.rpartition(".")
+    field = sections()[above].model_fields.get(key) if name else None
+    if field is None:
+        return ""
+    note = {"rewards": " Keys of each item:"}.get(name, "")
+    return _one_line(field.description) + note
+
+
+def _table(section: type[Section]) -> list[str]:
+    schema = section.model_json_schema()
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, field in section.model_fields.items():
+        if section_in(field) and section.__name__ == "Recipe":
+            kind, default = "section" if key != "rewards" else "list of sections", ""
+        elif section_in(field):
+            kind, default = "section or null", "`null`"
+        else:
+            kind, default = _type(schema["properties"][key]), _default(field)
+        if field.is_required():
+            default = "**required**"
+        lines.append(f"| `{key}` | {kind} | {default} | {_cell(_one_line(field.description))} |")
+    return lines
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_type(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{choice}`" for choice in schema.get("enum") or [schema["const"]])
+    if schema.get("type") == "array":
+        return f"list of {_type(schema['items'])}"
+    names = {
+        "string": "text",
+        "number": "number",
+        "integer": "integer",
+        "boolean": "true or false",
+        "object": "mapping",
+    }
+    name = names.get(schema.get("type", ""), schema.get("type", "any"))
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[bound]:g}" for bound, sign in bounds.items() if bound in schema]
+    return " ".join([name, ", ".join(limits)]).strip()
+
+
+def _default(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return ""
+    text = dump(value).removesuffix("\n").removesuffix("\n...")
+    return f"`{text}`"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _foreign_names() -> str:
+    lines = [
+        "## Names from TRL, verl and OpenRLHF",
+        "",
+        "Where the meaning is TRL's, so is the name, in the section it belongs to. Others are refused with a hint:",
+        "",
+        "| there | here | |",
+        "|---|---|---|",
+    ]
+    for name, place in RENAMED.items():
+        key, _, note = place.partition(": ")
+        lines.append(f"| `{name}` | `{key}` | {_cell(note)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(recipe_markdown(), end="")

@@ -1,0 +1,153 @@
+"""A recipe file and its overrides into a ``Recipe``, or one message that names everything wrong with them.
+
+``recipe_yaml`` reads the text, ``recipe_problems`` puts what is wrong into words, ``recipe_hints`` explains unknown
+keys. None of them imports anything heavy: a wrong recipe is told before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from grpo.config.hints import section_in
+from grpo.config.problems import OVERRIDES_FROM, Origin, Problem, problems_of, show
+from grpo.config.recipe import Recipe
+from grpo.config.yaml_text import KeyPath, YamlError, dotted, dump, parse
+from grpo.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read ``path``, apply ``a.b=c`` overrides in order, validate.
+
+    A path that does not exist but names a recipe shipped with this package (``smoke_cpu``, ``recipes/smoke_cpu.yaml``)
+    means that one. Raises UserError with every problem at once, one a line: ``recipe.yaml:12: rollout.top_p: ...``.
+    """
+    file = find_recipe(path)
+    value, origins, problems = _read(file)
+    for i, override in enumerate(overrides):
+        try:
+            _override(value, origins, Origin(OVERRIDES_FROM + i, f"override {override}"), override)
+        except ValueError as error:
+            problems.append((Origin(OVERRIDES_FROM + i, f"override {override}"), str(error)))
+    _drop_empty_sections(value)
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        problems += problems_of(error, value, origins)
+    if problems:
+        lines = dict.fromkeys(f"{origin.text}: {message}" for origin, message in sorted(problems))
+        raise UserError("\n".join(lines))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out, as YAML that loads back equal."""
+    return dump(recipe.model_dump())
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that ``path`` means; UserError if there is none, with the nearest name that does exist."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; a recipe is a YAML file")
+    if path.exists():
+        return path
+    shipped = SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent in (Path(), Path("recipes")) and shipped.exists():
+        return shipped
+    neighbours = {file.stem: file for file in path.parent.glob("*.y*ml")}
+    near = difflib.get_close_matches(path.name.partition(".")[0], neighbours, n=1)
+    raise UserError(f"{path}: no such file" + (f", did you mean {neighbours[near[0]]}?" if near else ""))
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Problem]]:
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        document = parse(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{file}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        ) from None
+    except YamlError as error:
+        raise UserError(f"{file}{f':{error.line}' if error.line else ''}: {error}") from None
+    if document.value is None and not document.problems:
+        raise UserError(f"{file}: the file is empty; a recipe has sections such as model:, data: and training:")
+    if not isinstance(document.value, dict):
+        raise UserError(f"{file}: a recipe is a mapping of sections (model:, data:, ...), got {show(document.value)}")
+    origins = {path: Origin(line, f"{file}:{line}") for path, line in document.lines.items()}
+    origins[()] = Origin(0, str(file))
+    return document.value, origins, [(Origin(line, f"{file}:{line}"), text) for line, text in document.problems]
+
+
+def _override(value: dict[str, Any], origins: dict[KeyPath, Origin], origin: Origin, override: str) -> None:
+    """Set one ``a.b=c`` in ``value``, making sections and list items that are missing. Raises ValueError."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ValueError("an override is KEY=VALUE, such as rollout.temperature=0.8")
+    try:
+        document = parse(text)
+    except YamlError as error:
+        raise ValueError(str(error)) from None
+    if document.problems:
+        raise ValueError("; ".join(message for _, message in document.problems))
+
+    *outer, last = parts
+    here: Any = value
+    path: KeyPath = ()
+    for part, following in zip(outer, parts[1:], strict=True):
+        step = _step(here, path, part)
+        path = (*path, step)
+        if _get(here, step) is None:
+            _put(here, step, [] if following == "0" else {})
+            origins[path] = origin
+        here = _get(here, step)
+    step = _step(here, path, last)
+    path = (*path, step)
+    is_comment = document.value is None and text.strip().startswith("#")
+    _put(here, step, text if is_comment else document.value)
+    for inner in [p for p in origins if p[: len(path)] == path]:
+        del origins[inner]
+    origins[path] = Origin(origin.order, origin.text, path)
+
+
+def _get(container: Any, step: str | int) -> Any:
+    if isinstance(container, dict):
+        return container.get(step)
+    return container[step] if step != len(container) else None
+
+
+def _put(container: Any, step: str | int, item: Any) -> None:
+    if isinstance(container, list) and step == len(container):
+        container.append(item)
+    else:
+        container[step] = item
+
+
+def _step(here: Any, path: KeyPath, part: str) -> str | int:
+    """``part`` of an override's key as a key or index of ``here``; one past a list's end appends to it."""
+    if isinstance(here, dict):
+        return part
+    if not isinstance(here, list):
+        raise ValueError(f"{dotted(path)} is {show(here)}, it has nothing inside to set")
+    if not part.isdecimal() or int(part) > len(here):
+        count = "is an empty list" if not here else f"has {len(here)} item{'s' * (len(here) > 1)}, 0 to {len(here) - 1}"
+        raise ValueError(f"{dotted(path)} {count}; {part} is not one of them ({len(here)} adds one)")
+    return int(part)
+
+
+def _drop_empty_sections(value: dict[str, Any]) -> None:
+    # `rollout:` with every key commented out reads as null; what is meant is a section without keys.
+    for key, field in Recipe.model_fields.items():
+        if key in value and value[key] is None and section_in(field):
+            del value[key]

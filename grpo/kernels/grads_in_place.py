@@ -1,0 +1,162 @@
+"""Backward passes of linear layers and embeddings that add their weight's gradient to ``weight.grad`` themselves.
+
+Autograd makes the gradient of a micro-batch beside the sum of those before it, and adds it in a pass of its own. With
+tied weights the head's, V x H numbers, is made when the most is held and kept until the embedding's, as large and all
+zeros but for the rows of a few hundred tokens, joins it at the end. Here the product is added as it is computed, and
+only rows of tokens that were seen are touched. Gradients are the same, to rounding.
+
+Under autocast a weight is cast for its product, forward and again backward, and only the last cast is kept; CPUs
+without instructions for bfloat16 multiply in float32 (``bfloat16.py``). Passes without gradients do the same, so
+that both give the same numbers.
+
+Not for what listens to gradients as autograd hands them over: DDP, FSDP.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from grpo.kernels import bfloat16
+
+BLOCK = 4096  # rows of a weight whose gradient is made at once where it has to be added in another type
+
+
+def install(module: nn.Module) -> None:
+    """Make every plain linear layer and embedding in ``module`` add its gradient itself. Any other stays as it is."""
+    for layer in module.modules():
+        if "forward" in vars(layer):  # someone else replaced it
+            continue
+        if type(layer) is nn.Linear:
+            layer.forward = MethodType(_linear_forward, layer)
+        if type(layer) is nn.Embedding and not (layer.scale_grad_by_freq or layer.sparse or layer.max_norm):
+            layer.forward = MethodType(_embedding_forward, layer)
+
+
+def _linear_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return _linear(x, self.weight, self.bias)
+    if _is_watched(self.weight):
+        return nn.Linear.forward(self, x)
+    return _Linear.apply(x, self.weight, self.bias)
+
+
+def _embedding_forward(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    # Rows come in any order; on an accelerator they would be added in another one each time.
+    learns = torch.is_grad_enabled() and self.weight.requires_grad and not _is_watched(self.weight)
+    if not (learns and self.weight.device.type == "cpu"):
+        return nn.Embedding.forward(self, ids)
+    return _Embedding.apply(ids, self.weight, self.padding_idx)
+
+
+def _is_watched(weight: torch.Tensor) -> bool:
+    """Does something wait for autograd to hand it the gradient?"""
+    return not weight.is_leaf or bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
+
+
+def _linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+    with torch.autocast(device, enabled=False) if cast else nullcontext():
+        weight_OI = _cast(weight_OI, dtype)
+        wide = weight_OI.dtype
+        bias_O = None if bias_O is None else bias_O.to(dtype).to(wide)
+        return nn.functional.linear(x.to(dtype).to(wide), weight_OI, bias_O).to(dtype)
+
+
+class _Last(NamedTuple):
+    weight: weakref.ref[torch.Tensor]
+    key: tuple[int, torch.dtype, torch.device]  # how often it was written to, and what was asked for
+    cast: torch.Tensor
+
+
+_last: _Last | None = None
+
+
+def forget() -> None:
+    """Let go of the last weight that was cast."""
+    global _last
+    _last = None
+
+
+def _cast(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight rounded to ``dtype``, in the type that products of it are computed in.
+
+    Autocast's own cast would keep the copies of all weights from the forward to the backward pass. Here they are cast
+    again, and the last one alone is kept: the head's next chunk wants it.
+    """
+    global _last
+    wide = bfloat16.multiplied_in(dtype, weight_OI.device)
+    if weight_OI.dtype == dtype == wide:
+        return weight_OI
+    key = weight_OI._version, dtype, weight_OI.device
+    if _last is None or _last.weight() is not weight_OI or _last.key != key:
+        forget()  # before there is another
+        _last = _Last(weakref.ref(weight_OI), key, weight_OI.detach().to(dtype).to(wide))
+    return _last.cast
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_OI, bias_O):
+        ctx.x_dtype, ctx.weight = x.dtype, weight_OI
+        ctx.save_for_backward(x if weight_OI.requires_grad else None, weight_OI)
+        return _linear(x, weight_OI, bias_O)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, _ = ctx.saved_tensors
+        weight_OI = _cast(ctx.weight, grad.dtype)
+        if x is not None:
+            x = x.to(grad.dtype).to(weight_OI.dtype)
+        grad = grad.to(weight_OI.dtype)
+        grad_NO = grad.flatten(0, -2)
+        if x is not None:
+            _add_product(ctx.weight, grad_NO, x.flatten(0, -2))
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        return (
+            (grad @ weight_OI).to(ctx.x_dtype) if needs_x else None,
+            None,
+            grad_NO.sum(0).float() if needs_bias else None,
+        )
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight_VH, padding_idx):
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding_idx = weight_VH, padding_idx
+        return nn.functional.embedding(ids, weight_VH)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        ids_N, grad_NH = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2)
+        if ctx.padding_idx is not None:
+            seen_N = ids_N != ctx.padding_idx
+            ids_N, grad_NH = ids_N[seen_N], grad_NH[seen_N]
+        if ctx.weight.grad is None:
+            ctx.weight.grad = torch.zeros_like(ctx.weight)
+        ctx.weight.grad.index_add_(0, ids_N, grad_NH.to(ctx.weight.dtype))
+        return None, None, None
+
+
+def _add_product(weight_OI: torch.Tensor, grad_NO: torch.Tensor, x_NI: torch.Tensor) -> None:
+    """weight.grad += grad^T x."""
+    if grad_NO.dtype == weight_OI.dtype:
+        if weight_OI.grad is None:
+            weight_OI.grad = grad_NO.T @ x_NI
+        else:
+            weight_OI.grad.addmm_(grad_NO.T, x_NI)
+        return
+    if weight_OI.grad is None:
+        weight_OI.grad = torch.zeros_like(weight_OI)
+    for total_oI, grad_No in zip(weight_OI.grad.split(BLOCK), grad_NO.split(BLOCK, dim=1), strict=True):
+        total_oI += grad_No.T @ x_NI

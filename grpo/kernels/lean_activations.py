@@ -1,0 +1,229 @@
+"""The update keeps half as much of each token for the backward pass: what elementwise work made is made again there.
+
+Of a layer of a Llama, autograd keeps the input of each norm, its value before the weight and its output; q, k, v and
+attention's output; and four tensors of the MLP's width: gate, act(gate), up and their product. Here norms and the
+product of gated MLPs keep their inputs alone (``Recomputed``), and a layer that keeps their *output* as its own input
+(q, k, v, gate, up, down, a LoRA adapter) keeps a note of how to make it again (``_pack``). In floats a token, H hidden,
+K of keys, M of the MLP: 8 H + 2 K + 4 M become 4 H + 2 K + 2 M. The price is one more pass over each of them, made once
+in a backward pass for all who want it: no matrix product is done again. Under autocast, the copy that each linear layer
+casts for itself is not kept either.
+
+The second pass calls what the first one called, on the same numbers, so gradients are the same, whatever the norm does.
+An output is known by its node in autograd's graph, not by its address: memory may be given to another tensor, and a
+tensor that was overwritten has another node. Without gradients nothing is kept. On a CPU the usual norm and product are
+compiled ones (``elementwise.py``), with and without gradients, so that both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from grpo.kernels import elementwise
+
+Compiled = elementwise.Norm | elementwise.Gated
+
+NORMS = ("RMSNorm", "LayerNorm")
+GATED_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+_watchers: list[Callable[[torch.Tensor], None]] = []
+
+
+def install(causal_lm: Any) -> None:
+    """Make the model's norms and gated MLPs keep less in training. Any other module stays as it is.
+
+    Not for a model with gradient checkpointing, which makes whole layers again; one that gets it later is still right.
+    """
+    found = [(module, forward) for module in causal_lm.modules() if (forward := _lean_forward(module))]
+    for module, forward in found:
+        module.forward = MethodType(forward, module)
+        module.compiled = _compiled(module)
+    if found and "forward" not in vars(causal_lm.base_model):
+        causal_lm.base_model.forward = MethodType(_base_model_forward, causal_lm.base_model)
+
+
+@contextmanager
+def watching(see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Within it, ``see`` is called with each tensor that the model keeps: hooks set outside of it are not."""
+    _watchers.append(see)
+    try:
+        yield
+    finally:
+        _watchers.remove(see)
+
+
+def _lean_forward(module: nn.Module) -> Callable | None:
+    if "forward" in vars(module):  # someone else replaced it
+        return None
+    if type(module).__name__.endswith(NORMS) and not list(module.children()):
+        return _norm_forward
+    return _mlp_forward if all(hasattr(module, name) for name in GATED_MLP) and _is_gated_mlp(module) else None
+
+
+def _compiled(module: Any) -> Compiled | None:
+    if hasattr(module, "gate_proj"):
+        weight = next(module.parameters())
+        return elementwise.gated_of(partial(_gated, module.act_fn), weight.device)
+    return elementwise.norm_of(module, partial(_norm, module))
+
+
+@torch.no_grad()
+def _is_gated_mlp(mlp: Any) -> bool:
+    """Does it compute what ``_mlp_forward`` does? Tried on two made-up tokens."""
+    if isinstance(mlp.act_fn, nn.Module) and list(mlp.act_fn.parameters()):
+        return False
+    was_training = mlp.training
+    mlp.eval()
+    try:
+        weight = next(p for p in mlp.parameters() if p.is_floating_point())
+        x = torch.linspace(-2, 2, 2 * mlp.gate_proj.in_features, device=weight.device, dtype=weight.dtype).sin()
+        x_NH = x.view(2, -1)
+        return torch.equal(mlp(x_NH), mlp.down_proj(_gated(mlp.act_fn, mlp.gate_proj(x_NH), mlp.up_proj(x_NH))))
+    except Exception:  # a module of someone's own, with these names for something else
+        return False
+    finally:
+        mlp.train(was_training)
+
+
+def _learns(module: nn.Module) -> bool:
+    """Asked of nothing but the module and the mode, so that gradient checkpointing's second pass finds the same."""
+    return module.training and torch.is_grad_enabled()
+
+
+def _base_model_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not (self.training and torch.is_grad_enabled()):
+        return type(self).forward(self, *args, **kwargs)
+    with saved_tensors_hooks(_pack, _unpack):
+        return type(self).forward(self, *args, **kwargs)
+
+
+def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 1 or kwargs or not (_learns(self) or _compiled_alone(self)):
+        return type(self).forward(self, *args, **kwargs)
+    inputs = *args, *self._parameters.values()
+    return _made(self, partial(_norm, self), inputs)
+
+
+def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 1 or kwargs or not (_learns(self) or _compiled_alone(self)):
+        return type(self).forward(self, *args, **kwargs)
+    return self.down_proj(_made(self, partial(_gated, self.act_fn), (self.gate_proj(*args), self.up_proj(*args))))
+
+
+def _compiled_alone(module: Any) -> bool:
+    """Without gradients too it is the faster one, and gives the same numbers as in training."""
+    return module.compiled is not None and not torch.is_grad_enabled()
+
+
+def _made(module: Any, function: Callable, inputs: tuple) -> torch.Tensor:
+    """``function(*inputs)`` by compiled code where that takes them, and such that its output need not be kept."""
+    if module.compiled is not None and module.compiled.takes(*inputs):
+        function = module.compiled
+    return Recomputed.apply(function, *inputs) if _learns(module) else function(*inputs)
+
+
+def _norm(norm: nn.Module, x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+    """The norm's own forward with other parameters than it has."""
+    twin = copy.copy(norm)
+    twin._parameters = dict(zip(norm._parameters, parameters, strict=True))
+    return type(norm).forward(twin, x)
+
+
+def _gated(act_fn: Callable, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return act_fn(gate) * up
+
+
+class Recomputed(torch.autograd.Function):
+    """``function(*inputs)``, one tensor, of which the backward pass keeps the inputs alone."""
+
+    @staticmethod
+    def forward(ctx, function: Callable, *inputs: torch.Tensor | None):
+        out = function(*inputs)
+        # Of parameters a copy, they are small: where they are sharded, by the backward pass they may be gone.
+        ctx.save_for_backward(*(x.detach().clone() if isinstance(x, nn.Parameter) else x for x in inputs))
+        ctx.device, ctx.contiguous, device = out.device, out.is_contiguous(), out.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.function, ctx.second = function, None
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if isinstance(ctx.function, (elementwise.Norm, elementwise.Gated)):
+            ctx.second = None
+            return None, *ctx.function.gradients(grad, *ctx.saved_tensors)
+        leaves, out = _second_pass(ctx)
+        ctx.second = None  # all others that wanted it came before
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
+def _second_pass(node: Any) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    """Inputs and output of a ``Recomputed``, made again with a graph of their own."""
+    if node.second is None:
+        leaves = [
+            None if x is None else x.detach().requires_grad_(needed)
+            for x, needed in zip(node.saved_tensors, node.needs_input_grad[1:], strict=True)
+        ]
+        with torch.enable_grad(), torch.autocast(*node.autocast):
+            node.second = leaves, node.function(*leaves)
+    return node.second
+
+
+class _Again(NamedTuple):
+    """What is kept in place of a view of a ``Recomputed``'s output, or of a copy of it in other types one by one."""
+
+    node: Any  # a Recomputed's
+    dtypes: tuple[torch.dtype, ...]
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _pack(tensor: torch.Tensor) -> _Again | tuple[torch.Tensor, int]:
+    if again := _again(tensor):
+        return again
+    for see in _watchers:
+        see(tensor)
+    # Detached: a node that keeps its own output would be kept by it. Parameters as they are: ZeRO swaps their data.
+    return (tensor if tensor.is_leaf else tensor.detach()), tensor._version
+
+
+def _again(tensor: torch.Tensor) -> _Again | None:
+    base = tensor._base if tensor._is_view() else tensor
+    node: Any = base.grad_fn
+    dtypes: tuple[torch.dtype, ...] = ()
+    while node is not None and node.name() == "ToCopyBackward0":  # autocast's, peft's
+        dtypes = (node._input_metadata[0].dtype, *dtypes)
+        node = node.next_functions[0][0]
+    if not isinstance(node, Recomputed._backward_cls):  # type: ignore[attr-defined]
+        return None
+    same_layout = base.is_contiguous() and node.contiguous  # or sizes and strides would not say what is where
+    if not (same_layout and tensor.requires_grad and tensor.dtype == base.dtype and tensor.device == node.device):
+        return None
+    return _Again(node, dtypes, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def _unpack(kept: _Again | tuple[torch.Tensor, int]) -> torch.Tensor:
+    if isinstance(kept, _Again):
+        _, out = _second_pass(kept.node)
+        out = out.detach()
+        for dtype in kept.dtypes:
+            out = out.to(dtype)
+        return out.as_strided(kept.size, kept.stride, kept.offset)
+    tensor, version = kept
+    if tensor._version != version:  # with hooks, autograd leaves this to them
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{tuple(tensor.shape)}, {tensor.dtype}, is at version {tensor._version}; expected version {version}"
+        )
+    return tensor

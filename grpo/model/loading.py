@@ -1,0 +1,116 @@
+"""Tokenizer, configuration and weights of ``model:``, from a hub id, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from grpo.config import LoraConfig, ModelConfig
+from grpo.errors import UserError
+from grpo.model.gguf import load_gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+transformers_logging.disable_progress_bar()  # a bar for loading takes a screen of its own in a log of one line a step
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _locate(name: str) -> str:
+    """``data/tiny_base`` is shipped with the package: where the working directory has none, it is found beside it."""
+    shipped = Path(__file__).parents[2] / name
+    return str(shipped) if not Path(name).exists() and name.startswith("data/") and shipped.exists() else name
+
+
+def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` wants to hear: a folder or id, and keywords."""
+    name = _locate(name)
+    keywords: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        return str(path.parent), keywords | {"gguf_file": path.name}
+    if model.revision:
+        keywords["revision"] = model.revision
+    return name, keywords
+
+
+@contextmanager
+def _named(what: str, name: str) -> Iterator[None]:
+    """Turn the many ways a model can fail to load into one message that says what to do."""
+    path = Path(_locate(name)).expanduser()
+    looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~", "runs/", "models/")) or path.exists()
+    if (looks_local or (path.parent.name and path.parent.is_dir())) and not path.exists():
+        raise UserError(
+            f"model.name: {name} does not exist (from {Path.cwd()}); give a folder that holds config.json and weights, "
+            "a GGUF file or a hub id. A stage that starts from another run needs that run's final/ first, and where a "
+            "model is made here the recipe's header says how"
+        )
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.name: can't load the {what} of {name}: {first_line}") from error
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer; a missing pad token becomes the end-of-sequence token (padding never counts anywhere)."""
+    name = model.tokenizer or model.name
+    source, keywords = _source(name, model)
+    with _named("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(source, **keywords)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig]:
+    """The model's and its generation configuration (made from the former where the source has none)."""
+    source, keywords = _source(model.name, model)
+    with _named("configuration", model.name):
+        config = AutoConfig.from_pretrained(source, **keywords)
+    try:
+        generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation_config = GenerationConfig.from_model_config(config)
+    return config, generation_config
+
+
+def load_weights(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM in ``dtype``, on the CPU."""
+    source, keywords = _source(model.name, model)
+    if model.attn_implementation:
+        keywords["attn_implementation"] = model.attn_implementation
+    with _named("weights", model.name):
+        if file := keywords.pop("gguf_file", None):
+            return load_gguf(Path(source) / file, dtype, **keywords)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
+
+
+def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:
+    """The model with LoRA adapters (arXiv:2106.09685), trained in float32; returns peft's PeftModel."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    peft_config = PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft_model = get_peft_model(causal_lm, peft_config)
+    except ValueError as error:
+        raise UserError(f"model.lora: {error}") from error
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model

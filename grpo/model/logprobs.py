@@ -1,0 +1,183 @@
+"""Log-probabilities and entropies of given tokens, from hidden states, never holding (N,V).
+
+Logits are the largest tensor of a language model's update: 16 sequences of 1,024 tokens over 152,000 words are 10 GB in
+float32, before their gradient. Here they exist for one chunk of positions at a time, in the forward and, computed
+again, in the backward pass, where they are overwritten by their gradient, g (onehot - p) / temperature. The first few
+chunks, or all of them as one where they are that few, are kept instead of computed again: a constant amount, so memory
+does not grow with tokens x vocabulary. The gradient of the entropies, -p (log p + H) / temperature, is added in the
+same pass where it is wanted.
+
+On a CPU the time beside the matrix products is that of passing through memory. So each chunk is read once in the
+forward pass and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from grpo.model.truncation import Truncation, truncate
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Sizes(NamedTuple):
+    """Numbers of logits: in a chunk (one product with the head's weight), in a tile, and kept for the backward pass."""
+
+    chunk: int
+    tile: int
+    kept: int
+
+
+# On a CPU a chunk is 32 MB in float32; of half as much products are slower. On an accelerator a product wants thousands
+# of rows, and a tile fewer calls.
+CPU_SIZES = Sizes(chunk=8 << 20, tile=1 << 19, kept=8 << 20)
+ACCELERATOR_SIZES = Sizes(chunk=256 << 20, tile=64 << 20, kept=256 << 20)
+
+
+def token_logprobs(
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: Head,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    parameters: Iterable[torch.Tensor] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target, and the entropy of the distribution it is judged under, both float32 (N,), nats.
+
+    ``hidden_NH`` are the last hidden states at the N positions that *predict* the targets (the position before each).
+    ``head`` maps (n,H) to logits (n,V), row by row; ``parameters`` are those that it uses, which get gradients if they
+    require them. Logits are divided by ``temperature``, so that the result describes the distribution that sampling at
+    that temperature draws from. Entropies carry no gradient.
+    """
+    return token_statistics(
+        hidden_NH, targets_N, head, vocab_size=vocab_size, temperature=temperature, parameters=parameters
+    )[:2]
+
+
+def token_statistics(
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: Head,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    parameters: Iterable[torch.Tensor] = (),
+    entropy_gradient: bool = False,
+    truncation: Truncation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``token_logprobs``, with entropies that carry a gradient if asked to, and as a third (N,), without gradient, the
+    log of the probability that ``truncation`` leaves: what a token's log-probability is less than that of a sampler
+    which draws from what is left. 0 without truncation.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    learns = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(trained))
+    options = _Options(head, vocab_size, temperature, learns, entropy_gradient, truncation or Truncation())
+    return _TokenStatistics.apply(hidden_NH, targets_N, options, *trained)
+
+
+class _Options(NamedTuple):
+    head: Head
+    vocab_size: int
+    temperature: float
+    learns: bool
+    entropy_gradient: bool
+    truncation: Truncation
+
+
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NH, targets_N, options: _Options, *trained):
+        head, vocab_size, temperature, learns, entropy_gradient, truncation = options
+        device = hidden_NH.device.type
+        sizes = CPU_SIZES if device == "cpu" else ACCELERATOR_SIZES
+        N = len(targets_N)
+        rows = max(1, N if learns and N * vocab_size <= sizes.kept else sizes.chunk // vocab_size)
+        logps_N, entropy_N, normalizer_N = (hidden_NH.new_empty(N, dtype=torch.float32) for _ in range(3))
+        log_left_N = hidden_NH.new_zeros(N, dtype=torch.float32)
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by its first position, a chunk's input and logits
+        for start in range(0, N, rows):
+            piece = slice(start, min(start + rows, N))
+            keeps = learns and piece.stop * vocab_size <= sizes.kept
+            with torch.set_grad_enabled(keeps):
+                hidden_nH = hidden_NH[piece].detach().requires_grad_(keeps)
+                logits_nV = head(hidden_nH)
+            if keeps:
+                kept[start] = hidden_nH, logits_nV
+            for tile, buffer_rV in _tiles(logits_nV.detach(), sizes.tile):
+                at = slice(start + tile.start, start + tile.stop)
+                buffer_rV.copy_(logits_nV.detach()[tile]).div_(temperature)
+                if truncation:
+                    log_left_N[at] = truncate(buffer_rV, **truncation._asdict()).logsumexp(1)
+                logps_N[at], entropy_N[at], normalizer_N[at] = _measure(buffer_rV, targets_N[at])
+            del hidden_nH, logits_nV
+        if truncation:
+            log_left_N = (log_left_N - normalizer_N).clamp(max=0.0)
+        ctx.save_for_backward(hidden_NH, targets_N, normalizer_N, entropy_N, *trained)
+        ctx.head, ctx.temperature, ctx.kept, ctx.rows, ctx.tile = head, temperature, kept, rows, sizes.tile
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.entropy_gradient = entropy_gradient
+        ctx.mark_non_differentiable(log_left_N, *([] if entropy_gradient else [entropy_N]))
+        return logps_N, entropy_N, log_left_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_N, entropy_grad_N, _):
+        hidden_NH, targets_N, normalizer_N, entropy_N, *trained = ctx.saved_tensors
+        device, dtype, enabled = ctx.autocast
+        grad_hidden_NH = torch.empty_like(hidden_NH)
+        grads: list[torch.Tensor | None] = [None] * len(trained)
+        scale_N = grad_N / ctx.temperature
+        entropy_scale_N = entropy_grad_N / ctx.temperature if ctx.entropy_gradient else None
+        for start in range(0, len(targets_N), ctx.rows):
+            piece = slice(start, min(start + ctx.rows, len(targets_N)))
+            hidden_nH, logits_nV = ctx.kept.pop(start, (None, None))
+            if hidden_nH is None:
+                with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                    hidden_nH = hidden_NH[piece].detach().requires_grad_()
+                    logits_nV = ctx.head(hidden_nH)
+            overwritten_nV = logits_nV.detach()
+            for tile, buffer_rV in _tiles(overwritten_nV, ctx.tile):
+                at = slice(start + tile.start, start + tile.stop)
+                buffer_rV.copy_(overwritten_nV[tile]).div_(ctx.temperature)
+                buffer_rV.sub_(normalizer_N[at, None])
+                if entropy_scale_N is None:
+                    buffer_rV.exp_().mul_(-scale_N[at, None])
+                else:
+                    factor_rV = (buffer_rV + entropy_N[at, None]).mul_(entropy_scale_N[at, None])
+                    buffer_rV.exp_().mul_(factor_rV.add_(scale_N[at, None]).neg_())
+                buffer_rV.scatter_add_(1, targets_N[at, None], scale_N[at, None])
+                overwritten_nV[tile] = buffer_rV
+            # None for a parameter whose layer adds its gradient itself (grads_in_place).
+            found = torch.autograd.grad(logits_nV, [hidden_nH, *trained], overwritten_nV, allow_unused=True)
+            grad_hidden_NH[piece] = found[0]
+            for i, grad in enumerate(found[1:]):
+                grads[i] = grad if grads[i] is None else grads[i].add_(grad)
+            del hidden_nH, logits_nV, overwritten_nV, found
+        if len(targets_N) == 0:  # DDP waits for a gradient all the same
+            grads = [torch.zeros_like(parameter) for parameter in trained]
+        return grad_hidden_NH, None, None, *grads
+
+
+def _measure(logits_rV: torch.Tensor, targets_r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, entropies and log normalizers of rows of float32 logits, which are overwritten."""
+    largest_r1 = logits_rV.amax(1, keepdim=True)
+    logits_rV.sub_(largest_r1)
+    target_r = logits_rV.gather(1, targets_r[:, None])[:, 0]
+    weights_rV = logits_rV.exp()
+    sum_r = weights_rV.sum(1)
+    mean_r = weights_rV.mul_(logits_rV).sum(1) / sum_r  # H = log Z - E[logit]
+    return target_r - sum_r.log(), sum_r.log() - mean_r, sum_r.log() + largest_r1[:, 0]
+
+
+def _tiles(logits_nV: torch.Tensor, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The rows of a chunk in tiles, each with room for its numbers in float32."""
+    n, V = logits_nV.shape
+    rows = min(n, max(1, size // V))
+    buffer_rV = torch.empty((rows, V), dtype=torch.float32, device=logits_nV.device)
+    for start in range(0, n, rows):
+        tile = slice(start, min(start + rows, n))
+        yield tile, buffer_rV[: tile.stop - tile.start]

@@ -1,0 +1,189 @@
+"""Causal attention over a packed row in which completions of a prompt share it: the prompt is there once.
+
+A completion's token sees its prompt and its own past. That is two parts, each by torch's flash kernels: (a) every
+prompt and every completion attends causally to itself; (b) the completions of a prompt, side by side, attend to all of
+the prompt. Softmax over both is the two outputs weighted by their log-sum-exps. In the backward pass each part is given
+the *merged* output and log-sum-exp, and its gradient is then exactly its share of the whole: P = exp(QK - lse) and
+dS = P * (dP - rowsum(dO * O)) hold element by element (as in ring attention, arXiv:2310.01889). No mask, no padding,
+and nothing of size N x N is ever kept. On a CPU with a compiler the two parts are one call
+(``packed_attention.py``).
+
+``sdpa`` is registered anew with transformers: with a ``layout`` among a model's keyword arguments it is what is here,
+without one it is transformers' own.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import grpo.kernels.packed_attention as compiled
+import grpo.kernels.packed_attention_torch as on_cpu
+from grpo.types import Layout
+
+aten = torch.ops.aten
+Saved = tuple[torch.Tensor, ...]  # gradient of the output, q, k, v, output, log-sum-exp
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# What other models ask of attention; none of it is here.
+NOT_HERE = {
+    "sliding_window": "a sliding window",
+    "softcap": "soft-capped attention",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "cache": "a paged cache",
+}
+
+
+class CannotPack(Exception):
+    """Why a model can't compute packed rows: ends up in one line of the log, never before a user's eyes as an error."""
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' interface: query (1, h, N, D), key and value (1, kv heads, N, D) to (1, N, h, D).
+
+    Raises CannotPack where the model asks for what is not here.
+    """
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    asked = [what for name, what in NOT_HERE.items() if kwargs.get(name) is not None]
+    asked += ["dropout in attention"] * (dropout > 0)
+    asked += ["attention that is not causal"] * (not getattr(module, "is_causal", True) or "is_causal" in kwargs)
+    asked += ["values of another size than keys"] * (key.shape[-1] != value.shape[-1])
+    if asked:
+        raise CannotPack(f"it has {asked[0]}")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as for scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if device != "cpu" and query.dtype == torch.float32:
+        raise CannotPack("the flash kernels of a GPU take bfloat16 alone, and model.dtype is float32")
+    out_NhD = _Attention.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), layout, scaling)
+    return out_NhD[None], None
+
+
+class _Attention(torch.autograd.Function):
+    """(N,h,D), (N,kv,D), (N,kv,D) to (N,h,D). Kept for the backward pass: these four and one float a head and token."""
+
+    @staticmethod
+    def forward(ctx, q_NhD, k_NkD, v_NkD, layout: Layout, scale: float | None):
+        scale = q_NhD.shape[-1] ** -0.5 if scale is None else scale
+        ctx.layout, ctx.scale = layout, scale
+        if compiled.takes(q_NhD, k_NkD, v_NkD):
+            bounds = tuple(layout.segments), tuple(layout.groups)
+            out_NhD, lse_hN = compiled.forward(q_NhD, k_NkD, v_NkD, *bounds, scale)
+            ctx.save_for_backward(q_NhD, k_NkD, v_NkD, out_NhD, lse_hN)
+            return out_NhD
+        prompts = layout.groups[0]  # how many tokens are prompts; completions follow
+        out_NhD, lse_hN = _own(q_NhD, k_NkD, v_NkD, layout, scale)
+        if prompts < len(q_NhD):
+            prefix, prefix_lse = _over_prompts(q_NhD[prompts:], k_NkD[:prompts], v_NkD[:prompts], layout, scale)
+            lse = lse_hN[:, prompts:]
+            share = torch.sigmoid(prefix_lse - lse).T[..., None]
+            part = out_NhD[prompts:]
+            part.copy_(part.float().lerp_(prefix.float(), share))
+            lse.copy_(torch.logaddexp(lse, prefix_lse))
+        ctx.save_for_backward(q_NhD, k_NkD, v_NkD, out_NhD, lse_hN)
+        return out_NhD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_NhD):
+        q_NhD, k_NkD, v_NkD, out_NhD, lse_hN = ctx.saved_tensors
+        layout, scale = ctx.layout, ctx.scale
+        if compiled.takes(q_NhD, k_NkD, v_NkD):
+            bounds = tuple(layout.segments), tuple(layout.groups)
+            return *compiled.backward(grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN, *bounds, scale), None, None
+        prompts = layout.groups[0]
+        dq, dk, dv = _own_backward((grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN), layout, scale)
+        if prompts < len(q_NhD):
+            queries, keys = slice(prompts, None), slice(prompts)
+            part = grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD
+            grad, q, k, v, out = (x[p] for x, p in zip(part, (queries, queries, keys, keys, queries), strict=True))
+            dq2, dk2, dv2 = _over_prompts_backward((grad, q, k, v, out, lse_hN[:, queries]), layout, scale)
+            dq[queries] += dq2
+            dk[keys] += dk2
+            dv[keys] += dv2
+        return dq, dk, dv, None, None
+
+
+def _own(q_NhD, k_NkD, v_NkD, layout: Layout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part (a): output (N,h,D) and log-sum-exp (h,N) float32."""
+    if q_NhD.device.type == "cpu":
+        return on_cpu.own(q_NhD, k_NkD, v_NkD, layout.segments, scale)
+    bounds, longest = layout.segments_on_device, _longest(layout.segments)
+    return _flash(q_NhD, k_NkD, v_NkD, bounds, bounds, longest, longest, causal=True, scale=scale)
+
+
+def _over_prompts(q_NhD, k_MkD, v_MkD, layout: Layout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part (b), the same; its queries are the completions' alone, its keys the prompts'."""
+    if q_NhD.device.type == "cpu":
+        return on_cpu.over_prompts(q_NhD, k_MkD, v_MkD, *_prompt_bounds(layout), scale)
+    return _flash(q_NhD, k_MkD, v_MkD, *_prompts_on_device(layout), causal=False, scale=scale)
+
+
+def _own_backward(saved: Saved, layout: Layout, scale: float) -> Gradients:
+    """Part (a)'s share of the gradients of queries, keys and values, given output and log-sum-exp of the whole."""
+    if saved[0].device.type == "cpu":
+        return on_cpu.own_backward(*saved, layout.segments, scale)
+    bounds, longest = layout.segments_on_device, _longest(layout.segments)
+    return _flash_backward(*saved, bounds, bounds, longest, longest, causal=True, scale=scale)
+
+
+def _over_prompts_backward(saved: Saved, layout: Layout, scale: float) -> Gradients:
+    """Part (b)'s share."""
+    if saved[0].device.type == "cpu":
+        return on_cpu.over_prompts_backward(*saved, *_prompt_bounds(layout), scale)
+    return _flash_backward(*saved, *_prompts_on_device(layout), causal=False, scale=scale)
+
+
+def _prompt_bounds(layout: Layout) -> tuple[list[int], list[int]]:
+    """Of each prompt's completions, counted from the first, and of the prompts."""
+    return [bound - layout.groups[0] for bound in layout.groups], layout.segments[: len(layout.groups)]
+
+
+def _prompts_on_device(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    q_bounds, k_bounds = _prompt_bounds(layout)
+    on_device = layout.groups_on_device, layout.segments_on_device[: len(k_bounds)]
+    return *on_device, _longest(q_bounds), _longest(k_bounds)
+
+
+def _longest(bounds: list[int]) -> int:
+    return max(end - start for start, end in pairwise(bounds))
+
+
+# A GPU's kernels take ragged batches; called as torch.nn.attention.varlen does (torch 2.8 to 2.13). Not yet run: they
+# were written where there was no GPU.
+
+
+def _flash(q, k, v, cum_q, cum_k, longest_q: int, longest_k: int, *, causal: bool, scale: float):
+    lengths = cum_q, cum_k, longest_q, longest_k
+    return aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, scale=scale)[:2]
+
+
+def _flash_backward(
+    grad, q, k, v, out, lse, cum_q, cum_k, longest_q: int, longest_k: int, *, causal: bool, scale: float
+):
+    # Without dropout the state of the generator is not looked at.
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    given = grad.contiguous(), q, k, v, out, lse.contiguous(), cum_q, cum_k, longest_q, longest_k
+    return aten._flash_attention_backward(*given, 0.0, causal, state, unused, scale=scale)
+
+
+AttentionInterface.register("sdpa", attention)

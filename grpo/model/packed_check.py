@@ -1,0 +1,112 @@
+"""Can this model compute packed rows? Found out once, at the start, by comparing with padded ones.
+
+A model is believed only after its log-probabilities on a made-up micro-batch agree, and after two mistakes (positions
+that do not restart, the other prompt) were seen to move them by far more than they disagree: a model that does not look
+at ``position_ids``, or whose layers never hear of the layout, fails one or the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from grpo.model.packed_attention import CannotPack, attention
+from grpo.model.scored_lm import ScoredLM
+from grpo.packing import collate
+from grpo.types import Batch, Layout, Sequence
+
+TEETH = 8  # a mistake must be seen to move log-probabilities by so many times what packed and padded rows differ
+TOLERANCE = {torch.float32: 1e-3}  # nats, at a token
+TOLERANCE_BELOW_FLOAT32 = 0.3
+
+
+def why_padded(scored: ScoredLM, device: torch.device, compute_dtype: torch.dtype) -> str | None:
+    """None if the model can compute packed rows on ``device``, else why it can't, to follow "because".
+
+    The model is still on the CPU, whole, whatever it will be trained on; kernels of another device are compared apart.
+    """
+    config = scored.config.get_text_config(decoder=True)
+    if scored.config._attn_implementation != "sdpa":
+        return f"its attention is {scored.config._attn_implementation}, not sdpa"
+    if others := {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}:
+        return f"it has layers of {sorted(others)[0].replace('_', ' ')}"
+    was_training = scored.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            _check_model(scored)
+        if device.type != "cpu":
+            _check_kernels(device, compute_dtype, config)
+    except CannotPack as reason:
+        return str(reason)
+    except Exception as error:  # whatever a model of someone's own does with keyword arguments that it does not know
+        return f"it failed on one ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    finally:
+        scored.train(was_training)
+    return None
+
+
+def _check_model(scored: ScoredLM) -> None:
+    sequences, swapped = made_up(scored.vocab_size)
+    right = collate(sequences, pad_token_id=0)
+    scored.train()(right, 1.0)  # what is asked of attention only in training: dropout
+    scored.eval()
+    packed_BT = scored(right, 1.0)[0]
+    padded_BT = scored(collate(sequences, pad_token_id=0, packed=False), 1.0)[0]
+    error = float((packed_BT - padded_BT).abs().max())
+    tolerance = TOLERANCE.get(next(scored.parameters()).dtype, TOLERANCE_BELOW_FLOAT32)
+    if not error <= tolerance:
+        raise CannotPack(f"its log-probabilities differ by up to {error:.2g} in one")
+    mistakes = {
+        "positions that do not restart": scored(_without_restarts(right), 1.0)[0],
+        "another prompt": scored(collate(swapped, pad_token_id=0), 1.0)[0],
+    }
+    for mistake, wrong_BT in mistakes.items():
+        moved = float((wrong_BT - packed_BT).abs().max())
+        if not moved > TEETH * error:
+            raise CannotPack(f"{mistake} would move its log-probabilities by {moved:.2g} only, against {error:.2g}")
+
+
+def made_up(vocab_size: int) -> tuple[list[Sequence], list[Sequence]]:
+    """Five completions of two prompts, of unlike lengths; and the same with the prompts exchanged."""
+
+    def tokens(length: int, seed: int) -> list[int]:
+        return [(seed + 7919 * i * i) % vocab_size for i in range(1, length + 1)]
+
+    prompts = tokens(23, 5), tokens(40, 11)
+    completions = [(0, 12), (1, 9), (0, 1), (0, 30), (1, 17)]
+    pairs = [(prompts[p], prompts[1 - p], tokens(length, 100 + i)) for i, (p, length) in enumerate(completions)]
+    right = [Sequence(prompt, completion, [0.0] * len(completion), 1.0) for prompt, _, completion in pairs]
+    return right, [replace(s, prompt_ids=other) for s, (_, other, _) in zip(right, pairs, strict=True)]
+
+
+def _without_restarts(batch: Batch) -> Batch:
+    assert batch.layout is not None
+    positions_1N = torch.arange(batch.input_ids_RN.shape[1])[None]
+    return replace(batch, layout=replace(batch.layout, position_ids_1N=positions_1N))
+
+
+def _check_kernels(device: torch.device, dtype: torch.dtype, config: object) -> None:
+    """The device's kernels against the CPU's in float32, forward and backward, on random numbers of the model's
+    shape."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    D = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layout = collate(made_up(100)[0], pad_token_id=0, device=device).layout
+    N = layout.segments[-1]
+    random = torch.Generator().manual_seed(0)
+    qkv = [torch.randn((1, h, N, D), generator=random).to(dtype) for h in (heads, kv_heads, kv_heads)]
+    grad = torch.randn((1, N, heads, D), generator=random)
+    there = _with_gradients([x.to(device) for x in qkv], grad.to(device, dtype), layout)
+    here = _with_gradients([x.float() for x in qkv], grad, layout)
+    for ours, expected in zip(there, here, strict=True):
+        error = float((ours.float().cpu() - expected).norm() / expected.norm())
+        if not error < 0.02:  # bfloat16 rounds to 0.004
+            raise CannotPack(f"its attention on {device.type} is off by {error:.2g} of its size")
+
+
+def _with_gradients(qkv: list[torch.Tensor], grad: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+    inputs = [x.requires_grad_() for x in qkv]
+    with torch.enable_grad():
+        out, _ = attention(torch.nn.Identity(), *inputs, None, layout=layout)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]

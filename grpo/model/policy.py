@@ -1,0 +1,292 @@
+"""The policy: the model that learns, its reference, its optimizer, and what accelerate wraps of them."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from grpo.config import Recipe
+from grpo.kernels import grads_in_place, lean_activations
+from grpo.losses import EntropyControl
+from grpo.model.loading import DTYPES, add_adapters, load_weights
+from grpo.model.optimizer import make_optimizer
+from grpo.model.packed_check import why_padded
+from grpo.model.scored_lm import ScoredLM
+from grpo.model.truncation import Truncation
+from grpo.packing import collate
+from grpo.randomness import Stream, key
+from grpo.types import Batch, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("grpo")
+
+
+class Policy:
+    """The trained module with everything that belongs to it.
+
+    ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
+    ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones; ``micro_batch_limit`` how
+    many tokens were found to fit in a micro-batch (``micro_batch_size``), None while only the recipe says so.
+    ``entropy_control`` is the entropy bonus's coefficient as it stands.
+    Trained weights are float32; ``compute_dtype`` bfloat16 computes under autocast. With LoRA the frozen weights are
+    held in the compute type and the adapters in float32.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: list[int],
+        needs_reference: bool,
+    ):
+        self.accelerator = accelerator
+        self.tokenizer = tokenizer
+        self.stop_token_ids = stop_token_ids
+        self.compute_dtype = DTYPES[recipe.model.dtype]
+        self.device = accelerator.device
+        self.max_grad_norm = recipe.optimizer.max_grad_norm
+        self.is_lora = recipe.model.lora is not None
+        self.truncation = Truncation(recipe.rollout.top_k, recipe.rollout.top_p, recipe.rollout.min_p)
+        self.entropy_control = EntropyControl(recipe.algorithm.entropy_coef)
+
+        torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
+        causal_lm = load_weights(recipe.model, self.compute_dtype if self.is_lora else torch.float32)
+        self.peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
+        self.causal_lm = causal_lm
+        if recipe.model.gradient_checkpointing:
+            causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            lean_activations.install(causal_lm)
+        self._install_products(causal_lm)
+        scored = ScoredLM(causal_lm)
+        scored.check_head()
+        self.packed = self._can_pack(scored)
+        self.micro_batch_limit: int | None = None
+        self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
+        self.needs_reference = needs_reference
+
+        optimizer = make_optimizer(scored, recipe.optimizer, several_processes=accelerator.num_processes > 1)
+        self.model, self.optimizer = accelerator.prepare(scored.train(), optimizer)
+        self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+
+    def _can_pack(self, scored: ScoredLM) -> bool:
+        why = why_padded(scored, self.device, self.compute_dtype)
+        if self.accelerator.is_main_process:
+            log.info(
+                "update: %s",
+                "packed rows, each prompt computed once for its completions"
+                if why is None
+                else f"padded rows, which are slower, because of {type(self.causal_lm).__name__}: {why}",
+            )
+        return why is None
+
+    def collate(self, micro_batch: list[Sequence]) -> Batch:
+        """The tensors that ``logprobs`` takes, on this process's device."""
+        return collate(micro_batch, pad_token_id=self.tokenizer.pad_token_id, device=self.device, packed=self.packed)
+
+    def _frozen_reference(self, recipe: Recipe) -> ScoredLM:
+        # A moving reference accumulates small steps, which bfloat16 would round away.
+        dtype = torch.float32 if recipe.algorithm.sync_ref_model else self.compute_dtype
+        reference = self.empty_copy(dtype)
+        reference.load_state_dict({name: t.to(dtype) for name, t in self.causal_lm.state_dict().items()})
+        return ScoredLM(reference).eval().requires_grad_(False)
+
+    def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A model of the same shape and device, weights not yet loaded: to generate with, or as a reference."""
+        twin = AutoModelForCausalLM.from_config(
+            self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
+        )
+        self._install_products(twin)
+        return twin.to(self.device).eval().requires_grad_(False)
+
+    def _install_products(self, causal_lm: PreTrainedModel) -> None:
+        """The policy's linear layers and its copies' compute alike, to the bit."""
+        if self.accelerator.distributed_type == DistributedType.NO:
+            grads_in_place.install(causal_lm)
+
+    def autocast(self) -> AbstractContextManager:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
+
+    def logprobs(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (with gradient where enabled) and entropies of a micro-batch, (B,T)."""
+        with self.autocast():
+            logps_BT, entropy_BT, _ = self.model(batch, temperature)
+        return logps_BT, entropy_BT
+
+    def statistics(
+        self, batch: Batch, temperature: float, *, entropy_gradient: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same, entropies with gradient if asked to, and the log of the probability that the rollout's top-k, top-p
+        and min-p leave of each distribution."""
+        with self.autocast():
+            return self.model(batch, temperature, entropy_gradient, self.truncation)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """The same under the reference model: a frozen copy, or with LoRA the model without its adapters."""
+        with self.autocast():
+            if self.peft_model is not None:
+                with self.peft_model.disable_adapter():
+                    return self.model(batch, temperature)[0]
+            assert self.reference is not None
+            return self.reference(batch, temperature)[0]
+
+    def no_sync(self) -> AbstractContextManager:
+        """Within it, backward passes keep gradients to this process (all but the last micro-batch of a step)."""
+        return self.accelerator.no_sync(self.model)
+
+    def clip_gradients(self) -> float:
+        """Global gradient norm before clipping to ``max_grad_norm``; the same number on every process."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def step(self, learning_rate: float) -> None:
+        """One optimizer step at this learning rate; gradients are cleared."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        # Fused optimizers write weights without autograd's knowing; casts and copies of weights tell by its count.
+        torch.autograd.graph.increment_version([p for group in self.optimizer.param_groups for p in group["params"]])
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def mix_reference(self, alpha: float) -> None:
+        """ref = alpha * policy + (1 - alpha) * ref (TR-DPO, arXiv:2404.09656)."""
+        assert self.reference is not None, "the reference of a LoRA policy is its base and does not move"
+        state = self.full_state()
+        for name, parameter in self.reference.causal_lm.named_parameters():  # tied weights come once here
+            parameter.lerp_(state[name].to(parameter), alpha)
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """The causal LM's whole state by name, as ``from_pretrained`` knows it, gathered from every process and with
+        LoRA adapters merged (computed aside: the policy's own weights are not touched). Called by all processes."""
+        named = self.accelerator.unwrap_model(self.model).state_dict().items()
+        state = {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named}
+        if self.peft_model is None:
+            return state
+        return merged_state(self.causal_lm, state)
+
+    @torch.no_grad()
+    def base_state(self) -> dict[str, torch.Tensor]:
+        """With LoRA: the frozen weights without adapters, by ``from_pretrained``'s names. Called by all processes."""
+        named = self.accelerator.unwrap_model(self.model).state_dict().items()
+        return base_of(self.causal_lm, {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named})
+
+    def save_adapter(self, folder: Path, adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
+        """Write ``adapter_state`` as peft does, cast to ``dtype``."""
+        assert self.peft_model is not None
+        self.peft_model.save_pretrained(folder, state_dict={name: t.to(dtype).cpu() for name, t in adapter.items()})
+        return folder
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """The LoRA adapters alone, by peft's names."""
+        from peft import get_peft_model_state_dict
+
+        return {name: _whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the model: all weights, or with LoRA the adapters, whose base does not change."""
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        if self.peft_model is not None:
+            return {name: _whole(p.detach()) for name, p in named if p.requires_grad}
+        return {name: _whole(p.detach()) for name, p in named}
+
+    def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Inverse of ``trained_state``."""
+        named = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        for name, tensor in state.items():
+            _assign(named[name], tensor)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """AdamW's moments, gathered from every process where they are sharded. Called by all processes."""
+        if not self.sharded:
+            return self.optimizer.state_dict()
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Inverse of ``optimizer_state``."""
+        if not self.sharded:
+            self.optimizer.load_state_dict(state)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """What ``from_pretrained`` loads, in the compute type, merged; with LoRA the adapters beside it in adapter/.
+
+        Called by all processes; the first one writes.
+        """
+        state = {name: t.to(self.compute_dtype).cpu() for name, t in self.full_state().items()}
+        adapter = self.adapter_state() if self.peft_model is not None else None
+        if self.accelerator.is_main_process:
+            twin = AutoModelForCausalLM.from_config(self.causal_lm.config, dtype=self.compute_dtype)
+            twin.load_state_dict(state)
+            twin.tie_weights()
+            twin.generation_config = self.causal_lm.generation_config
+            twin.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            if adapter is not None:
+                self.peft_model.save_pretrained(folder / "adapter", state_dict=adapter)
+        self.accelerator.wait_for_everyone()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def base_of(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names and tensors of a LoRA model as they were before adapters were added."""
+    layers = _lora_layers(causal_lm)
+    base = {}
+    for name, tensor in state.items():
+        owner, found, parameter = name.partition(".base_layer.")
+        if found and owner in layers:
+            base[f"{owner}.{parameter}"] = tensor
+        elif not any(name.startswith(f"{owner}.") for owner in layers):
+            base[name] = tensor
+    return base
+
+
+def merged_state(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same as if the adapters had been merged: base + scaling * B A, computed in float32."""
+    merged = base_of(causal_lm, state)
+    for owner, layer in _lora_layers(causal_lm).items():
+        weight = merged[f"{owner}.weight"]
+        delta = layer.get_delta_weight(layer.active_adapters[0])
+        merged[f"{owner}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+    return merged
+
+
+def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}

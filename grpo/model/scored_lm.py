@@ -1,0 +1,98 @@
+"""A causal LM as the update wants it: log-probabilities of completions out, no logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import grpo.model.packed_attention  # noqa: F401  a model's attention must know packed rows before one is given to it
+from grpo.errors import RunError
+from grpo.model.logprobs import token_statistics
+from grpo.model.truncation import Truncation
+from grpo.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ScoredLM(nn.Module):
+    """A causal LM whose forward returns log-probabilities of given completion tokens instead of logits.
+
+    Doing this inside one module's forward is what lets DDP, FSDP2 and ZeRO gather and synchronize its weights.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self._no_split_modules = getattr(causal_lm, "_no_split_modules", None)  # FSDP's unit of sharding
+
+    @property
+    def config(self) -> Any:
+        return self.causal_lm.config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.get_text_config(decoder=True).vocab_size
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states, as the model's own forward makes them (scaling and soft-capping included)."""
+        config = self.config.get_text_config(decoder=True)
+        logits = self.causal_lm.get_output_embeddings()(hidden)
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def forward(
+        self,
+        batch: Batch,
+        temperature: float,
+        entropy_gradient: bool = False,
+        truncation: Truncation | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities, entropies and what ``truncation`` leaves of each distribution (``token_statistics``),
+        (B,T), 0 outside the completion mask."""
+        hidden_RNH = self.hidden_states(batch)
+        of_tokens = token_statistics(
+            hidden_RNH.flatten(0, 1).index_select(0, batch.predicts_BT[batch.completion_mask_BT]),
+            batch.completion_ids_BT[batch.completion_mask_BT],
+            self.head,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            parameters=self.causal_lm.get_output_embeddings().parameters(),
+            entropy_gradient=entropy_gradient,
+            truncation=truncation,
+        )
+        zeros_BT = torch.zeros_like(batch.mask_BT)
+        logps_BT, entropy_BT, log_left_BT = (zeros_BT.masked_scatter(batch.completion_mask_BT, x) for x in of_tokens)
+        return logps_BT, entropy_BT, log_left_BT
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states of the batch's tokens, (R,N,H)."""
+        rows: dict[str, Any] = {"input_ids": batch.input_ids_RN, "use_cache": False}
+        if batch.layout is not None:
+            # A mask of four dimensions is passed on as it is, so none is made; packed_attention does not look at it.
+            no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=batch.input_ids_RN.device)
+            rows |= {"layout": batch.layout, "position_ids": batch.layout.position_ids_1N, "attention_mask": no_mask}
+        return self.causal_lm.base_model(**rows).last_hidden_state
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Refuse a model whose logits ``head`` does not reproduce, by comparing them on a few tokens."""
+        was_training = self.training
+        self.eval()
+        device = next(self.causal_lm.parameters()).device
+        ids_BT = torch.arange(4, device=device)[None] % self.vocab_size
+        expected = self.causal_lm(input_ids=ids_BT, use_cache=False).logits.float()
+        ours = self.head(self.causal_lm.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state).float()
+        self.train(was_training)
+        if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-2):
+            raise RunError(
+                f"{type(self.causal_lm).__name__} turns hidden states into logits in a way that "
+                "scored_lm.ScoredLM.head does not know; add it there"
+            )

@@ -1,0 +1,229 @@
+"""Checks of tokenizer, template and prompts against the model, made before its weights load.
+
+Each finds a mistake that would otherwise show hours later as a flat curve: completions that never end, prompts cut
+off, a chat template that a base model has never seen. Each says how to cure it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from grpo.config import Recipe
+from grpo.errors import UserError
+
+SPECIAL_TOKENS = 4  # at most so many stand around a text besides its own
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+    from grpo.prompts.task import Part, Task
+
+
+def lint(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PreTrainedConfig,
+    generation_config: GenerationConfig | None,
+    task: Task | None = None,
+) -> list[str]:
+    """Warnings, for what may be meant. Raises UserError with every problem at once, one a line.
+
+    With ``task``, all its prompts are looked at too (and its completions, with ``stage: sft``).
+    """
+    errors = [
+        *_end_errors(recipe, tokenizer, model_config, generation_config),
+        *_chat_errors(recipe, tokenizer, stop_token_ids(tokenizer, model_config, generation_config)),
+    ]
+    if task is not None and not errors:  # without a usable template or EOS there is no telling what rows become
+        errors += [*_row_errors(task, task.train), *_row_errors(task, task.held_out)]
+    errors += _length_errors(recipe, model_config)
+    if errors:
+        raise UserError("\n".join(errors))
+    notes = [f"data: {note}" for note in task.notes] if task is not None else []
+    return [*_end_warnings(recipe, tokenizer, model_config, generation_config), *notes]
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, generation_config: GenerationConfig | None
+) -> list[int]:
+    """Tokens on which a rollout stops: the end-of-sequence tokens of tokenizer, model and generation config together.
+
+    Instruct models often have several, and which of the three files knows them all differs from model to model.
+    """
+    return sorted(set().union(*_ends(tokenizer, model_config, generation_config)))
+
+
+def _end_errors(recipe: Recipe, tokenizer: Any, model_config: Any, generation_config: Any) -> Iterator[str]:
+    """Completions that can't end."""
+    vocabulary = _text_config(model_config).vocab_size
+    stops = stop_token_ids(tokenizer, model_config, generation_config)
+    if not stops and not recipe.rollout.stop:
+        yield (
+            "model: no end-of-sequence token in tokenizer, config or generation config: no completion could end before "
+            "rollout.max_completion_length. Name a tokenizer that has one (model.tokenizer), or give rollout.stop"
+        )
+    elif recipe.stage == "sft" and tokenizer.eos_token_id is None:
+        yield (
+            "model: the tokenizer has no end-of-sequence token to end the examples with: name one that has "
+            "(model.tokenizer)"
+        )
+    if outside := [token for token in stops if token >= vocabulary]:
+        yield (
+            f"model: end-of-sequence token {outside[0]} ({_name(tokenizer, outside[0])}) is outside the model's "
+            f"vocabulary of {vocabulary}, so it is never sampled: tokenizer and model don't belong together "
+            f"(model.tokenizer)"
+        )
+
+
+def _end_warnings(recipe: Recipe, tokenizer: Any, model_config: Any, generation_config: Any) -> Iterator[str]:
+    """Stop tokens that disagree, and a tokenizer larger than the model."""
+    own, model, generation = _ends(tokenizer, model_config, generation_config)
+    if own and (model or generation) and not own & (generation or model):
+        theirs = " and ".join(f"{token} ({_name(tokenizer, token)})" for token in sorted((model | generation) - own))
+        yield (
+            f"model: the tokenizer ends a text with {tokenizer.eos_token_id} ({tokenizer.eos_token}), the model's "
+            f"configuration with {theirs}. Rollouts stop on any of them, supervised examples end with the tokenizer's. "
+            f"If completions run into rollout.max_completion_length, name the tokenizer of the model's training "
+            f"(model.tokenizer)"
+        )
+    if not (own or model or generation):
+        yield f"model: no end-of-sequence token: completions end only on rollout.stop ({recipe.rollout.stop})"
+    vocabulary = _text_config(model_config).vocab_size
+    if len(tokenizer) > vocabulary:
+        yield (
+            f"model: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: a text that holds one "
+            f"of the last would fail. Do they belong together (model.tokenizer)?"
+        )
+
+
+def _length_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
+    """More tokens than the model has positions."""
+    positions = getattr(_text_config(model_config), "max_position_embeddings", None)
+    prompt, rollout = recipe.data.max_prompt_length, recipe.rollout.max_completion_length
+    lengths = {"rollout": rollout, "evaluation": recipe.evaluation.max_completion_length or rollout}
+    for section, completion in lengths.items():
+        if positions and prompt + completion > positions:
+            yield (
+                f"data.max_prompt_length ({prompt}) + {section}.max_completion_length ({completion}) is more than the "
+                f"{positions} positions of the model: lower one of them"
+            )
+            return
+
+
+def _chat_errors(recipe: Recipe, tokenizer: Any, stops: list[int]) -> Iterator[str]:
+    """A chat template that isn't there, or that this model was not trained with."""
+    if recipe.data.template != "chat":
+        return
+    cure = (
+        "This looks like a base model: take template: r1_zero, tinyzero or none, or the tokenizer of the instruct "
+        "model (model.tokenizer)"
+    )
+    if not tokenizer.chat_template:
+        yield f"data.template: chat, but the tokenizer has no chat template. {cure}"
+        return
+    answer = "An answer."
+    turn = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, **recipe.data.chat_template_kwargs)
+    except Exception as error:  # a template is a program of its own
+        yield f"data.template: the tokenizer's chat template fails: {error}"
+        return
+    ending = text[text.rindex(answer) + len(answer) :] if answer in text else ""
+    if not set(tokenizer.encode(ending, add_special_tokens=False)) & set(stops):
+        yield (
+            f"data.template: the chat template ends an answer with {ending.strip()!r}, but the model stops on "
+            f"{', '.join(_name(tokenizer, token) for token in stops) or 'nothing'}. {cure}"
+        )
+
+
+def _row_errors(task: Task, part: Part) -> Iterator[str]:
+    """Prompts (and supervised completions) that are too long, or that hold a chat template's tokens already."""
+    recipe, data, markers = task.recipe, task.recipe.data, _turn_markers(task.tokenizer)
+    prompts: dict[int, str] = {}
+    completions: dict[int, str] = {}
+    marked: dict[int, str] = {}
+    refused: list[str] = []
+    questions = part.rows.column(data.prompt_column)  # by column: reading rows one by one is slow
+    answers = part.rows.column(data.completion_column) if recipe.stage == "sft" else None
+    for row in part.ids:
+        question, place = questions[row], part.rows.place(row)
+        try:
+            prompts[row], prefill = task.render(question, place)
+            if answers is not None:
+                completions[row] = task.answer(answers[row], prefill, place)
+        except UserError as error:
+            refused.append(str(error))
+        held = [marker for marker in markers if marker in str(question)]
+        if held and data.template != "none":
+            marked[row] = held[0]
+    if refused:
+        yield f"data: {len(refused)} of {len(part)} rows can't be used, the first is {refused[0]}"
+    limit = data.max_prompt_length
+    if too_long := _longer_than(limit, prompts, task.tokenizer, task.encode):
+        yield _too_long("data.max_prompt_length", limit, "prompts", too_long, part)
+    limit = recipe.rollout.max_completion_length
+    if too_long := _longer_than(limit, completions, task.tokenizer, task.encode_answer):
+        yield _too_long("rollout.max_completion_length", limit, "completions to imitate", too_long, part)
+    if marked:
+        row, marker = next(iter(marked.items()))
+        yield (
+            f"data.template: {len(marked)} of {len(part)} prompts already hold a template's token, {marker} (first "
+            f"{part.rows.place(row)}); template: {data.template} would wrap them once more. Take template: none for "
+            f"prompts that are rendered already, or take the tokens out"
+        )
+
+
+def _longer_than(
+    limit: int, texts: dict[int, str], tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]]
+) -> dict[int, int]:
+    """Rows whose text is longer than ``limit`` tokens, with that number.
+
+    No token is less than a byte, so that short texts need no counting; others are first counted many at once, and only
+    what may be too long is encoded just as it will be.
+    """
+    suspects = [row for row, text in texts.items() if len(text.encode()) + SPECIAL_TOKENS > limit]
+    found = {}
+    for start in range(0, len(suspects), 1000):
+        rows = suspects[start : start + 1000]
+        counts = map(len, tokenizer([texts[row] for row in rows])["input_ids"])
+        for row, count in zip(rows, counts, strict=True):
+            if count + SPECIAL_TOKENS > limit and (tokens := len(encode(texts[row]))) > limit:
+                found[row] = tokens
+    return found
+
+
+def _too_long(key: str, limit: int, what: str, found: dict[int, int], part: Part) -> str:
+    row = max(found, key=lambda row: found[row])
+    return (
+        f"{key}: {len(found)} of {len(part)} {what} are longer than {limit} tokens; the longest has {found[row]} "
+        f"({part.rows.place(row)}). Raise it, or take those rows out"
+    )
+
+
+def _turn_markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens that a template or the tokenizer puts around texts, and a question should not hold."""
+    source = str(tokenizer.chat_template or "")
+    ends = {tokenizer.bos_token, tokenizer.eos_token}
+    return sorted(token for token in tokenizer.all_special_tokens if token in ends or token in source)
+
+
+def _text_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
+    """The language model's part of a configuration that may have others (vision)."""
+    return model_config.get_text_config()
+
+
+def _ends(tokenizer: Any, model_config: Any, generation_config: Any) -> tuple[set[int], set[int], set[int]]:
+    """End-of-sequence tokens by the tokenizer, the model's config and its generation config."""
+
+    def as_set(source: Any) -> set[int]:
+        token_ids = getattr(source, "eos_token_id", None)
+        if token_ids is None:
+            return set()
+        return {token_ids} if isinstance(token_ids, int) else set(token_ids)
+
+    return as_set(tokenizer), as_set(_text_config(model_config)), as_set(generation_config)
+
+
+def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens(token)) if token < len(tokenizer) else "unknown to the tokenizer"

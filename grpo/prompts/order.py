@@ -1,0 +1,77 @@
+"""Which prompts a step draws: epoch by epoch, or by what earlier steps learned about them (the curriculum).
+
+Both are functions of the seed, the step and the run's ``Progress``, so that a resumed run draws the same. Epoch by
+epoch a step goes on where the one before stopped: all there is to know is how far steps went beyond their
+``prompts_per_step``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, cycle
+
+import numpy as np
+
+from grpo.config import PromptsConfig, Recipe
+from grpo.prompts.task import Task
+from grpo.randomness import Stream, key, uniforms
+from grpo.types import Group, Prompt
+
+
+def prompts_of_step(
+    recipe: Recipe, task: Task, step: int, *, extra: int, pass_rates: Mapping[int, float]
+) -> Iterator[Prompt]:
+    """The prompts of a step, one after the other and without end; the step takes as many as it needs.
+
+    ``extra`` is how many prompts earlier steps drew beyond ``prompts_per_step`` each, ``pass_rates`` what is known of
+    rows by id.
+    """
+    P = recipe.training.prompts_per_step
+    if recipe.prompts.curriculum:
+        rows: Iterator[int] = cycle(curriculum(recipe.prompts, task.train.ids, pass_rates, recipe.training.seed, step))
+    else:
+        rows = (row for start in count(step * P + extra, P) for row in task.rows_at(start))
+    return (task.prompt(task.train, row) for row in rows)
+
+
+def curriculum(
+    config: PromptsConfig, ids: Sequence[int], pass_rates: Mapping[int, float], seed: int, step: int
+) -> list[int]:
+    """All rows in the order in which a step draws them: at random, none twice, each in proportion to its weight.
+
+    A row that was solved at rate p has weight w = floor + (1 - floor) 4 p (1 - p): but for the floor, which brings back
+    every row, the variance of its reward, a lower bound of what the policy can gain on it (arXiv:2504.03380). A row not
+    yet seen has weight 1, the highest. The order is that of -log(u) / w, one uniform number u a row and step
+    (Efraimidis & Spirakis 2006).
+    """
+    rates_N = np.array([pass_rates.get(row, 0.5) for row in ids])
+    weights_N = config.curriculum_floor + (1 - config.curriculum_floor) * 4 * rates_N * (1 - rates_N)
+    uniforms_N = uniforms([key(seed, Stream.CURRICULUM.value, step)], np.asarray(ids))[0] + 2.0**-33  # never 0
+    return [ids[i] for i in np.argsort(-np.log(uniforms_N) / weights_N, kind="stable")]
+
+
+def updated_pass_rates(
+    pass_rates: Mapping[int, float], groups: Sequence[Group], function: str, newest: float
+) -> dict[int, float]:
+    """Pass rates after a step that sampled ``groups``: rate = newest * (the group's) + (1 - newest) * (the one before).
+
+    A group's pass rate is the mean over its scored completions of what the reward ``function`` gave, kept within 0 and
+    1: for a reward of 0 or 1 the share that solved it. A prompt's first visit sets it; one that could not be scored at
+    all changes nothing.
+    """
+    updated = dict(pass_rates)
+    for group in groups:
+        scored = [min(max(r, 0.0), 1.0) for r in group.rewards_by_function[function] if r is not None]
+        if scored:
+            rate = sum(scored) / len(scored)
+            before = updated.get(group.prompt.id, rate)
+            updated[group.prompt.id] = newest * rate + (1 - newest) * before
+    return updated
+
+
+def curriculum_metrics(pass_rates: Mapping[int, float], rows: int) -> dict[str, float]:
+    """How many of the rows were seen, and their mean pass rate."""
+    return {
+        "curriculum/frac_seen": len(pass_rates) / rows,
+        "curriculum/pass_rate": float(np.mean(list(pass_rates.values()))) if pass_rates else 0.0,
+    }

@@ -1,0 +1,261 @@
+"""The curves of a run: one panel a question, drawn once for ``curves.png`` and once as themed SVG for the page.
+
+matplotlib's ``Figure`` is used directly: no global state, no display.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import PercentFormatter
+
+from grpo.report.drawing import LIGHT, STYLE, THEMED, Colours, dress, finish, noisy, smooth, stack, thinned
+
+if TYPE_CHECKING:
+    from grpo.report.write import Run
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One question and its picture. Shown where any metric that starts with one of ``needs`` was logged."""
+
+    title: str
+    caption: str
+    needs: tuple[str, ...]
+    draw: Callable[[Axes, Run, Colours], None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels
+
+
+def _accuracy(ax: Axes, run: Run, c: Colours) -> None:
+    steps, accuracy = run.series("eval/accuracy")
+    _, low = run.series("eval/accuracy_low")
+    _, high = run.series("eval/accuracy_high")
+    if len(low) == len(high) == len(steps):
+        ax.fill_between(steps, low, high, color=c.series[0], alpha=0.16, linewidth=0, label="95% interval")
+    ax.plot(steps, accuracy, "o-", color=c.series[0], markersize=4.5, label="pass@1")
+    passes = [name for name in run.names("eval/pass@") if name != "eval/pass@1"]
+    for name in passes[-1:]:
+        ax.plot(*run.series(name), "o--", color=c.series[3], markersize=3, linewidth=1.2, label=name[5:])
+    if len(steps):
+        rising = accuracy[-1] >= accuracy[0]
+        for i in {0, len(steps) - 1}:  # the first value stands where the curve does not go
+            offset = (0, 9) if i else (7, -12 if rising and accuracy[0] > 0.05 else 6)
+            label = ax.annotate(f"{accuracy[i]:.2f}", (steps[i], accuracy[i]), offset, textcoords="offset points")
+            label.set(color=c.ink, fontweight="bold", ha="right" if i else "left")
+    top = max([*accuracy, *high, *(v for name in passes[-1:] for v in run.series(name)[1])], default=1.0)
+    ax.set_ylim(0, min(1.02, top * 1.2 + 0.02))
+    ax.legend(loc="lower right")
+
+
+def _reward(ax: Axes, run: Run, c: Colours) -> None:
+    parts = run.names("rewards/")
+    parts = [name for name in parts if name.endswith("/mean")]
+    noisy(ax, run, "reward", c.series[0], "reward" if len(parts) > 1 else None)
+    if len(parts) > 1:
+        for i, name in enumerate(parts):
+            steps, values = run.series(name)
+            colour = c.series[1 + i % (len(c.series) - 1)]
+            ax.plot(thinned(steps), thinned(smooth(values)), color=colour, linewidth=1.2, label=name.split("/")[1])
+        ax.legend()
+
+
+def _length(ax: Axes, run: Run, c: Colours) -> None:
+    noisy(ax, run, "completions/mean_length", c.series[0], "training")
+    steps, values = run.series("eval/completions/mean_length")
+    if len(steps):
+        ax.plot(steps, values, "o-", color=c.series[1], markersize=4, linewidth=1.2, label="held-out")
+    limit = run.setting("rollout.max_completion_length")
+    if limit and ax.get_ylim()[1] > 0.6 * limit:
+        ax.axhline(limit, color=c.muted, linestyle=":", linewidth=1.2, label="limit")
+    ax.set_ylim(bottom=0)
+    ax.legend(loc="lower right")
+
+
+def _entropy(ax: Axes, run: Run, c: Colours) -> None:
+    noisy(ax, run, "entropy", c.series[3])
+    ax.set_ylim(bottom=0)
+
+
+def _time(ax: Axes, run: Run, c: Colours) -> None:
+    order = {f"time/{part}": i for i, part in enumerate(("rollout", "score", "train", "sync"))}
+    names = sorted(run.names("time/"), key=lambda name: order.get(name, len(order)))
+    stack(ax, run, names, c, [name.removeprefix("time/") for name in names])
+
+
+def _verdicts(ax: Axes, run: Run, c: Colours) -> None:
+    """Shares of why completions got what they got, for the reward function with the most verdicts."""
+    names = run.names("verdicts/")
+    functions = {name.split("/")[1] for name in names}
+    function = max(sorted(functions), key=lambda f: sum(name.startswith(f"verdicts/{f}/") for name in names))
+    names = [name for name in names if name.startswith(f"verdicts/{function}/")]
+    names.sort(key=lambda name: -sum(run.series(name)[1]))
+    names.sort(key=lambda name: not name.endswith("/correct"))
+    verdicts = [name.rpartition("/")[2] for name in names]
+    good_first = (c.series[2], *(s for s in c.series if s != c.series[2])) if "correct" in verdicts else c.series
+    shades = Colours(c.paper, c.ink, c.muted, c.grid, good_first)
+    stack(ax, run, names, shades, [v.replace("_", " ") for v in verdicts], normalize=True)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_ylim(0, 1)
+
+
+def _signal(ax: Axes, run: Run, c: Colours) -> None:
+    shares = {
+        "frac_reward_zero_std": "no signal",
+        "completions/clipped_ratio": "cut off",
+        "frac_unscored": "unscored",
+    }
+    for i, (name, label) in enumerate(shares.items()):
+        steps, values = run.series(name)
+        if len(steps) and (i < 2 or values.any()):
+            noisy(ax, run, name, c.series[(1, 4, 5)[i]], label)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_ylim(0, min(1.02, max(0.1, ax.get_ylim()[1])))
+    ax.legend()
+
+
+def _divergence(ax: Axes, run: Run, c: Colours) -> None:
+    noisy(ax, run, "kl", c.series[3], "KL to reference")
+    noisy(ax, run, "clip_ratio/region_mean", c.series[1], "clipped tokens")
+    ax.set_ylim(bottom=0)
+    ax.legend()
+
+
+def _grad_norm(ax: Axes, run: Run, c: Colours) -> None:
+    noisy(ax, run, "grad_norm", c.series[5])
+    _, values = run.series("grad_norm")
+    positive = values[values > 0]
+    if len(positive) and positive.max() > 50 * np.median(positive):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
+
+
+def _loss(ax: Axes, run: Run, c: Colours) -> None:
+    noisy(ax, run, "loss", c.series[0], "training")
+    steps, values = run.series("eval/loss")
+    if len(steps):
+        ax.plot(steps, values, "o-", color=c.series[1], markersize=4, linewidth=1.2, label="held-out")
+    ax.legend()
+
+
+def _learning_rate(ax: Axes, run: Run, c: Colours) -> None:
+    ax.plot(*run.series("learning_rate"), color=c.series[7])
+    ax.set_ylim(bottom=0)
+    ax.ticklabel_format(axis="y", scilimits=(-3, 4))
+
+
+def _speed(ax: Axes, run: Run, c: Colours) -> None:
+    noisy(ax, run, "tokens_per_second", c.series[7])
+    ax.set_ylim(bottom=0)
+
+
+PANELS = [
+    Panel("Held-out accuracy", "Share of unseen tasks solved.", ("eval/accuracy",), _accuracy),
+    Panel("Loss", "Nats per completion token.", ("loss", "eval/loss"), _loss),
+    Panel("Reward", "Mean over the completions of a training step.", ("reward",), _reward),
+    Panel("Completion length", "Mean, in tokens.", ("completions/mean_length",), _length),
+    Panel("Entropy", "Of the next token, in nats; near 0, exploration ends.", ("entropy",), _entropy),
+    Panel("Verdicts", "Why completions were rewarded or not.", ("verdicts/",), _verdicts),
+    Panel(
+        "Without signal, cut off",
+        "Groups of equal rewards teach nothing; completions cut off at the limit have no answer.",
+        ("frac_reward_zero_std",),
+        _signal,
+    ),
+    Panel("Distance", "To the reference model; tokens that were clipped.", ("kl",), _divergence),
+    Panel("Gradient norm", "Before clipping.", ("grad_norm",), _grad_norm),
+    Panel("Learning rate", "Of the optimizer.", ("learning_rate",), _learning_rate),
+    Panel("Seconds per step", "By part.", ("time/",), _time),
+    Panel("Tokens per second", "Over the whole step.", ("tokens_per_second",), _speed),
+]
+
+
+def panels(run: Run) -> list[Panel]:
+    """The panels that this run has numbers for. A GRPO loss and a constant learning rate say nothing."""
+    names = run.names()
+    hidden = {"Loss", "Learning rate", "Tokens per second"} if "reward" in names else set()
+    return [
+        panel
+        for panel in PANELS
+        if panel.title not in hidden and any(len(run.series(n)[0]) for n in names if n.startswith(panel.needs))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def curves_png(run: Run, facts: dict[str, float]) -> bytes:
+    """All panels as one picture."""
+    shown = panels(run)
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    with matplotlib.rc_context(STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        size = (4.2 * columns, 2.75 * rows + 0.6)
+        figure = Figure(figsize=size, dpi=140, layout=layout, facecolor=LIGHT.paper)
+        figure.suptitle(summary(run, facts), x=0.01, ha="left", fontsize=12, color=LIGHT.ink)
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        for panel, ax in zip(shown, axes, strict=False):  # in this order zip takes no axes it does not use
+            dress(ax, LIGHT)
+            panel.draw(ax, run, LIGHT)
+            finish(ax, LIGHT)
+            ax.set_title(panel.title, loc="left", fontweight="bold", color=LIGHT.ink, fontsize=10)
+        for ax in list(axes):
+            ax.remove()
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def curves_svg(run: Run) -> list[tuple[Panel, str]]:
+    """Each panel as SVG markup to put into a page that defines ``--ink --muted --grid --paper --series-0…``."""
+    return [(panel, _svg(panel, run)) for panel in panels(run)]
+
+
+def summary(run: Run, facts: dict[str, float]) -> str:
+    """``demo: held-out accuracy 0.16 → 0.44, completion length 46 → 99 tokens, 405 s``."""
+    parts = []
+    if "accuracy_before" in facts:
+        parts.append(f"held-out accuracy {facts['accuracy_before']:.2f} → {facts['accuracy_after']:.2f}")
+    elif "loss_before" in facts and "reward_before" not in facts:
+        parts.append(f"loss {facts['loss_before']:.3f} → {facts['loss_after']:.3f}")
+    if "length_before" in facts:
+        parts.append(f"completion length {facts['length_before']:.0f} → {facts['length_after']:.0f} tokens")
+    if "seconds" in facts:
+        parts.append(f"{facts['seconds']:,.0f} s")
+    return f"{run.name}: " + ", ".join(parts) if parts else run.name
+
+
+def _svg(panel: Panel, run: Run) -> str:
+    # the salt makes the ids inside the picture its own, and the same on every drawing
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        figure.patch.set_alpha(0.0)
+        ax = figure.add_subplot()
+        dress(ax, THEMED)
+        panel.draw(ax, run, THEMED)
+        finish(ax, THEMED)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    markup = file.getvalue()
+    markup = markup[markup.index("<svg") :]
+    for name in ("paper", "ink", "muted", "grid"):
+        markup = markup.replace(getattr(THEMED, name), f"var(--{name})")
+    for i, colour in enumerate(THEMED.series):
+        markup = markup.replace(colour, f"var(--series-{i})")
+    markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.DOTALL)
+    markup = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", markup, count=1)
+    return markup.replace("<svg ", f'<svg role="img" aria-label="{panel.title}" ', 1)

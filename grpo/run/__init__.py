@@ -1,0 +1,3 @@
+"""A run's folder, its checkpoints and resume, its log, trackers and screen, and what every stage sets up.
+
+Others take ``session``, ``state``, ``log.Tracker``, ``folder`` and ``checkpoint``."""

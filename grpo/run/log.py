@@ -1,0 +1,152 @@
+"""Where a run's numbers go: ``metrics.jsonl`` and ``rollouts/`` always, trackers where asked, progress on the screen.
+
+The files are the record: a disk that refuses them stops the run. Trackers are a convenience: one that is unreachable
+or crashes is dropped with a warning, and training goes on. ``trackers.py`` holds them, ``screen.py`` the screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from grpo.errors import RunError
+from grpo.run.screen import progress_display
+from grpo.run.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from grpo.config import TrackingConfig
+
+log = logging.getLogger("grpo")
+
+
+class Tracker:
+    """Logs one run. Rank 0 alone constructs it; use it as a context manager or call ``close``.
+
+    ``resume_offset`` is the ``offset`` of the checkpoint that the run goes on from: what ``metrics.jsonl`` holds beyond
+    it will be written again, and is cut off. ``recipe_dict`` is the resolved recipe, for the trackers' configuration.
+    Raises UserError for a tracker that is asked for but not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tracking: TrackingConfig,
+        *,
+        recipe_dict: dict[str, Any],
+        total_steps: int,
+        resume_offset: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self._file = _open_at(folder / "metrics.jsonl", resume_offset)
+        step, seconds = _so_far(folder / "metrics.jsonl")
+        if resume_offset is not None:
+            _forget_rollouts(folder / "rollouts", after=step)
+        self._trackers = open_trackers(folder, tracking, recipe_dict, first_step=step + 1)
+        max_seconds = recipe_dict.get("training", {}).get("max_seconds")
+        self._progress = progress_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Append one line to ``metrics.jsonl`` and tell the trackers and the screen.
+
+        Floats are written in full (they read back to the same bits); NaN, infinity and None become null, which every
+        JSON reader accepts. Evaluation metrics (``eval/…``) come in a call of their own.
+        """
+        plain = {name: _number(value) for name, value in metrics.items()}
+        try:
+            self._file.write(json.dumps({"step": step, **plain}, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror or error}") from error
+        self._trackers.log(step, {name: value for name, value in plain.items() if value is not None})
+        self._progress.log(step, plain)
+
+    def log_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]], prefix: str = "step") -> Path:
+        """Write ``rollouts/{prefix}_{step:06d}.jsonl``, one row a line, whole or not at all. Returns its path."""
+        path = self.folder / "rollouts" / f"{prefix}_{step:06d}.jsonl"
+        aside = path.with_suffix(".tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            # backslashreplace turns a lone surrogate into its JSON escape
+            with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                for row in rows:
+                    file.write(json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n")
+            os.replace(aside, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        return path
+
+    @property
+    def offset(self) -> int:
+        """Bytes of ``metrics.jsonl`` that are safely on the disk: what a checkpoint stores as ``resume_offset``."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._progress.close()
+        self._trackers.close()
+        with contextlib.suppress(OSError):  # what could not be written was said by log()
+            self._file.close()
+
+
+def _open_at(path: Path, offset: int | None) -> BinaryIO:
+    """Open for appending, cut to ``offset`` bytes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+        size = file.tell()
+        if offset is not None and size < offset:
+            log.warning("%s has %d bytes, its checkpoint saw %d: some metrics are lost", path, size, offset)
+        elif offset is not None:
+            file.truncate(offset)
+            file.seek(offset)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    return file
+
+
+def _so_far(path: Path) -> tuple[int, float]:
+    """Last step and seconds in steps of what an earlier start of this run logged; (0, 0.0) for a new run."""
+    rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
+    seconds = sum(row.get("step_time") or 0.0 for row in rows)
+    return max((row["step"] for row in rows), default=0), seconds
+
+
+def _forget_rollouts(folder: Path, after: int) -> None:
+    """Remove rollouts of steps that the run has gone back behind: a report would mix them with what comes."""
+    for file in folder.glob("*_*.jsonl"):
+        number = file.stem.rpartition("_")[2]
+        if number.isdigit() and int(number) > after:
+            file.unlink()
+
+
+def _number(value: Any) -> float | int | None:
+    """A plain finite number, or None. Tensors and numpy scalars of one element are taken by ``item()``."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with non-finite floats as None, inside lists and dictionaries too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,92 @@
+"""Where the reward functions of a recipe are, and the few that have workers of their own.
+
+The one place that imports ``rewards``, besides the workers that call them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pkgutil
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import rewards as builtin_rewards
+from grpo.config import RewardConfig, ScoringConfig
+from grpo.errors import UserError
+from grpo.scoring.call import FRAMEWORK_KEYS, FunctionSpec
+
+
+def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[FunctionSpec]:
+    specs: list[FunctionSpec] = []
+    for index, reward in enumerate(rewards):
+        where = f"rewards[{index}]"
+        taken = sorted(FRAMEWORK_KEYS & reward.args.keys())
+        if taken:
+            raise UserError(f"{where}: args.{taken[0]} is a name the trainer passes itself")
+        place = _builtin(reward.name, where) if reward.name else _user_function(str(reward.path), where)
+        key, number = place["key"], 2
+        while any(spec.key == place["key"] for spec in specs):
+            place["key"], number = f"{key}#{number}", number + 1
+        specs.append(FunctionSpec(**place, args=reward.args, timeout=reward.timeout or scoring.timeout))
+    return specs
+
+
+def _builtin(name: str, where: str) -> dict[str, Any]:
+    if not name.isidentifier() or find_spec(f"rewards.{name}") is None:
+        known = [module.name for module in pkgutil.iter_modules(builtin_rewards.__path__)]
+        known = [m for m in known if hasattr(import_module(f"rewards.{m}"), f"{m}_reward")]
+        raise UserError(
+            f"{where}: no built-in reward {name!r} (there are: {', '.join(known)}); "
+            "a function of your own is `path: file.py:fn`"
+        )
+    attribute = f"{name}_reward"
+    source = f"rewards.{name}.{attribute}"
+    return {"key": name, "source": source, "module": f"rewards.{name}", "attribute": attribute, "builtin": True}
+
+
+def _user_function(path: str, where: str) -> dict[str, Any]:
+    place, _, attribute = path.rpartition(":")
+    if not place or not attribute.isidentifier():
+        raise UserError(f"{where}: path must be file.py:function or package.module:function, got {path!r}")
+    if place.endswith(".py") or "/" in place or os.sep in place:
+        file = Path(place).expanduser().resolve()
+        if not file.is_file():
+            raise UserError(f"{where}: there is no file {file}")
+        return {"key": attribute, "source": path, "file": str(file), "attribute": attribute}
+    return {"key": attribute, "source": path, "module": place, "attribute": attribute}
+
+
+def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, ModuleType]:
+    """Start the workers of built-in rewards that bring their own; their modules, by the index of the function.
+
+    Such a module has ``start(workers, …)`` and ``stop()``; its reward is called in the trainer, never inside a scoring
+    worker: a pool in a pool would be killed for the slowness of the inner one.
+
+    Raises:
+        UserError: they cannot be started; the message says what would help.
+    """
+    modules = {}
+    for index, spec in enumerate(specs):
+        module = import_module(spec.module) if spec.builtin else None
+        if module is not None and hasattr(module, "start"):
+            accepted = inspect.signature(module.start).parameters
+            try:
+                module.start(workers, **{key: value for key, value in spec.args.items() if key in accepted})
+            except RuntimeError as why:
+                raise UserError(f"rewards[{index}] ({spec.source}): {why}") from None
+            modules[index] = module
+    return modules
+
+
+def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[str, Callable[[dict[str, Any]], str | None]]]:
+    """What built-in rewards can say of a row before anything is sampled: name, and the function to ask.
+
+    ``check_row(columns)`` of a reward's module gives the reason why no completion could be right, None where one could.
+    """
+    modules = {reward.name: import_module(f"rewards.{reward.name}") for reward in rewards if reward.name}
+    return [(name, module.check_row) for name, module in modules.items() if hasattr(module, "check_row")]

@@ -1,0 +1,121 @@
+"""Forward passes before an update: what the policy says of tokens now, and which of them are chosen by that."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+
+from grpo.config import AlgorithmConfig, TrainingConfig
+from grpo.losses import LossOptions, StepTokens, find_loss, top_entropy_kept
+from grpo.model.policy import Policy
+from grpo.packing import MicroBatch, plan_micro_batches
+from grpo.types import Sequence
+from grpo.update.micro_batch_size import fitting, within_memory
+
+
+class Scores(NamedTuple):
+    """Of one completion's tokens. ``log_left`` is the log of the probability that top-k, top-p and min-p leave."""
+
+    logprobs: list[float]
+    entropies: list[float]
+    log_left: list[float]
+    ref_logprobs: list[float] | None
+
+
+def plan_for(
+    policy: Policy, sequences: list[Sequence], training: TrainingConfig, max_tokens: int
+) -> list[list[MicroBatch]]:
+    """Every process's micro-batches, as this policy computes them."""
+    return plan_micro_batches(
+        sequences,
+        max_tokens=max_tokens,
+        max_sequences=training.micro_batch_size,
+        world_size=policy.accelerator.num_processes,
+        packed=policy.packed,
+    )
+
+
+@torch.no_grad()
+def score_sequences(
+    policy: Policy, sequences: list[Sequence], training: TrainingConfig, *, temperature: float, reference: bool
+) -> list[Scores]:
+    """What the policy (and the reference) says of each sequence's tokens.
+
+    Work is split over processes like an update; every process gets all results back.
+    """
+    place_of = {id(s): i for i, s in enumerate(sequences)}
+
+    def attempt(max_tokens: int) -> list[tuple[int, Scores]]:
+        found = []
+        for micro_batch in plan_for(policy, sequences, training, max_tokens)[policy.accelerator.process_index]:
+            with fitting(policy, micro_batch):
+                batch = policy.collate(micro_batch)
+                of_policy = policy.statistics(batch, temperature)
+                ref_logps_BT = policy.reference_logprobs(batch, temperature) if reference else None
+            for row, s in enumerate(micro_batch):
+                if s.weight == 0:
+                    continue
+                span = slice(len(s.completion_ids))
+                ref = ref_logps_BT[row, span].tolist() if ref_logps_BT is not None else None
+                found.append((place_of[id(s)], Scores(*(x_BT[row, span].tolist() for x_BT in of_policy), ref)))
+        return found
+
+    return [scores for _, scores in sorted(gather_object(within_memory(policy, training, attempt)))]
+
+
+def precompute_logprobs(
+    policy: Policy, sequences: list[Sequence], training: TrainingConfig, *, temperature: float, reference: bool
+) -> list[Sequence]:
+    """The sequences with the rollout policy's log-probabilities (and the reference's), for several updates a rollout;
+    with truncated sampling, those of the sampler as ``update.comparable`` makes them."""
+    scored = score_sequences(policy, sequences, training, temperature=temperature, reference=reference)
+    result = []
+    for s, scores in zip(sequences, scored, strict=True):
+        sampler = s.sampler_logprobs
+        if policy.truncation:
+            sampler = [logp + left for logp, left in zip(sampler, scores.log_left, strict=True)]
+        result.append(
+            replace(s, old_logprobs=scores.logprobs, ref_logprobs=scores.ref_logprobs, sampler_logprobs=sampler)
+        )
+    return result
+
+
+def selects_tokens(algorithm: AlgorithmConfig) -> bool:
+    """Does a token's part in the loss depend on the other tokens of the step?"""
+    return algorithm.top_entropy_quantile < 1 or find_loss(algorithm.loss_type).select is not None
+
+
+def select_tokens(
+    policy: Policy,
+    sequences: list[Sequence],
+    algorithm: AlgorithmConfig,
+    training: TrainingConfig,
+    options: LossOptions,
+    *,
+    temperature: float,
+) -> list[Sequence]:
+    """The sequences, all of them valid, with ``kept`` set, by one more forward pass over all of the step.
+
+    A selection that draws does so by the seed and the tokens, so that it is the same on every process and on resume.
+    """
+    scored = score_sequences(policy, sequences, training, temperature=temperature, reference=False)
+    lengths = [len(s.completion_ids) for s in sequences]
+    old = [s.old_logprobs or scores.logprobs for s, scores in zip(sequences, scored, strict=True)]
+    logps_M, old_M, entropies_M = (
+        torch.tensor([x for values in part for x in values], dtype=torch.float32)
+        for part in ([scores.logprobs for scores in scored], old, [scores.entropies for scores in scored])
+    )
+    advantages_M = torch.tensor([s.advantage for s in sequences]).repeat_interleave(torch.tensor(lengths))
+    select = find_loss(algorithm.loss_type).select
+    if select is None:
+        kept_M = top_entropy_kept(entropies_M, algorithm.top_entropy_quantile)
+    else:
+        digest = zlib.crc32(repr([s.completion_ids for s in sequences]).encode())
+        generator = torch.Generator().manual_seed(training.seed << 32 | digest)
+        kept_M = select(StepTokens(logps_M, logps_M - old_M, entropies_M, advantages_M), options, generator)
+    parts = kept_M.split(lengths)
+    return [replace(s, kept=kept_t.tolist()) for s, kept_t in zip(sequences, parts, strict=True)]

@@ -1,0 +1,155 @@
+"""How many tokens one forward and backward pass may have: as the recipe says, or as memory allows.
+
+Without ``training.micro_batch_tokens`` the size is found before the first update: what a token keeps for the backward
+pass is measured on made-up sequences, and a share of the free memory divided by it. Where memory runs out all the same,
+the size is halved and the step done again: denominators are those of the whole step, so its gradient is the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from grpo.config import TrainingConfig
+from grpo.errors import RunError
+from grpo.kernels import allocator
+from grpo.kernels.lean_activations import watching
+from grpo.model.device_memory import free_memory
+from grpo.model.policy import Policy
+from grpo.packing import MicroBatch, packed_tokens, padded_tokens
+from grpo.types import Sequence
+
+log = logging.getLogger("grpo")
+Result = TypeVar("Result")
+
+# Tokens, and on a CPU bytes kept, beyond which a larger micro-batch gained nothing: 1,024 tokens of a model of 135 M
+# parameters were as fast as 2,048 in float32 (in bfloat16 a seventh slower, for 290 MB less), and 4,096 of one of
+# 0.85 M as 16,384 (docs/performance.md).
+LARGEST = {"cpu": 8192, "cuda": 32768}
+LARGEST_KEPT_ON_CPU = 0.75e9
+SMALLEST = 256
+SHARE = 0.5  # of free memory: what else the backward pass makes and frees is as large again at most
+MEASURED_TOKENS = (128, 384)
+
+
+class DoesNotFit(Exception):
+    """A micro-batch ran out of memory."""
+
+    def __init__(self, sequences: int, tokens: int):
+        super().__init__(f"a micro-batch of {tokens} tokens ({sequences} sequences)")
+        self.sequences, self.tokens = sequences, tokens
+
+
+def within_memory(policy: Policy, training: TrainingConfig, attempt: Callable[[int], Result]) -> Result:
+    """``attempt(max_tokens)``, begun again with half as many where it raises DoesNotFit.
+
+    Raises RunError where a single sequence does not fit, or there are several processes: the others of them wait in
+    the middle of a collective operation, from which nothing calls them back.
+    """
+    if training.micro_batch_tokens is None and policy.micro_batch_limit is None:
+        policy.micro_batch_limit = automatic_size(policy)
+    while True:
+        tokens = min(given for given in (training.micro_batch_tokens, policy.micro_batch_limit) if given is not None)
+        try:
+            return attempt(tokens)
+        except DoesNotFit as error:
+            what, sequences, halved = str(error), error.sequences, min(tokens, error.tokens) // 2
+        # Out of the except clause, whose traceback holds the tensors that did not fit.
+        policy.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if sequences == 1:
+            raise RunError(
+                f"out of memory in {what}: a single sequence does not fit. Set model.gradient_checkpointing=true, or "
+                "lower rollout.max_completion_length or data.max_prompt_length; then go on with --resume"
+            )
+        if policy.accelerator.num_processes > 1:
+            raise RunError(
+                f"rank {policy.accelerator.process_index}: out of memory in {what}. Go on with --resume and "
+                f"training.micro_batch_tokens={halved}, or with model.gradient_checkpointing=true"
+            )
+        policy.micro_batch_limit = halved
+        log.warning("out of memory in %s: begun again with training.micro_batch_tokens=%d", what, halved)
+
+
+@contextmanager
+def fitting(policy: Policy, micro_batch: MicroBatch) -> Iterator[None]:
+    """Within it, running out of memory raises DoesNotFit."""
+    ran_out = False
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        ran_out = is_out_of_memory(error)
+        if not ran_out:
+            raise
+    if ran_out:  # not within the except clause: DoesNotFit would keep what did not fit alive
+        tokens_of = packed_tokens if policy.packed else padded_tokens
+        raise DoesNotFit(len(micro_batch), tokens_of(micro_batch))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's own error on accelerators; of the CPU's allocator there is a RuntimeError with a message."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory", "bad_alloc")
+    )
+
+
+def automatic_size(policy: Policy) -> int:
+    """A power of two, the same on every process, and a line in the log. Called by all processes."""
+    kept = kept_per_token(policy)
+    allocator.trim()
+    free = free_memory(policy.device) - _still_to_come(policy)
+    fits = SHARE * free / kept
+    largest = LARGEST.get(policy.device.type, LARGEST["cuda"])
+    if policy.device.type == "cpu":
+        largest = min(largest, max(1, int(LARGEST_KEPT_ON_CPU / kept)))
+    mine = torch.tensor([min(max(fits, 1), largest)], device=policy.device)
+    tokens = 1 << (int(policy.accelerator.gather(mine).min()).bit_length() - 1)
+    if policy.accelerator.is_main_process:
+        log.info(
+            "training.micro_batch_tokens: %d (a token keeps %.0f kB for the backward pass, %.1f GB are free%s)",
+            max(tokens, SMALLEST),
+            kept / 1e3,
+            free / 1e9,
+            "; more would not be faster" if fits >= largest else "",
+        )
+    return max(tokens, SMALLEST)
+
+
+def kept_per_token(policy: Policy) -> float:
+    """Bytes that a token adds to what a forward pass keeps for the backward pass: weights are the same for both."""
+    few, many = (_kept(policy, tokens) for tokens in MEASURED_TOKENS)
+    return max(many - few, 1) / (MEASURED_TOKENS[1] - MEASURED_TOKENS[0])
+
+
+def _kept(policy: Policy, tokens: int) -> int:
+    """Bytes kept by a forward pass over one made-up sequence."""
+    found: dict[int, int] = {}
+
+    def see(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    vocab_size = policy.causal_lm.config.get_text_config(decoder=True).vocab_size
+    ids = [token % vocab_size for token in range(tokens)]
+    batch = policy.collate([Sequence(ids[: tokens // 4], ids[tokens // 4 :], [0.0] * (tokens - tokens // 4), 1.0)])
+    hooks = torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor)
+    with torch.enable_grad(), policy.no_sync(), hooks, watching(see):
+        logps_BT, _ = policy.logprobs(batch, 1.0)
+    del logps_BT
+    return sum(found.values())
+
+
+def _still_to_come(policy: Policy) -> int:
+    """Bytes of gradients and, before the first step, of AdamW's two moments."""
+    trained = sum(p.numel() * p.element_size() for p in policy.model.parameters() if p.requires_grad)
+    return trained * (1 if policy.optimizer.state else 3)

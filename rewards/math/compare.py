@@ -1,0 +1,221 @@
+r"""Whether an answer's form is the gold answer's: the same shape, and the same values in it.
+
+    gold                 also right
+    a value, ``5``       ``x = 5``; with a unit
+    ``42 cm``            without the unit, never with another one
+    ``42\%``             ``42`` and 0.42; while ``42\%`` is 0.42 wherever the gold has no percent sign
+    ``90^\circ``         ``90`` and ``\pi/2``
+    ``x = 5``            ``5``, and the same equation in another form
+    a list ``1, 2``      in any order, as a set, as ``x = 1, x = 2``
+    an interval          as inequality of one name, and the other way round
+    ``1011_2``           ``1011``, never 11
+
+A tuple is no set, and no two brackets are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rewards.math import exact, expression, functions, units
+from rewards.math.exact import Exact, NotExact
+from rewards.math.forms import (
+    FLIPPED,
+    Form,
+    as_region,
+    name_of,
+    named,
+    same_words,
+    ungrouped,
+    without_names,
+)
+from rewards.math.guard import check_for_worker
+from rewards.math.text import Unreadable, as_written
+
+MAX_ITEMS = 64
+
+Same = Callable[[str, str], bool]  # whether two formulas, gold's first, have the same value
+
+
+def same_value(gold: str, answer: str) -> bool:
+    """The exact path's comparison of two formulas.
+
+    Raises:
+        NotExact: one of them needs a computer algebra system.
+        Unreadable: one of them is no formula.
+    """
+    if as_written(gold) == as_written(answer):
+        return True
+    if _infinity(gold) or _infinity(answer):
+        return _infinity(gold) == _infinity(answer)
+    a, b = _value_or_none(gold), _value_or_none(answer)  # both are read: an answer that is no formula is no answer
+    same = functions.same(a, b) if a is not None and b is not None else None
+    if same is None:
+        for formula in (gold, answer):
+            check_for_worker(formula)
+        raise NotExact("for the computer algebra system")
+    return same
+
+
+def unknown_values(gold: Form) -> list[str]:
+    """The formulas in a form that only a computer algebra system can read.
+
+    Raises:
+        Unreadable: one that cannot be read at all.
+    """
+    if gold.kind == "words":
+        return []
+    formulas = [units.split(item.text).value for item in _all_values(gold) if not name_of(item)]
+    return [formula for formula in formulas if not _infinity(formula) and _value_or_none(formula) is None]
+
+
+def _all_values(form: Form) -> Iterator[Form]:
+    if form.kind == "value":
+        yield form
+    for item in form.items:
+        yield from _all_values(item)
+
+
+def _infinity(text: str) -> str:
+    text = text.replace(" ", "").removeprefix("+")
+    return text if text in (r"\infty", r"-\infty") else ""
+
+
+def _value_or_none(text: str) -> Exact | None:
+    try:
+        return expression.value(text)
+    except NotExact:
+        return None
+
+
+def same_form(gold: Form, answer: Form, same: Same) -> bool:
+    """Whether ``answer`` is right.
+
+    Raises:
+        NotExact, Unreadable: as ``same`` does.
+    """
+    if gold.kind == "words":
+        return answer.kind in ("words", "value") and same_words(gold.text, answer.text)
+    if max(len(gold.items), len(answer.items)) > MAX_ITEMS:
+        raise Unreadable(f"more than {MAX_ITEMS} values")
+    if gold.kind == "relation" and answer.kind == "relation":
+        return _same_relation(gold, answer, same)
+    if gold.kind in ("tuple", "union") and (region := as_region(answer)):
+        return _same_region(gold, region[1], same)
+    if answer.kind in ("tuple", "union") and (region := as_region(gold)):
+        return _same_region(region[1], answer, same)
+    if answer.kind == "relation" and (rest := named(answer)):
+        return same_form(gold, rest[1], same)
+    if gold.kind == "relation" and (rest := named(gold)):
+        return same_form(rest[1], answer, same)
+    if gold.kind == answer.kind == "value":
+        return _same_quantity(gold.text, answer.text, same)
+    if gold.kind in ("list", "set"):
+        return _same_collection(gold, ungrouped(answer), same)
+    if gold.kind != answer.kind:
+        return False
+    if gold.kind == "union":
+        return _same_unordered(gold.items, answer.items, same)
+    if gold.kind == "tuple" and gold.text != answer.text:
+        return False
+    return _same_ordered(gold.items, answer.items, same)
+
+
+def _same_region(gold: Form, answer: Form, same: Same) -> bool:
+    parts = [form.items if form.kind == "union" else (form,) for form in (gold, answer)]
+    return _same_unordered(parts[0], parts[1], same)
+
+
+def _same_collection(gold: Form, answer: Form, same: Same) -> bool:
+    if answer.kind not in ("list", "set"):
+        return False
+    if {gold.text, answer.text} == {"and", "or"} and any(item.kind == "relation" for item in gold.items):
+        return False
+    answers = answer.items
+    if not any(item.kind == "relation" for item in gold.items):
+        plain = without_names(answers)
+        if plain is None:
+            return False
+        answers = plain
+        if len(answers) == 1 and answers[0].kind in ("list", "set"):
+            answers = answers[0].items
+    elif not any(item.kind == "relation" for item in answers):
+        plain = without_names(gold.items)
+        return plain is not None and _same_unordered(plain, answers, same)
+    return _same_unordered(gold.items, answers, same)
+
+
+def _same_ordered(gold: Sequence[Form], answer: Sequence[Form], same: Same) -> bool:
+    return len(gold) == len(answer) and all(same_form(g, a, same) for g, a in zip(gold, answer, strict=True))
+
+
+def _same_unordered(gold: Sequence[Form], answer: Sequence[Form], same: Same) -> bool:
+    if len(gold) != len(answer):
+        return False
+    left = list(answer)
+    for item in gold:
+        found = next((i for i, candidate in enumerate(left) if same_form(item, candidate, same)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+# --- values with units, percent and degree signs ---------------------------------------------------------------------
+
+
+def _same_quantity(gold_text: str, answer_text: str, same: Same) -> bool:
+    gold, answer = units.split(gold_text), units.split(answer_text)
+    if gold.mark == answer.mark:
+        if not units.compatible(gold.unit, answer.unit):
+            return False
+        return same(gold.value, answer.value) or _same_digits(gold.value, answer.value)
+    if (gold.unit and answer.mark) or (gold.mark and (answer.mark or answer.unit)):
+        return False
+    if gold.mark:
+        return same(gold.value, answer.value) or same(_scaled(gold), answer.value)
+    if answer.mark == "degree" and expression.plain_number(gold.value) is not None:
+        return same(gold.value, answer.value)  # as any unit
+    return same(gold.value, _scaled(answer))
+
+
+def _scaled(quantity: units.Quantity) -> str:
+    """What a percent or degree sign makes of a formula."""
+    factor = r"\frac{1}{100}" if quantity.mark == "%" else r"\frac{\pi}{180}"
+    return f"({quantity.value}) \\cdot {factor}"
+
+
+def _same_digits(gold: str, answer: str) -> bool:
+    """``1011`` for ``1011_2``: the base may be left out where it was asked for."""
+    digits, _, base = as_written(gold).partition("_")
+    return bool(base) and digits.isdigit() and as_written(answer) == digits
+
+
+# --- relations -------------------------------------------------------------------------------------------------------
+
+
+def _same_relation(gold: Form, answer: Form, same: Same) -> bool:
+    regions = as_region(gold), as_region(answer)
+    if regions[0] and regions[1]:
+        return regions[0][0] == regions[1][0] and _same_region(regions[0][1], regions[1][1], same)
+    names = named(gold), named(answer)
+    if "in" in gold.signs + answer.signs or (names[0] and names[1] and names[0][0] == names[1][0]):
+        return bool(names[0] and names[1] and names[0][0] == names[1][0] and same_form(names[0][1], names[1][1], same))
+    if len(gold.signs) != len(answer.signs):
+        return False
+    if len(gold.signs) != 1 or any(item.kind != "value" for item in gold.items + answer.items):
+        return gold.signs == answer.signs and _same_ordered(gold.items, answer.items, same)
+    return _same_equation(gold, answer)
+
+
+def _same_equation(gold: Form, answer: Form) -> bool:
+    """Whether two equations (or inequalities) differ by a constant factor alone."""
+    try:
+        sides = [expression.value(item.text) for item in gold.items + answer.items]
+    except NotExact:
+        return False
+    factor = exact.ratio(sides[0] - sides[1], sides[2] - sides[3])
+    if factor is None:
+        return False
+    sign = answer.signs[0] if factor > 0 else FLIPPED[answer.signs[0]]
+    return sign == gold.signs[0]

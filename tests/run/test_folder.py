@@ -1,0 +1,188 @@
+"""A run folder holds one run: used, locked and unwritable ones are refused before anything is loaded or changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from grpo.config import Recipe
+from grpo.config.load import load_recipe
+from grpo.errors import UserError
+from grpo.run.folder import environment, prepare_run_folder, release_run_folder
+from grpo.run.same_run import check_same_run, run_identity
+
+
+def make(folder: Path, **changes: object) -> Recipe:
+    values = {
+        "model": {"name": "tiny"},
+        "data": {"name": "countdown"},
+        "rewards": [{"name": "countdown"}],
+        "training": {"output_dir": str(folder), "seed": 1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values.setdefault(section, {})[name] = value
+    return Recipe.model_validate(values)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    yield tmp_path / "runs" / "a"
+    release_run_folder(tmp_path / "runs" / "a")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_new_run_is_described(folder):
+    recipe = make(folder, optimizer__learning_rate=1e-6)
+    assert prepare_run_folder(recipe, resume=False) == folder
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    assert json.loads((folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints/step_000001/x", "final/config.json", "rollouts/r.jsonl"]
+)
+def test_a_used_folder_is_refused_untouched_with_both_cures(folder, name):
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("{}\n")
+    before = contents(folder)
+    with pytest.raises(UserError) as refusal:
+        prepare_run_folder(make(folder), resume=False)
+    message = str(refusal.value)
+    assert name.partition("/")[0] in message
+    assert "--resume" in message
+    assert f"training.output_dir={folder}-2" in message
+    assert contents(folder) == before
+
+
+def test_a_run_that_failed_before_its_first_step_can_be_repeated(folder):
+    prepare_run_folder(make(folder), resume=False)
+    release_run_folder(folder)
+    prepare_run_folder(make(folder, training__seed=2), resume=False)
+    assert load_recipe(folder / "recipe.yaml").training.seed == 2
+    assert load_recipe(folder / "recipe.previous.yaml").training.seed == 1
+
+
+def test_resuming_keeps_the_former_recipe_and_refuses_another_run(folder):
+    prepare_run_folder(make(folder), resume=False)
+    release_run_folder(folder)
+    (folder / "checkpoints" / "step_000010").mkdir(parents=True)
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"training\.seed: 1 -> 7"):
+        prepare_run_folder(make(folder, training__seed=7), resume=True)
+    assert contents(folder) == before
+    prepare_run_folder(make(folder, training__max_steps=500), resume=True)
+    assert load_recipe(folder / "recipe.yaml").training.max_steps == 500
+    assert load_recipe(folder / "recipe.previous.yaml").training.max_steps == 100
+
+
+HOLD = """
+import sys
+from grpo.config.load import load_recipe
+from grpo.run.folder import prepare_run_folder
+prepare_run_folder(load_recipe(sys.argv[1]), resume=False)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_locked_by_a_live_run_is_refused_and_free_once_that_run_is_killed(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(make(folder).model_dump()))
+    command = [sys.executable, "-c", HOLD, str(recipe)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()) as other:
+        assert other.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(UserError, match=f"in use by a live run \\(process {other.pid} on "):
+                prepare_run_folder(make(folder), resume=resume)
+        other.kill()
+        other.wait()
+    prepare_run_folder(make(folder), resume=True)
+
+
+def test_one_process_cannot_run_twice_in_a_folder_until_it_releases_it(folder):
+    prepare_run_folder(make(folder), resume=False)
+    with pytest.raises(UserError, match="already runs"):
+        prepare_run_folder(make(folder), resume=True)
+    release_run_folder(folder)
+    prepare_run_folder(make(folder), resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir: cannot write to .*file/run: Not a directory"):
+        prepare_run_folder(make(tmp_path / "file" / "run"), resume=False)
+    with pytest.raises(UserError, match="cannot write to /proc/run"):
+        prepare_run_folder(make(Path("/proc/run")), resume=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder_is_refused(folder):
+    folder.mkdir(parents=True, mode=0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        prepare_run_folder(make(folder), resume=False)
+
+
+def test_the_environment_says_what_and_where(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/grpo", "train", "my recipe.yaml"])
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    found = environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["command"] == "grpo train 'my recipe.yaml'"
+    assert found["cpu"]["cores"] >= 1
+    assert found["cpu"]["memory_gb"] > 0
+    assert "secret" not in json.dumps(found)
+    monkeypatch.setattr(sys, "argv", ["/lib/grpo/__main__.py", "train", "r"])
+    assert environment()["command"] == "python -m grpo train r"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# same_run
+
+
+def identity(folder: Path = Path("x"), world_size: int = 1, threads: int = 2, **changes: object) -> dict:
+    return run_identity(make(folder, **changes), world_size=world_size, threads=threads)
+
+
+def stored(**extra: object) -> dict:
+    return json.loads(json.dumps({"step": 3, "files": {}, **identity(), **extra}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"training__seed": 2}, r"training\.seed: 1 -> 2"),
+        ({"model__name": "big"}, r'model\.name: "tiny" -> "big"'),
+        ({"model__lora": {"r": 8}}, r'model\.lora: null -> \{"r": 8'),
+        ({"world_size": 2}, r"world_size: 1 -> 2"),
+        ({"threads": 1}, r"threads: 2 -> 1"),
+        ({"optimizer__learning_rate": 1e-5}, r"optimizer\.learning_rate: 1e-06 -> 1e-05"),
+    ],
+)
+def test_another_run_is_refused_by_the_keys_that_differ(changes, line):
+    with pytest.raises(UserError, match=line) as refusal:
+        check_same_run(stored(), identity(**changes))
+    assert len(str(refusal.value).splitlines()) == 3
+
+
+def test_what_may_change_passes_in_silence(caplog):
+    now = identity(Path("moved"), training__max_steps=9, training__eval_every=1, tracking__wandb="offline")
+    check_same_run(stored(), now)
+    assert caplog.text == ""
+
+
+def test_what_rounds_differently_passes_with_a_warning(caplog):
+    versions = stored()["versions"] | {"torch": "2.8.0"}
+    check_same_run(stored(versions=versions), identity(training__micro_batch_tokens=1024))
+    assert "training.micro_batch_tokens: null -> 1024" in caplog.text
+    assert 'versions.torch: "2.8.0"' in caplog.text

@@ -1,0 +1,321 @@
+"""metrics.jsonl is complete and exact whatever the trackers do; a resumed run continues it without a line twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from grpo.config import TrackingConfig
+from grpo.errors import RunError, UserError
+from grpo.run import trackers
+from grpo.run.log import Tracker
+from grpo.run.screen import WIDTH, duration, evaluation_text, progress_display
+
+RECIPE = {"training": {"max_seconds": None}, "model": {"name": "tiny"}}
+STEP = {
+    "reward": 0.3125,
+    "completions/mean_length": 1234.5,
+    "completions/clipped_ratio": 0.03,
+    "frac_reward_zero_std": 0.4,
+    "entropy": 1.0234,
+    "kl": 0.00123,
+    "grad_norm": 0.71234,
+    "loss": -1e-9,
+    "tokens_per_second": 12345.6,
+    "step_time": 4.125,
+}
+EVALUATION = {
+    "eval/accuracy": 0.381,
+    "eval/accuracy_low": 0.34,
+    "eval/accuracy_high": 0.424,
+    "eval/pass@2": 0.5,
+    "eval/pass@4": 0.602,
+    "eval/completions/mean_length": 99.4,
+    "eval/completions/clipped_ratio": 0.02,
+}
+
+
+def open_tracker(folder: Path, resume_offset: int | None = None, **tracking: object) -> Tracker:
+    return Tracker(folder, TrackingConfig(**tracking), recipe_dict=RECIPE, resume_offset=resume_offset, total_steps=100)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rollouts_of_steps_that_a_run_goes_back_behind_are_forgotten(tmp_path):
+    with open_tracker(tmp_path) as tracker:
+        offsets = []
+        for step in (0, 1, 2):
+            tracker.log(step, {"reward": 0.5})
+            tracker.log_rollouts(step, [{"completion": "a"}])
+            offsets.append(tracker.offset)
+        tracker.log_rollouts(2, [{"completion": "a"}], prefix="eval")
+    with open_tracker(tmp_path, resume_offset=offsets[1]):
+        assert sorted(file.name for file in (tmp_path / "rollouts").iterdir()) == [
+            "step_000000.jsonl",
+            "step_000001.jsonl",
+        ]
+
+
+def test_numbers_read_back_to_the_same_bits_and_non_finite_ones_are_null(tmp_path):
+    values = {
+        "float": 0.1 + 0.2,
+        "tiny": 5e-324,
+        "torch": torch.tensor(1 / 3, dtype=torch.float64),
+        "numpy": np.float32(0.1),
+        "int": 3,
+        "nan": math.nan,
+        "inf": torch.tensor(math.inf),
+        "none": None,
+    }
+    with open_tracker(tmp_path) as tracker:
+        tracker.log(1, values)
+    (line,) = lines(tmp_path)
+    assert line == {
+        "step": 1,
+        "float": 0.1 + 0.2,
+        "tiny": 5e-324,
+        "torch": 1 / 3,
+        "numpy": float(np.float32(0.1)),
+        "int": 3,
+        "nan": None,
+        "inf": None,
+        "none": None,
+    }
+
+
+def test_resuming_cuts_what_will_be_written_again(tmp_path):
+    with open_tracker(tmp_path) as tracker:
+        tracker.log(0, EVALUATION)
+        tracker.log(1, {"reward": 0.1})
+        offset = tracker.offset
+        tracker.log(2, {"reward": 0.2})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')  # killed while writing
+    assert offset == len(
+        "".join(f"{json.dumps(line)}\n" for line in [{"step": 0, **EVALUATION}, {"step": 1, "reward": 0.1}])
+    )
+
+    with open_tracker(tmp_path, resume_offset=offset) as tracker:
+        assert tracker.offset == offset
+        tracker.log(2, {"reward": 0.2})
+        assert tracker.offset > offset
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+
+    with open_tracker(tmp_path, resume_offset=0) as tracker:  # killed before the first checkpoint
+        tracker.log(1, {"reward": 0.1})
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_a_log_shorter_than_its_checkpoint_is_said(tmp_path, caplog):
+    with open_tracker(tmp_path) as tracker:
+        tracker.log(1, {"reward": 0.1})
+    open_tracker(tmp_path, resume_offset=1000).close()
+    assert "its checkpoint saw 1000" in caplog.text
+    assert len(lines(tmp_path)) == 1
+
+
+def test_rollouts_are_written_whole_or_not_at_all(tmp_path):
+    rows = [
+        {
+            "completion": "naïve 😀 \udc80 </script>\n",
+            "reward": math.nan,
+            "rewards": {"f": math.inf},
+            "columns": {"p": Path("x")},
+        },
+        {"completion": "", "reward": 1.0, "rewards": {"f": None}, "columns": {"nums": (1, 2)}},
+    ]
+
+    def torn():
+        yield rows[0]
+        raise KeyError("no more")
+
+    with open_tracker(tmp_path) as tracker:
+        path = tracker.log_rollouts(7, rows)
+        assert tracker.log_rollouts(0, rows, prefix="eval").name == "eval_000000.jsonl"
+        with pytest.raises(KeyError):
+            tracker.log_rollouts(7, torn())
+    assert path == tmp_path / "rollouts" / "step_000007.jsonl"
+    read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert read[0] == {
+        "completion": "naïve 😀 \udc80 </script>\n",
+        "reward": None,
+        "rewards": {"f": None},
+        "columns": {"p": "x"},
+    }
+    assert read[1]["columns"] == {"nums": [1, 2]}
+    assert "naïve 😀" in path.read_text(encoding="utf-8")
+
+
+def test_a_disk_that_refuses_stops_the_run_with_the_path(tmp_path):
+    tracker = open_tracker(tmp_path)
+    (tmp_path / "rollouts").write_text("in the way")
+    with pytest.raises(RunError, match="rollouts"):
+        tracker.log_rollouts(1, [{}])
+    tracker._file.close()
+    tracker._file = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(RunError, match=r"metrics\.jsonl.*No space"), tracker:
+        tracker.log(1, {"reward": 1.0})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_tracker(tmp_path, tensorboard=True) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"reward": step / 4, "kl": math.nan})
+        offset = tracker.offset
+        tracker.log(4, {"reward": 99.0})
+    with open_tracker(tmp_path, tensorboard=True, resume_offset=offset) as tracker:
+        tracker.log(4, {"reward": 1.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+    assert events.Tags()["scalars"] == ["reward"]
+
+
+def test_wandb_offline_writes_a_run_and_resumes_it(tmp_path, monkeypatch):
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for resume_offset in (None, 0):
+        with open_tracker(tmp_path / "run", resume_offset, wandb="offline", project="p") as tracker:
+            tracker.log(1, {"reward": 0.5})
+        assert len(lines(tmp_path / "run")) == 1
+    written = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(written) == 2
+    assert len({path.stem for path in written}) == 1  # the same run id
+    give_up = time.monotonic() + 30  # wandb writes from a process of its own
+    while not all(b"reward" in path.read_bytes() for path in written):
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+
+
+def test_a_tracker_that_is_not_installed_is_a_user_error_with_its_cure(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"tracking\.wandb.*grpo-train\[wandb\].*tracking\.trackio.*pip install trackio"
+    ):
+        open_tracker(tmp_path, wandb="offline", trackio=True)
+    open_tracker(tmp_path).close()
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_a_tracker_that_crashes_never_disturbs_training(tmp_path, monkeypatch, caplog, failing):
+    """A stand-in for the wandb module that fails at one place, as the real one does without a server."""
+    calls = []
+
+    class Run:
+        url = None
+
+        def log(self, metrics, step):
+            calls.append(step)
+            if failing == "log":
+                raise BrokenPipeError("the service is gone")
+
+        def finish(self):
+            if failing == "finish":
+                raise TimeoutError("upload")
+
+    class Wandb:
+        Settings = dict
+
+        @staticmethod
+        def init(**_):
+            if failing == "init":
+                raise RuntimeError("no quota\nsecond line")
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    with caplog.at_level(logging.WARNING, "grpo"), open_tracker(tmp_path, wandb="offline") as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"reward": 1.0})
+    assert len(lines(tmp_path)) == 3
+    assert len([record for record in caplog.records if "wandb failed" in record.message]) == 1
+    assert calls == {"init": [], "log": [1], "finish": [1, 2, 3]}[failing]
+
+
+def test_wandb_online_without_a_server_goes_on_offline(tmp_path, monkeypatch, caplog):
+    modes = []
+
+    class Run:
+        url = None
+        log = finish = staticmethod(lambda *_, **__: None)
+
+    class Wandb:
+        Settings = dict
+
+        @staticmethod
+        def init(mode, **_):
+            modes.append(mode)
+            if mode == "online":
+                raise ConnectionError("no route to host")
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    open_tracker(tmp_path, wandb="online").close()
+    assert modes == ["online", "offline"]
+    assert "no route to host" in caplog.text
+    assert "wandb sync" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The screen
+
+
+def test_one_plain_line_a_step_with_what_matters(tmp_path, capsys):
+    with open_tracker(tmp_path) as tracker:
+        tracker.log(0, EVALUATION)
+        tracker.log(1, STEP)
+        tracker.log(2, STEP | {"reward": -12.345678, "kl": 1.23e-15, "grad_norm": 1.23e-15, "step_time": 12345.6})
+        tracker.log(3, {"loss": 2.345, "grad_norm": 1.0, "step_time": 0.5})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == ("=== eval at step 0/100: accuracy 0.381 [0.340, 0.424]  pass@4 0.602  length 99  cut 2% ===")
+    assert printed[1].startswith("step   1/100  reward 0.312  length 1234  cut 3%  no-signal 40%  entropy 1.023")
+    assert re.search(r"tok/s 12\.3k  s/step 4\.12  eta \d", printed[1])
+    assert printed[3].startswith("step   3/100  loss 2.345  grad 1")
+    assert all(len(line) <= WIDTH for line in printed)
+
+
+def test_a_terminal_gets_a_bar_with_the_same_numbers(monkeypatch):
+    screen = io.StringIO()
+    display = progress_display(100, 0, console=Console(file=screen, force_terminal=True, width=120))
+    display.log(0, EVALUATION)
+    display.log(1, STEP)
+    display.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert "accuracy 0.381 [0.340, 0.424]" in text
+    assert "1/100" in text
+    assert "reward 0.312" in text
+    assert "accuracy 0.381  tok/s 12.3k  eta" in text
+
+
+def test_time_left_heeds_the_time_limit(capsys):
+    display = progress_display(10_000, 5, max_seconds=60.0, seconds=50.0, console=Console(file=io.StringIO()))
+    display.eta.last -= 8.0  # as if the step had taken eight seconds
+    display.log(6, {"reward": 0.0, "step_time": 8.0})
+    assert capsys.readouterr().out.rstrip().endswith("eta 2s")
+
+
+def test_durations_read_like_durations():
+    assert [duration(s) for s in (0.4, 42, 372, 3600 * 3 + 300)] == ["0s", "42s", "6m12s", "3h05m"]
+
+
+def test_an_evaluation_without_accuracy_shows_its_loss():
+    assert evaluation_text(5, 10, {"eval/loss": 1.5}) == "eval at step 5/10: loss 1.500"

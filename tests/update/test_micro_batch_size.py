@@ -1,0 +1,214 @@
+"""The size of micro-batches: found from memory, halved where memory runs out, the same after a resume."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo.errors import RunError
+from grpo.model.policy import Policy
+from grpo.packing import packed_tokens
+from grpo.run.state import Progress, restore_state, save_state
+from grpo.types import Batch, Sequence
+from grpo.update import micro_batch_size
+from grpo.update.forward import precompute_logprobs
+from grpo.update.micro_batch_size import automatic_size, is_out_of_memory, kept_per_token, within_memory
+from grpo.update.step import optimizer_step
+from tests.conftest import make_policy, make_recipe
+from tests.gradient_of_step import sequences
+
+CPU = "[enforce fail at alloc_cpu.cpp:129] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+class RunsOut(torch.autograd.Function):
+    """Raises in the backward pass, as the allocator does."""
+
+    @staticmethod
+    def forward(ctx, logps_BT, error):
+        ctx.error = error
+        return logps_BT.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ctx.error
+
+
+def holding(policy: Policy, tokens: int, error: Exception) -> Policy:
+    """The policy on a machine whose memory holds the backward pass of ``tokens`` tokens."""
+    statistics = policy.statistics
+
+    def limited(batch: Batch, temperature: float, **options: bool) -> tuple[torch.Tensor, ...]:
+        logps_BT, *others = statistics(batch, temperature, **options)
+        return (RunsOut.apply(logps_BT, error) if batch.input_ids_RN.numel() > tokens else logps_BT), *others
+
+    policy.statistics = limited  # type: ignore[method-assign]
+    return policy
+
+
+def step(policy: Policy, training: dict, out: Path, batch: list[Sequence] | None = None) -> tuple[dict, list]:
+    """Metrics of an optimizer step, and the gradient that it steps by."""
+    recipe = make_recipe(Path("x"), training=training, optimizer={"max_grad_norm": 0.0})
+    gradients: list[torch.Tensor] = []
+    policy.step = lambda _: gradients.extend(p.grad.clone() for p in policy.model.parameters())  # type: ignore
+    metrics = optimizer_step(
+        policy,
+        batch or sequences(),
+        recipe.algorithm,
+        recipe.training,
+        temperature=0.9,
+        learning_rate=1.0,
+        max_completion_length=40,
+        dump_to=out,
+    )
+    return metrics, gradients
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU)])
+def test_a_step_that_does_not_fit_is_done_again_in_halves_with_the_same_gradient(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    caplog.set_level(logging.WARNING)
+    expected, whole = step(make_policy(tiny_model), {"micro_batch_tokens": 1000}, tmp_path)
+    policy = holding(make_policy(tiny_model), 50, error)
+    found, halved = step(policy, {"micro_batch_tokens": 1000}, tmp_path)
+    assert policy.micro_batch_limit is not None
+    assert policy.micro_batch_limit <= 50
+    assert "out of memory in a micro-batch of" in caplog.text
+    assert f"training.micro_batch_tokens={policy.micro_batch_limit}" in caplog.text
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for a, b in zip(whole, halved, strict=True):
+        assert float((a - b).norm()) <= 1e-5 * float(a.norm()) + 1e-12
+    caplog.clear()
+    step(policy, {"micro_batch_tokens": 1000}, tmp_path)  # and the next one knows
+    assert not caplog.text
+
+
+def test_a_single_sequence_that_does_not_fit_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    policy = holding(make_policy(tiny_model), 20, RuntimeError(CPU))
+    with pytest.raises(RunError, match=r"a single sequence does not fit.*gradient_checkpointing"):
+        step(policy, {}, tmp_path)
+
+
+def test_other_errors_are_left_alone(tiny_model: Path, tmp_path: Path) -> None:
+    policy = holding(make_policy(tiny_model), 20, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        step(policy, {}, tmp_path)
+    assert is_out_of_memory(MemoryError())
+
+
+def test_with_several_processes_it_ends_the_run_and_says_what_to_set(tiny_model: Path) -> None:
+    policy = make_policy(tiny_model)
+    policy.accelerator = SimpleNamespace(num_processes=2, process_index=1)  # type: ignore[assignment]
+
+    def attempt(_: int) -> None:
+        raise micro_batch_size.DoesNotFit(3, 800)
+
+    training = make_recipe(tiny_model, training={"micro_batch_tokens": 1000}).training
+    with pytest.raises(RunError, match=r"rank 1: out of memory.*training\.micro_batch_tokens=400"):
+        within_memory(policy, training, attempt)
+
+
+def test_log_probabilities_that_do_not_fit_are_computed_again_in_halves(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(tiny_model)
+    training = make_recipe(tiny_model, training={"micro_batch_tokens": 1000}).training
+    expected = precompute_logprobs(policy, sequences(), training, temperature=0.9, reference=False)
+    statistics = policy.statistics
+
+    def limited(batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
+        if batch.input_ids_RN.numel() > 60:
+            raise RuntimeError(CPU)
+        return statistics(batch, temperature)
+
+    monkeypatch.setattr(policy, "statistics", limited)
+    found = precompute_logprobs(policy, sequences(), training, temperature=0.9, reference=False)
+    for a, b in zip(found, expected, strict=True):
+        assert a.old_logprobs == pytest.approx(b.old_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_token_keeps_is_what_the_forward_pass_of_more_of_them_keeps(
+    tiny_model: Path, checkpointing: bool
+) -> None:
+    policy = make_policy(tiny_model, model={"gradient_checkpointing": checkpointing})
+    config = policy.causal_lm.config
+    width = 4 * config.hidden_size  # bytes
+    inputs = width * config.num_hidden_layers
+    kept = kept_per_token(policy)
+    assert (inputs <= kept < 3 * inputs) if checkpointing else (10 * inputs < kept < 60 * inputs)
+
+
+def test_the_automatic_size_is_a_share_of_free_memory(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    policy = make_policy(tiny_model)
+    kept = kept_per_token(policy)
+    largest, smallest = micro_batch_size.LARGEST["cpu"], micro_batch_size.SMALLEST
+    for tokens, size in ((1200, 1024), (1000, 512), (500, smallest), (10, smallest), (1e9, largest)):
+        free = kept * tokens / micro_batch_size.SHARE + micro_batch_size._still_to_come(policy)
+        monkeypatch.setattr(micro_batch_size, "free_memory", lambda _, free=free: free)
+        assert automatic_size(policy) == size
+        assert f"training.micro_batch_tokens: {size}" in caplog.text
+    monkeypatch.setattr(micro_batch_size, "LARGEST_KEPT_ON_CPU", kept * 1100)  # of a larger model a token keeps more
+    assert automatic_size(policy) == 1024
+
+
+def test_a_resumed_run_takes_the_size_that_the_checkpoint_s_run_had(tiny_model: Path, tmp_path: Path) -> None:
+    policy, recipe = make_policy(tiny_model), make_recipe(tiny_model, training={"output_dir": str(tmp_path)})
+    policy.micro_batch_limit = 96
+    save_state(tmp_path, recipe, policy, Progress(step=3))
+    resumed = make_policy(tiny_model)
+    restore_state(tmp_path / "checkpoints/step_000003", recipe, resumed)
+    assert resumed.micro_batch_limit == 96
+    other = make_policy(tiny_model)  # a recipe that now asks for another size gets it
+    recipe = make_recipe(tiny_model, training={"output_dir": str(tmp_path), "micro_batch_tokens": 500})
+    restore_state(tmp_path / "checkpoints/step_000003", recipe, other)
+    assert other.micro_batch_limit is None
+
+
+REALLY = """
+import logging, resource, sys
+from pathlib import Path
+from tests.conftest import make_policy, make_recipe
+from grpo.kernels import allocator
+from grpo.types import Sequence
+from tests.update.test_micro_batch_size import step
+logging.basicConfig(level=logging.WARNING)
+allocator.install()
+policy = make_policy(Path(sys.argv[1]))
+batch = [Sequence([1, 2, 3], [7 + i * (g + 1) % 90 for i in range(300)], [-5.0] * 300, (-1.0) ** g) for g in range(16)]
+if sys.argv[2] != "all":
+    step(policy, {"micro_batch_tokens": 500}, Path("."), batch)  # threads and buffers
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]) * 2**20,) * 2)
+metrics, _ = step(policy, {"micro_batch_tokens": 20_000}, Path("."), batch)
+print(metrics["grad_norm"], policy.micro_batch_limit)
+"""
+
+
+def run_really(model: Path, megabytes: str) -> tuple[str, str, str]:
+    done = subprocess.run([sys.executable, "-c", REALLY, str(model), megabytes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return (*done.stdout.split(), done.stderr)
+
+
+def test_memory_that_really_runs_out(tiny_model: Path) -> None:
+    """By a limit on the process's address space."""
+    norm, limit, said = run_really(tiny_model, "all")
+    assert (limit, said.count("out of memory")) == ("None", 0)
+    less, limit, said = run_really(tiny_model, "40")
+    assert int(limit) < 20_000
+    assert "out of memory in a micro-batch of" in said
+    assert float(less) == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_the_sizes_of_made_up_steps_are_what_these_tests_think() -> None:
+    assert 100 < packed_tokens(sequences()) < 1000

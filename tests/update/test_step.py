@@ -1,0 +1,345 @@
+"""The gradient of a step: the definition's, and the same however it is split over micro-batches and processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo.config.load import dump_recipe, load_recipe
+from grpo.errors import RunError, UserError
+from grpo.losses import LOSSES, Counts
+from grpo.run.same_run import check_same_run, run_identity
+from grpo.types import Batch, Completion, Group, Prompt, Sequence, Status
+from grpo.update.forward import precompute_logprobs
+from grpo.update.step import (
+    _metrics,
+    _micro_batch_loss,
+    _over_processes,
+    backward,
+    optimizer_step,
+    to_sequences,
+    with_signal,
+)
+from tests import gradient_of_step
+from tests.conftest import make_policy, make_recipe
+from tests.gradient_of_step import TEMPERATURE, gradient, recipe_for, sequences
+from tests.launching import DDP, FSDP2, ROOT, launch
+
+BETA = 0.1
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+RATIO = "sampling/importance_sampling_ratio"
+Gradients = dict[str, dict[str, torch.Tensor]]
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative distance of two gradients, all parameters as one vector."""
+    assert one.keys() == other.keys()
+    a, b = (torch.cat([g[name].flatten().double() for name in one]) for g in (one, other))
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Gradients:
+    """One process, one micro-batch of eight."""
+    out = tmp_path_factory.mktemp("gradients") / "out"
+    return {name: gradient(recipe_for(str(tiny_model), name, 8, BETA), out)[0] for name in LOSSES}
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name != "bnpo"])
+@pytest.mark.parametrize("micro_batch_size", [4, 1])
+def test_micro_batching_does_not_change_it(
+    whole: Gradients, tiny_model: Path, tmp_path: Path, loss_type: str, micro_batch_size: int
+) -> None:
+    split, _ = gradient(recipe_for(str(tiny_model), loss_type, micro_batch_size, BETA), tmp_path / "out")
+    assert distance(whole[loss_type], split) < 1e-5
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("kind", "sharded"), [(DDP, False), (FSDP2, True)], ids=["ddp", "fsdp2"])
+def test_two_processes_do_not_change_it(
+    whole: Gradients, tiny_model: Path, tmp_path: Path, kind: list[str], sharded: bool
+) -> None:
+    out = tmp_path / "out.pt"
+    done = launch(kind, ROOT / "tests/gradient_of_step.py", tiny_model, out, 2, BETA)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(out)
+    assert (found["processes"], found["sharded"]) == (2, sharded)
+    for name in LOSSES:
+        if name != "bnpo":
+            assert distance(whole[name], found["gradients"][name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
+def test_it_is_the_gradient_of_the_definition(tiny_model: Path, tmp_path: Path, loss_type: str) -> None:
+    """Against autograd through transformers' own logits, sequence by sequence, no packing and no chunks; beta is 0, so
+    sequences without signal are left out by ours and not by the definition."""
+    recipe = recipe_for(str(tiny_model), loss_type, 8, 0.0)
+    ours, policy = gradient(recipe, tmp_path / "out")
+    policy.optimizer.zero_grad()
+    valid = [s for s in sequences() if s.valid]
+    tokens = sum(len(s.completion_ids) for s in valid)
+    # bnpo's mean is over the tokens of a micro-batch, and those without signal are not in it
+    contributing_tokens = sum(len(s.completion_ids) for s in valid if s.advantage)
+    total = torch.zeros(())
+    for s in valid:
+        ids = torch.tensor([s.prompt_ids + s.completion_ids])
+        logits = policy.causal_lm(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1] / TEMPERATURE
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(s.completion_ids)[:, None])[:, 0]
+        ratio = (logps - torch.tensor(s.old_logprobs)).exp()
+        loss = -torch.minimum(ratio * s.advantage, ratio.clamp(1 - 5.0, 1 + 5.0) * s.advantage)
+        scale = {
+            "grpo": 1 / (len(valid) * len(loss)),
+            "dr_grpo": 1 / (len(valid) * 40),
+            "dapo": 1 / tokens,
+            "bnpo": 1 / contributing_tokens,
+        }[loss_type]
+        total = total + loss.sum() * scale
+    total.backward()
+    expected = {name: p.grad for name, p in policy.model.named_parameters()}
+    assert distance(expected, ours) < 1e-5
+
+
+def test_groups_without_signal_and_invalid_sequences_take_no_part() -> None:
+    algorithm = make_recipe(Path("x")).algorithm
+    kept = with_signal(sequences(), algorithm)
+    assert len(kept) == 5
+    moves_all = [{"beta": 0.1}, {"entropy_coef": 0.01}, {"use_adaptive_entropy": True}, {"loss_type": "kl_cov"}]
+    for options in moves_all:  # also those of zero advantage
+        assert len(with_signal(sequences(), algorithm.model_copy(update=options))) == 7, options
+    in_reward = algorithm.model_copy(update={"beta": 0.1, "kl_in_reward": True})  # then it is in the advantages
+    assert len(with_signal(sequences(), in_reward)) == 5
+
+
+def test_no_signal_at_all_leaves_weights_and_moments_alone(tiny_model: Path, tmp_path: Path) -> None:
+    policy = make_policy(tiny_model)
+    recipe = make_recipe(tiny_model)
+    step = {"temperature": 1.0, "learning_rate": 1e-2, "max_completion_length": 40, "dump_to": tmp_path}
+    optimizer_step(policy, sequences(), recipe.algorithm, recipe.training, **step)  # moments are now non-zero
+    before = {name: t.clone() for name, t in policy.full_state().items()}
+    flat = sequences()
+    for s in flat:
+        s.advantage = 0.0
+    assert optimizer_step(policy, flat, recipe.algorithm, recipe.training, **step) == {"skipped": 1.0}
+    assert all(torch.equal(t, before[name]) for name, t in policy.full_state().items())
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_non_finite_number_stops_before_the_step_and_dumps_the_batch(
+    tiny_model: Path, tmp_path: Path, poison: str
+) -> None:
+    policy = make_policy(tiny_model)
+    recipe = make_recipe(tiny_model)
+    batch = sequences()
+    if poison == "loss":
+        batch[0].advantage = float("nan")
+    else:
+        policy.causal_lm.get_input_embeddings().weight.register_hook(lambda g: g * float("inf"))
+    before = {name: t.clone() for name, t in policy.full_state().items()}
+    with pytest.raises(RunError, match="nonfinite_rank_0"):
+        optimizer_step(
+            policy,
+            batch,
+            recipe.algorithm,
+            recipe.training,
+            temperature=1.0,
+            learning_rate=1e-2,
+            max_completion_length=40,
+            dump_to=tmp_path,
+        )
+    assert all(torch.equal(t, before[name]) for name, t in policy.full_state().items())
+    dumped = torch.load(tmp_path / "nonfinite_rank_0.pt")
+    assert len([s for micro_batch in dumped for s in micro_batch]) == 5
+
+
+def test_precomputed_logprobs_are_the_policy_s_and_keep_their_places(tiny_model: Path) -> None:
+    policy = make_policy(tiny_model, needs_reference=True)
+    recipe = make_recipe(tiny_model, training={"micro_batch_size": 3})
+    given = sequences()
+    found = precompute_logprobs(policy, given, recipe.training, temperature=TEMPERATURE, reference=True)
+    for before, after in zip(given, found, strict=True):
+        assert after.completion_ids == before.completion_ids
+        ids = torch.tensor([after.prompt_ids + after.completion_ids])
+        with torch.no_grad():
+            logits = policy.causal_lm(input_ids=ids).logits[0, len(after.prompt_ids) - 1 : -1] / TEMPERATURE
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(after.completion_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(after.old_logprobs), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(after.ref_logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_unscorable_and_masked_completions_are_not_valid() -> None:
+    made = [Completion([1, 2], [-1.0, -1.0], status, "", []) for status in (*Status, Status.STOP)]
+    group = Group(Prompt(0, "", "", [3]), made, rewards=[1.0, 0.0, 0.0, None])
+    algorithm = make_recipe(Path("x")).algorithm
+    assert [s.valid for s in to_sequences([group], [[1.0] * 4], algorithm)] == [True, True, False, False]
+    masking = algorithm.model_copy(update={"mask_truncated_completions": True})
+    assert [s.valid for s in to_sequences([group], [[1.0] * 4], masking)] == [True, False, False, False]
+
+
+def from_another_sampler() -> list[Sequence]:
+    """``sequences()``, drawn from what is not quite the policy that the clip range is around."""
+    draw = random.Random(1)
+    return [
+        replace(s, sampler_logprobs=[logp + draw.gauss(0, 0.4) for logp in s.old_logprobs or []]) for s in sequences()
+    ]
+
+
+def corrected_gradient(
+    model: Path, out: Path, mode: str, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, torch.Tensor]:
+    monkeypatch.setattr(gradient_of_step, "sequences", from_another_sampler)
+    recipe = recipe_for(str(model), "dapo", micro_batch_size, BETA)
+    correction = {
+        "importance_sampling_mode": mode,
+        "importance_sampling_clip_min": 0.5,
+        "importance_sampling_clip_max": 2.0,
+    }
+    recipe.algorithm = recipe.algorithm.model_copy(update=correction)
+    return gradient(recipe, out)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batching_does_not_change_the_corrected_gradient(
+    whole: Gradients, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    by_size = {n: corrected_gradient(tiny_model, tmp_path / "out", mode, n, monkeypatch) for n in (8, 3, 1)}
+    assert distance(by_size[8], by_size[3]) < 1e-5
+    assert distance(by_size[8], by_size[1]) < 1e-5
+    assert distance(whole["dapo"], by_size[8]) > 0.01
+
+
+def test_without_correction_the_sampler_s_logprobs_change_no_bit(
+    whole: Gradients, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = corrected_gradient(tiny_model, tmp_path / "out", "none", 8, monkeypatch)
+    assert all(torch.equal(found[name], grad) for name, grad in whole["dapo"].items())
+
+
+def metrics_of_step(model: Path, batch: list[Sequence], out: Path, mode: str, micro_batch_size: int | None) -> dict:
+    algorithm = {
+        "importance_sampling_mode": mode,
+        "importance_sampling_clip_min": 0.7,
+        "importance_sampling_clip_max": 1.5,
+    }
+    recipe = make_recipe(model, algorithm=algorithm, training={"micro_batch_size": micro_batch_size})
+    step = {"temperature": TEMPERATURE, "learning_rate": 0.0, "max_completion_length": 40, "dump_to": out}
+    return optimizer_step(make_policy(model), batch, recipe.algorithm, recipe.training, **step)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_importance_sampling_metrics(tiny_model: Path, tmp_path: Path, mode: str, micro_batch_size: int | None) -> None:
+    """Over all micro-batches, by hand from what the sequences that take part hold."""
+    batch = from_another_sampler()
+    found = metrics_of_step(tiny_model, batch, tmp_path, mode, micro_batch_size)
+    ratios, of_tokens = [], []
+    for s in with_signal(batch, make_recipe(tiny_model).algorithm):
+        log_ratios = [old - logp for old, logp in zip(s.old_logprobs or [], s.sampler_logprobs, strict=True)]
+        if mode.startswith("sequence"):
+            ratios += [math.exp(sum(log_ratios))]
+            of_tokens += ratios[-1:] * len(log_ratios)
+        else:
+            ratios += [math.exp(d) for d in log_ratios]
+            of_tokens = ratios
+    clipped = [not 0.7 <= r <= 1.5 for r in of_tokens]
+    assert 0 < sum(clipped) < len(clipped)
+    assert found[f"{RATIO}/min"] == pytest.approx(min(ratios), rel=1e-4)
+    assert found[f"{RATIO}/max"] == pytest.approx(max(ratios), rel=1e-4)
+    assert found[f"{RATIO}/mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert found["sampling/importance_sampling_clipped"] == pytest.approx(sum(clipped) / len(clipped))
+    assert not [name for name in found if name.endswith("/count")]
+
+
+def test_with_one_update_a_rollout_the_ratio_is_to_the_current_policy(tiny_model: Path, tmp_path: Path) -> None:
+    """Sampled by the policy itself: 1 to rounding. By one that was half as sure of each token: 2."""
+    policy = make_policy(tiny_model)
+    training = make_recipe(tiny_model).training
+    own = precompute_logprobs(policy, sequences(), training, temperature=TEMPERATURE, reference=False)
+    for factor in (1.0, 2.0):
+        batch = [
+            replace(s, old_logprobs=None, sampler_logprobs=[logp - math.log(factor) for logp in s.old_logprobs or []])
+            for s in own
+        ]
+        found = metrics_of_step(tiny_model, batch, tmp_path, "token_mask", 3)
+        assert [found[f"{RATIO}/{end}"] for end in ("min", "mean", "max")] == pytest.approx([factor] * 3, rel=1e-3)
+        assert found["sampling/importance_sampling_clipped"] == float(factor > 1.5)
+        assert (found["grad_norm"] == 0) == (factor > 1.5)
+
+
+def test_without_correction_there_are_no_metrics_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    found = metrics_of_step(tiny_model, from_another_sampler(), tmp_path, "none", 3)
+    assert {name for name in found if name.startswith("sampling/")} == {
+        "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max",
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_micro_batches_do_not_disturb_the_metrics(tiny_model: Path, tmp_path: Path, mode: str) -> None:
+    """Whether they are this process's or another's."""
+    policy = make_policy(tiny_model)
+    algorithm = make_recipe(tiny_model, algorithm={"importance_sampling_mode": mode}).algorithm
+    batch = with_signal(from_another_sampler(), algorithm)
+    filler = [replace(batch[0], weight=0.0)]
+
+    def totals(micro_batches: list[list[Sequence]]) -> dict[str, float]:
+        def loss_of(b: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return _micro_batch_loss(policy, b, Counts(100, 5, 2, 40), algorithm, TEMPERATURE)
+
+        policy.optimizer.zero_grad()
+        return backward(policy, micro_batches, loss_of, tmp_path)[0]
+
+    plain, padding = totals([batch]), totals([filler])
+    assert totals([filler, batch, filler]) == plain
+    assert 0 < plain[f"{RATIO}/min"] < plain[f"{RATIO}/max"]
+    two = SimpleNamespace(accelerator=SimpleNamespace(gather=lambda row: torch.cat([row, theirs])))
+    theirs = torch.tensor([[padding[name] for name in sorted(padding)]], dtype=torch.float64)
+    found = _over_processes(two, {name: torch.tensor(value) for name, value in plain.items()})
+    assert found == pytest.approx(plain)
+    assert _metrics(found, 0.0) == pytest.approx(_metrics(dict(plain), 0.0))
+
+
+def recipe_file(folder: Path, **algorithm: object) -> Path:
+    content = {
+        "model": {"name": "m"},
+        "data": {"name": "countdown"},
+        "rewards": [{"name": "countdown"}],
+        "algorithm": algorithm,
+        "training": {"output_dir": "unused"},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(content))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mode"),
+    [
+        ([], "none"),
+        (["rollout.backend=vllm"], "token_truncate"),
+        (["rollout.backend=vllm", "algorithm.importance_sampling_mode=none"], "none"),
+        (["algorithm.importance_sampling_mode=sequence_mask"], "sequence_mask"),
+    ],
+)
+def test_the_mode_follows_the_backend_unless_it_is_given(tmp_path: Path, overrides: list[str], mode: str) -> None:
+    """And the resolved recipe says which it was: it reads back equal, and is the same run."""
+    recipe = load_recipe(recipe_file(tmp_path), overrides)
+    assert recipe.algorithm.importance_sampling_mode == mode
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_recipe(recipe))
+    again = load_recipe(resolved)
+    assert again == recipe
+    manifest = json.loads(json.dumps(run_identity(recipe, world_size=1, threads=1)))
+    check_same_run(manifest, run_identity(again, world_size=1, threads=1))
+
+
+@pytest.mark.parametrize("wrong", [{"clip_max": 1.0}, {"clip_min": 1.0}, {"clip_min": 2.0, "clip_max": 3.0}])
+def test_a_window_without_1_is_refused(tmp_path: Path, wrong: dict[str, float]) -> None:
+    keys = {f"importance_sampling_{name}": value for name, value in wrong.items()}
+    with pytest.raises(UserError, match=r"importance_sampling_clip_m\w+: must be (above|below) 1"):
+        load_recipe(recipe_file(tmp_path, **keys))
