@@ -24,15 +24,11 @@ An entry's objective has the formula of a token in its docstring. Around it, ove
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from grpo import user_code
 from grpo.errors import UserError
 from grpo.losses.clipped import clip_metrics, clipped_surrogate, completion_clip_metrics, completion_surrogate
 from grpo.losses.covariance import clip_cov_selection, kl_cov_objective, kl_cov_selection
@@ -132,34 +128,13 @@ def find_loss(name: str) -> LossType:
     """
     if name in LOSSES:
         return LOSSES[name]
-    place, colon, attribute = name.rpartition(":")
-    if not colon:
+    if not user_code.is_place(name):
         near = difflib.get_close_matches(name, LOSSES, n=1)
         raise UserError(
             f"algorithm.loss_type: there is no loss {name!r}"
             + (f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(LOSSES)})")
         )
-    found = getattr(_user_module(place), attribute, None)
+    found = user_code.load(name, "algorithm.loss_type")
     if not isinstance(found, LossType):
-        why = "there is no such name in it" if found is None else "it is not decorated by @loss(...) of grpo.losses"
-        raise UserError(f"algorithm.loss_type: {name}: {why}")
+        raise UserError(f"algorithm.loss_type: {name}: it is not decorated by @loss(...) of grpo.losses")
     return found
-
-
-def _user_module(place: str) -> Any:
-    if not place.endswith(".py") and "/" not in place:
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise UserError(f"algorithm.loss_type: cannot import {place}: {error}") from None
-    file = Path(place).expanduser().resolve()
-    if not file.is_file():
-        raise UserError(f"algorithm.loss_type: there is no file {file}")
-    module_name = f"grpo_user_loss_{hashlib.sha1(str(file).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
