@@ -35,7 +35,8 @@ from grpo.backends.hf.backend import HFBackend
 from grpo.backends.hf.draw import sample
 from grpo.config import Recipe
 from grpo.kernels import allocator
-from grpo.model.loading import DTYPES, load_tokenizer
+from grpo.model.devices import DTYPES
+from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Prompt

@@ -107,12 +107,13 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     """Held-out metrics of a recipe's model, or of another one, without a run folder: what ``grpo eval`` does."""
     from grpo.backends import make_backend
     from grpo.model.policy import Policy
-    from grpo.run.session import leave, make_accelerator, prepare_task
+    from grpo.run.session import leave, make_accelerator, prepare_task, resolve_dtype
     from grpo.scoring.scorer import Scorer
 
     if model is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model, "lora": None})})
     accelerator = make_accelerator(recipe)
+    recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
     if not task.eval_prompts:
         raise UserError("data.eval_size is 0: there is nothing to evaluate on")

@@ -27,6 +27,7 @@ from grpo.run.session import (
     open_tracker,
     prepare_folder,
     prepare_task,
+    resolve_dtype,
     seed_step,
 )
 from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
@@ -41,6 +42,7 @@ Example = tuple[list[int], list[int]]  # token ids of prompt and completion
 def train(recipe: Recipe, resume: bool | str = False) -> None:
     """Run a ``stage: sft`` recipe to its end, or from a checkpoint on."""
     accelerator = make_accelerator(recipe)
+    recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
     folder = prepare_folder(recipe, accelerator, resume)
     policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)

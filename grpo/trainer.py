@@ -43,6 +43,7 @@ from grpo.run.session import (
     open_tracker,
     prepare_folder,
     prepare_task,
+    resolve_dtype,
     saved,
     seed_step,
 )
@@ -57,6 +58,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     """Run a ``stage: grpo`` recipe to its end, or from a checkpoint on (``resume``: True for the newest, or a path)."""
     find_loss(recipe.algorithm.loss_type)  # a file of the user's own: its mistakes come before any waiting
     accelerator = make_accelerator(recipe)
+    recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)

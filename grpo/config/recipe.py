@@ -42,8 +42,8 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     name: NonEmpty
     """Hub id, a folder that `from_pretrained` loads, another run's `final/`, or a GGUF file."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type. Trained weights are always kept in float32; bfloat16 computes under autocast."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; `auto`: bfloat16 where the device has instructions for it, or float32. Weights train in float32."""
     attn_implementation: str | None = None
     """Attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); null lets transformers choose."""
     gradient_checkpointing: bool = False

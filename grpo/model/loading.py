@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 transformers_logging.disable_progress_bar()  # a bar for loading takes a screen of its own in a log of one line a step
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def _locate(name: str) -> str:
     """``data/tiny_base`` is shipped with the package: where the working directory has none, it is found beside it."""

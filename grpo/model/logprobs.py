@@ -7,8 +7,8 @@ chunks, or all of them as one where they are that few, are kept instead of compu
 does not grow with tokens x vocabulary. The gradient of the entropies, -p (log p + H) / temperature, is added in the
 same pass where it is wanted.
 
-On a CPU the time beside the matrix products is that of passing through memory. So each chunk is read once in the
-forward pass and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
+Beside the matrix products, time goes into reading and writing memory. So each chunk is read once in the forward pass
+and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
 """
 
 from __future__ import annotations
@@ -18,23 +18,10 @@ from typing import NamedTuple
 
 import torch
 
+from grpo.model.devices import logit_sizes
 from grpo.model.truncation import Truncation, truncate
 
 Head = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Sizes(NamedTuple):
-    """Numbers of logits: in a chunk (one product with the head's weight), in a tile, and kept for the backward pass."""
-
-    chunk: int
-    tile: int
-    kept: int
-
-
-# On a CPU a chunk is 32 MB in float32; of half as much products are slower. On an accelerator a product wants thousands
-# of rows, and a tile fewer calls.
-CPU_SIZES = Sizes(chunk=8 << 20, tile=1 << 19, kept=8 << 20)
-ACCELERATOR_SIZES = Sizes(chunk=256 << 20, tile=64 << 20, kept=256 << 20)
 
 
 def token_logprobs(
@@ -93,7 +80,7 @@ class _TokenStatistics(torch.autograd.Function):
     def forward(ctx, hidden_NH, targets_N, options: _Options, *trained):
         head, vocab_size, temperature, learns, entropy_gradient, truncation = options
         device = hidden_NH.device.type
-        sizes = CPU_SIZES if device == "cpu" else ACCELERATOR_SIZES
+        sizes = logit_sizes(hidden_NH.device)
         N = len(targets_N)
         rows = max(1, N if learns and N * vocab_size <= sizes.kept else sizes.chunk // vocab_size)
         logps_N, entropy_N, normalizer_N = (hidden_NH.new_empty(N, dtype=torch.float32) for _ in range(3))

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from grpo.config import Recipe
 from grpo.kernels import grads_in_place, lean_activations
 from grpo.losses import EntropyControl
-from grpo.model.loading import DTYPES, add_adapters, load_weights
+from grpo.model.devices import compute_dtype
+from grpo.model.loading import add_adapters, load_weights
 from grpo.model.optimizer import make_optimizer
 from grpo.model.packed_check import why_padded
 from grpo.model.scored_lm import ScoredLM
@@ -54,8 +55,8 @@ class Policy:
         self.accelerator = accelerator
         self.tokenizer = tokenizer
         self.stop_token_ids = stop_token_ids
-        self.compute_dtype = DTYPES[recipe.model.dtype]
         self.device = accelerator.device
+        self.compute_dtype = compute_dtype(recipe.model.dtype, self.device)
         self.max_grad_norm = recipe.optimizer.max_grad_norm
         self.is_lora = recipe.model.lora is not None
         self.truncation = Truncation(recipe.rollout.top_k, recipe.rollout.top_p, recipe.rollout.min_p)

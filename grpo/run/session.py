@@ -28,6 +28,7 @@ from accelerate.utils import (
 from grpo.config import Recipe
 from grpo.errors import Preempted, RunError, UserError
 from grpo.kernels import allocator
+from grpo.model.devices import compute_dtype, has_bfloat16
 from grpo.model.loading import load_configs, load_tokenizer
 from grpo.prompts.task import Task, lint, load_task, stop_token_ids
 from grpo.randomness import Stream, key
@@ -45,7 +46,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         torch.set_num_threads(recipe.training.num_threads)
     # Without an accelerator, say so: accelerate then joins the processes of a launch over gloo instead of not at all.
     on_cpu = not torch.accelerator.is_available()
-    precision = "bf16" if recipe.model.dtype == "bfloat16" else "no"
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    precision = "bf16" if compute_dtype(recipe.model.dtype, device) == torch.bfloat16 else "no"
     accelerator = Accelerator(
         cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=[_patience(recipe)]
     )
@@ -57,8 +59,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if on_cpu:
         allocator.install()
         allow_fsdp_on_cpu(accelerator)
-        if recipe.model.dtype == "bfloat16" and accelerator.is_main_process:
-            warn_of_slow_bfloat16(_seconds_a_product)
     P, W = recipe.training.prompts_per_step, accelerator.num_processes
     if P % W:
         raise UserError(
@@ -68,27 +68,29 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def warn_of_slow_bfloat16(seconds_a_product: Callable[[torch.dtype], float]) -> None:
-    """A CPU without instructions for bfloat16 emulates it, several times slower than float32, and says nothing. Linear
-    layers of a single process are spared (``bfloat16.py``), and are still slower than in float32."""
-    bfloat16, float32 = seconds_a_product(torch.bfloat16), seconds_a_product(torch.float32)
-    if bfloat16 > 1.5 * float32:
+def resolve_dtype(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """The recipe with ``model.dtype: auto`` replaced by the type that suits this device; a line in the log says so.
+
+    The type is then part of the run's identity: a device that resolves it otherwise can't resume the run.
+    """
+    device, instructions = accelerator.device, has_bfloat16(accelerator.device)
+    dtype = recipe.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if instructions else "float32"
+        if accelerator.is_main_process:
+            log.info(
+                "model.dtype: auto is %s here (this %s %s instructions for bfloat16)",
+                dtype,
+                device.type,
+                "has" if instructions else "has no",
+            )
+    elif dtype == "bfloat16" and not instructions and accelerator.is_main_process:
         log.warning(
-            "this CPU multiplies bfloat16 matrices %.1f times as slowly as float32 ones (it has no instructions for "
-            "them); set model.dtype: float32",
-            bfloat16 / float32,
+            "this %s has no instructions for bfloat16 and computes it several times as slowly as float32; set "
+            "model.dtype: auto or float32",
+            device.type,
         )
-
-
-def _seconds_a_product(dtype: torch.dtype, size: int = 768) -> float:
-    """Of square matrices, the fastest of four."""
-    x = torch.ones(size, size, dtype=dtype)
-    times = []
-    for _ in range(4):
-        start = perf_counter()
-        torch.mm(x, x)
-        times.append(perf_counter() - start)
-    return min(times)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
 
 def _patience(recipe: Recipe) -> InitProcessGroupKwargs:

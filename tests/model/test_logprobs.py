@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo.backends.hf.draw import sample
-from grpo.model import logprobs
+from grpo.model import devices, logprobs
 from grpo.model.truncation import Truncation
 
 
@@ -18,7 +18,7 @@ def test_value_entropy_and_gradient_equal_the_plain_ones(
     monkeypatch: pytest.MonkeyPatch, chunk: int, tile: int, kept: int
 ) -> None:
     """Rows in a chunk, in a tile, and kept for the backward pass."""
-    monkeypatch.setattr(logprobs, "CPU_SIZES", logprobs.Sizes(chunk * 50, tile * 50, kept * 50))
+    monkeypatch.setitem(devices.LOGITS, "cpu", devices.LogitSizes(chunk * 50, tile * 50, kept * 50))
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 50).double()
     hidden_NH = torch.randn(23, 16, dtype=torch.float64, requires_grad=True)
@@ -45,7 +45,7 @@ def test_value_entropy_and_gradient_equal_the_plain_ones(
 def test_entropy_gradient_equals_the_plain_one(
     monkeypatch: pytest.MonkeyPatch, chunk: int, tile: int, kept: int
 ) -> None:
-    monkeypatch.setattr(logprobs, "CPU_SIZES", logprobs.Sizes(chunk * 50, tile * 50, kept * 50))
+    monkeypatch.setitem(devices.LOGITS, "cpu", devices.LogitSizes(chunk * 50, tile * 50, kept * 50))
     torch.manual_seed(1)
     head = torch.nn.Linear(16, 50)
     hidden_NH = torch.randn(23, 16, requires_grad=True)
@@ -88,7 +88,7 @@ def test_what_truncation_leaves_is_what_the_sampler_renormalized_by(
 
 PEAK = """
 import resource, sys, torch
-from grpo.model import logprobs
+from grpo.model import devices, logprobs
 N, V, H = int(sys.argv[1]), 40_000, 32
 head = torch.nn.Linear(H, V, bias=False)
 hidden = torch.randn(N, H, requires_grad=True)

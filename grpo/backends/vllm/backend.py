@@ -27,7 +27,7 @@ from grpo.backends.vllm.scratch import make_scratch
 from grpo.backends.vllm.transfer import make_sender
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, RunError, UserError
-from grpo.model.loading import DTYPES
+from grpo.model.devices import DTYPES
 from grpo.model.policy import Policy
 from grpo.types import Completion, Sequence, Status, VersionSpan
 

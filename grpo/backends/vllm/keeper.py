@@ -20,7 +20,7 @@ from grpo.backends.vllm.process import EngineProcess, longest_sequence
 from grpo.backends.vllm.transfer import Sender, on_each
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, UserError
-from grpo.model.loading import DTYPES
+from grpo.model.devices import DTYPES
 from grpo.model.policy import Policy
 from grpo.randomness import Stream, key
 
