@@ -34,7 +34,7 @@ from grpo.backends.base import Request, Sampling
 from grpo.backends.hf.backend import HFBackend
 from grpo.backends.hf.draw import sample
 from grpo.config import Recipe
-from grpo.kernels import allocator
+from grpo.kernels import prepare_process
 from grpo.model.devices import DTYPES
 from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
@@ -55,8 +55,7 @@ def make_policy(model: str, dtype: str) -> tuple[Policy, Recipe]:
     )
     tokenizer = load_tokenizer(recipe.model)
     on_cpu = not torch.accelerator.is_available()
-    if on_cpu:  # as make_accelerator does
-        allocator.install()
+    prepare_process()  # as make_accelerator does
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
     return Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], False), recipe
 

@@ -30,7 +30,7 @@ import torch
 from benchmarks.common import hardware, median, peak_memory_mb, print_table, turn, versions
 from benchmarks.rollout import make_policy
 from grpo.config import Recipe
-from grpo.kernels import allocator, grads_in_place
+from grpo.kernels import grads_in_place, prepare_process
 from grpo.model.logprobs import token_logprobs
 from grpo.model.policy import Policy
 from grpo.packing import packed_tokens
@@ -144,7 +144,7 @@ def peak_of(options: argparse.Namespace) -> float:
 def peak_of_head(options: argparse.Namespace) -> float:
     """MB that log-probabilities and their gradient add in a run, without the gradient of the head's weight."""
     V, N = json.loads(options.peak_of_head)
-    allocator.install()
+    prepare_process()
     head, hidden_NH = torch.nn.Linear(256, V, bias=False), torch.randn(N, 256, requires_grad=True)
     grads_in_place.install(head)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

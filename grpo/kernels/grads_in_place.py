@@ -9,7 +9,7 @@ Under autocast a weight is cast for its product, forward and again backward, and
 without instructions for bfloat16 multiply in float32 (``bfloat16.py``). Passes without gradients do the same, so
 that both give the same numbers.
 
-Not for what listens to gradients as autograd hands them over: DDP, FSDP.
+DDP and FSDP listen to gradients as autograd hands them over, so this is for one process alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from torch import nn
 
 from grpo.kernels import bfloat16
 
+# Private names of torch: what waits for a weight's gradient.
+HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 BLOCK = 4096  # rows of a weight whose gradient is made at once where it has to be added in another type
+
+
+def missing() -> str | None:
+    """The first private name that this file needs and this torch does not have."""
+    weight = torch.zeros(1, requires_grad=True)
+    return next((f"Tensor.{name}" for name in HOOKS if not hasattr(weight, name)), None)
 
 
 def install(module: nn.Module) -> None:
@@ -56,7 +64,7 @@ def _embedding_forward(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
 
 def _is_watched(weight: torch.Tensor) -> bool:
     """Does something wait for autograd to hand it the gradient?"""
-    return not weight.is_leaf or bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
+    return not weight.is_leaf or any(getattr(weight, name) for name in HOOKS)
 
 
 def _linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
@@ -79,27 +87,28 @@ class _Last(NamedTuple):
 _last: _Last | None = None
 
 
-def forget() -> None:
-    """Let go of the last weight that was cast."""
-    global _last
-    _last = None
-
-
 def _cast(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight rounded to ``dtype``, in the type that products of it are computed in.
+    """A weight rounded to ``dtype``.
 
     Autocast's own cast would keep the copies of all weights from the forward to the backward pass. Here they are cast
-    again, and the last one alone is kept: the head's next chunk wants it.
+    again, and only the last one is kept, for the head's next chunk. A CUDA graph casts for itself: a cast from before
+    the capture may be freed before a replay, and a replay overwrites one that was made in the capture.
     """
     global _last
     wide = bfloat16.multiplied_in(dtype, weight_OI.device)
     if weight_OI.dtype == dtype == wide:
         return weight_OI
+    if _capturing(weight_OI):
+        return weight_OI.detach().to(dtype).to(wide)
     key = weight_OI._version, dtype, weight_OI.device
     if _last is None or _last.weight() is not weight_OI or _last.key != key:
-        forget()  # before there is another
+        _last = None  # before there is another
         _last = _Last(weakref.ref(weight_OI), key, weight_OI.detach().to(dtype).to(wide))
     return _last.cast
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _Linear(torch.autograd.Function):

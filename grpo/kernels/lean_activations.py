@@ -1,4 +1,4 @@
-"""The update keeps half as much of each token for the backward pass: what elementwise work made is made again there.
+"""The update keeps half as much of each token for the backward pass: outputs of elementwise work are computed again.
 
 Of a layer of a Llama, autograd keeps the input of each norm, its value before the weight and its output; q, k, v and
 attention's output; and four tensors of the MLP's width: gate, act(gate), up and their product. Here norms and the
@@ -34,7 +34,27 @@ Compiled = elementwise.Norm | elementwise.Gated
 NORMS = ("RMSNorm", "LayerNorm")
 GATED_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
-_watchers: list[Callable[[torch.Tensor], None]] = []
+# Private names of autograd that say where a kept tensor came from.
+OF_A_TENSOR = ("_base", "_is_view", "_version")
+OF_A_NODE = ("_input_metadata",)
+OF_A_FUNCTION = ("_backward_cls",)
+CAST = "ToCopyBackward0"  # the name of the node of a cast: autocast's, peft's
+
+_watchers: list[Callable[[torch.Tensor], object]] = []
+
+
+def missing() -> str | None:
+    """The first private name that this file needs and this torch does not have."""
+    x = torch.zeros(1, requires_grad=True)
+    with torch.enable_grad():
+        node: Any = x.to(torch.float64).grad_fn
+    for kind, owner, names in (
+        ("Tensor", x, OF_A_TENSOR), ("Node", node, OF_A_NODE), ("Function", Recomputed, OF_A_FUNCTION),
+    ):  # fmt: skip
+        for name in names:
+            if not hasattr(owner, name):
+                return f"{kind}.{name}"
+    return None if node.name() == CAST else CAST
 
 
 def install(causal_lm: Any) -> None:
@@ -51,7 +71,7 @@ def install(causal_lm: Any) -> None:
 
 
 @contextmanager
-def watching(see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+def watching(see: Callable[[torch.Tensor], object]) -> Iterator[None]:
     """Within it, ``see`` is called with each tensor that the model keeps: hooks set outside of it are not."""
     _watchers.append(see)
     try:
@@ -202,7 +222,7 @@ def _again(tensor: torch.Tensor) -> _Again | None:
     base = tensor._base if tensor._is_view() else tensor
     node: Any = base.grad_fn
     dtypes: tuple[torch.dtype, ...] = ()
-    while node is not None and node.name() == "ToCopyBackward0":  # autocast's, peft's
+    while node is not None and node.name() == CAST:
         dtypes = (node._input_metadata[0].dtype, *dtypes)
         node = node.next_functions[0][0]
     if not isinstance(node, Recomputed._backward_cls):  # type: ignore[attr-defined]

@@ -1,123 +1,223 @@
-"""``packed_attention`` on a CPU as one compiled call, both of its parts together (``packed_attention.cpp``).
+"""Causal attention over a packed row in which completions of a prompt share it: the prompt is there once.
 
-torch's flash kernel wants segments side by side and each prompt's completions apart, so that half of the time went into
-moving tensors. Where there is no compiler, ``packed_attention_torch.py`` does that.
+A completion's token sees its prompt and its own past. That is two parts, each by torch's flash kernels: (a) every
+prompt and every completion attends causally to itself; (b) the completions of a prompt, side by side, attend to all of
+the prompt. Softmax over both is the two outputs weighted by their log-sum-exps. In the backward pass each part is given
+the *merged* output and log-sum-exp, and its gradient is then exactly its share of the whole: P = exp(QK - lse) and
+dS = P * (dP - rowsum(dO * O)) hold element by element (as in ring attention, arXiv:2310.01889). No mask, no padding,
+and nothing of size N x N is ever kept. On a CPU the two parts are one compiled call (``packed_attention_compiled.py``).
+
+transformers knows it as ``grpo_packed``. ``install`` gives it to one model. With a ``layout`` among the model's keyword
+arguments it is what is here; without one it is transformers' own ``sdpa``, mask included.
 """
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import CDLL, Structure, c_float, c_int32, c_int64, c_void_p
-from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo.kernels import native
+from grpo.kernels import packed_attention_compiled as compiled
+from grpo.types import Layout
 
-SOURCE = Path(__file__).with_name("packed_attention.cpp")
-OF_TASKS = ("start", "length", "prompt", "prompt_length")
+NAME, PADDED = "grpo_packed", "sdpa"
+aten = torch.ops.aten
+Saved = tuple[torch.Tensor, ...]  # gradient of the output, q, k, v, output, log-sum-exp
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-
-class _Array(Structure):
-    _fields_ = [("at", c_void_p), ("token", c_int64), ("head", c_int64)]
-
-    @classmethod
-    def of(cls, x_NhD: torch.Tensor) -> _Array:
-        return cls(x_NhD.data_ptr(), *x_NhD.stride()[:2])
-
-
-class _Problem(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("kv_heads", "queries", "D", "tasks", "prompt_tokens")),
-        ("scale", c_float),
-        *((name, c_int64) for name in ("N", "keys")),
-        *((name, c_void_p) for name in OF_TASKS),
-        *((name, _Array) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
-        *((name, c_void_p) for name in ("lse", "work", "partial")),
-    ]
+# Private functions of torch, for accelerators. They take ragged batches.
+FLASH = ("_flash_attention_forward", "_flash_attention_backward")
+# What other models ask of attention; none of it is here.
+NOT_HERE = {
+    "sliding_window": "a sliding window",
+    "softcap": "soft-capped attention",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "cache": "a paged cache",
+}
 
 
-@lru_cache(maxsize=1)
-def library() -> CDLL | None:
-    try:
-        found = native.library(SOURCE)
-    except native.CannotCompile:  # elementwise.py says why
+class CannotPack(Exception):
+    """Why a model can't compute packed rows. It ends up as a line of the log; training goes on with padded rows."""
+
+
+def install(causal_lm: Any, device: torch.device) -> str | None:
+    """Give the model this attention. Returns why it can't be used on ``device``, or None; then nothing is changed."""
+    implementation = getattr(causal_lm.config, "_attn_implementation", None)
+    if implementation == NAME:  # a copy of a model that has it
         return None
-    found.work_floats.argtypes, found.work_floats.restype = [c_int64, c_int32], c_int64
-    return found
+    if implementation != PADDED:
+        return f"its attention is {implementation}, not {PADDED}"
+    if reason := _missing(causal_lm, device):
+        return reason
+    causal_lm.set_attn_implementation(NAME)
+    return None if causal_lm.config._attn_implementation == NAME else "transformers cannot exchange its attention"
 
 
-def takes(*tensors: torch.Tensor) -> bool:
-    """Whether queries, keys and values are of a kind that is compiled."""
-    first, compiled = tensors[0], library()
-    return compiled is not None and all(
-        x.device.type == "cpu"
-        and x.dtype == first.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.shape[-1] % compiled.panel() == 0
-        and x.stride(-1) == 1
-        for x in tensors
-    )
+def _missing(causal_lm: Any, device: torch.device) -> str | None:
+    if device.type == "cpu":
+        config = causal_lm.config.get_text_config(decoder=True)
+        if not (size := getattr(config, "head_dim", None)):
+            width, heads = (getattr(config, name, 0) for name in ("hidden_size", "num_attention_heads"))
+            size = width // heads if heads else 0
+        return compiled.why_not(size) if size else "its configuration does not say how large its heads are"
+    missing = [name for name in FLASH if not hasattr(aten, name)]
+    return f"this torch has no torch.ops.aten.{missing[0]}" if missing else None
 
 
-def forward(q_NhD, k_NkD, v_NkD, segments: tuple[int, ...], groups: tuple[int, ...], scale: float):
-    """Output (N,h,D) and log-sum-exp (h,N) float32. ``segments`` and ``groups`` are a Layout's."""
-    out_NhD = torch.empty(q_NhD.shape, dtype=q_NhD.dtype)
-    lse_hN = torch.empty((q_NhD.shape[1], len(q_NhD)))
-    _attend(segments, groups, scale, lse_hN, q=q_NhD, k=k_NkD, v=v_NkD, out=out_NhD)
-    return out_NhD, lse_hN
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' interface: query (1, h, N, D), key and value (1, kv heads, N, D) to (1, N, h, D).
+
+    Raises CannotPack where the model asks for what is not here.
+    """
+    if layout is None:
+        padded = ALL_ATTENTION_FUNCTIONS[PADDED]
+        return padded(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    asked = [what for name, what in NOT_HERE.items() if kwargs.get(name) is not None]
+    asked += ["dropout in attention"] * (dropout > 0)
+    asked += ["attention that is not causal"] * (not getattr(module, "is_causal", True) or "is_causal" in kwargs)
+    asked += ["values of another size than keys"] * (key.shape[-1] != value.shape[-1])
+    if asked:
+        raise CannotPack(f"it has {asked[0]}")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as for scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if device != "cpu" and query.dtype == torch.float32:
+        raise CannotPack("the flash kernels of a GPU take bfloat16 alone, and model.dtype is float32")
+    if device == "cpu" and not compiled.takes(query, key, value):
+        return _under_a_mask(query, key, value, layout, scaling), None
+    out_NhD = _Attention.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), layout, scaling)
+    return out_NhD[None], None
 
 
-def backward(
-    grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN, segments: tuple[int, ...], groups: tuple[int, ...], scale: float
+def _under_a_mask(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float | None
+) -> torch.Tensor:
+    """The definition, with a mask of N x N, for the few tokens of ``packed_check`` where a CPU has no compiled call."""
+    sees_NN = torch.zeros((query.shape[2],) * 2, dtype=torch.bool)
+    for start, end in pairwise(layout.segments):
+        sees_NN[start:end, start:end] = torch.ones((end - start,) * 2, dtype=torch.bool).tril()
+    for (start, end), (first, last) in zip(pairwise(layout.segments), pairwise(layout.groups), strict=False):
+        sees_NN[first:last, start:end] = True
+    out = scaled_dot_product_attention(query, key, value, attn_mask=sees_NN, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    """(N,h,D), (N,kv,D), (N,kv,D) to (N,h,D). Kept for the backward pass: these four and one float a head and token."""
+
+    @staticmethod
+    def forward(ctx, q_NhD, k_NkD, v_NkD, layout: Layout, scale: float | None):
+        scale = q_NhD.shape[-1] ** -0.5 if scale is None else scale
+        ctx.layout, ctx.scale = layout, scale
+        if q_NhD.device.type == "cpu":
+            bounds = tuple(layout.segments), tuple(layout.groups)
+            out_NhD, lse_hN = compiled.forward(q_NhD, k_NkD, v_NkD, *bounds, scale)
+            ctx.save_for_backward(q_NhD, k_NkD, v_NkD, out_NhD, lse_hN)
+            return out_NhD
+        prompts = layout.groups[0]  # how many tokens are prompts; completions follow
+        out_NhD, lse_hN = _own(q_NhD, k_NkD, v_NkD, layout, scale)
+        if prompts < len(q_NhD):
+            prefix, prefix_lse = _over_prompts(q_NhD[prompts:], k_NkD[:prompts], v_NkD[:prompts], layout, scale)
+            lse = lse_hN[:, prompts:]
+            share = torch.sigmoid(prefix_lse - lse).T[..., None]
+            part = out_NhD[prompts:]
+            part.copy_(part.float().lerp_(prefix.float(), share))
+            lse.copy_(torch.logaddexp(lse, prefix_lse))
+        ctx.save_for_backward(q_NhD, k_NkD, v_NkD, out_NhD, lse_hN)
+        return out_NhD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_NhD):
+        q_NhD, k_NkD, v_NkD, out_NhD, lse_hN = ctx.saved_tensors
+        layout, scale = ctx.layout, ctx.scale
+        if q_NhD.device.type == "cpu":
+            bounds = tuple(layout.segments), tuple(layout.groups)
+            return *compiled.backward(grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN, *bounds, scale), None, None
+        prompts = layout.groups[0]
+        dq, dk, dv = _own_backward((grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD, lse_hN), layout, scale)
+        if prompts < len(q_NhD):
+            queries, keys = slice(prompts, None), slice(prompts)
+            part = grad_NhD, q_NhD, k_NkD, v_NkD, out_NhD
+            grad, q, k, v, out = (x[p] for x, p in zip(part, (queries, queries, keys, keys, queries), strict=True))
+            dq2, dk2, dv2 = _over_prompts_backward((grad, q, k, v, out, lse_hN[:, queries]), layout, scale)
+            dq[queries] += dq2
+            dk[keys] += dk2
+            dv[keys] += dv2
+        return dq, dk, dv, None, None
+
+
+def _own(q_NhD, k_NkD, v_NkD, layout: Layout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part (a): output (N,h,D) and log-sum-exp (h,N) float32."""
+    bounds, longest = layout.segments_on_device, _longest(layout.segments)
+    return _flash(q_NhD, k_NkD, v_NkD, bounds, bounds, longest, longest, causal=True, scale=scale)
+
+
+def _over_prompts(q_NhD, k_MkD, v_MkD, layout: Layout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part (b), the same; its queries are the completions' alone, its keys the prompts'."""
+    return _flash(q_NhD, k_MkD, v_MkD, *_prompts_on_device(layout), causal=False, scale=scale)
+
+
+def _own_backward(saved: Saved, layout: Layout, scale: float) -> Gradients:
+    """Part (a)'s share of the gradients of queries, keys and values, given output and log-sum-exp of the whole."""
+    bounds, longest = layout.segments_on_device, _longest(layout.segments)
+    return _flash_backward(*saved, bounds, bounds, longest, longest, causal=True, scale=scale)
+
+
+def _over_prompts_backward(saved: Saved, layout: Layout, scale: float) -> Gradients:
+    """Part (b)'s share."""
+    return _flash_backward(*saved, *_prompts_on_device(layout), causal=False, scale=scale)
+
+
+def _prompt_bounds(layout: Layout) -> tuple[list[int], list[int]]:
+    """Of each prompt's completions, counted from the first, and of the prompts."""
+    return [bound - layout.groups[0] for bound in layout.groups], layout.segments[: len(layout.groups)]
+
+
+def _prompts_on_device(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    q_bounds, k_bounds = _prompt_bounds(layout)
+    on_device = layout.groups_on_device, layout.segments_on_device[: len(k_bounds)]
+    return *on_device, _longest(q_bounds), _longest(k_bounds)
+
+
+def _longest(bounds: list[int]) -> int:
+    return max(end - start for start, end in pairwise(bounds))
+
+
+# Called as torch.nn.attention.varlen does (torch 2.8 to 2.13). Not yet run: they were written where there was no GPU.
+
+
+def _flash(q, k, v, cum_q, cum_k, longest_q: int, longest_k: int, *, causal: bool, scale: float):
+    lengths = cum_q, cum_k, longest_q, longest_k
+    return aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, scale=scale)[:2]
+
+
+def _flash_backward(
+    grad, q, k, v, out, lse, cum_q, cum_k, longest_q: int, longest_k: int, *, causal: bool, scale: float
 ):
-    """Gradients of queries, keys and values."""
-    if grad_NhD.stride(-1) != 1:
-        grad_NhD = grad_NhD.contiguous()
-    dq_NhD, dk_NkD, dv_NkD = (torch.empty(x.shape, dtype=x.dtype) for x in (q_NhD, k_NkD, v_NkD))
-    given = {"q": q_NhD, "k": k_NkD, "v": v_NkD, "out": out_NhD, "grad": grad_NhD}
-    _attend(segments, groups, scale, lse_hN, **given, dq=dq_NhD, dk=dk_NkD, dv=dv_NkD)
-    return dq_NhD, dk_NkD, dv_NkD
+    # Without dropout the state of the generator is not looked at.
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    given = grad.contiguous(), q, k, v, out, lse.contiguous(), cum_q, cum_k, longest_q, longest_k
+    return aten._flash_attention_backward(*given, 0.0, causal, state, unused, scale=scale)
 
 
-def _attend(segments: tuple[int, ...], groups: tuple[int, ...], scale: float, lse_hN, **arrays: torch.Tensor) -> None:
-    compiled, threads = library(), torch.get_num_threads()
-    N, h, D = arrays["q"].shape
-    kv_heads, prompt_tokens = arrays["k"].shape[1], groups[0]
-    tasks_4S, keys = _tasks(segments, groups, compiled.panel())
-    work = torch.empty(threads * compiled.work_floats(keys, D))
-    partial = torch.zeros(threads * 2 * prompt_tokens * kv_heads * D if "dq" in arrays else 0)
-    problem = _Problem(
-        kv_heads=kv_heads,
-        queries=h // kv_heads,
-        D=D,
-        tasks=tasks_4S.shape[1],
-        prompt_tokens=prompt_tokens,
-        scale=scale,
-        N=N,
-        keys=keys,
-        **{name: row.ctypes.data for name, row in zip(OF_TASKS, tasks_4S, strict=True)},
-        **{name: _Array.of(x) for name, x in arrays.items()},
-        lse=lse_hN.data_ptr(),
-        work=work.data_ptr(),
-        partial=partial.data_ptr(),
-    )
-    in_bfloat16, backwards = arrays["q"].dtype == torch.bfloat16, "dq" in arrays
-    compiled.attend(ctypes.byref(problem), in_bfloat16, backwards, threads)
-
-
-@lru_cache(maxsize=8)  # the same for every layer of a micro-batch
-def _tasks(segments: tuple[int, ...], groups: tuple[int, ...], panel: int) -> tuple[np.ndarray, int]:
-    """Start and length of every segment and of its prompt, prompts before their completions; columns of the longest."""
-    prompts = list(pairwise(segments[: len(groups)]))
-    found, keys = [], 0
-    for (start, end), (first, last) in zip(prompts, pairwise(groups), strict=True):
-        found.append((start, end - start, start, 0))
-        completions = [(a, b) for a, b in pairwise(segments[len(prompts) :]) if first <= a and b <= last and a < b]
-        found += [(a, b - a, start, end - start) for a, b in completions]
-        longest = max((b - a for a, b in [(start, end), *completions]), default=0)
-        keys = max(keys, -(-(end - start) // panel) * panel + -(-longest // panel) * panel)
-    return np.array(found, dtype=np.int64).T.copy(), keys
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[PADDED])

@@ -7,28 +7,30 @@ at ``position_ids``, or whose layers never hear of the layout, fails one or the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo.model.packed_attention import CannotPack, attention
+from grpo.kernels import CannotPack
 from grpo.model.scored_lm import ScoredLM
 from grpo.packing import collate
 from grpo.types import Batch, Layout, Sequence
 
-TEETH = 8  # a mistake must be seen to move log-probabilities by so many times what packed and padded rows differ
+MIN_EFFECT_OF_A_MISTAKE = 8  # times the difference of packed and padded rows; less would prove nothing
 TOLERANCE = {torch.float32: 1e-3}  # nats, at a token
 TOLERANCE_BELOW_FLOAT32 = 0.3
 
 
 def why_padded(scored: ScoredLM, device: torch.device, compute_dtype: torch.dtype) -> str | None:
-    """None if the model can compute packed rows on ``device``, else why it can't, to follow "because".
+    """None if the model can compute packed rows on ``device``, else why it can't.
 
-    The model is still on the CPU, whole, whatever it will be trained on; kernels of another device are compared apart.
+    ``kernels.install`` gave it the attention for them. The model is still on the CPU, whole, whatever it will be
+    trained on; kernels of another device are compared apart.
     """
     config = scored.config.get_text_config(decoder=True)
-    if scored.config._attn_implementation != "sdpa":
-        return f"its attention is {scored.config._attn_implementation}, not sdpa"
     if others := {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}:
         return f"it has layers of {sorted(others)[0].replace('_', ' ')}"
     was_training = scored.training
@@ -36,7 +38,7 @@ def why_padded(scored: ScoredLM, device: torch.device, compute_dtype: torch.dtyp
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             _check_model(scored)
         if device.type != "cpu":
-            _check_kernels(device, compute_dtype, config)
+            _check_kernels(device, compute_dtype, scored.config)
     except CannotPack as reason:
         return str(reason)
     except Exception as error:  # whatever a model of someone's own does with keyword arguments that it does not know
@@ -63,7 +65,7 @@ def _check_model(scored: ScoredLM) -> None:
     }
     for mistake, wrong_BT in mistakes.items():
         moved = float((wrong_BT - packed_BT).abs().max())
-        if not moved > TEETH * error:
+        if not moved > MIN_EFFECT_OF_A_MISTAKE * error:
             raise CannotPack(f"{mistake} would move its log-probabilities by {moved:.2g} only, against {error:.2g}")
 
 
@@ -86,9 +88,11 @@ def _without_restarts(batch: Batch) -> Batch:
     return replace(batch, layout=replace(batch.layout, position_ids_1N=positions_1N))
 
 
-def _check_kernels(device: torch.device, dtype: torch.dtype, config: object) -> None:
+def _check_kernels(device: torch.device, dtype: torch.dtype, whole_config: Any) -> None:
     """The device's kernels against the CPU's in float32, forward and backward, on random numbers of the model's
     shape."""
+    attention = ALL_ATTENTION_FUNCTIONS[whole_config._attn_implementation]
+    config = whole_config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     D = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -97,15 +101,17 @@ def _check_kernels(device: torch.device, dtype: torch.dtype, config: object) -> 
     random = torch.Generator().manual_seed(0)
     qkv = [torch.randn((1, h, N, D), generator=random).to(dtype) for h in (heads, kv_heads, kv_heads)]
     grad = torch.randn((1, N, heads, D), generator=random)
-    there = _with_gradients([x.to(device) for x in qkv], grad.to(device, dtype), layout)
-    here = _with_gradients([x.float() for x in qkv], grad, layout)
+    there = _with_gradients(attention, [x.to(device) for x in qkv], grad.to(device, dtype), layout)
+    here = _with_gradients(attention, [x.float() for x in qkv], grad, layout)
     for ours, expected in zip(there, here, strict=True):
         error = float((ours.float().cpu() - expected).norm() / expected.norm())
         if not error < 0.02:  # bfloat16 rounds to 0.004
             raise CannotPack(f"its attention on {device.type} is off by {error:.2g} of its size")
 
 
-def _with_gradients(qkv: list[torch.Tensor], grad: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+def _with_gradients(
+    attention: Callable, qkv: list[torch.Tensor], grad: torch.Tensor, layout: Layout
+) -> list[torch.Tensor]:
     inputs = [x.requires_grad_() for x in qkv]
     with torch.enable_grad():
         out, _ = attention(torch.nn.Identity(), *inputs, None, layout=layout)

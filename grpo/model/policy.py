@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from grpo import kernels
 from grpo.config import Recipe
-from grpo.kernels import grads_in_place, lean_activations
 from grpo.losses import EntropyControl
 from grpo.model.devices import compute_dtype
 from grpo.model.loading import add_adapters, load_weights
@@ -68,12 +68,10 @@ class Policy:
         self.causal_lm = causal_lm
         if recipe.model.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            lean_activations.install(causal_lm)
-        self._install_products(causal_lm)
+        cannot_pack = kernels.install(causal_lm, self.device, trains=True, alone=self._alone())
         scored = ScoredLM(causal_lm)
         scored.check_head()
-        self.packed = self._can_pack(scored)
+        self.packed = self._can_pack(scored, cannot_pack)
         self.micro_batch_limit: int | None = None
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
         self.needs_reference = needs_reference
@@ -82,14 +80,14 @@ class Policy:
         self.model, self.optimizer = accelerator.prepare(scored.train(), optimizer)
         self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
 
-    def _can_pack(self, scored: ScoredLM) -> bool:
-        why = why_padded(scored, self.device, self.compute_dtype)
+    def _can_pack(self, scored: ScoredLM, why: str | None) -> bool:
+        why = why or why_padded(scored, self.device, self.compute_dtype)
         if self.accelerator.is_main_process:
             log.info(
                 "update: %s",
                 "packed rows, each prompt computed once for its completions"
                 if why is None
-                else f"padded rows, which are slower, because of {type(self.causal_lm).__name__}: {why}",
+                else f"padded rows, which are slower, for {type(self.causal_lm).__name__}: {why}",
             )
         return why is None
 
@@ -109,13 +107,12 @@ class Policy:
         twin = AutoModelForCausalLM.from_config(
             self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
         )
-        self._install_products(twin)
+        # Its linear layers and the policy's compute alike, to the bit.
+        kernels.install(twin, self.device, trains=False, alone=self._alone())
         return twin.to(self.device).eval().requires_grad_(False)
 
-    def _install_products(self, causal_lm: PreTrainedModel) -> None:
-        """The policy's linear layers and its copies' compute alike, to the bit."""
-        if self.accelerator.distributed_type == DistributedType.NO:
-            grads_in_place.install(causal_lm)
+    def _alone(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.NO
 
     def autocast(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-import grpo.model.packed_attention  # noqa: F401  a model's attention must know packed rows before one is given to it
 from grpo.errors import RunError
 from grpo.model.logprobs import token_statistics
 from grpo.model.truncation import Truncation
@@ -76,7 +75,7 @@ class ScoredLM(nn.Module):
         """The last hidden states of the batch's tokens, (R,N,H)."""
         rows: dict[str, Any] = {"input_ids": batch.input_ids_RN, "use_cache": False}
         if batch.layout is not None:
-            # A mask of four dimensions is passed on as it is, so none is made; packed_attention does not look at it.
+            # A mask of four dimensions is passed on as it is, so none is made; attention over a packed row ignores it.
             no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=batch.input_ids_RN.device)
             rows |= {"layout": batch.layout, "position_ids": batch.layout.position_ids_1N, "attention_mask": no_mask}
         return self.causal_lm.base_model(**rows).last_hidden_state

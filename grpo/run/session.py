@@ -27,7 +27,7 @@ from accelerate.utils import (
 
 from grpo.config import Recipe
 from grpo.errors import Preempted, RunError, UserError
-from grpo.kernels import allocator
+from grpo.kernels import prepare_process
 from grpo.model.devices import compute_dtype, has_bfloat16
 from grpo.model.loading import load_configs, load_tokenizer
 from grpo.prompts.task import Task, lint, load_task, stop_token_ids
@@ -57,8 +57,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "accelerate launch --config_file launch/fsdp2.yaml"
         )
     if on_cpu:
-        allocator.install()
         allow_fsdp_on_cpu(accelerator)
+    prepare_process()
     P, W = recipe.training.prompts_per_step, accelerator.num_processes
     if P % W:
         raise UserError(

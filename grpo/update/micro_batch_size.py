@@ -17,9 +17,9 @@ import torch
 
 from grpo.config import TrainingConfig
 from grpo.errors import RunError
-from grpo.kernels import allocator
-from grpo.kernels.lean_activations import watching
+from grpo.kernels import measure_kept
 from grpo.model.device_memory import free_memory
+from grpo.model.devices import largest_micro_batch
 from grpo.model.policy import Policy
 from grpo.packing import MicroBatch, packed_tokens, padded_tokens
 from grpo.types import Sequence
@@ -27,11 +27,6 @@ from grpo.types import Sequence
 log = logging.getLogger("grpo")
 Result = TypeVar("Result")
 
-# Tokens, and on a CPU bytes kept, beyond which a larger micro-batch gained nothing: 1,024 tokens of a model of 135 M
-# parameters were as fast as 2,048 in float32 (in bfloat16 a seventh slower, for 290 MB less), and 4,096 of one of
-# 0.85 M as 16,384 (docs/performance.md).
-LARGEST = {"cpu": 8192, "cuda": 32768}
-LARGEST_KEPT_ON_CPU = 0.75e9
 SMALLEST = 256
 SHARE = 0.5  # of free memory: what else the backward pass makes and frees is as large again at most
 MEASURED_TOKENS = (128, 384)
@@ -94,7 +89,7 @@ def fitting(policy: Policy, micro_batch: MicroBatch) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error on accelerators; of the CPU's allocator there is a RuntimeError with a message."""
+    """torch has an error of its own for accelerators, and a RuntimeError with a message for the main memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -105,12 +100,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def automatic_size(policy: Policy) -> int:
     """A power of two, the same on every process, and a line in the log. Called by all processes."""
     kept = kept_per_token(policy)
-    allocator.trim()
     free = free_memory(policy.device) - _still_to_come(policy)
     fits = SHARE * free / kept
-    largest = LARGEST.get(policy.device.type, LARGEST["cuda"])
-    if policy.device.type == "cpu":
-        largest = min(largest, max(1, int(LARGEST_KEPT_ON_CPU / kept)))
+    largest = largest_micro_batch(policy.device, kept)
     mine = torch.tensor([min(max(fits, 1), largest)], device=policy.device)
     tokens = 1 << (int(policy.accelerator.gather(mine).min()).bit_length() - 1)
     if policy.accelerator.is_main_process:
@@ -132,21 +124,11 @@ def kept_per_token(policy: Policy) -> float:
 
 def _kept(policy: Policy, tokens: int) -> int:
     """Bytes kept by a forward pass over one made-up sequence."""
-    found: dict[int, int] = {}
-
-    def see(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     vocab_size = policy.causal_lm.config.get_text_config(decoder=True).vocab_size
     ids = [token % vocab_size for token in range(tokens)]
     batch = policy.collate([Sequence(ids[: tokens // 4], ids[tokens // 4 :], [0.0] * (tokens - tokens // 4), 1.0)])
-    hooks = torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor)
-    with torch.enable_grad(), policy.no_sync(), hooks, watching(see):
-        logps_BT, _ = policy.logprobs(batch, 1.0)
-    del logps_BT
-    return sum(found.values())
+    with policy.no_sync():
+        return measure_kept(lambda: policy.logprobs(batch, 1.0)[0])
 
 
 def _still_to_come(policy: Policy) -> int:

@@ -14,7 +14,7 @@ BEGIN = """
 import os, random, sys, threading
 from pathlib import Path
 import torch
-from grpo.kernels.allocator import install
+from grpo.kernels.memory import install
 MB = 1 << 20
 
 def resident():
@@ -166,8 +166,8 @@ def test_without_a_compiler_memory_is_torchs(monkeypatch: pytest.MonkeyPatch) ->
             sys.executable,
             "-c",
             "import logging, torch; logging.basicConfig(level=logging.INFO)\n"
-            "from grpo.kernels import allocator\n"
-            "assert allocator.install() is None\nallocator.trim()\nassert (torch.ones(1 << 20) == 1).all()",
+            "from grpo.kernels import memory\n"
+            "assert memory.install() is None\nmemory.trim()\nassert (torch.ones(1 << 20) == 1).all()",
         ],
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from tests.conftest import make_recipe
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A CPU with or without instructions for bfloat16."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": request.param}, raising=False)
-    monkeypatch.setattr(session.allocator, "install", lambda: None)  # it would stay for the other tests
+    monkeypatch.setattr(session, "prepare_process", lambda: None)  # it would stay for the other tests
     AcceleratorState._reset_state(reset_partial_state=True)
     yield request.param
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from grpo.errors import RunError
+from grpo.model import devices
 from grpo.model.policy import Policy
 from grpo.packing import packed_tokens
 from grpo.run.state import Progress, restore_state, save_state
@@ -151,13 +152,13 @@ def test_the_automatic_size_is_a_share_of_free_memory(
     caplog.set_level(logging.INFO)
     policy = make_policy(tiny_model)
     kept = kept_per_token(policy)
-    largest, smallest = micro_batch_size.LARGEST["cpu"], micro_batch_size.SMALLEST
+    largest, smallest = devices.LARGEST["cpu"][0], micro_batch_size.SMALLEST
     for tokens, size in ((1200, 1024), (1000, 512), (500, smallest), (10, smallest), (1e9, largest)):
         free = kept * tokens / micro_batch_size.SHARE + micro_batch_size._still_to_come(policy)
         monkeypatch.setattr(micro_batch_size, "free_memory", lambda _, free=free: free)
         assert automatic_size(policy) == size
         assert f"training.micro_batch_tokens: {size}" in caplog.text
-    monkeypatch.setattr(micro_batch_size, "LARGEST_KEPT_ON_CPU", kept * 1100)  # of a larger model a token keeps more
+    monkeypatch.setitem(devices.LARGEST, "cpu", (largest, kept * 1100))  # of a larger model a token keeps more
     assert automatic_size(policy) == 1024
 
 
@@ -178,11 +179,11 @@ REALLY = """
 import logging, resource, sys
 from pathlib import Path
 from tests.conftest import make_policy, make_recipe
-from grpo.kernels import allocator
+from grpo.kernels import prepare_process
 from grpo.types import Sequence
 from tests.update.test_micro_batch_size import step
 logging.basicConfig(level=logging.WARNING)
-allocator.install()
+prepare_process()
 policy = make_policy(Path(sys.argv[1]))
 batch = [Sequence([1, 2, 3], [7 + i * (g + 1) % 90 for i in range(300)], [-5.0] * 300, (-1.0) ** g) for g in range(16)]
 if sys.argv[2] != "all":

@@ -24,7 +24,7 @@ from grpo.backends.hf.kv_cache import DecodeCache, Layer, LivePrompts, Step
 
 NAME = "grpo_decode"
 # What a kernel of ours computes just as these do, where a layer asks for nothing special.
-PLAIN = frozenset({"sdpa", "flash_attention_2", "flash_attention_3"})
+PLAIN = frozenset({"sdpa", "grpo_packed", "flash_attention_2", "flash_attention_3"})
 SPECIAL = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 

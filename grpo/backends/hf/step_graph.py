@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from grpo.backends.hf.kv_cache import DecodeCache, LivePrompts, Shape, Step, beyond
-from grpo.kernels import grads_in_place
 from grpo.model.scored_lm import ScoredLM
 
 log = logging.getLogger("grpo")
@@ -40,7 +39,6 @@ def cuda_capture() -> Capture:
         graph, stream, caching = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.is_autocast_cache_enabled()
         # Casts that are kept from before may be freed before a replay, and those made now are overwritten by one.
         torch.set_autocast_cache_enabled(False)
-        grads_in_place.forget()
         try:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 compute()
@@ -49,7 +47,6 @@ def cuda_capture() -> Capture:
         finally:
             torch.cuda.set_stream(stream)  # torch leaves another where it fails
             torch.set_autocast_cache_enabled(caching)
-            grads_in_place.forget()
         return graph.replay
 
     return capture
