@@ -5,9 +5,8 @@ tied weights the head's, V x H numbers, is made when the most is held and kept u
 zeros but for the rows of a few hundred tokens, joins it at the end. Here the product is added as it is computed, and
 only rows of tokens that were seen are touched. Gradients are the same, to rounding.
 
-Under autocast a weight is cast for its product, forward and again backward, and only the last cast is kept; CPUs
-without instructions for bfloat16 multiply in float32 (``bfloat16.py``). Passes without gradients do the same, so
-that both give the same numbers.
+Under autocast a weight is cast for its product, forward and again backward, and only the last cast is kept. Passes
+without gradients do the same, so that both give the same numbers.
 
 DDP and FSDP listen to gradients as autograd hands them over, so this is for one process alone.
 """
@@ -21,8 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-
-from grpo.kernels import bfloat16
 
 # Private names of torch: what waits for a weight's gradient.
 HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -72,10 +69,8 @@ def _linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | Non
     cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else x.dtype
     with torch.autocast(device, enabled=False) if cast else nullcontext():
-        weight_OI = _cast(weight_OI, dtype)
-        wide = weight_OI.dtype
-        bias_O = None if bias_O is None else bias_O.to(dtype).to(wide)
-        return nn.functional.linear(x.to(dtype).to(wide), weight_OI, bias_O).to(dtype)
+        bias_O = None if bias_O is None else bias_O.to(dtype)
+        return nn.functional.linear(x.to(dtype), _cast(weight_OI, dtype), bias_O)
 
 
 class _Last(NamedTuple):
@@ -95,15 +90,14 @@ def _cast(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     the capture may be freed before a replay, and a replay overwrites one that was made in the capture.
     """
     global _last
-    wide = bfloat16.multiplied_in(dtype, weight_OI.device)
-    if weight_OI.dtype == dtype == wide:
+    if weight_OI.dtype == dtype:
         return weight_OI
     if _capturing(weight_OI):
-        return weight_OI.detach().to(dtype).to(wide)
+        return weight_OI.detach().to(dtype)
     key = weight_OI._version, dtype, weight_OI.device
     if _last is None or _last.weight() is not weight_OI or _last.key != key:
         _last = None  # before there is another
-        _last = _Last(weakref.ref(weight_OI), key, weight_OI.detach().to(dtype).to(wide))
+        _last = _Last(weakref.ref(weight_OI), key, weight_OI.detach().to(dtype))
     return _last.cast
 
 
@@ -122,16 +116,12 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, _ = ctx.saved_tensors
-        weight_OI = _cast(ctx.weight, grad.dtype)
-        if x is not None:
-            x = x.to(grad.dtype).to(weight_OI.dtype)
-        grad = grad.to(weight_OI.dtype)
         grad_NO = grad.flatten(0, -2)
         if x is not None:
-            _add_product(ctx.weight, grad_NO, x.flatten(0, -2))
+            _add_product(ctx.weight, grad_NO, x.to(grad.dtype).flatten(0, -2))
         needs_x, _, needs_bias = ctx.needs_input_grad
         return (
-            (grad @ weight_OI).to(ctx.x_dtype) if needs_x else None,
+            (grad @ _cast(ctx.weight, grad.dtype)).to(ctx.x_dtype) if needs_x else None,
             None,
             grad_NO.sum(0).float() if needs_bias else None,
         )

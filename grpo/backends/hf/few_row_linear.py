@@ -13,8 +13,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from grpo.kernels.bfloat16 import multiplied_in
-
 ROWS = 64  # the number of rows that oneDNN's order is made for; others use it as well
 SMALL = 2**19  # entries of a float32 weight; up to here MKL and a transposed copy are as fast or faster
 
@@ -51,12 +49,9 @@ def _can_pack() -> bool:
 
 
 def _forward(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    dtype = module.weight.dtype
-    wide = multiplied_in(dtype, module.weight.device)
-    weight, bias = (None if p is None else p.detach().to(wide) for p in (module.weight, module.bias))
-    made = _transposed_forward if wide == torch.float32 and weight.numel() <= SMALL else _packed_forward
-    forward = made(weight, bias)
-    return forward if wide == dtype else lambda x: forward(x.to(wide)).to(dtype)
+    weight, bias = (None if p is None else p.detach() for p in (module.weight, module.bias))
+    made = _transposed_forward if weight.dtype == torch.float32 and weight.numel() <= SMALL else _packed_forward
+    return made(weight, bias)
 
 
 def _packed_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
