@@ -18,7 +18,7 @@ from grpo.types import Group, Sequence
 from grpo.update.micro_batch_size import fitting, within_memory
 
 
-class Scores(NamedTuple):
+class TokenStatistics(NamedTuple):
     """Of one completion's tokens. ``log_left`` is the log of the probability that top-k, top-p and min-p leave."""
 
     logprobs: list[float]
@@ -41,7 +41,7 @@ def plan_for(
 
 
 @torch.no_grad()
-def score_sequences(run: Run, sequences: list[Sequence], *, reference: bool) -> list[Scores]:
+def sequence_statistics(run: Run, sequences: list[Sequence], *, reference: bool) -> list[TokenStatistics]:
     """What the policy (and the reference) says of each sequence's tokens.
 
     Work is split over processes like an update; every process gets all results back.
@@ -49,7 +49,7 @@ def score_sequences(run: Run, sequences: list[Sequence], *, reference: bool) -> 
     policy, temperature = run.policy, run.recipe.rollout.temperature
     place_of = {id(s): i for i, s in enumerate(sequences)}
 
-    def attempt(max_tokens: int) -> list[tuple[int, Scores]]:
+    def attempt(max_tokens: int) -> list[tuple[int, TokenStatistics]]:
         found = []
         plan = plan_for(policy, sequences, run.recipe.training, max_tokens)
         for micro_batch in plan[policy.accelerator.process_index]:
@@ -62,24 +62,25 @@ def score_sequences(run: Run, sequences: list[Sequence], *, reference: bool) -> 
                     continue
                 span = slice(len(s.completion_ids))
                 ref = ref_logps_BT[row, span].tolist() if ref_logps_BT is not None else None
-                found.append((place_of[id(s)], Scores(*(x_BT[row, span].tolist() for x_BT in of_policy), ref)))
+                logprobs, entropies, log_left = (x_BT[row, span].tolist() for x_BT in of_policy)
+                found.append((place_of[id(s)], TokenStatistics(logprobs, entropies, log_left, ref)))
         return found
 
-    return [scores for _, scores in sorted(gather_object(within_memory(run, attempt)))]
+    return [statistics for _, statistics in sorted(gather_object(within_memory(run, attempt)))]
 
 
 def precompute_logprobs(run: Run, sequences: list[Sequence], *, reference: bool) -> list[Sequence]:
     """The sequences with the rollout policy's log-probabilities (and the reference's), for several updates a rollout;
     with truncated sampling, also with what that leaves of the rollout policy's distributions."""
-    scored = score_sequences(run, sequences, reference=reference)
+    statistics = sequence_statistics(run, sequences, reference=reference)
     return [
         replace(
             s,
-            old_logprobs=scores.logprobs,
-            ref_logprobs=scores.ref_logprobs,
-            log_left=scores.log_left if run.policy.truncation else None,
+            old_logprobs=found.logprobs,
+            ref_logprobs=found.ref_logprobs,
+            log_left=found.log_left if run.policy.truncation else None,
         )
-        for s, scores in zip(sequences, scored, strict=True)
+        for s, found in zip(sequences, statistics, strict=True)
     ]
 
 
@@ -103,12 +104,12 @@ def select_tokens(run: Run, sequences: list[Sequence]) -> list[Sequence]:
     A selection that draws does so by the seed and the tokens, so that it is the same on every process and on resume.
     """
     algorithm, seed = run.recipe.algorithm, run.recipe.training.seed
-    scored = score_sequences(run, sequences, reference=False)
+    statistics = sequence_statistics(run, sequences, reference=False)
     lengths = [len(s.completion_ids) for s in sequences]
-    old = [s.old_logprobs or scores.logprobs for s, scores in zip(sequences, scored, strict=True)]
+    old = [s.old_logprobs or found.logprobs for s, found in zip(sequences, statistics, strict=True)]
     logps_M, old_M, entropies_M = (
         torch.tensor([x for values in part for x in values], dtype=torch.float32)
-        for part in ([scores.logprobs for scores in scored], old, [scores.entropies for scores in scored])
+        for part in ([found.logprobs for found in statistics], old, [found.entropies for found in statistics])
     )
     advantages_M = torch.tensor([s.advantage for s in sequences]).repeat_interleave(torch.tensor(lengths))
     select = find_loss(algorithm.loss_type).select

@@ -9,7 +9,7 @@ from grpo.losses import kl_estimate
 from grpo.packing import to_sequences
 from grpo.run.run import Run
 from grpo.types import Group
-from grpo.update.forward import score_sequences
+from grpo.update.forward import sequence_statistics
 
 
 def less_kl(run: Run, rewards_PG: np.ndarray, groups: list[Group]) -> tuple[np.ndarray, dict[str, float]]:
@@ -24,10 +24,10 @@ def less_kl(run: Run, rewards_PG: np.ndarray, groups: list[Group]) -> tuple[np.n
         return rewards_PG, {}
     sequences = to_sequences(groups, np.zeros(rewards_PG.shape), algorithm)
     places = [i for i, s in enumerate(sequences) if s.completion_ids and not np.isnan(rewards_PG.flat[i])]
-    scored = score_sequences(run, [sequences[i] for i in places], reference=True)
+    statistics = sequence_statistics(run, [sequences[i] for i in places], reference=True)
     kl_PG = np.zeros(rewards_PG.shape)
-    for i, scores in zip(places, scored, strict=True):
-        logps_T, ref_logps_T = torch.tensor(scores.logprobs), torch.tensor(scores.ref_logprobs)
+    for i, found in zip(places, statistics, strict=True):
+        logps_T, ref_logps_T = torch.tensor(found.logprobs), torch.tensor(found.ref_logprobs)
         kl_PG.flat[i] = float(kl_estimate(logps_T, ref_logps_T, estimator=algorithm.kl_estimator).double().sum())
-    tokens = sum(len(scores.logprobs) for scores in scored)
+    tokens = sum(len(found.logprobs) for found in statistics)
     return rewards_PG - algorithm.beta * kl_PG, {"kl": float(kl_PG.sum()) / max(tokens, 1)}
