@@ -1,7 +1,7 @@
 """Norms and the product of gated MLPs on a CPU, forward and backward, each in one pass (``elementwise.cpp``).
 
-torch makes five passes of a norm's forward pass and a dozen of its backward pass, each a kernel with its own start and
-end. Which of a model's modules these are is tried, not told from their names; what differs, or comes in another type
+torch reads and writes memory five times for a norm's forward pass and a dozen times for its backward pass. A model's
+modules are matched by running them, not by class name. A module that computes something else, or is given another type
 or layout, goes through torch.
 """
 

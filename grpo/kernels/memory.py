@@ -1,4 +1,9 @@
-"""Where torch's CPU tensors stand in memory (``allocator.cpp``): of what a process holds, little lies free."""
+"""The allocator of torch's CPU tensors (``allocator.cpp``): best fit, and free memory goes back to the system.
+
+glibc's own can be told to give every large block pages of its own (``mallopt``). That holds as little memory, but the
+pages are new each time: an update of the tiny model took 1.65 times as long, one of SmolLM2 1.2 times. With thresholds
+at which it is about as fast, the tiny model's peak was 11% higher.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""C++ for CPUs, compiled at first use into the user's cache folder: what torch's kernels, one by one, do slowly.
+"""C++ for CPUs, compiled at first use into the user's cache folder: one call for what takes torch many.
 
-The sources use torch's own OpenMP threads, and no header of Python or (but for the allocator's) of torch. Whoever uses
-one goes on without it where there is no compiler.
+The sources use the OpenMP threads that torch has loaded, and no header of Python. Only the allocator's uses headers of
+torch. Whoever calls ``library`` goes on without it where there is no compiler.
 """
 
 from __future__ import annotations

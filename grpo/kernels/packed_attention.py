@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.kernels import packed_attention_compiled as compiled
 from grpo.types import Layout
@@ -55,8 +52,18 @@ def install(causal_lm: Any, device: torch.device) -> str | None:
         return f"its attention is {implementation}, not {PADDED}"
     if reason := _missing(causal_lm, device):
         return reason
+    register()
     causal_lm.set_attn_implementation(NAME)
     return None if causal_lm.config._attn_implementation == NAME else "transformers cannot exchange its attention"
+
+
+def register() -> None:
+    """Tell transformers the name. It is imported here: a process that needs the allocator alone starts without it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[PADDED])
 
 
 def _missing(causal_lm: Any, device: torch.device) -> str | None:
@@ -86,6 +93,8 @@ def attention(
     Raises CannotPack where the model asks for what is not here.
     """
     if layout is None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
         padded = ALL_ATTENTION_FUNCTIONS[PADDED]
         return padded(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     asked = [what for name, what in NOT_HERE.items() if kwargs.get(name) is not None]
@@ -217,7 +226,3 @@ def _flash_backward(
     unused = torch.empty(0, device=q.device)
     given = grad.contiguous(), q, k, v, out, lse.contiguous(), cum_q, cum_k, longest_q, longest_k
     return aten._flash_attention_backward(*given, 0.0, causal, state, unused, scale=scale)
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[PADDED])

@@ -15,7 +15,7 @@ from grpo import kernels
 from grpo.kernels import grads_in_place, lean_activations, native, packed_attention, packed_attention_compiled
 from grpo.model.policy import Policy
 from grpo.update.step import optimizer_step
-from tests.conftest import make_policy, make_recipe
+from tests.conftest import make_policy, make_run
 from tests.gradient_of_step import sequences
 
 
@@ -41,7 +41,7 @@ GONE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 def stepped(model: Path, out: Path) -> tuple[Policy, torch.Tensor]:
     """A policy after an optimizer step, and the gradient that it stepped by."""
-    policy, recipe = make_policy(model), make_recipe(model, optimizer={"max_grad_norm": 0.0})
+    policy = make_policy(model)
     gradient, step = [], policy.step
 
     def watched(learning_rate: float) -> None:
@@ -49,9 +49,9 @@ def stepped(model: Path, out: Path) -> tuple[Policy, torch.Tensor]:
         step(learning_rate)
 
     policy.step = watched  # type: ignore[method-assign]
-    training = recipe.training.model_copy(update={"micro_batch_tokens": 200})
-    settings = {"temperature": 0.9, "learning_rate": 1e-3, "max_completion_length": 40, "dump_to": out}
-    optimizer_step(policy, sequences(), recipe.algorithm, training, **settings)
+    rollout, training = {"temperature": 0.9, "max_completion_length": 40}, {"micro_batch_tokens": 200}
+    run = make_run(policy, out, rollout=rollout, training=training, optimizer={"max_grad_norm": 0.0})
+    optimizer_step(run, sequences(), 1e-3)
     return policy, torch.cat(gradient)
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from grpo.kernels.packed_attention import attention
+from grpo.kernels.packed_attention import attention, register
 from grpo.model import packed_check
 from grpo.model.packed_check import made_up, why_padded
 from grpo.model.scored_lm import ScoredLM
@@ -57,6 +57,7 @@ CAN = {
 def model(config: Any, **keywords: Any) -> ScoredLM:
     torch.manual_seed(0)
     causal_lm = AutoModelForCausalLM.from_config(config, **keywords)
+    register()
     if causal_lm.config._attn_implementation == "sdpa":  # by hand, so that it is done without a compiler too
         causal_lm.set_attn_implementation("grpo_packed")
     return ScoredLM(causal_lm)
