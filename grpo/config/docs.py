@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from grpo.config.base import Section
 from grpo.config.hints import RENAMED, section_in, sections
-from grpo.config.recipe import Section
 from grpo.config.yaml_text import dump
 
 EXAMPLE = """\
