@@ -1,7 +1,7 @@
 """A recipe file and its overrides into a ``Recipe``, or one message that names everything wrong with them.
 
-``recipe_yaml`` reads the text, ``recipe_problems`` puts what is wrong into words, ``recipe_hints`` explains unknown
-keys. None of them imports anything heavy: a wrong recipe is told before torch is loaded.
+``yaml_text`` reads the text, ``problems`` puts what is wrong into words, ``hints`` explains unknown keys. None of them
+imports anything heavy: a wrong recipe is told before torch is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo.config.hints import section_in
-from grpo.config.problems import OVERRIDES_FROM, Origin, Problem, problems_of, show
+from grpo.config.problems import OVERRIDES_FROM, Finding, Origin, problems_of, show
 from grpo.config.recipe import Recipe
 from grpo.config.yaml_text import KeyPath, YamlError, dotted, dump, parse
 from grpo.errors import UserError
@@ -66,7 +66,7 @@ def find_recipe(path: str | Path) -> Path:
     raise UserError(f"{path}: no such file" + (f", did you mean {neighbours[near[0]]}?" if near else ""))
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Problem]]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Finding]]:
     try:
         raw = file.read_bytes()
     except OSError as error:

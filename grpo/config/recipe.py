@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from grpo.config.algorithm import AlgorithmConfig
-from grpo.config.base import Section, refuse
+from grpo.config.base import Problem, Section, refuse
 from grpo.config.prompts import PromptsConfig
 from grpo.config.sections import (
     DataConfig,
@@ -58,49 +58,58 @@ class Recipe(Section):
         if self.algorithm.importance_sampling_mode is None:
             mode = "token_truncate" if self.rollout.backend == "vllm" else "none"
             self.algorithm = self.algorithm.model_copy(update={"importance_sampling_mode": mode})
-        problems = []
+        problems: list[Problem] = []
         if self.stage == "grpo" and not self.rewards:
-            problems.append("rewards: a grpo recipe needs at least one reward")
+            problems.append(Problem(("rewards", "stage"), "rewards: a grpo recipe needs at least one reward"))
         if self.stage == "grpo" and self.rewards and all(r.weight == 0 for r in self.rewards):
-            problems.append("rewards: every weight is 0, there is nothing to learn from")
+            problems.append(Problem(("rewards",), "rewards: every weight is 0, there is nothing to learn from"))
         functions = self.reward_names()
         if self.evaluation.reward is not None and self.evaluation.reward not in functions:
-            problems.append(
+            text = (
                 f"evaluation.reward: {self.evaluation.reward} is not one of rewards ({', '.join(functions) or 'none'})"
             )
+            problems.append(Problem(("evaluation.reward", "rewards"), text))
         if self.training.prompts_per_step % self.algorithm.num_minibatches:
-            problems.append(
+            text = (
                 f"training.prompts_per_step ({self.training.prompts_per_step}) is not divisible by "
                 f"algorithm.num_minibatches ({self.algorithm.num_minibatches})"
             )
+            problems.append(Problem(("training.prompts_per_step", "algorithm.num_minibatches"), text))
         if self.algorithm.sync_ref_model and self.model.lora is not None:
-            problems.append(
+            text = (
                 "algorithm.sync_ref_model cannot be used with model.lora: the reference is the model without adapters, "
                 "which never moves"
             )
+            problems.append(Problem(("algorithm.sync_ref_model", "model.lora"), text))
         problems += self._prompts_problems()
         refuse(problems)
         return self
 
-    def _prompts_problems(self) -> list[str]:
+    def _prompts_problems(self) -> list[Problem]:
         """What the choice of prompts, and of advantages, cannot be combined with."""
         prompts, rollout, k = self.prompts, self.rollout, self.algorithm.pass_at_k
         problems = [
-            f"prompts.{key} cannot be used with rollout.overlap, which asks for a step's prompts before the rewards of "
-            "the step before are known; turn one of them off"
+            Problem(
+                (f"prompts.{key}", "rollout.overlap"),
+                f"prompts.{key} cannot be used with rollout.overlap, which asks for a step's prompts before the "
+                "rewards of the step before are known; turn one of them off",
+            )
             for key in ("dynamic_sampling", "curriculum", "replay_groups")
             if rollout.overlap and getattr(prompts, key)
         ]
         if prompts.replay_groups and (rollout.top_p < 1 or rollout.top_k or rollout.min_p):
-            problems.append(
+            text = (
                 "prompts.replay_groups needs importance ratios to the distribution sampled from, which rollout.top_p, "
                 "top_k and min_p cut: set them to 1.0, 0 and null"
             )
+            cut = ("rollout.top_p", "rollout.top_k", "rollout.min_p")
+            problems.append(Problem(("prompts.replay_groups", *cut), text))
         if k is not None and k >= rollout.num_generations:
-            problems.append(
+            text = (
                 f"algorithm.pass_at_k ({k}) must be below rollout.num_generations ({rollout.num_generations}): it "
                 "compares subsets of k completions"
             )
+            problems.append(Problem(("algorithm.pass_at_k", "rollout.num_generations"), text))
         return problems
 
     def reward_names(self) -> list[str]:

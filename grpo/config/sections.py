@@ -17,6 +17,7 @@ from grpo.config.base import (
     NonNegativeInt,
     Positive,
     PositiveInt,
+    Problem,
     Section,
     refuse,
 )
@@ -88,12 +89,14 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         problems = []
-        given = [k for k in ("name", "path", "hub") if getattr(self, k)]
+        sources = ("name", "path", "hub")
+        given = [key for key in sources if getattr(self, key)]
         if len(given) != 1:
-            problems.append(f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})")
+            text = f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})"
+            problems.append(Problem(sources, text))
         if self.template != "chat":
             problems += [
-                f"{key} is only used with template: chat (template is {self.template})"
+                Problem((key, "template"), f"{key} is only used with template: chat (template is {self.template})")
                 for key in ("system_prompt", "chat_template_kwargs")
                 if getattr(self, key)
             ]
@@ -119,9 +122,10 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _one_function(self) -> RewardConfig:
         if (self.name is None) == (self.path is None):
-            raise ValueError("give exactly one of name, path")
+            refuse([Problem(("name", "path"), "give exactly one of name, path")])
         if self.path is not None and not all(part.strip() for part in self.path.rpartition(":")):
-            raise ValueError(f"path: expected file.py:function or package.module:function, got {self.path!r}")
+            text = f"path: expected file.py:function or package.module:function, got {self.path!r}"
+            refuse([Problem(("path",), text)])
         return self
 
 
@@ -166,7 +170,8 @@ class RolloutConfig(VllmOptions):
     def _backend_settings(self) -> RolloutConfig:
         problems = self.vllm_problems(self.backend)
         if self.overlap and self.backend != "vllm":
-            problems.append(f"overlap needs backend: vllm (backend is {self.backend}, which samples with the trainer)")
+            text = f"overlap needs backend: vllm (backend is {self.backend}, which samples with the trainer)"
+            problems.append(Problem(("overlap", "backend"), text))
         refuse(problems)
         return self
 
@@ -240,10 +245,11 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _greedy_once(self) -> EvaluationConfig:
         if self.temperature == 0 and self.num_generations > 1:
-            raise ValueError(
+            text = (
                 f"temperature 0 is greedy: its {self.num_generations} completions would all be the same; "
                 "set num_generations to 1 or the temperature above 0"
             )
+            refuse([Problem(("temperature", "num_generations"), text)])
         return self
 
 
