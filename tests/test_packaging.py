@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,24 @@ def test_the_wheel_says_what_it_is(wheel):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     assert "grpo = grpo.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert wheel.read(f"{info}/top_level.txt").decode().split() == ["data", "grpo", "recipes", "rewards"]
+
+
+def test_recipes_are_found_by_name_from_the_wheel(wheel, tmp_path):
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    wheel.extractall(installed)
+    elsewhere.mkdir()
+
+    def grpo_command(*arguments: str) -> str:
+        command = [sys.executable, "-m", "grpo", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(installed)}
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "\nsmoke_cpu " in grpo_command("recipes")
+    grpo_command("recipes", "copy", "smoke_cpu", "mine.yaml")
+    assert (elsewhere / "mine.yaml").read_bytes() == (ROOT / "recipes" / "smoke_cpu.yaml").read_bytes()
+    assert grpo_command("recipes", "show", "smoke_cpu") == (elsewhere / "mine.yaml").read_text()
 
 
 def test_every_dependency_has_a_tested_pin_within_its_range(wheel):

@@ -6,27 +6,24 @@ imports anything heavy: a wrong recipe is told before torch is loaded.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from grpo.config.find import find_recipe
 from grpo.config.hints import section_in
 from grpo.config.problems import OVERRIDES_FROM, Finding, Origin, problems_of, show
 from grpo.config.recipe import Recipe
 from grpo.config.yaml_text import KeyPath, YamlError, dotted, dump, parse
 from grpo.errors import UserError
 
-SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
-
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read ``path``, apply ``a.b=c`` overrides in order, validate.
+    """Read ``path``, a file or the name of a shipped recipe, apply ``a.b=c`` overrides in order, validate.
 
-    A path that does not exist but names a recipe shipped with this package (``smoke_cpu``, ``recipes/smoke_cpu.yaml``)
-    means that one. Raises UserError with every problem at once, one a line: ``recipe.yaml:12: rollout.top_p: ...``.
+    Raises UserError with every problem at once, one a line: ``recipe.yaml:12: rollout.top_p: ...``.
     """
     file = find_recipe(path)
     value, origins, problems = _read(file)
@@ -49,21 +46,6 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe, every default written out, as YAML that loads back equal."""
     return dump(recipe.model_dump())
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The file that ``path`` means; UserError if there is none, with the nearest name that does exist."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; a recipe is a YAML file")
-    if path.exists():
-        return path
-    shipped = SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
-    if path.parent in (Path(), Path("recipes")) and shipped.exists():
-        return shipped
-    neighbours = {file.stem: file for file in path.parent.glob("*.y*ml")}
-    near = difflib.get_close_matches(path.name.partition(".")[0], neighbours, n=1)
-    raise UserError(f"{path}: no such file" + (f", did you mean {neighbours[near[0]]}?" if near else ""))
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Finding]]:

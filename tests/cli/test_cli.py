@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import grpo
-from grpo.cli.main import app
+from grpo.cli.main import app, main
 from grpo.config.load import load_recipe
 from grpo.errors import Preempted, RunError, UserError
 
@@ -99,12 +99,44 @@ finally:
 def test_missing_recipe(command):
     result = run(command, "recipes/none.yaml")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "recipes/none.yaml: no such file\n"
+    assert result.stderr == "recipes/none.yaml: no such file or recipe; `grpo recipes` lists those that grpo ships\n"
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["trane", "x"], ["train", "recipe.yaml", "--resum"]])
-def test_wrong_command_line(arguments):
-    assert run(*arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "grpo train: missing argument 'RECIPE' (grpo train --help)"),
+        (["trane", "x"], "grpo: no such command 'trane'. Did you mean 'train'? (grpo --help)"),
+        (["train", "recipe.yaml", "--resum"], "grpo train: no such option: --resum (Possible options: --resume, "
+         "--resume-from) (grpo train --help)"),
+        (["recipes", "shwo"], "grpo recipes: no such command 'shwo'. Did you mean 'show'? (grpo recipes --help)"),
+        (["train", "recpie.yaml"], "recpie.yaml: no such file or recipe, did you mean recipe.yaml?"),
+        (["eval", "rollout.top_k=1"], "rollout.top_k=1: no recipe given, only an override; the recipe comes first"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo", *arguments])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code == 2
+    assert capsys.readouterr() == ("", f"{message}\n")
+
+
+def test_no_command_gets_the_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo"])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code == 2
+    assert "recipes   List the recipes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], *[[name] for name in ("train", "eval", "validate", "audit", "recipes")]])
+def test_the_help_is_plain_and_fits_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.isascii()
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_module_and_version():
@@ -240,7 +272,10 @@ def test_a_foreign_package_is_refused_by_its_path(tmp_path, name):
 def test_a_folder_of_that_name_is_no_package(tmp_path):
     (tmp_path / "data").mkdir()
     done = python("-m", "grpo", "train", "nowhere.yaml", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "nowhere.yaml: no such file\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "nowhere.yaml: no such file or recipe; `grpo recipes` lists those that grpo ships\n",
+    )
 
 
 # --- eval, report ---

@@ -120,12 +120,6 @@ def test_there_are_recipes():
     assert RECIPES
 
 
-@pytest.mark.parametrize("name", ["{}", "{}.yaml", "recipes/{}.yaml"])
-def test_a_shipped_recipe_is_found_from_anywhere(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert load_recipe(name.format(RECIPES[0].stem)) == load_recipe(RECIPES[0])
-
-
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -436,13 +430,6 @@ EMPTY = "recipe.yaml: the file is empty; a recipe has sections such as model:, d
 )  # fmt: skip
 def test_no_recipe_at_all(write, content, message):
     assert only_problem(write(content)) == message
-
-
-def test_missing_file_suggests_the_nearest(write):
-    write(GOOD)
-    assert only_problem("recpie.yaml") == "recpie.yaml: no such file, did you mean recipe.yaml?"
-    assert only_problem("x/y/zzz.yaml") == "x/y/zzz.yaml: no such file"
-    assert only_problem(".") == ".: is a folder; a recipe is a YAML file"
 
 
 # --- hints ---
