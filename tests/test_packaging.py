@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -108,3 +109,26 @@ def pins():
         requirement = Requirement(line)
         found.setdefault(canonicalize_name(requirement.name), []).append(str(requirement.specifier).removeprefix("=="))
     return found
+
+
+@pytest.mark.parametrize(("minor", "targets"), [(10, "lint test"), (11, "lint test test-vllm")])
+def test_ci_leaves_out_what_an_older_python_cannot_run(tmp_path, minor, targets):
+    """With stand-ins for make and python3 that say what they are told to."""
+    stand_ins = {
+        "make": f'echo "$@" >> {tmp_path}/targets',
+        "python3": f'[ "$1" = -c ] && exec {sys.executable} -c "import sys; sys.version_info = (3, {minor}); $2"\n'
+        f"echo Python 3.{minor}.0",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", tmp_path / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "targets").read_text().split() == targets.split()
+    assert ("left out: vLLM needs Python 3.11" in done.stdout) == (minor == 10)
