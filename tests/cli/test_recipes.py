@@ -6,22 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from grpo.cli import recipes
-from grpo.cli.main import app
 from grpo.config.find import SHIPPED, shipped_recipes
 from grpo.config.load import load_recipe
+from tests.cli.conftest import run
 
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # so that it is put back, whatever a command sets
-
-
-def run(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
 
 
 # --- the list ---
