@@ -32,7 +32,7 @@ from accelerate.state import AcceleratorState
 
 from grpo.backends import make_backend
 from grpo.backends.base import Backend, Request, Sampling
-from grpo.config import Recipe
+from grpo.config import AlgorithmConfig, Recipe
 from grpo.losses import Counts, importance_weights, policy_loss
 from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
@@ -216,9 +216,8 @@ def gradient(policy: Policy, sequences: list[Sequence], mode: str) -> torch.Tens
             weights_BT = importance_weights(
                 logps_BT.detach(), batch.sampler_logps_BT, batch.mask_BT, mode=mode, clip_min=None, clip_max=3.0
             )
-        policy_loss(logps_BT, None, None, batch.advantages_B, batch.mask_BT, counts, weights_BT=weights_BT)[
-            0
-        ].backward()
+        loss, _ = policy_loss(logps_BT, batch, counts, AlgorithmConfig(), weights_BT)
+        loss.backward()
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]).clone()
 
 

@@ -31,9 +31,10 @@ from benchmarks.common import hardware, median, peak_memory_mb, print_table, tur
 from benchmarks.rollout import make_policy
 from grpo.config import Recipe
 from grpo.kernels import allocator, grads_in_place
-from grpo.model.logprobs import token_logprobs
+from grpo.model.logprobs import token_statistics
 from grpo.model.policy import Policy
 from grpo.packing import packed_tokens
+from grpo.run.run import Run
 from grpo.types import Sequence
 from grpo.update.step import optimizer_step
 
@@ -60,19 +61,12 @@ def vocabulary(policy: Policy) -> int:
 
 def seconds_of_step(policy: Policy, recipe: Recipe, sequences: list[Sequence], packed: bool, size: int) -> float:
     policy.packed = packed
-    training = recipe.training.model_copy(update={"micro_batch_tokens": size})
+    recipe.training.micro_batch_tokens = size
+    recipe.rollout.max_completion_length = max(len(s.completion_ids) for s in sequences)
     with tempfile.TemporaryDirectory() as folder:
+        run = Run(recipe, policy, Path(folder))
         begun = time.perf_counter()
-        optimizer_step(
-            policy,
-            sequences,
-            recipe.algorithm,
-            training,
-            temperature=1.0,
-            learning_rate=1e-6,
-            max_completion_length=max(len(s.completion_ids) for s in sequences),
-            dump_to=Path(folder),
-        )
+        optimizer_step(run, sequences, 1e-6)
         if policy.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begun
@@ -149,7 +143,7 @@ def peak_of_head(options: argparse.Namespace) -> float:
     grads_in_place.install(head)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     targets_N = torch.zeros(N, dtype=torch.long)
-    logps_N, _ = token_logprobs(hidden_NH, targets_N, head, vocab_size=V, parameters=head.parameters())
+    logps_N, _, _ = token_statistics(hidden_NH, targets_N, head, vocab_size=V, parameters=head.parameters())
     logps_N.sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before - V * 256 * 4 / 2**20
 

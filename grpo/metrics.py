@@ -1,8 +1,11 @@
-"""What a step's rollouts say, under TRL's metric names."""
+"""What a step's rollouts say, under TRL's metric names, and how long its parts took."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
 
 import numpy as np
 
@@ -75,3 +78,19 @@ def rollout_rows(groups: list[Group], step: int, advantages_PG: np.ndarray | Non
                 row["advantage"] = float(advantages_PG[p, g])
             rows.append(row)
     return rows
+
+
+class Clock:
+    """Seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + perf_counter() - start
+
+    def total(self) -> float:
+        return sum(self.seconds.values())

@@ -1,4 +1,5 @@
-"""Sequences into micro-batches: by token budget, the same number on every process, the same plan everywhere.
+"""Scored groups into sequences, and those into micro-batches: by token budget, the same number on every process, the
+same plan everywhere.
 
 Every process knows all sequences of the optimizer step (the trainer gathers them: a few megabytes of integers),
 computes the same plan from them and takes its own share: nothing about the split has to be communicated.
@@ -14,9 +15,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 
-from grpo.types import Batch, Layout, Sequence
+from grpo.config import AlgorithmConfig
+from grpo.types import Batch, Completion, Group, Layout, Sequence, Status
 
 # A group that does not fit into what is left of a micro-batch starts another if the one is this full already, else it
 # is split and its prompt computed twice. Both are tried: the first repeats less, the second balances processes better.
@@ -24,6 +27,28 @@ FULL = (0.5, 0.95)
 
 MicroBatch = list[Sequence]
 Sized = tuple[int, MicroBatch]  # with its tokens
+
+
+def to_sequences(groups: list[Group], advantages_PG: np.ndarray, algorithm: AlgorithmConfig) -> list[Sequence]:
+    """Flatten scored groups, G completions each."""
+    return [
+        Sequence(
+            prompt_ids=group.prompt.token_ids,
+            completion_ids=completion.token_ids,
+            sampler_logprobs=completion.sampler_logprobs,
+            advantage=float(advantage),
+            valid=counts_in_loss(completion, reward, algorithm),
+        )
+        for group, advantages_G in zip(groups, advantages_PG, strict=True)
+        for completion, reward, advantage in zip(group.completions, group.rewards, advantages_G, strict=True)
+    ]
+
+
+def counts_in_loss(completion: Completion, reward: float | None, algorithm: AlgorithmConfig) -> bool:
+    """Whether a completion counts in the loss and its denominators: not where it could not be scored, nor where it was
+    truncated and the recipe masks such ones."""
+    masked = algorithm.mask_truncated_completions and completion.status is Status.LENGTH
+    return reward is not None and not masked and completion.status is not Status.ERROR
 
 
 def plan_micro_batches(
@@ -155,7 +180,7 @@ def collate(
     predicts_BT = torch.zeros((B, T), dtype=torch.long)
     completion_mask_BT = torch.zeros((B, T), dtype=torch.bool)
     mask_BT = torch.zeros((B, T))
-    names = ["sampler_logprobs", "old_logprobs", "ref_logprobs", "kept"]
+    names = ["sampler_logprobs", "old_logprobs", "ref_logprobs", "kept", "log_left"]
     per_token = {name: torch.zeros((B, T)) for name in names if getattr(micro_batch[0], name) is not None}
     for i, s in enumerate(micro_batch):
         length = len(s.completion_ids)
@@ -179,6 +204,7 @@ def collate(
         old_logps_BT=per_token.get("old_logprobs"),
         ref_logps_BT=per_token.get("ref_logprobs"),
         kept_BT=per_token.get("kept"),
+        log_left_BT=per_token.get("log_left"),
     )
 
 

@@ -6,30 +6,15 @@ folder, checkpoints and resume.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from grpo.config import Recipe
+from grpo.metrics import Clock
 from grpo.model.optimizer import learning_rate
-from grpo.model.policy import Policy
 from grpo.packing import MicroBatch
 from grpo.report.write import write_report
-from grpo.run.log import Tracker
-from grpo.run.session import (
-    Clock,
-    PreemptionGuard,
-    due,
-    finished,
-    leave,
-    make_accelerator,
-    on_main,
-    open_tracker,
-    prepare_folder,
-    prepare_task,
-    seed_step,
-)
-from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
+from grpo.run.run import Run, start_run
+from grpo.run.session import leave, make_accelerator, on_main, prepare_task
 from grpo.types import Batch, Sequence
 from grpo.update.forward import plan_for
 from grpo.update.micro_batch_size import fitting, within_memory
@@ -42,45 +27,19 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     """Run a ``stage: sft`` recipe to its end, or from a checkpoint on."""
     accelerator = make_accelerator(recipe)
     tokenizer, stop_ids, task = prepare_task(recipe)
-    folder = prepare_folder(recipe, accelerator, resume)
-    policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
-    checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))
-    progress = restore_state(checkpoint, recipe, policy)
-    with (
-        open_tracker(folder, recipe, accelerator, progress, resume) as tracker,
-        PreemptionGuard(accelerator) as preemption,
-    ):
-
-        def evaluate_and_log() -> None:
-            if task.eval_examples:
-                tracker.log(progress.step, {"eval/loss": held_out_loss(recipe, policy, task.eval_examples)})
-
-        if progress.step == 0 and recipe.evaluation.at_start:
-            evaluate_and_log()
-        while not finished(recipe, accelerator, progress):
-            seed_step(recipe, progress.step, accelerator.process_index)
-            train_step(recipe, folder, task.examples(progress.step), policy, tracker, progress)
-
-            stopping = preemption.requested()
-            done = finished(recipe, accelerator, progress)
-            if done or due(recipe.training.eval_every, progress.step):
-                evaluate_and_log()
-            if done or stopping or due(recipe.training.save_every, progress.step):
-                progress.metrics_offset = tracker.offset
-                save_state(folder, recipe, policy, progress)
-            if stopping and not done:
-                preemption.stop(folder, progress.step)
-    policy.save_pretrained(folder / "final")
-    on_main(accelerator, lambda: write_report(folder))
-    leave(accelerator, policy)
+    run = start_run(recipe, accelerator, tokenizer, stop_ids, resume)
+    with run:
+        for step in run.steps(lambda: evaluate_and_log(run, task.eval_examples)):
+            train_step(run, task.examples(step))
+    run.policy.save_pretrained(run.folder / "final")
+    on_main(accelerator, lambda: write_report(run.folder))
+    leave(accelerator, run.policy)
 
 
-def train_step(
-    recipe: Recipe, folder: Path, examples: list[Example], policy: Policy, tracker: Tracker, progress: Progress
-) -> None:
+def train_step(run: Run, examples: list[Example]) -> None:
     """One optimizer step on the mean cross-entropy (nats) of all completion tokens of ``examples``."""
-    clock = Clock()
-    rate = learning_rate(recipe.optimizer, progress.step, recipe.training.max_steps)
+    policy, progress, clock = run.policy, run.progress, Clock()
+    rate = learning_rate(run.recipe.optimizer, progress.step, run.recipe.training.max_steps)
     with clock("train"):
         tokens = sum(len(completion) for _, completion in examples)
 
@@ -88,15 +47,14 @@ def train_step(
             logps_BT, entropy_BT = policy.logprobs(batch, temperature=1.0)
             return -(logps_BT * batch.mask_BT).sum() / tokens, {"entropy": (entropy_BT * batch.mask_BT).sum() / tokens}
 
-        def attempt(max_tokens: int) -> tuple[dict[str, float], float]:
-            return backward(policy, _my_micro_batches(recipe, policy, examples, max_tokens), loss_of, folder)
-
-        totals, norm = within_memory(policy, recipe.training, attempt)
+        totals, norm = within_memory(
+            run, lambda max_tokens: backward(run, _my_micro_batches(run, examples, max_tokens), loss_of)
+        )
         policy.step(rate)
     progress.step += 1
     progress.num_tokens += sum(len(prompt) + len(completion) for prompt, completion in examples)
     progress.seconds += clock.total()
-    tracker.log(
+    run.log.log(
         progress.step,
         totals
         | {
@@ -110,13 +68,20 @@ def train_step(
     )
 
 
+def evaluate_and_log(run: Run, examples: list[Example]) -> None:
+    """The loss on the held-out examples, if there are any."""
+    if examples:
+        run.log.log(run.progress.step, {"eval/loss": held_out_loss(run, examples)})
+
+
 @torch.no_grad()
-def held_out_loss(recipe: Recipe, policy: Policy, examples: list[Example]) -> float:
+def held_out_loss(run: Run, examples: list[Example]) -> float:
     """Mean cross-entropy (nats a token) over the held-out completions, each process doing its share."""
+    policy = run.policy
 
     def attempt(max_tokens: int) -> torch.Tensor:
         sums_2 = torch.zeros(2, dtype=torch.float64, device=policy.device)
-        for micro_batch in _my_micro_batches(recipe, policy, examples, max_tokens):
+        for micro_batch in _my_micro_batches(run, examples, max_tokens):
             with fitting(policy, micro_batch):
                 batch = policy.collate(micro_batch)
                 logps_BT, _ = policy.logprobs(batch, temperature=1.0)
@@ -124,14 +89,14 @@ def held_out_loss(recipe: Recipe, policy: Policy, examples: list[Example]) -> fl
         return sums_2
 
     policy.model.eval()
-    sums_2 = within_memory(policy, recipe.training, attempt)
+    sums_2 = within_memory(run, attempt)
     policy.model.train()
     loss, tokens = policy.accelerator.reduce(sums_2, reduction="sum").tolist()
     return loss / tokens
 
 
-def _my_micro_batches(recipe: Recipe, policy: Policy, examples: list[Example], max_tokens: int) -> list[MicroBatch]:
+def _my_micro_batches(run: Run, examples: list[Example], max_tokens: int) -> list[MicroBatch]:
     sequences = [
         Sequence(prompt, completion, [0.0] * len(completion), advantage=1.0) for prompt, completion in examples
     ]
-    return plan_for(policy, sequences, recipe.training, max_tokens)[policy.accelerator.process_index]
+    return plan_for(run.policy, sequences, run.recipe.training, max_tokens)[run.accelerator.process_index]

@@ -105,6 +105,7 @@ class Sequence:
     old_logprobs: list[float] | None = None
     ref_logprobs: list[float] | None = None
     kept: list[float] | None = None  # 0 at tokens that a selection took out, else 1; None without one
+    log_left: list[float] | None = None  # log of the probability that truncation left, as of ``old_logprobs``
     weight: float = 1.0
 
     def __len__(self) -> int:
@@ -136,7 +137,7 @@ class Batch:
     of a prompt and a completion each. ``predicts_BT`` says behind which of the R x N tokens a completion's token is
     predicted: the one before it. ``mask_BT`` is 1.0 at tokens that count, else 0.0. ``old_logps_BT`` is None when
     on-policy (the current logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0, ``kept_BT``
-    where no selection of tokens was made.
+    where no selection of tokens was made, ``log_left_BT`` where there is no truncated sampling, or no old policy.
     """
 
     input_ids_RN: torch.Tensor
@@ -150,3 +151,4 @@ class Batch:
     old_logps_BT: torch.Tensor | None = None
     ref_logps_BT: torch.Tensor | None = None
     kept_BT: torch.Tensor | None = None
+    log_left_BT: torch.Tensor | None = None

@@ -33,6 +33,7 @@ from grpo.config import Recipe
 from grpo.model import policy as policy_module
 from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
+from grpo.run.run import Run
 
 hypothesis.settings.register_profile("busy machine", deadline=None)  # its 0.2 s an example are a matter of the load
 hypothesis.settings.load_profile("busy machine")
@@ -105,3 +106,8 @@ def make_policy(
         with torch.no_grad():
             policy.causal_lm.get_input_embeddings().weight.mul_(sharpen)
     return policy
+
+
+def make_run(policy: Policy, folder: Path = Path("unused"), **sections: Any) -> Run:
+    """A run of the policy that is at its start; ``sections`` of its recipe are those of ``make_recipe``."""
+    return Run(make_recipe(Path("x"), **sections), policy, folder)

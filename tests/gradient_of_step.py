@@ -16,6 +16,7 @@ from grpo.config import Recipe
 from grpo.losses import LOSSES
 from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
+from grpo.run.run import Run
 from grpo.run.session import make_accelerator
 from grpo.types import Sequence
 from grpo.update.step import optimizer_step
@@ -44,6 +45,7 @@ def recipe_for(model: str, loss_type: str, micro_batch_size: int, beta: float) -
             "model": {"name": model, "dtype": "float32"},
             "data": {"name": "countdown"},
             "rewards": [{"name": "countdown"}],
+            "rollout": {"temperature": TEMPERATURE, "max_completion_length": 40},
             "algorithm": {"loss_type": loss_type, "beta": beta, "epsilon": 5.0},
             "optimizer": {"max_grad_norm": 0.0},
             "training": {"output_dir": "unused", "micro_batch_size": micro_batch_size},
@@ -68,16 +70,7 @@ def gradient(recipe: Recipe, out: Path) -> tuple[dict[str, torch.Tensor], Policy
             found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
 
     policy.step = capture  # type: ignore[method-assign]
-    optimizer_step(
-        policy,
-        sequences(),
-        recipe.algorithm,
-        recipe.training,
-        temperature=TEMPERATURE,
-        learning_rate=1.0,
-        max_completion_length=40,
-        dump_to=out.parent,
-    )
+    optimizer_step(Run(recipe, policy, out.parent), sequences(), 1.0)
     return found, policy
 
 

@@ -24,6 +24,7 @@ from benchmarks.gpu.machine import matrix_peak, synchronize
 from benchmarks.gpu.shapes import model_folder, training_flops
 from benchmarks.rollout import make_policy
 from grpo.model.policy import Policy
+from grpo.run.run import Run
 from grpo.types import Sequence
 from grpo.update.step import optimizer_step
 
@@ -50,20 +51,13 @@ def make_sequences(options: argparse.Namespace) -> list[list[Sequence]]:
 
 def seconds_of_update(policy: Policy, recipe: Any, sequences: list[Sequence], options: argparse.Namespace) -> float:
     taken = []
+    recipe.rollout.max_completion_length = options.length
     with tempfile.TemporaryDirectory() as folder:
+        run = Run(recipe, policy, Path(folder))
         for _ in range(options.rounds + 1):
             synchronize(policy.device.type)
             begun = time.perf_counter()
-            optimizer_step(
-                policy,
-                sequences,
-                recipe.algorithm,
-                recipe.training,
-                temperature=1.0,
-                learning_rate=1e-6,
-                max_completion_length=options.length,
-                dump_to=Path(folder),
-            )
+            optimizer_step(run, sequences, 1e-6)
             synchronize(policy.device.type)
             taken.append(time.perf_counter() - begun)
     return median(taken[1:])  # the first is to warm up

@@ -73,6 +73,7 @@ def our_gradient(case: Case, samples: list[dict[str, Any]], folder: Path) -> dic
     from benchmarks.trl.sides import our_recipe
     from grpo.model.loading import load_tokenizer
     from grpo.model.policy import Policy
+    from grpo.run.run import Run
     from grpo.run.session import make_accelerator
     from grpo.types import Sequence
     from grpo.update.step import optimizer_step
@@ -87,16 +88,8 @@ def our_gradient(case: Case, samples: list[dict[str, Any]], folder: Path) -> dic
         found.update({name: p.grad.detach().clone() for name, p in policy.causal_lm.named_parameters()})
 
     policy.step = capture  # type: ignore[method-assign]
-    optimizer_step(
-        policy,
-        [Sequence(s["prompt"], s["completion"], [0.0] * len(s["completion"]), s["advantage"]) for s in samples],
-        recipe.algorithm,
-        recipe.training,
-        temperature=1.0,
-        learning_rate=1.0,
-        max_completion_length=case.max_length,
-        dump_to=folder,
-    )
+    sequences = [Sequence(s["prompt"], s["completion"], [0.0] * len(s["completion"]), s["advantage"]) for s in samples]
+    optimizer_step(Run(recipe, policy, folder), sequences, 1.0)
     return found
 
 

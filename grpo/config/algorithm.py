@@ -147,6 +147,11 @@ class AlgorithmConfig(Section):
         return self.beta > 0 and not self.kl_in_reward
 
     @property
+    def high(self) -> float:
+        """Clip range above."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
     def has_entropy_bonus(self) -> bool:
         return self.entropy_coef > 0 or self.use_adaptive_entropy
 

@@ -34,7 +34,7 @@ Compiled = elementwise.Norm | elementwise.Gated
 NORMS = ("RMSNorm", "LayerNorm")
 GATED_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
-_watchers: list[Callable[[torch.Tensor], None]] = []
+_watchers: list[Callable[[torch.Tensor], object]] = []
 
 
 def install(causal_lm: Any) -> None:
@@ -51,7 +51,7 @@ def install(causal_lm: Any) -> None:
 
 
 @contextmanager
-def watching(see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+def watching(see: Callable[[torch.Tensor], object]) -> Iterator[None]:
     """Within it, ``see`` is called with each tensor that the model keeps: hooks set outside of it are not."""
     _watchers.append(see)
     try:

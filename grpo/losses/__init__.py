@@ -14,14 +14,13 @@ from grpo.losses.entropy import EntropyControl, entropy_bonus, next_entropy_cont
 from grpo.losses.kl import kl_estimate
 from grpo.losses.registry import LOSSES, find_loss, loss
 from grpo.losses.sampler import importance_metrics, importance_ratio, importance_weights, off_policy_kept
-from grpo.losses.tokens import MAX_LOG_RATIO, Counts, LossOptions, LossType, StepTokens, Tokens
+from grpo.losses.tokens import MAX_LOG_RATIO, Counts, LossType, StepTokens, Tokens
 
 __all__ = [
     "LOSSES",
     "MAX_LOG_RATIO",
     "Counts",
     "EntropyControl",
-    "LossOptions",
     "LossType",
     "StepTokens",
     "Tokens",

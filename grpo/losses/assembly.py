@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from grpo.config import AlgorithmConfig
 from grpo.losses.kl import kl_estimate
 from grpo.losses.registry import find_loss
 from grpo.losses.sampler import off_policy_kept
-from grpo.losses.tokens import MAX_LOG_RATIO, Counts, LossOptions, Tokens
+from grpo.losses.tokens import MAX_LOG_RATIO, Counts, Tokens
+from grpo.types import Batch
 
 
 def policy_ratio(log_ratio_BT: torch.Tensor, mask_BT: torch.Tensor, *, level: str) -> torch.Tensor:
@@ -31,69 +33,58 @@ def policy_ratio(log_ratio_BT: torch.Tensor, mask_BT: torch.Tensor, *, level: st
 
 def policy_loss(
     logps_BT: torch.Tensor,
-    old_logps_BT: torch.Tensor | None,
-    ref_logps_BT: torch.Tensor | None,
-    advantages_B: torch.Tensor,
-    mask_BT: torch.Tensor,
+    batch: Batch,
     counts: Counts,
-    *,
-    loss_type: str = "dapo",
-    beta: float = 0.0,
-    kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = False,
-    importance_sampling_level: str | None = None,
+    algorithm: AlgorithmConfig,
     weights_BT: torch.Tensor | None = None,
-    kept_BT: torch.Tensor | None = None,
-    sampler_logps_BT: torch.Tensor | None = None,
-    off_policy_mask_threshold: float | None = None,
-    **options: float | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One micro-batch's share of the step's loss, and sums for the metrics.
 
     Args:
         logps_BT: log-probabilities of the tokens under the policy being trained, with gradient; nats.
-        old_logps_BT: the same under the policy that the clip range is around. None means on-policy: the old policy is
-            the current one, the ratio is 1 and its gradient that of the log-probability.
-        ref_logps_BT: the same under the reference model; None where ``beta`` is 0.
-        advantages_B: one advantage a sequence.
-        mask_BT: 1.0 at tokens that count, else 0.0.
+        batch: of it ``mask_BT``, ``advantages_B`` and, where they are needed: ``old_logps_BT``, what the policy said
+            that the clip range is around (None: on-policy, the ratio is 1 and its gradient that of the
+            log-probability); ``ref_logps_BT``, what the reference says; ``kept_BT``, 0 at tokens that a selection took
+            out of the surrogate; ``sampler_logps_BT``, for ``off_policy_mask_threshold``.
         counts: what the whole optimizer step holds.
-        use_bias_correction_kl: multiply the KL estimate by the ratio, with its gradient.
-        importance_sampling_level: of the ratio; None takes the loss type's.
+        algorithm: the loss and its numbers.
         weights_BT: factors of the surrogate (not of the KL penalty, nor in the denominator), finite everywhere:
             ``importance_weights``. None means 1.
-        kept_BT: 1.0 at tokens that learn, 0.0 at those a selection took out (of the surrogate alone). None keeps all.
-        sampler_logps_BT: what the sampler said, needed for ``off_policy_mask_threshold``.
-        options: those of ``LossOptions``, by name.
 
     Returns:
         The loss (a scalar; summed over micro-batches and processes it is the step's loss) and, detached, sums over this
         micro-batch's tokens: ``tokens``, ``kl``, and what the loss type measures.
     """
-    variant, numbers = find_loss(loss_type), LossOptions(**options)  # type: ignore[arg-type]
+    variant, mask_BT = find_loss(algorithm.loss_type), batch.mask_BT
     # Padding may hold anything, inf and nan included: multiply by the mask only what is finite.
     valid_BT = mask_BT > 0
     logps_BT = torch.where(valid_BT, logps_BT, 0.0)
-    old_BT = logps_BT.detach() if old_logps_BT is None else torch.where(valid_BT, old_logps_BT, 0.0)
+    old_BT = logps_BT.detach() if batch.old_logps_BT is None else torch.where(valid_BT, batch.old_logps_BT, 0.0)
     log_ratio_BT = logps_BT - old_BT
-    ratio_BT = policy_ratio(log_ratio_BT, mask_BT, level=importance_sampling_level or variant.level)
-    tokens = Tokens(logps_BT, log_ratio_BT, ratio_BT, advantages_B[:, None], mask_BT, weights_BT, kept_BT)
+    ratio_BT = policy_ratio(log_ratio_BT, mask_BT, level=algorithm.importance_sampling_level or variant.level)
+    advantages_B1 = batch.advantages_B[:, None]
+    tokens = Tokens(logps_BT, log_ratio_BT, ratio_BT, advantages_B1, mask_BT, weights_BT, batch.kept_BT)
 
-    loss_BT = variant.objective(tokens, numbers)
+    loss_BT = variant.objective(tokens, algorithm)
     if weights_BT is not None and not variant.weighs_sampler:
         loss_BT = loss_BT * weights_BT
-    if kept_BT is not None and not variant.applies_kept:
-        loss_BT = loss_BT * kept_BT
-    metrics = {"tokens": mask_BT.sum()} | variant.measure(tokens, numbers)
-    if off_policy_mask_threshold is not None:
-        assert sampler_logps_BT is not None, "off_policy_mask_threshold compares with sampler_logps_BT"
+    if batch.kept_BT is not None and not variant.applies_kept:
+        loss_BT = loss_BT * batch.kept_BT
+    metrics = {"tokens": mask_BT.sum()} | variant.measure(tokens, algorithm)
+    if algorithm.off_policy_mask_threshold is not None:
         on_policy_B1 = off_policy_kept(
-            advantages_B, logps_BT, sampler_logps_BT, mask_BT, threshold=off_policy_mask_threshold
+            batch.advantages_B,
+            logps_BT,
+            batch.sampler_logps_BT,
+            mask_BT,
+            threshold=algorithm.off_policy_mask_threshold,
         )
         loss_BT = loss_BT * on_policy_B1
         metrics["off_policy_masked"] = ((1 - on_policy_B1) * mask_BT).sum()
-    if ref_logps_BT is not None and beta > 0:
-        kl_BT = kl_estimate(logps_BT, torch.where(valid_BT, ref_logps_BT, 0.0), estimator=kl_estimator)
+    if algorithm.kl_in_loss:
+        assert batch.ref_logps_BT is not None, "the KL penalty compares with ref_logps_BT"
+        ref_BT = torch.where(valid_BT, batch.ref_logps_BT, 0.0)
+        kl_BT = kl_estimate(logps_BT, ref_BT, estimator=algorithm.kl_estimator)
         metrics["kl"] = (kl_BT.detach() * mask_BT).sum()
-        loss_BT = loss_BT + beta * (kl_BT * ratio_BT if use_bias_correction_kl else kl_BT)
+        loss_BT = loss_BT + algorithm.beta * (kl_BT * ratio_BT if algorithm.use_bias_correction_kl else kl_BT)
     return variant.reduce(loss_BT, mask_BT) / max(variant.denominator(counts), 1), metrics

@@ -1,13 +1,15 @@
-"""Losses that bound the ratio by a hard clip of the surrogate (grpo, dr_grpo, dapo, bnpo, gspo, luspo, rloo, ...)."""
+"""Losses that bound the ratio: by a hard clip of the surrogate (grpo, dr_grpo, dapo, bnpo, gspo, luspo, rloo, ...), or
+by a soft gate (sapo)."""
 
 from __future__ import annotations
 
 import torch
 
-from grpo.losses.tokens import MAX_LOG_RATIO, LossOptions, Tokens
+from grpo.config import AlgorithmConfig
+from grpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
 
-def clipped_surrogate(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+def clipped_surrogate(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """PPO's pessimistic bound (arXiv:1707.06347, eq. 7), per token: -min(r A, clip(r, 1 - e, 1 + e_high) A); (B,T).
 
     ``delta`` bounds r from above where A < 0, which the plain bound does not (dual clip, arXiv:1912.09729). r is the
@@ -16,7 +18,7 @@ def clipped_surrogate(tokens: Tokens, options: LossOptions) -> torch.Tensor:
     return _pessimistic(tokens.ratio_BT, tokens.advantages_B1, options)
 
 
-def completion_surrogate(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+def completion_surrogate(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """The same bound with one ratio a completion, the product over its tokens, at each of them; (B,T).
 
     REINFORCE leave-one-out (arXiv:2402.14740) takes a completion for one action: on-policy the gradient is
@@ -31,24 +33,36 @@ def _completion_ratio(tokens: Tokens) -> torch.Tensor:
     return log_ratio_B1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def _pessimistic(ratio: torch.Tensor, advantages_B1: torch.Tensor, options: LossOptions) -> torch.Tensor:
+def _pessimistic(ratio: torch.Tensor, advantages_B1: torch.Tensor, options: AlgorithmConfig) -> torch.Tensor:
     clipped = ratio.clamp(1 - options.epsilon, 1 + options.high)
     if options.delta is not None:
         ratio = ratio.clamp(max=options.delta)
     return -torch.minimum(ratio * advantages_B1, clipped * advantages_B1)
 
 
-def clip_metrics(tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+def sapo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
+    """SAPO (arXiv:2511.20347), per token: -(4 / tau) sigmoid(tau (r - 1)) A; (B,T).
+
+    tau is ``sapo_temperature_pos`` where A > 0, ``sapo_temperature_neg`` elsewhere. At r = 1 the gradient is
+    REINFORCE's; away from it, on either side, it fades.
+    """
+    advantages_B1 = tokens.advantages_B1
+    tau_B1 = torch.full_like(advantages_B1, options.sapo_temperature_neg)
+    tau_B1[advantages_B1 > 0] = options.sapo_temperature_pos
+    return -(tau_B1 * (tokens.ratio_BT - 1)).sigmoid() * 4 / tau_B1 * advantages_B1
+
+
+def clip_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
     """How many tokens the clip took the gradient from: below (A < 0), above (A > 0), and either."""
     return _clipped(tokens.ratio_BT.detach(), tokens, options)
 
 
-def completion_clip_metrics(tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+def completion_clip_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
     """The same for the ratio of the completion, still counted in tokens."""
     return _clipped(_completion_ratio(tokens).detach(), tokens, options)
 
 
-def _clipped(ratio: torch.Tensor, tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+def _clipped(ratio: torch.Tensor, tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
     low_BT = ((ratio < 1 - options.epsilon) & (tokens.advantages_B1 < 0)) * tokens.mask_BT
     high_BT = ((ratio > 1 + options.high) & (tokens.advantages_B1 > 0)) * tokens.mask_BT
     return {

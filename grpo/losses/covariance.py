@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from grpo.losses.tokens import LossOptions, StepTokens, Tokens
+from grpo.config import AlgorithmConfig
+from grpo.losses.tokens import StepTokens, Tokens
 
 
 def covariances(step: StepTokens) -> torch.Tensor:
@@ -17,7 +18,7 @@ def covariances(step: StepTokens) -> torch.Tensor:
     return (step.logps_M - step.logps_M.mean()) * (step.advantages_M - step.advantages_M.mean())
 
 
-def clip_cov_selection(step: StepTokens, options: LossOptions, generator: torch.Generator) -> torch.Tensor:
+def clip_cov_selection(step: StepTokens, options: AlgorithmConfig, generator: torch.Generator) -> torch.Tensor:
     """0 at tokens whose gradient is taken, 1 elsewhere: ``clip_cov_ratio`` of all tokens, drawn among those
     with a covariance between ``clip_cov_lb`` and ``clip_cov_ub`` which the ratio's clip left their gradient."""
     ratio_M, positive_M = step.log_ratio_M.exp(), step.advantages_M > 0
@@ -30,7 +31,7 @@ def clip_cov_selection(step: StepTokens, options: LossOptions, generator: torch.
     return kept_M
 
 
-def kl_cov_selection(step: StepTokens, options: LossOptions, generator: torch.Generator) -> torch.Tensor:
+def kl_cov_selection(step: StepTokens, options: AlgorithmConfig, generator: torch.Generator) -> torch.Tensor:
     """0 at the ``kl_cov_ratio`` of all tokens with the largest covariance, at least one; 1 elsewhere."""
     cov_M = covariances(step)
     kept_M = torch.ones_like(cov_M)
@@ -38,7 +39,7 @@ def kl_cov_selection(step: StepTokens, options: LossOptions, generator: torch.Ge
     return kept_M
 
 
-def kl_cov_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+def kl_cov_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """KL-Cov (arXiv:2505.22617), per token: -r A, plus ``ppo_kl_coef`` |log pi - log pi_old| at those selected; (B,T).
 
     Nothing is clipped. The penalty, as in the authors' code the absolute log-ratio, has no gradient where the policy is

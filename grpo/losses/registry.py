@@ -30,9 +30,14 @@ from typing import Any
 
 from grpo import user_code
 from grpo.errors import UserError
-from grpo.losses.clipped import clip_metrics, clipped_surrogate, completion_clip_metrics, completion_surrogate
+from grpo.losses.clipped import (
+    clip_metrics,
+    clipped_surrogate,
+    completion_clip_metrics,
+    completion_surrogate,
+    sapo_objective,
+)
 from grpo.losses.covariance import clip_cov_selection, kl_cov_objective, kl_cov_selection
-from grpo.losses.soft import sapo_objective
 from grpo.losses.tokens import (
     LossType,
     Objective,
@@ -114,7 +119,8 @@ def loss(**parts: Any) -> Callable[[Objective], LossType]:
         def my_loss(tokens, options):
             return -tokens.ratio_BT.clamp(max=2.0) * tokens.advantages_B1
 
-    ``parts`` are ``LossType``'s other fields. The objective is of ``Tokens`` and ``LossOptions`` and gives (B,T).
+    ``parts`` are ``LossType``'s other fields. The objective takes ``Tokens`` and the recipe's ``algorithm`` section and
+    gives (B,T).
     """
     return lambda objective: LossType(objective, **({"source": "the user's own"} | parts))
 

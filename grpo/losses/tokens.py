@@ -1,4 +1,7 @@
-"""What a loss is made of: the tokens it sees, its options, what it is divided by, and its entry in the registry."""
+"""What a loss is made of: the tokens it sees, what it is divided by, and its entry in the registry.
+
+An objective's ``options`` are the recipe's ``algorithm`` section, which has the numbers of its formula.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from grpo.config import AlgorithmConfig
 
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range and far inside float32
 
@@ -22,31 +27,6 @@ class Counts:
     micro_batches: int
     max_completion_length: int
     kept: int | None = None
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """The numbers in the losses' formulas, by the recipe's names (``config_algorithm`` says what each is)."""
-
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    sapo_temperature_neg: float = 1.05
-    sapo_temperature_pos: float = 1.0
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    clip_cov_ratio: float = 0.0002
-    clip_cov_lb: float = 1.0
-    clip_cov_ub: float = 5.0
-    kl_cov_ratio: float = 0.0002
-    ppo_kl_coef: float = 1.0
-
-    @property
-    def high(self) -> float:
-        """Clip range above."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
 @dataclass(frozen=True)
@@ -78,12 +58,12 @@ class StepTokens(NamedTuple):
     advantages_M: torch.Tensor
 
 
-Objective = Callable[[Tokens, LossOptions], torch.Tensor]
-Selection = Callable[[StepTokens, LossOptions, torch.Generator], torch.Tensor]
-Measure = Callable[[Tokens, LossOptions], dict[str, torch.Tensor]]
+Objective = Callable[[Tokens, AlgorithmConfig], torch.Tensor]
+Selection = Callable[[StepTokens, AlgorithmConfig, torch.Generator], torch.Tensor]
+Measure = Callable[[Tokens, AlgorithmConfig], dict[str, torch.Tensor]]
 
 
-def nothing_measured(tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+def nothing_measured(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
     """No metrics of its own."""
     return {}
 
@@ -94,8 +74,9 @@ class LossType:
 
     ``level`` is the importance ratio's level where the recipe names none; ``measure`` gives sums over the micro-batch
     for the metrics; ``select`` chooses tokens of the whole step beforehand (1 kept, 0 selected), which costs a forward
-    pass. ``weighs_sampler``: the objective applies ``sampler_weights`` itself. ``applies_kept``: it does so with
-    ``kept_BT``. ``without_advantage``: sequences of advantage 0 have a gradient, so they are not left out.
+    pass. ``weighs_sampler``: the objective applies ``sampler_weights`` itself. ``applies_kept``: the objective
+    multiplies by ``kept_BT`` itself. ``without_advantage``: sequences of advantage 0 have a
+    gradient, so they are not left out.
     """
 
     objective: Objective

@@ -6,19 +6,20 @@ import math
 
 import torch
 
-from grpo.losses.tokens import MAX_LOG_RATIO, LossOptions, Tokens
+from grpo.config import AlgorithmConfig
+from grpo.losses.tokens import MAX_LOG_RATIO, Tokens
 
 CISPO_HIGH = 5.0  # ScaleRL's epsilon_max (arXiv:2510.13786)
 VESPO_LOWEST = math.log(1e-8)  # TRL's and the authors' floor of log w
 
 
-def reinforce_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+def reinforce_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """REINFORCE (Williams 1992), per token: -A log pi; (B,T). No ratio and no clip, so it is the policy gradient for
     one update a rollout alone; with several the later ones are off-policy, uncorrected."""
     return -tokens.advantages_B1 * tokens.logps_BT
 
 
-def cispo_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+def cispo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4), per token: -sg(min(r, epsilon_high)) A log pi; (B,T).
 
     The clip bounds the weight, so no token loses its gradient. As in TRL and ScaleRL (arXiv:2510.13786)
@@ -28,18 +29,18 @@ def cispo_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
     return -_cispo_weight(tokens, options) * tokens.advantages_B1 * tokens.logps_BT
 
 
-def _cispo_weight(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+def _cispo_weight(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     high = CISPO_HIGH if options.epsilon_high is None else options.epsilon_high
     return tokens.ratio_BT.detach().clamp(max=high)
 
 
-def cispo_metrics(tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+def cispo_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
     """Tokens of A > 0 whose weight was cut."""
     cut_BT = (_cispo_weight(tokens, options) < tokens.ratio_BT.detach()) & (tokens.advantages_B1 > 0)
     return {"cispo_clip_ratio": (cut_BT * tokens.mask_BT).sum()}
 
 
-def vespo_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+def vespo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """VESPO (arXiv:2602.10693), per token: -phi(w) A log pi, phi(w) = e^lambda w^k e^(-lambda w), phi(1) = 1; (B,T).
 
     w is the ratio of the whole completion, pi(completion) over the sampler's: the product of its tokens' ratios and of
@@ -50,7 +51,7 @@ def vespo_objective(tokens: Tokens, options: LossOptions) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _vespo_phi(tokens: Tokens, options: LossOptions) -> torch.Tensor:
+def _vespo_phi(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     log_w_B1 = (tokens.log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) * tokens.mask_BT).sum(1, keepdim=True)
     if tokens.sampler_weights is not None:  # (B,1) is a completion's, to be counted once
         log_weights = tokens.sampler_weights.log().clamp(VESPO_LOWEST, MAX_LOG_RATIO)
@@ -64,7 +65,7 @@ def _vespo_phi(tokens: Tokens, options: LossOptions) -> torch.Tensor:
     return (lambda_B1 + k_B1 * log_w_B1 - lambda_B1 * log_w_B1.exp()).exp()
 
 
-def vespo_metrics(tokens: Tokens, options: LossOptions) -> dict[str, torch.Tensor]:
+def vespo_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
     """phi of every sequence that counts."""
     counts_B1 = (tokens.mask_BT > 0).any(1, keepdim=True)
     name = "vespo/phi_seq_mean"

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from grpo.config import LoraConfig, ModelConfig
+from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.gguf import load_gguf
 
@@ -92,25 +92,3 @@ def load_weights(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         if file := keywords.pop("gguf_file", None):
             return load_gguf(Path(source) / file, dtype, **keywords)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
-
-
-def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:
-    """The model with LoRA adapters (arXiv:2106.09685), trained in float32; returns peft's PeftModel."""
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    peft_config = PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        peft_model = get_peft_model(causal_lm, peft_config)
-    except ValueError as error:
-        raise UserError(f"model.lora: {error}") from error
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return peft_model

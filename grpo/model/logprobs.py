@@ -37,27 +37,6 @@ CPU_SIZES = Sizes(chunk=8 << 20, tile=1 << 19, kept=8 << 20)
 ACCELERATOR_SIZES = Sizes(chunk=256 << 20, tile=64 << 20, kept=256 << 20)
 
 
-def token_logprobs(
-    hidden_NH: torch.Tensor,
-    targets_N: torch.Tensor,
-    head: Head,
-    *,
-    vocab_size: int,
-    temperature: float = 1.0,
-    parameters: Iterable[torch.Tensor] = (),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target, and the entropy of the distribution it is judged under, both float32 (N,), nats.
-
-    ``hidden_NH`` are the last hidden states at the N positions that *predict* the targets (the position before each).
-    ``head`` maps (n,H) to logits (n,V), row by row; ``parameters`` are those that it uses, which get gradients if they
-    require them. Logits are divided by ``temperature``, so that the result describes the distribution that sampling at
-    that temperature draws from. Entropies carry no gradient.
-    """
-    return token_statistics(
-        hidden_NH, targets_N, head, vocab_size=vocab_size, temperature=temperature, parameters=parameters
-    )[:2]
-
-
 def token_statistics(
     hidden_NH: torch.Tensor,
     targets_N: torch.Tensor,
@@ -69,9 +48,14 @@ def token_statistics(
     entropy_gradient: bool = False,
     truncation: Truncation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``token_logprobs``, with entropies that carry a gradient if asked to, and as a third (N,), without gradient, the
-    log of the probability that ``truncation`` leaves: what a token's log-probability is less than that of a sampler
-    which draws from what is left. 0 without truncation.
+    """Of each target: its log-probability, the entropy of the distribution it is judged under, and the log of the
+    probability that ``truncation`` leaves of that; float32 (N,), nats.
+
+    ``hidden_NH`` are the last hidden states at the N positions that *predict* the targets (the position before each).
+    ``head`` maps (n,H) to logits (n,V), row by row; ``parameters`` are those that it uses, which get gradients if they
+    require them. Logits are divided by ``temperature``, so that the result describes the distribution that sampling at
+    that temperature draws from. Entropies carry a gradient if ``entropy_gradient``. The third result has no gradient,
+    and is 0 without truncation: a sampler that draws from what is left gives a token the first less the third.
     """
     trained = [p for p in parameters if p.requires_grad]
     learns = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(trained))

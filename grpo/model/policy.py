@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from grpo.config import Recipe
 from grpo.kernels import grads_in_place, lean_activations
-from grpo.losses import EntropyControl
-from grpo.model.loading import DTYPES, add_adapters, load_weights
+from grpo.model.loading import DTYPES, load_weights
+from grpo.model.lora import add_adapters, base_of, merged_state
 from grpo.model.optimizer import make_optimizer
 from grpo.model.packed_check import why_padded
 from grpo.model.scored_lm import ScoredLM
@@ -36,9 +36,7 @@ class Policy:
     """The trained module with everything that belongs to it.
 
     ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
-    ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones; ``micro_batch_limit`` how
-    many tokens were found to fit in a micro-batch (``micro_batch_size``), None while only the recipe says so.
-    ``entropy_control`` is the entropy bonus's coefficient as it stands.
+    ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones.
     Trained weights are float32; ``compute_dtype`` bfloat16 computes under autocast. With LoRA the frozen weights are
     held in the compute type and the adapters in float32.
     """
@@ -59,7 +57,6 @@ class Policy:
         self.max_grad_norm = recipe.optimizer.max_grad_norm
         self.is_lora = recipe.model.lora is not None
         self.truncation = Truncation(recipe.rollout.top_k, recipe.rollout.top_p, recipe.rollout.min_p)
-        self.entropy_control = EntropyControl(recipe.algorithm.entropy_coef)
 
         torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
         causal_lm = load_weights(recipe.model, self.compute_dtype if self.is_lora else torch.float32)
@@ -73,7 +70,6 @@ class Policy:
         scored = ScoredLM(causal_lm)
         scored.check_head()
         self.packed = self._can_pack(scored)
-        self.micro_batch_limit: int | None = None
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
         self.needs_reference = needs_reference
 
@@ -261,32 +257,3 @@ def _assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
-
-
-def base_of(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names and tensors of a LoRA model as they were before adapters were added."""
-    layers = _lora_layers(causal_lm)
-    base = {}
-    for name, tensor in state.items():
-        owner, found, parameter = name.partition(".base_layer.")
-        if found and owner in layers:
-            base[f"{owner}.{parameter}"] = tensor
-        elif not any(name.startswith(f"{owner}.") for owner in layers):
-            base[name] = tensor
-    return base
-
-
-def merged_state(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same as if the adapters had been merged: base + scaling * B A, computed in float32."""
-    merged = base_of(causal_lm, state)
-    for owner, layer in _lora_layers(causal_lm).items():
-        weight = merged[f"{owner}.weight"]
-        delta = layer.get_delta_weight(layer.active_adapters[0])
-        merged[f"{owner}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
-    return merged
-
-
-def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}

@@ -15,11 +15,11 @@ from accelerate.utils import gather_object
 
 from grpo.advantages import rewards_array, step_advantages
 from grpo.config import Recipe
+from grpo.metrics import Clock
+from grpo.packing import counts_in_loss
 from grpo.rollout.rollouts import Rollouts
-from grpo.run.session import Clock
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Prompt
-from grpo.update.step import to_sequences
 
 
 @dataclass
@@ -93,9 +93,13 @@ def has_signal(recipe: Recipe, groups: list[Group]) -> list[bool]:
     """Whether any completion that counts in the loss has an advantage, group by group."""
     weights_F = [reward.weight for reward in recipe.rewards]
     advantages_PG = step_advantages(rewards_array(groups), groups, weights_F, recipe.algorithm)
-    sequences = to_sequences(groups, advantages_PG.tolist(), recipe.algorithm)
-    G = recipe.rollout.num_generations
-    return [any(s.valid and s.advantage != 0 for s in sequences[g : g + G]) for g in range(0, len(sequences), G)]
+    return [
+        any(
+            advantage != 0 and counts_in_loss(completion, reward, recipe.algorithm)
+            for completion, reward, advantage in zip(group.completions, group.rewards, advantages_G, strict=True)
+        )
+        for group, advantages_G in zip(groups, advantages_PG, strict=True)
+    ]
 
 
 def choose(sampled: list[Group], signal: list[bool], replay: Sequence[Group], wanted: int, rounds: int) -> Drawn:

@@ -7,13 +7,11 @@ sampled them, and clips that ratio as any other. Each is replayed once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from grpo.prompts.task import Task
 from grpo.rollout.rollouts import completion_of, row_of
 from grpo.types import Group
-from grpo.types import Sequence as TrainedSequence
 
 Rows = list[dict[str, Any]]
 
@@ -46,12 +44,3 @@ def remembered(rows: Rows, *, used: int, groups: Sequence[Group], most: int) -> 
         for group in groups[-most:]
     ]
     return (rows[: len(rows) - used] + new)[-most:]
-
-
-def with_sampler_as_old(sequences: list[TrainedSequence], groups: Sequence[Group]) -> list[TrainedSequence]:
-    """The sequences of ``groups``, G each; old log-probabilities of replayed ones are those they were drawn with."""
-    G = len(sequences) // len(groups)
-    return [
-        replace(sequence, old_logprobs=sequence.sampler_logprobs) if groups[i // G].replayed else sequence
-        for i, sequence in enumerate(sequences)
-    ]

@@ -1,7 +1,7 @@
-"""What every stage sets up around its loop: processes, folder, tokenizer and data, log, clock, preemption.
+"""The processes of a run, and what a stage needs before its folder is claimed: accelerate, tokenizer and data.
 
 A stage calls these in the order that makes mistakes cheap: data and reward functions are checked before anything is
-written, the folder is claimed before any weights load.
+written, the folder is claimed before any weights load (``run.start_run``).
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from time import perf_counter, sleep
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -26,14 +24,10 @@ from accelerate.utils import (
 )
 
 from grpo.config import Recipe
-from grpo.errors import Preempted, RunError, UserError
+from grpo.errors import RunError, UserError
 from grpo.kernels import allocator
 from grpo.model.loading import load_configs, load_tokenizer
 from grpo.prompts.task import Task, lint, load_task, stop_token_ids
-from grpo.randomness import Stream, key
-from grpo.run.folder import prepare_run_folder
-from grpo.run.log import Tracker
-from grpo.run.state import Progress
 
 log = logging.getLogger("grpo")
 T = TypeVar("T")
@@ -123,10 +117,6 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def prepare_folder(recipe: Recipe, accelerator: Accelerator, resume: bool | str) -> Path:
-    return on_main(accelerator, lambda: prepare_run_folder(recipe, resume))
-
-
 def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
     """Tokenizer, the token ids that end a completion, and the task; lint problems raise UserError, all at once."""
     tokenizer = load_tokenizer(recipe.model)
@@ -135,33 +125,6 @@ def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
     for warning in lint(recipe, tokenizer, config, generation_config, task):
         log.warning(warning)
     return tokenizer, stop_token_ids(tokenizer, config, generation_config), task
-
-
-@contextmanager
-def open_tracker(
-    folder: Path, recipe: Recipe, accelerator: Accelerator, progress: Progress, resume: bool | str
-) -> Iterator[Tracker]:
-    """The run's log on the first process; the others get one that says nothing."""
-    if not accelerator.is_main_process:
-        yield cast(Tracker, _Silent())
-        return
-    tracker = Tracker(
-        folder,
-        recipe.tracking,
-        recipe_dict=recipe.model_dump(mode="json"),
-        total_steps=recipe.training.max_steps,
-        resume_offset=progress.metrics_offset if resume else None,
-    )
-    with tracker:
-        yield tracker
-
-
-class _Silent:
-    offset = 0
-
-    def log(self, *_: object, **__: object) -> None: ...
-
-    def log_rollouts(self, *_: object, **__: object) -> None: ...
 
 
 _kept: list[Any] = []  # what holds a process group, to the end of the process
@@ -178,40 +141,6 @@ def leave(accelerator: Accelerator, policy: Any) -> None:
         _kept.append(policy)
         sleep(0.2)
     accelerator.end_training()
-
-
-def seed_step(recipe: Recipe, step: int, rank: int) -> None:
-    """Torch's global generator (dropout alone draws from it) becomes a function of the step, so it needs no saving."""
-    torch.manual_seed(key(recipe.training.seed, Stream.DROPOUT.value, step, rank) >> 1)
-
-
-def due(every: int, step: int) -> bool:
-    """Whether something done ``every`` so many steps (0: never) is due after step ``step``."""
-    return every > 0 and step % every == 0
-
-
-def finished(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> bool:
-    """Whether steps or seconds are used up; the same answer on every process (the first one's watch counts)."""
-    if progress.step >= recipe.training.max_steps:
-        return True
-    limit = recipe.training.max_seconds
-    return limit is not None and on_main(accelerator, lambda: progress.seconds >= limit)
-
-
-class Clock:
-    """Seconds by part of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + perf_counter() - start
-
-    def total(self) -> float:
-        return sum(self.seconds.values())
 
 
 class PreemptionGuard:
@@ -236,11 +165,3 @@ class PreemptionGuard:
         """Whether any process was asked to stop; the same answer on every process."""
         asked = torch.tensor(float(self.asked), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
-
-    def stop(self, folder: Path, step: int) -> None:
-        raise Preempted(f"asked to stop (process {os.getpid()}): {saved(folder, step)}")
-
-
-def saved(folder: Path, step: int) -> str:
-    """What a run that ends early says last."""
-    return f"saved {folder / 'checkpoints' / f'step_{step:06d}'}; start again with --resume"

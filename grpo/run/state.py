@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from grpo.config import Recipe
-from grpo.losses import EntropyControl
 from grpo.model.policy import Policy
 from grpo.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, set_aside_newer
 from grpo.run.same_run import check_same_run, run_identity
@@ -23,23 +22,27 @@ log = logging.getLogger("grpo")
 
 @dataclass
 class Progress:
-    """Where a run stands. ``seconds`` is time spent in steps; ``metrics_offset`` the bytes of metrics.jsonl so far;
-    ``rollout_ahead`` the completions of the next step, where they were sampled before the checkpoint;
-    ``micro_batch_limit`` and ``entropy_control`` (coefficient, entropy) the policy's. What steps learned about prompts:
-    ``extra_prompts`` were drawn beyond ``prompts_per_step`` a step so far, ``pass_rates`` are those of rows by id,
-    ``replay`` holds groups, oldest first.
-    """
+    """Where a run stands between two steps."""
 
     step: int = 0
     num_tokens: int = 0
+    """Tokens of prompts and completions that were sampled, or imitated."""
     seconds: float = 0.0
+    """Time spent in steps; evaluation and saving are not in it."""
     metrics_offset: int = 0
+    """Bytes of metrics.jsonl."""
     rollout_ahead: list[dict[str, Any]] | None = None
+    """Completions of the next step, where they were sampled before the checkpoint."""
     micro_batch_limit: int | None = None
+    """How many tokens were found to fit in a micro-batch; None while only the recipe says so."""
     entropy_control: tuple[float, float] | None = None
+    """The adaptive entropy bonus: its coefficient, and the entropy that the last update measured."""
     extra_prompts: int = 0
+    """Prompts drawn beyond ``prompts_per_step`` a step."""
     pass_rates: dict[int, float] = field(default_factory=dict)
+    """Of rows, by id."""
     replay: list[dict[str, Any]] = field(default_factory=list)
+    """Groups with a signal of earlier steps, oldest first."""
 
 
 def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:
@@ -52,8 +55,6 @@ def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress)
     if policy.reference is not None and recipe.algorithm.sync_ref_model:
         tensors["reference"] = policy.reference.causal_lm.state_dict()
     optimizer = policy.optimizer_state()
-    progress.micro_batch_limit = policy.micro_batch_limit
-    progress.entropy_control = (policy.entropy_control.coef, policy.entropy_control.entropy)
     if policy.accelerator.is_main_process:
         save_checkpoint(
             folder / "checkpoints",
@@ -93,8 +94,6 @@ def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress
         set_aside_newer(Path(recipe.training.output_dir) / "checkpoints", checkpoint.step)
         log.info("resuming from %s", path)
     progress = Progress(**checkpoint.states["progress"])
-    if checkpoint.manifest["recipe"]["training"]["micro_batch_tokens"] == recipe.training.micro_batch_tokens:
-        policy.micro_batch_limit = progress.micro_batch_limit  # the same sums in the same order
-    if progress.entropy_control is not None:
-        policy.entropy_control = EntropyControl(*progress.entropy_control)
+    if checkpoint.manifest["recipe"]["training"]["micro_batch_tokens"] != recipe.training.micro_batch_tokens:
+        progress.micro_batch_limit = None  # a recipe that asks for another size gets it
     return progress

@@ -10,14 +10,15 @@ import torch
 from accelerate.utils import gather_object
 
 from grpo.config import AlgorithmConfig, TrainingConfig
-from grpo.losses import LossOptions, StepTokens, find_loss, top_entropy_kept
+from grpo.losses import StepTokens, find_loss, top_entropy_kept
 from grpo.model.policy import Policy
 from grpo.packing import MicroBatch, plan_micro_batches
-from grpo.types import Sequence
+from grpo.run.run import Run
+from grpo.types import Group, Sequence
 from grpo.update.micro_batch_size import fitting, within_memory
 
 
-class Scores(NamedTuple):
+class TokenStatistics(NamedTuple):
     """Of one completion's tokens. ``log_left`` is the log of the probability that top-k, top-p and min-p leave."""
 
     logprobs: list[float]
@@ -40,18 +41,18 @@ def plan_for(
 
 
 @torch.no_grad()
-def score_sequences(
-    policy: Policy, sequences: list[Sequence], training: TrainingConfig, *, temperature: float, reference: bool
-) -> list[Scores]:
+def sequence_statistics(run: Run, sequences: list[Sequence], *, reference: bool) -> list[TokenStatistics]:
     """What the policy (and the reference) says of each sequence's tokens.
 
     Work is split over processes like an update; every process gets all results back.
     """
+    policy, temperature = run.policy, run.recipe.rollout.temperature
     place_of = {id(s): i for i, s in enumerate(sequences)}
 
-    def attempt(max_tokens: int) -> list[tuple[int, Scores]]:
+    def attempt(max_tokens: int) -> list[tuple[int, TokenStatistics]]:
         found = []
-        for micro_batch in plan_for(policy, sequences, training, max_tokens)[policy.accelerator.process_index]:
+        plan = plan_for(policy, sequences, run.recipe.training, max_tokens)
+        for micro_batch in plan[policy.accelerator.process_index]:
             with fitting(policy, micro_batch):
                 batch = policy.collate(micro_batch)
                 of_policy = policy.statistics(batch, temperature)
@@ -61,27 +62,35 @@ def score_sequences(
                     continue
                 span = slice(len(s.completion_ids))
                 ref = ref_logps_BT[row, span].tolist() if ref_logps_BT is not None else None
-                found.append((place_of[id(s)], Scores(*(x_BT[row, span].tolist() for x_BT in of_policy), ref)))
+                logprobs, entropies, log_left = (x_BT[row, span].tolist() for x_BT in of_policy)
+                found.append((place_of[id(s)], TokenStatistics(logprobs, entropies, log_left, ref)))
         return found
 
-    return [scores for _, scores in sorted(gather_object(within_memory(policy, training, attempt)))]
+    return [statistics for _, statistics in sorted(gather_object(within_memory(run, attempt)))]
 
 
-def precompute_logprobs(
-    policy: Policy, sequences: list[Sequence], training: TrainingConfig, *, temperature: float, reference: bool
-) -> list[Sequence]:
+def precompute_logprobs(run: Run, sequences: list[Sequence], *, reference: bool) -> list[Sequence]:
     """The sequences with the rollout policy's log-probabilities (and the reference's), for several updates a rollout;
-    with truncated sampling, those of the sampler as ``update.comparable`` makes them."""
-    scored = score_sequences(policy, sequences, training, temperature=temperature, reference=reference)
-    result = []
-    for s, scores in zip(sequences, scored, strict=True):
-        sampler = s.sampler_logprobs
-        if policy.truncation:
-            sampler = [logp + left for logp, left in zip(sampler, scores.log_left, strict=True)]
-        result.append(
-            replace(s, old_logprobs=scores.logprobs, ref_logprobs=scores.ref_logprobs, sampler_logprobs=sampler)
+    with truncated sampling, also with what that leaves of the rollout policy's distributions."""
+    statistics = sequence_statistics(run, sequences, reference=reference)
+    return [
+        replace(
+            s,
+            old_logprobs=found.logprobs,
+            ref_logprobs=found.ref_logprobs,
+            log_left=found.log_left if run.policy.truncation else None,
         )
-    return result
+        for s, found in zip(sequences, statistics, strict=True)
+    ]
+
+
+def with_sampler_as_old(sequences: list[Sequence], groups: list[Group]) -> list[Sequence]:
+    """The sequences of ``groups``, G each; old log-probabilities of replayed ones are those they were drawn with."""
+    G = len(sequences) // len(groups)
+    return [
+        replace(sequence, old_logprobs=sequence.sampler_logprobs) if groups[i // G].replayed else sequence
+        for i, sequence in enumerate(sequences)
+    ]
 
 
 def selects_tokens(algorithm: AlgorithmConfig) -> bool:
@@ -89,25 +98,18 @@ def selects_tokens(algorithm: AlgorithmConfig) -> bool:
     return algorithm.top_entropy_quantile < 1 or find_loss(algorithm.loss_type).select is not None
 
 
-def select_tokens(
-    policy: Policy,
-    sequences: list[Sequence],
-    algorithm: AlgorithmConfig,
-    training: TrainingConfig,
-    options: LossOptions,
-    *,
-    temperature: float,
-) -> list[Sequence]:
+def select_tokens(run: Run, sequences: list[Sequence]) -> list[Sequence]:
     """The sequences, all of them valid, with ``kept`` set, by one more forward pass over all of the step.
 
     A selection that draws does so by the seed and the tokens, so that it is the same on every process and on resume.
     """
-    scored = score_sequences(policy, sequences, training, temperature=temperature, reference=False)
+    algorithm, seed = run.recipe.algorithm, run.recipe.training.seed
+    statistics = sequence_statistics(run, sequences, reference=False)
     lengths = [len(s.completion_ids) for s in sequences]
-    old = [s.old_logprobs or scores.logprobs for s, scores in zip(sequences, scored, strict=True)]
+    old = [s.old_logprobs or found.logprobs for s, found in zip(sequences, statistics, strict=True)]
     logps_M, old_M, entropies_M = (
         torch.tensor([x for values in part for x in values], dtype=torch.float32)
-        for part in ([scores.logprobs for scores in scored], old, [scores.entropies for scores in scored])
+        for part in ([found.logprobs for found in statistics], old, [found.entropies for found in statistics])
     )
     advantages_M = torch.tensor([s.advantage for s in sequences]).repeat_interleave(torch.tensor(lengths))
     select = find_loss(algorithm.loss_type).select
@@ -115,7 +117,7 @@ def select_tokens(
         kept_M = top_entropy_kept(entropies_M, algorithm.top_entropy_quantile)
     else:
         digest = zlib.crc32(repr([s.completion_ids for s in sequences]).encode())
-        generator = torch.Generator().manual_seed(training.seed << 32 | digest)
-        kept_M = select(StepTokens(logps_M, logps_M - old_M, entropies_M, advantages_M), options, generator)
+        generator = torch.Generator().manual_seed(seed << 32 | digest)
+        kept_M = select(StepTokens(logps_M, logps_M - old_M, entropies_M, advantages_M), algorithm, generator)
     parts = kept_M.split(lengths)
     return [replace(s, kept=kept_t.tolist()) for s, kept_t in zip(sequences, parts, strict=True)]

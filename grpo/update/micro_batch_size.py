@@ -15,13 +15,13 @@ from typing import TypeVar
 
 import torch
 
-from grpo.config import TrainingConfig
 from grpo.errors import RunError
 from grpo.kernels import allocator
 from grpo.kernels.lean_activations import watching
 from grpo.model.device_memory import free_memory
 from grpo.model.policy import Policy
 from grpo.packing import MicroBatch, packed_tokens, padded_tokens
+from grpo.run.run import Run
 from grpo.types import Sequence
 
 log = logging.getLogger("grpo")
@@ -45,16 +45,17 @@ class DoesNotFit(Exception):
         self.sequences, self.tokens = sequences, tokens
 
 
-def within_memory(policy: Policy, training: TrainingConfig, attempt: Callable[[int], Result]) -> Result:
-    """``attempt(max_tokens)``, begun again with half as many where it raises DoesNotFit.
+def within_memory(run: Run, attempt: Callable[[int], Result]) -> Result:
+    """``attempt(max_tokens)``; on DoesNotFit, halve ``max_tokens`` and retry.
 
     Raises RunError where a single sequence does not fit, or there are several processes: the others of them wait in
     the middle of a collective operation, from which nothing calls them back.
     """
-    if training.micro_batch_tokens is None and policy.micro_batch_limit is None:
-        policy.micro_batch_limit = automatic_size(policy)
+    policy, progress, given = run.policy, run.progress, run.recipe.training.micro_batch_tokens
+    if given is None and progress.micro_batch_limit is None:
+        progress.micro_batch_limit = automatic_size(policy)
     while True:
-        tokens = min(given for given in (training.micro_batch_tokens, policy.micro_batch_limit) if given is not None)
+        tokens = min(size for size in (given, progress.micro_batch_limit) if size is not None)
         try:
             return attempt(tokens)
         except DoesNotFit as error:
@@ -74,7 +75,7 @@ def within_memory(policy: Policy, training: TrainingConfig, attempt: Callable[[i
                 f"rank {policy.accelerator.process_index}: out of memory in {what}. Go on with --resume and "
                 f"training.micro_batch_tokens={halved}, or with model.gradient_checkpointing=true"
             )
-        policy.micro_batch_limit = halved
+        progress.micro_batch_limit = halved
         log.warning("out of memory in %s: begun again with training.micro_batch_tokens=%d", what, halved)
 
 

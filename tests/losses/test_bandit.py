@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from grpo.advantages import group_advantages
-from grpo.losses import Counts, kl_estimate, policy_loss
+from grpo.losses import Counts, kl_estimate
+from tests.losses.calling import policy_loss
 
 OUTCOMES = [(0,), *((a, b) for a in (1, 2) for b in range(3))]
 LENGTHS = torch.tensor([len(outcome) for outcome in OUTCOMES], dtype=torch.float64)

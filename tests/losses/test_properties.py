@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo.config import AlgorithmConfig
 from grpo.errors import UserError
 from grpo.losses import (
     Counts,
     EntropyControl,
-    LossOptions,
     StepTokens,
     find_loss,
     next_entropy_control,
-    policy_loss,
     top_entropy_kept,
 )
 from grpo.losses.covariance import clip_cov_selection, kl_cov_selection
+from tests.losses.calling import policy_loss
 from tests.parity.cases import B, Case, Problem, T, cases
 from tests.parity.ours import gradient_of, our_loss, posed
 
@@ -187,7 +187,7 @@ def step_tokens(number: int = 400) -> StepTokens:
 def test_covariance_selections_take_their_share() -> None:
     step, draw = step_tokens(), torch.Generator().manual_seed(3)
     cov_M = (step.logps_M - step.logps_M.mean()) * (step.advantages_M - step.advantages_M.mean())
-    options = LossOptions(kl_cov_ratio=0.05, clip_cov_ratio=0.05, clip_cov_lb=0.3, clip_cov_ub=0.9)
+    options = AlgorithmConfig.model_construct(kl_cov_ratio=0.05, clip_cov_ratio=0.05, clip_cov_lb=0.3, clip_cov_ub=0.9)
     kl_selected = kl_cov_selection(step, options, draw) == 0
     assert int(kl_selected.sum()) == 20
     assert cov_M[kl_selected].min() > cov_M[~kl_selected].max()
@@ -196,7 +196,7 @@ def test_covariance_selections_take_their_share() -> None:
     assert cov_M[clip_selected].min() > 0.3
     assert cov_M[clip_selected].max() < 0.9
     assert not torch.equal(clip_selected, clip_cov_selection(step, options, draw) == 0)  # another draw
-    nothing = replace(options, clip_cov_lb=90.0, clip_cov_ub=91.0)
+    nothing = options.model_copy(update={"clip_cov_lb": 90.0, "clip_cov_ub": 91.0})
     assert clip_cov_selection(step, nothing, draw).all()
 
 

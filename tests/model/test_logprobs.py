@@ -25,7 +25,7 @@ def test_value_entropy_and_gradient_equal_the_plain_ones(
     targets_N = torch.randint(50, (23,))
     weights_N = torch.randn(23)
 
-    logps_N, entropy_N = logprobs.token_logprobs(
+    logps_N, entropy_N, _ = logprobs.token_statistics(
         hidden_NH, targets_N, head, vocab_size=50, temperature=0.7, parameters=head.parameters()
     )
     (logps_N * weights_N).sum().backward()
@@ -93,7 +93,7 @@ N, V, H = int(sys.argv[1]), 40_000, 32
 head = torch.nn.Linear(H, V, bias=False)
 hidden = torch.randn(N, H, requires_grad=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-logprobs.token_logprobs(hidden, torch.zeros(N, dtype=torch.long), head, vocab_size=V, parameters=head.parameters())[
+logprobs.token_statistics(hidden, torch.zeros(N, dtype=torch.long), head, vocab_size=V, parameters=head.parameters())[
     0
 ].sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

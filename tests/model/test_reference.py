@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo import trainer
 from grpo.model import policy as policy_module
 from grpo.model.policy import Policy
+from grpo.run import run as run_module
 from tests.conftest import make_recipe
 from tests.small_runs import small_run
 
@@ -27,7 +27,7 @@ def policies(monkeypatch: pytest.MonkeyPatch) -> list[Policy]:
         made.append(policy_module.Policy(*arguments, **keys))
         return made[-1]
 
-    monkeypatch.setattr(trainer, "Policy", noted)
+    monkeypatch.setattr(run_module, "Policy", noted)
     return made
 
 

@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import torch
 
+from grpo.config import AlgorithmConfig
 from grpo.losses import (
     Counts,
-    LossOptions,
     StepTokens,
     entropy_bonus,
     find_loss,
     importance_weights,
-    policy_loss,
     top_entropy_kept,
 )
+from tests.losses.calling import policy_loss
 from tests.parity.cases import MAX_LENGTH, WINDOW, Case, Problem, tensors
 
 Loss = Callable[[Problem, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,11 +37,11 @@ def selection(case: Case, x: dict[str, torch.Tensor], seed: int) -> torch.Tensor
     if case.top_entropy < 1:
         kept_M = top_entropy_kept(x["entropies_BT"][here_BT], case.top_entropy)
     elif select is not None:
-        numbers = {key: value for key, value in case.options.items() if key in LossOptions.__dataclass_fields__}
+        numbers = {key: value for key, value in case.options.items() if key in AlgorithmConfig.model_fields}
         advantages_BT = x["advantages_B"][:, None].expand_as(here_BT)
         ratio_BT = x["logps_BT"] - x["old_logps_BT"]
         step = StepTokens(*(v[here_BT] for v in (x["logps_BT"], ratio_BT, x["entropies_BT"], advantages_BT)))
-        kept_M = select(step, LossOptions(**numbers), torch.Generator().manual_seed(seed))
+        kept_M = select(step, AlgorithmConfig.model_construct(**numbers), torch.Generator().manual_seed(seed))
     else:
         return None
     return torch.ones_like(x["mask_BT"]).masked_scatter(here_BT, kept_M)

@@ -190,20 +190,20 @@ def test_without_what_a_checkpoint_holds_of_prompts_a_resumed_run_would_differ(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That the test above can fail."""
-    from grpo import trainer
+    from grpo.run import run as run_module
 
     prompts = {"dynamic_sampling": True}
     whole = run("whole", prompts=prompts)
     with pytest.raises(BackendFailed):
         run("cut", prompts=prompts, fails_at=9)
-    restore = trainer.restore_state
+    restore = run_module.restore_state
 
     def forgetful(*arguments: Any) -> Any:
         found = restore(*arguments)
         found.extra_prompts = 0
         return found
 
-    monkeypatch.setattr(trainer, "restore_state", forgetful)
+    monkeypatch.setattr(run_module, "restore_state", forgetful)
     rest = run("cut", prompts=prompts, resume=True)
     assert rest != whole[-len(rest) :]
 

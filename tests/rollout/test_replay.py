@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from grpo.model.policy import Policy
-from grpo.rollout.replay import remembered, restored, with_sampler_as_old
-from grpo.trainer import update
+from grpo.packing import to_sequences
+from grpo.rollout.replay import remembered, restored
+from grpo.run.run import Run
 from grpo.types import Completion, Group, Prompt, Status, VersionSpan
-from grpo.update.step import to_sequences
+from grpo.update.forward import with_sampler_as_old
+from grpo.update.step import update
 from tests.conftest import make_policy, make_recipe
 from tests.small_runs import lines, progress, small_run
 
@@ -68,7 +70,7 @@ def test_groups_come_back_whole_from_a_checkpoint_and_marked() -> None:
 def test_only_replayed_groups_take_the_samplers_logprobs_as_old() -> None:
     groups = [group(1), group(2, replayed=True)]
     recipe = make_recipe(Path("tiny"))
-    sequences = with_sampler_as_old(to_sequences(groups, [[1.0, -1.0]] * 2, recipe.algorithm), groups)
+    sequences = with_sampler_as_old(to_sequences(groups, np.array([[1.0, -1.0]] * 2), recipe.algorithm), groups)
     assert [s.old_logprobs for s in sequences] == [None, None, [-2.0, -3.0], [-2.0, -3.0]]
 
 
@@ -81,7 +83,7 @@ def gradient(policy: Policy, recipe: Any, groups: list[Group], monkeypatch: pyte
         policy.optimizer.zero_grad(set_to_none=True)
 
     monkeypatch.setattr(policy, "step", instead_of_step)
-    update(recipe, Path("unused"), policy, groups, np.array([[1.0, -1.0]] * len(groups)), 0.1)
+    update(Run(recipe, policy, Path("unused")), groups, np.array([[1.0, -1.0]] * len(groups)), 0.1)
     return found[0]
 
 

@@ -14,13 +14,14 @@ import torch
 from grpo.errors import RunError
 from grpo.model.policy import Policy
 from grpo.packing import packed_tokens
+from grpo.run.run import Run
 from grpo.run.state import Progress, restore_state, save_state
 from grpo.types import Batch, Sequence
 from grpo.update import micro_batch_size
 from grpo.update.forward import precompute_logprobs
 from grpo.update.micro_batch_size import automatic_size, is_out_of_memory, kept_per_token, within_memory
 from grpo.update.step import optimizer_step
-from tests.conftest import make_policy, make_recipe
+from tests.conftest import make_policy, make_recipe, make_run
 from tests.gradient_of_step import sequences
 
 CPU = "[enforce fail at alloc_cpu.cpp:129] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -51,22 +52,17 @@ def holding(policy: Policy, tokens: int, error: Exception) -> Policy:
     return policy
 
 
-def step(policy: Policy, training: dict, out: Path, batch: list[Sequence] | None = None) -> tuple[dict, list]:
+def step(run: Run, batch: list[Sequence] | None = None) -> tuple[dict, list]:
     """Metrics of an optimizer step, and the gradient that it steps by."""
-    recipe = make_recipe(Path("x"), training=training, optimizer={"max_grad_norm": 0.0})
     gradients: list[torch.Tensor] = []
-    policy.step = lambda _: gradients.extend(p.grad.clone() for p in policy.model.parameters())  # type: ignore
-    metrics = optimizer_step(
-        policy,
-        batch or sequences(),
-        recipe.algorithm,
-        recipe.training,
-        temperature=0.9,
-        learning_rate=1.0,
-        max_completion_length=40,
-        dump_to=out,
-    )
-    return metrics, gradients
+    parameters = list(run.policy.model.parameters())
+    run.policy.step = lambda _: gradients.extend(p.grad.clone() for p in parameters)  # type: ignore[method-assign]
+    return optimizer_step(run, batch or sequences(), 1.0), gradients
+
+
+def run_of(policy: Policy, folder: Path = Path("unused"), **training: int) -> Run:
+    rollout = {"temperature": 0.9, "max_completion_length": 40}
+    return make_run(policy, folder, training=training, optimizer={"max_grad_norm": 0.0}, rollout=rollout)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU)])
@@ -74,31 +70,31 @@ def test_a_step_that_does_not_fit_is_done_again_in_halves_with_the_same_gradient
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     caplog.set_level(logging.WARNING)
-    expected, whole = step(make_policy(tiny_model), {"micro_batch_tokens": 1000}, tmp_path)
-    policy = holding(make_policy(tiny_model), 50, error)
-    found, halved = step(policy, {"micro_batch_tokens": 1000}, tmp_path)
-    assert policy.micro_batch_limit is not None
-    assert policy.micro_batch_limit <= 50
+    expected, whole = step(run_of(make_policy(tiny_model), tmp_path, micro_batch_tokens=1000))
+    run = run_of(holding(make_policy(tiny_model), 50, error), tmp_path, micro_batch_tokens=1000)
+    found, halved = step(run)
+    assert run.progress.micro_batch_limit is not None
+    assert run.progress.micro_batch_limit <= 50
     assert "out of memory in a micro-batch of" in caplog.text
-    assert f"training.micro_batch_tokens={policy.micro_batch_limit}" in caplog.text
+    assert f"training.micro_batch_tokens={run.progress.micro_batch_limit}" in caplog.text
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     for a, b in zip(whole, halved, strict=True):
         assert float((a - b).norm()) <= 1e-5 * float(a.norm()) + 1e-12
     caplog.clear()
-    step(policy, {"micro_batch_tokens": 1000}, tmp_path)  # and the next one knows
+    step(run)  # and the next one knows
     assert not caplog.text
 
 
 def test_a_single_sequence_that_does_not_fit_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
     policy = holding(make_policy(tiny_model), 20, RuntimeError(CPU))
     with pytest.raises(RunError, match=r"a single sequence does not fit.*gradient_checkpointing"):
-        step(policy, {}, tmp_path)
+        step(run_of(policy, tmp_path))
 
 
 def test_other_errors_are_left_alone(tiny_model: Path, tmp_path: Path) -> None:
     policy = holding(make_policy(tiny_model), 20, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
-        step(policy, {}, tmp_path)
+        step(run_of(policy, tmp_path))
     assert is_out_of_memory(MemoryError())
 
 
@@ -109,17 +105,16 @@ def test_with_several_processes_it_ends_the_run_and_says_what_to_set(tiny_model:
     def attempt(_: int) -> None:
         raise micro_batch_size.DoesNotFit(3, 800)
 
-    training = make_recipe(tiny_model, training={"micro_batch_tokens": 1000}).training
     with pytest.raises(RunError, match=r"rank 1: out of memory.*training\.micro_batch_tokens=400"):
-        within_memory(policy, training, attempt)
+        within_memory(run_of(policy, micro_batch_tokens=1000), attempt)
 
 
 def test_log_probabilities_that_do_not_fit_are_computed_again_in_halves(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy(tiny_model)
-    training = make_recipe(tiny_model, training={"micro_batch_tokens": 1000}).training
-    expected = precompute_logprobs(policy, sequences(), training, temperature=0.9, reference=False)
+    run = run_of(policy, micro_batch_tokens=1000)
+    expected = precompute_logprobs(run, sequences(), reference=False)
     statistics = policy.statistics
 
     def limited(batch: Batch, temperature: float) -> tuple[torch.Tensor, ...]:
@@ -128,7 +123,7 @@ def test_log_probabilities_that_do_not_fit_are_computed_again_in_halves(
         return statistics(batch, temperature)
 
     monkeypatch.setattr(policy, "statistics", limited)
-    found = precompute_logprobs(policy, sequences(), training, temperature=0.9, reference=False)
+    found = precompute_logprobs(run, sequences(), reference=False)
     for a, b in zip(found, expected, strict=True):
         assert a.old_logprobs == pytest.approx(b.old_logprobs, abs=1e-4)
 
@@ -163,34 +158,32 @@ def test_the_automatic_size_is_a_share_of_free_memory(
 
 def test_a_resumed_run_takes_the_size_that_the_checkpoint_s_run_had(tiny_model: Path, tmp_path: Path) -> None:
     policy, recipe = make_policy(tiny_model), make_recipe(tiny_model, training={"output_dir": str(tmp_path)})
-    policy.micro_batch_limit = 96
-    save_state(tmp_path, recipe, policy, Progress(step=3))
-    resumed = make_policy(tiny_model)
-    restore_state(tmp_path / "checkpoints/step_000003", recipe, resumed)
-    assert resumed.micro_batch_limit == 96
-    other = make_policy(tiny_model)  # a recipe that now asks for another size gets it
+    save_state(tmp_path, recipe, policy, Progress(step=3, micro_batch_limit=96))
+    checkpoint = tmp_path / "checkpoints/step_000003"
+    assert restore_state(checkpoint, recipe, make_policy(tiny_model)).micro_batch_limit == 96
     recipe = make_recipe(tiny_model, training={"output_dir": str(tmp_path), "micro_batch_tokens": 500})
-    restore_state(tmp_path / "checkpoints/step_000003", recipe, other)
+    other = restore_state(checkpoint, recipe, make_policy(tiny_model))  # a recipe that asks for another size gets it
     assert other.micro_batch_limit is None
 
 
 REALLY = """
 import logging, resource, sys
 from pathlib import Path
-from tests.conftest import make_policy, make_recipe
+from tests.conftest import make_policy, make_recipe, make_run
 from grpo.kernels import allocator
 from grpo.types import Sequence
-from tests.update.test_micro_batch_size import step
+from tests.update.test_micro_batch_size import run_of, step
 logging.basicConfig(level=logging.WARNING)
 allocator.install()
 policy = make_policy(Path(sys.argv[1]))
 batch = [Sequence([1, 2, 3], [7 + i * (g + 1) % 90 for i in range(300)], [-5.0] * 300, (-1.0) ** g) for g in range(16)]
 if sys.argv[2] != "all":
-    step(policy, {"micro_batch_tokens": 500}, Path("."), batch)  # threads and buffers
+    step(run_of(policy, Path("."), micro_batch_tokens=500), batch)  # threads and buffers
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]) * 2**20,) * 2)
-metrics, _ = step(policy, {"micro_batch_tokens": 20_000}, Path("."), batch)
-print(metrics["grad_norm"], policy.micro_batch_limit)
+run = run_of(policy, Path("."), micro_batch_tokens=20_000)
+metrics, _ = step(run, batch)
+print(metrics["grad_norm"], run.progress.micro_batch_limit)
 """
 
 

@@ -9,32 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from grpo.config.load import dump_recipe, load_recipe
 from grpo.errors import RunError, UserError
 from grpo.losses import LOSSES, Counts
+from grpo.packing import to_sequences
 from grpo.run.same_run import check_same_run, run_identity
 from grpo.types import Batch, Completion, Group, Prompt, Sequence, Status
 from grpo.update.forward import precompute_logprobs
-from grpo.update.step import (
-    _metrics,
-    _micro_batch_loss,
-    _over_processes,
-    backward,
-    optimizer_step,
-    to_sequences,
-    with_signal,
-)
+from grpo.update.loss import micro_batch_loss
+from grpo.update.metrics import RATIO, over_processes, step_metrics
+from grpo.update.step import backward, optimizer_step, with_signal
 from tests import gradient_of_step
-from tests.conftest import make_policy, make_recipe
+from tests.conftest import make_policy, make_recipe, make_run
 from tests.gradient_of_step import TEMPERATURE, gradient, recipe_for, sequences
 from tests.launching import DDP, FSDP2, ROOT, launch
 
 BETA = 0.1
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-RATIO = "sampling/importance_sampling_ratio"
 Gradients = dict[str, dict[str, torch.Tensor]]
 
 
@@ -119,14 +114,13 @@ def test_groups_without_signal_and_invalid_sequences_take_no_part() -> None:
 
 def test_no_signal_at_all_leaves_weights_and_moments_alone(tiny_model: Path, tmp_path: Path) -> None:
     policy = make_policy(tiny_model)
-    recipe = make_recipe(tiny_model)
-    step = {"temperature": 1.0, "learning_rate": 1e-2, "max_completion_length": 40, "dump_to": tmp_path}
-    optimizer_step(policy, sequences(), recipe.algorithm, recipe.training, **step)  # moments are now non-zero
+    run = make_run(policy, tmp_path)
+    optimizer_step(run, sequences(), 1e-2)  # moments are now non-zero
     before = {name: t.clone() for name, t in policy.full_state().items()}
     flat = sequences()
     for s in flat:
         s.advantage = 0.0
-    assert optimizer_step(policy, flat, recipe.algorithm, recipe.training, **step) == {"skipped": 1.0}
+    assert optimizer_step(run, flat, 1e-2) == {"skipped": 1.0}
     assert all(torch.equal(t, before[name]) for name, t in policy.full_state().items())
 
 
@@ -135,7 +129,6 @@ def test_a_non_finite_number_stops_before_the_step_and_dumps_the_batch(
     tiny_model: Path, tmp_path: Path, poison: str
 ) -> None:
     policy = make_policy(tiny_model)
-    recipe = make_recipe(tiny_model)
     batch = sequences()
     if poison == "loss":
         batch[0].advantage = float("nan")
@@ -143,16 +136,7 @@ def test_a_non_finite_number_stops_before_the_step_and_dumps_the_batch(
         policy.causal_lm.get_input_embeddings().weight.register_hook(lambda g: g * float("inf"))
     before = {name: t.clone() for name, t in policy.full_state().items()}
     with pytest.raises(RunError, match="nonfinite_rank_0"):
-        optimizer_step(
-            policy,
-            batch,
-            recipe.algorithm,
-            recipe.training,
-            temperature=1.0,
-            learning_rate=1e-2,
-            max_completion_length=40,
-            dump_to=tmp_path,
-        )
+        optimizer_step(make_run(policy, tmp_path), batch, 1e-2)
     assert all(torch.equal(t, before[name]) for name, t in policy.full_state().items())
     dumped = torch.load(tmp_path / "nonfinite_rank_0.pt")
     assert len([s for micro_batch in dumped for s in micro_batch]) == 5
@@ -160,9 +144,9 @@ def test_a_non_finite_number_stops_before_the_step_and_dumps_the_batch(
 
 def test_precomputed_logprobs_are_the_policy_s_and_keep_their_places(tiny_model: Path) -> None:
     policy = make_policy(tiny_model, needs_reference=True)
-    recipe = make_recipe(tiny_model, training={"micro_batch_size": 3})
     given = sequences()
-    found = precompute_logprobs(policy, given, recipe.training, temperature=TEMPERATURE, reference=True)
+    run = make_run(policy, training={"micro_batch_size": 3}, rollout={"temperature": TEMPERATURE})
+    found = precompute_logprobs(run, given, reference=True)
     for before, after in zip(given, found, strict=True):
         assert after.completion_ids == before.completion_ids
         ids = torch.tensor([after.prompt_ids + after.completion_ids])
@@ -177,9 +161,9 @@ def test_unscorable_and_masked_completions_are_not_valid() -> None:
     made = [Completion([1, 2], [-1.0, -1.0], status, "", []) for status in (*Status, Status.STOP)]
     group = Group(Prompt(0, "", "", [3]), made, rewards=[1.0, 0.0, 0.0, None])
     algorithm = make_recipe(Path("x")).algorithm
-    assert [s.valid for s in to_sequences([group], [[1.0] * 4], algorithm)] == [True, True, False, False]
+    assert [s.valid for s in to_sequences([group], np.ones((1, 4)), algorithm)] == [True, True, False, False]
     masking = algorithm.model_copy(update={"mask_truncated_completions": True})
-    assert [s.valid for s in to_sequences([group], [[1.0] * 4], masking)] == [True, False, False, False]
+    assert [s.valid for s in to_sequences([group], np.ones((1, 4)), masking)] == [True, False, False, False]
 
 
 def from_another_sampler() -> list[Sequence]:
@@ -227,9 +211,9 @@ def metrics_of_step(model: Path, batch: list[Sequence], out: Path, mode: str, mi
         "importance_sampling_clip_min": 0.7,
         "importance_sampling_clip_max": 1.5,
     }
-    recipe = make_recipe(model, algorithm=algorithm, training={"micro_batch_size": micro_batch_size})
-    step = {"temperature": TEMPERATURE, "learning_rate": 0.0, "max_completion_length": 40, "dump_to": out}
-    return optimizer_step(make_policy(model), batch, recipe.algorithm, recipe.training, **step)
+    training, rollout = {"micro_batch_size": micro_batch_size}, {"temperature": TEMPERATURE}
+    run = make_run(make_policy(model), out, algorithm=algorithm, training=training, rollout=rollout)
+    return optimizer_step(run, batch, 0.0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -258,9 +242,8 @@ def test_importance_sampling_metrics(tiny_model: Path, tmp_path: Path, mode: str
 
 def test_with_one_update_a_rollout_the_ratio_is_to_the_current_policy(tiny_model: Path, tmp_path: Path) -> None:
     """Sampled by the policy itself: 1 to rounding. By one that was half as sure of each token: 2."""
-    policy = make_policy(tiny_model)
-    training = make_recipe(tiny_model).training
-    own = precompute_logprobs(policy, sequences(), training, temperature=TEMPERATURE, reference=False)
+    run = make_run(make_policy(tiny_model), rollout={"temperature": TEMPERATURE})
+    own = precompute_logprobs(run, sequences(), reference=False)
     for factor in (1.0, 2.0):
         batch = [
             replace(s, old_logprobs=None, sampler_logprobs=[logp - math.log(factor) for logp in s.old_logprobs or []])
@@ -290,19 +273,20 @@ def test_padding_micro_batches_do_not_disturb_the_metrics(tiny_model: Path, tmp_
 
     def totals(micro_batches: list[list[Sequence]]) -> dict[str, float]:
         def loss_of(b: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return _micro_batch_loss(policy, b, Counts(100, 5, 2, 40), algorithm, TEMPERATURE)
+            counts = Counts(100, 5, 2, 40)
+            return micro_batch_loss(policy, b, counts, algorithm, temperature=TEMPERATURE, entropy_coef=0.0)
 
         policy.optimizer.zero_grad()
-        return backward(policy, micro_batches, loss_of, tmp_path)[0]
+        return backward(make_run(policy, tmp_path), micro_batches, loss_of)[0]
 
     plain, padding = totals([batch]), totals([filler])
     assert totals([filler, batch, filler]) == plain
     assert 0 < plain[f"{RATIO}/min"] < plain[f"{RATIO}/max"]
-    two = SimpleNamespace(accelerator=SimpleNamespace(gather=lambda row: torch.cat([row, theirs])))
+    two = SimpleNamespace(gather=lambda row: torch.cat([row, theirs]))
     theirs = torch.tensor([[padding[name] for name in sorted(padding)]], dtype=torch.float64)
-    found = _over_processes(two, {name: torch.tensor(value) for name, value in plain.items()})
+    found = over_processes(two, {name: torch.tensor(value) for name, value in plain.items()})
     assert found == pytest.approx(plain)
-    assert _metrics(found, 0.0) == pytest.approx(_metrics(dict(plain), 0.0))
+    assert step_metrics(found, 0.0) == pytest.approx(step_metrics(dict(plain), 0.0))
 
 
 def recipe_file(folder: Path, **algorithm: object) -> Path:

@@ -18,18 +18,20 @@ from accelerate.state import AcceleratorState
 
 from grpo import trainer
 from grpo.losses import kl_estimate
-from grpo.model.policy import Policy
 from grpo.model.truncation import truncate
 from grpo.run.folder import release_run_folder
+from grpo.run.run import Run
 from grpo.types import Completion, Group, Prompt, Sequence, Status
 from grpo.update.forward import precompute_logprobs
-from grpo.update.step import less_kl, optimizer_step
+from grpo.update.kl_in_reward import less_kl
+from grpo.update.step import optimizer_step
 from tests import gradient_of_step
-from tests.conftest import make_policy, make_recipe
+from tests.conftest import make_policy, make_recipe, make_run
 from tests.gradient_of_step import TEMPERATURE, gradient, recipe_for, sequences
 from tests.launching import ROOT
 from tests.update.test_step import distance
 
+AS_DRAWN = {"temperature": TEMPERATURE, "max_completion_length": 40}
 OPTIONS: dict[str, dict[str, Any]] = {
     "entropy bonus": {"entropy_coef": 0.5},
     "top entropy": {"top_entropy_quantile": 0.4},
@@ -46,9 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def near_the_policy(model: Path) -> list[Sequence]:
     """``sequences()`` with what a policy not far from this one said of them: ratios inside of a clip range."""
-    policy = make_policy(model)
-    recipe = make_recipe(model)
-    found = precompute_logprobs(policy, sequences(), recipe.training, temperature=TEMPERATURE, reference=False)
+    found = precompute_logprobs(make_run(make_policy(model), rollout=AS_DRAWN), sequences(), reference=False)
     draw = random.Random(2)
     old = [[logp + draw.gauss(0, 0.1) for logp in s.old_logprobs or []] for s in found]
     sampler = [[logp + draw.gauss(0.3, 0.5) for logp in logps] for logps in old]
@@ -74,27 +74,18 @@ def test_micro_batches_do_not_matter(
         assert distance(found(8, {}), whole) > 1e-3
 
 
-def step(policy: Policy, batch: list[Sequence], out: Path, recipe: Any, learning_rate: float = 0.0) -> dict[str, float]:
-    return optimizer_step(
-        policy,
-        batch,
-        recipe.algorithm,
-        recipe.training,
-        temperature=TEMPERATURE,
-        learning_rate=learning_rate,
-        max_completion_length=40,
-        dump_to=out,
-    )
+def step(run: Run, batch: list[Sequence], learning_rate: float = 0.0) -> dict[str, float]:
+    return optimizer_step(run, batch, learning_rate)
 
 
 def test_the_bonus_raises_the_entropy_and_its_gradient_is_autograd_s(tiny_model: Path, tmp_path: Path) -> None:
     """Against transformers' own logits; without advantages, so that nothing else moves."""
     flat = [replace(s, advantage=0.0) for s in sequences()]
-    recipe = make_recipe(tiny_model, algorithm={"entropy_coef": 0.3}, optimizer={"max_grad_norm": 0.0})
     policy = make_policy(tiny_model, optimizer={"max_grad_norm": 0.0}, sharpen=3.0)
+    run = make_run(policy, tmp_path, algorithm={"entropy_coef": 0.3}, rollout=AS_DRAWN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "step", lambda rate: None)
-        found = step(policy, flat, tmp_path, recipe)
+        found = step(run, flat)
     ours = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     policy.optimizer.zero_grad()
     valid = [s for s in flat if s.valid]
@@ -111,18 +102,17 @@ def test_the_bonus_raises_the_entropy_and_its_gradient_is_autograd_s(tiny_model:
     assert found["loss"] == pytest.approx(-0.3 * found["entropy_of_bonus"], rel=1e-5)
     assert found["policy_loss"] == 0.0
 
-    before, after = (step(policy, flat, tmp_path, recipe, learning_rate=1e-3)["entropy"] for _ in range(2))
+    before, after = (step(run, flat, learning_rate=1e-3)["entropy"] for _ in range(2))
     assert after > before
 
 
 def test_the_adaptive_coefficient_moves_with_the_entropy(tiny_model: Path, tmp_path: Path) -> None:
     numbers = {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_coef_delta": 0.1}
-    policy = make_policy(tiny_model, algorithm=numbers)
-    high = make_recipe(tiny_model, algorithm=numbers | {"entropy_target": 99.0})
-    low = make_recipe(tiny_model, algorithm=numbers | {"entropy_target": 0.0})
+    run = make_run(make_policy(tiny_model), tmp_path, rollout=AS_DRAWN)
     coefficients, applied = [], []
-    for recipe in (high, high, low):
-        found = step(policy, sequences(), tmp_path, recipe)
+    for target in (99.0, 99.0, 0.0):
+        run.recipe = make_recipe(tiny_model, algorithm=numbers | {"entropy_target": target}, rollout=AS_DRAWN)
+        found = step(run, sequences())
         coefficients.append(found["entropy_coef"])
         applied.append((found["policy_loss"] - found["loss"]) / found["entropy_of_bonus"])
     assert coefficients == pytest.approx([0.2, 0.3, 0.2])
@@ -146,30 +136,31 @@ def test_truncated_sampling_by_the_policy_itself_is_no_mismatch(
         left = (full - kept).masked_fill(kept.isinf(), -torch.inf).amax(1)
         logps = full.gather(1, torch.tensor(s.completion_ids)[:, None])[:, 0] - left
         batch.append(replace(s, sampler_logprobs=logps.tolist(), old_logprobs=None))
-    recipe = make_recipe(tiny_model, algorithm={"importance_sampling_mode": "token_truncate"}, rollout=rollout)
+    sections = {"algorithm": {"importance_sampling_mode": "token_truncate"}, "rollout": rollout | AS_DRAWN}
+    run = make_run(policy, tmp_path, **sections)
     if updates == "several":
-        batch = precompute_logprobs(policy, batch, recipe.training, temperature=TEMPERATURE, reference=False)
-    found = step(policy, batch, tmp_path, recipe)
+        batch = precompute_logprobs(run, batch, reference=False)
+    found = step(run, batch)
     name = "sampling/importance_sampling_ratio"
     for end, wanted in [("min", 1.0), ("mean", 1.0), ("max", 1.0), ("std", 0.0)]:
         assert found[f"{name}/{end}"] == pytest.approx(wanted, abs=2e-3)
     assert found["sampling/sampling_logp_difference/max"] < 2e-3
     if updates == "one":
-        assert step(make_policy(tiny_model, sharpen=3.0), batch, tmp_path, recipe)[f"{name}/mean"] < 0.95
+        assert step(make_run(make_policy(tiny_model, sharpen=3.0), tmp_path, **sections), batch)[f"{name}/mean"] < 0.95
 
 
 def test_spread_of_the_ratio(tiny_model: Path, tmp_path: Path) -> None:
     """Of a sampler that was half as sure of every token of some sequences and twice as sure of the others'."""
-    policy = make_policy(tiny_model)
-    recipe = make_recipe(tiny_model, algorithm={"importance_sampling_mode": "token_truncate"})
-    own = precompute_logprobs(policy, sequences(), recipe.training, temperature=TEMPERATURE, reference=False)
+    algorithm = {"importance_sampling_mode": "token_truncate"}
+    run = make_run(make_policy(tiny_model), tmp_path, algorithm=algorithm, rollout=AS_DRAWN)
+    own = precompute_logprobs(run, sequences(), reference=False)
     ratios, batch = [], []
     for i, s in enumerate(own):
         ratio = 2.0 if i % 2 else 0.5
         batch.append(replace(s, sampler_logprobs=[logp - np.log(ratio) for logp in s.old_logprobs or []]))
         if s.valid and s.advantage:
             ratios += [ratio] * len(s.completion_ids)
-    found = step(policy, batch, tmp_path, recipe)
+    found = step(run, batch)
     assert found["sampling/importance_sampling_ratio/std"] == pytest.approx(np.std(ratios), rel=1e-3)
     share = np.sum(ratios) ** 2 / (len(ratios) * np.sum(np.square(ratios)))
     assert found["sampling/effective_sample_size"] == pytest.approx(share, rel=1e-3)
@@ -188,16 +179,15 @@ def test_spread_of_the_ratio(tiny_model: Path, tmp_path: Path) -> None:
 )
 def test_what_a_loss_logs(tiny_model: Path, tmp_path: Path, loss_type: str, names: set[str]) -> None:
     """TRL's names, means that lie where they can."""
-    recipe = make_recipe(tiny_model, algorithm={"loss_type": loss_type})
-    found = step(make_policy(tiny_model), near_the_policy(tiny_model), tmp_path, recipe)
+    run = make_run(make_policy(tiny_model), tmp_path, algorithm={"loss_type": loss_type}, rollout=AS_DRAWN)
+    found = step(run, near_the_policy(tiny_model))
     common = {"loss", "grad_norm", "entropy"}
     assert {name for name in found if not name.startswith("sampling/")} == common | names
     assert all(0 <= found[name] <= 1.2 for name in names)
     if "vespo/phi_seq_mean" in names:  # of sequences, not of tokens
         phis = []
-        policy = make_policy(tiny_model)
         batch = [s for s in near_the_policy(tiny_model) if s.valid and s.advantage]
-        now = precompute_logprobs(policy, batch, recipe.training, temperature=TEMPERATURE, reference=False)
+        now = precompute_logprobs(make_run(make_policy(tiny_model), rollout=AS_DRAWN), batch, reference=False)
         for s, n in zip(batch, now, strict=True):
             w = float(np.exp(np.sum(n.old_logprobs) - np.sum(s.old_logprobs)))
             k, decay = (2.0, 3.0) if s.advantage >= 0 else (3.0, 2.0)
@@ -208,15 +198,15 @@ def test_what_a_loss_logs(tiny_model: Path, tmp_path: Path, loss_type: str, name
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_kl_in_the_reward_is_the_completion_s_sum(tiny_model: Path, estimator: str) -> None:
     algorithm = {"beta": 0.2, "kl_in_reward": True, "kl_estimator": estimator}
-    recipe = make_recipe(tiny_model, algorithm=algorithm, rollout={"temperature": TEMPERATURE})
     policy = make_policy(tiny_model, needs_reference=True)
+    run = make_run(policy, algorithm=algorithm, rollout=AS_DRAWN)
     with torch.no_grad():
         for i, parameter in enumerate(policy.reference.parameters()):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
     made = [Completion(s.completion_ids, s.sampler_logprobs, Status.STOP, "", []) for s in sequences()[:4]]
     group = Group(Prompt(0, "", "", sequences()[0].prompt_ids), made, rewards=[1.0, 0.0, None, 0.5])
     rewards_PG = np.array([[1.0, 0.0, np.nan, 0.5]])
-    found_PG, metrics = less_kl(rewards_PG, policy, [group], recipe)
+    found_PG, metrics = less_kl(run, rewards_PG, [group])
 
     kls, tokens = [], 0
     for completion in made:
@@ -234,8 +224,8 @@ def test_kl_in_the_reward_is_the_completion_s_sum(tiny_model: Path, estimator: s
     assert np.isnan(found_PG[0, 2])
     of_scored = tokens - len(made[2].token_ids)
     assert metrics["kl"] == pytest.approx((sum(kls) - kls[2]) / of_scored, rel=1e-3, abs=1e-5)
-    plain = make_recipe(tiny_model, algorithm={"beta": 0.2})
-    assert less_kl(rewards_PG, policy, [group], plain)[0] is rewards_PG
+    run.recipe = make_recipe(tiny_model, algorithm={"beta": 0.2})
+    assert less_kl(run, rewards_PG, [group])[0] is rewards_PG
 
 
 @pytest.fixture

@@ -1,0 +1,83 @@
+"""The loss of one micro-batch, from what policy, reference and sampler say of its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from grpo.config import AlgorithmConfig
+from grpo.losses import (
+    Counts,
+    entropy_bonus,
+    importance_metrics,
+    importance_ratio,
+    importance_weights,
+    policy_loss,
+)
+from grpo.model.policy import Policy
+from grpo.types import Batch
+
+
+def micro_batch_loss(
+    policy: Policy,
+    batch: Batch,
+    counts: Counts,
+    algorithm: AlgorithmConfig,
+    *,
+    temperature: float,
+    entropy_coef: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The micro-batch's share of the step's loss, and its sums for the metrics."""
+    if algorithm.kl_in_loss and batch.ref_logps_BT is None:
+        batch = replace(batch, ref_logps_BT=policy.reference_logprobs(batch, temperature))
+    logps_BT, entropy_BT, log_left_BT = policy.statistics(batch, temperature, entropy_gradient=entropy_coef > 0)
+    if policy.truncation:
+        batch = replace(batch, sampler_logps_BT=comparable(batch, log_left_BT))
+    weights_BT, sampling = _importance_sampling(batch, logps_BT, algorithm)
+    loss, metrics = policy_loss(logps_BT, batch, counts, algorithm, weights_BT)
+    if algorithm.has_entropy_bonus:
+        kept_BT = batch.mask_BT if batch.kept_BT is None else batch.mask_BT * batch.kept_BT
+        metrics["policy_loss"] = loss.detach()
+        metrics["entropy_of_bonus"] = (entropy_BT.detach() * kept_BT).sum()
+        metrics["entropy_of_bonus/count"] = kept_BT.sum()
+    if entropy_coef > 0:
+        loss = loss - entropy_coef * entropy_bonus(entropy_BT, batch.mask_BT, batch.kept_BT, counts)
+    difference_BT = (logps_BT.detach() - batch.sampler_logps_BT).abs() * batch.mask_BT
+    metrics["entropy"] = (entropy_BT.detach() * batch.mask_BT).sum()
+    if batch.kept_BT is not None:
+        metrics["kept_tokens"] = (batch.kept_BT * batch.mask_BT).sum()
+    metrics["sampling/sampling_logp_difference/mean"] = difference_BT.sum()
+    metrics["sampling/sampling_logp_difference/max"] = difference_BT.max()
+    return loss, metrics | sampling
+
+
+def comparable(batch: Batch, log_left_BT: torch.Tensor) -> torch.Tensor:
+    """The sampler's log-probabilities under truncated sampling, as they compare with the trainer's, (B,T).
+
+    With top-k, top-p or min-p the sampler's are of what those leave, renormalized; the trainer's of the whole
+    distribution. Adding the log of what the trainer's own distribution leaves makes both of the whole one, so that the
+    ratio is that of the renormalized ones: 1 where engine and trainer agree. The distribution is the old policy's
+    (``batch.log_left_BT``); on-policy that is the current one, whose ``log_left_BT`` is given.
+    """
+    left_BT = log_left_BT.detach() if batch.log_left_BT is None else batch.log_left_BT
+    return batch.sampler_logps_BT + left_BT
+
+
+def _importance_sampling(
+    batch: Batch, logps_BT: torch.Tensor, algorithm: AlgorithmConfig
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """The surrogate's weights (B,T) against the mismatch of sampler and trainer, and their metrics; None without."""
+    mode = algorithm.importance_sampling_mode
+    if mode is None or mode == "none":  # a recipe's is never None: Recipe fills it in
+        return None, {}
+    old_logps_BT = logps_BT if batch.old_logps_BT is None else batch.old_logps_BT
+    compared = (old_logps_BT, batch.sampler_logps_BT, batch.mask_BT)
+    weights_BT = importance_weights(
+        *compared,
+        mode=mode,
+        clip_min=algorithm.importance_sampling_clip_min,
+        clip_max=algorithm.importance_sampling_clip_max,
+    )
+    ratio_BT = importance_ratio(*compared, mode=mode)
+    return weights_BT, importance_metrics(ratio_BT, weights_BT, batch.mask_BT, mode=mode)
