@@ -83,7 +83,7 @@ def train(
             _, _, task = prepare_task(resolved)
             with Scorer(resolved.rewards, resolved.scoring) as scorer:
                 scorer.check_columns(task.columns)
-                if unscorable := unscorable_rows(resolved, [task.train, task.held_out]):
+                if unscorable := unscorable_rows(resolved.rewards, [task.train, task.held_out]):
                     raise UserError("\n".join(unscorable))
             typer.echo(dump_recipe(resolved), nl=False)
         elif resolved.stage == "sft":
