@@ -5,7 +5,6 @@ Nothing heavy is imported until a command has read its recipe. How commands end 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import sys
@@ -18,11 +17,10 @@ from grpo import __version__
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.config.load import dump_recipe, load_recipe
 from grpo.errors import RunError, UserError
+from grpo.user_code import import_ours
 
 if TYPE_CHECKING:
     from grpo.config import Recipe
-
-ROOT = Path(__file__).resolve().parents[2]  # holds grpo/, rewards/ and data/, in a checkout and in site-packages
 
 app = typer.Typer(
     name="grpo",
@@ -57,7 +55,7 @@ def start(
     ] = False,
 ) -> None:
     with exit_codes():
-        refuse_shadowed_packages()
+        import_ours()  # before anything imports another `data` or `rewards`
     _log_to_stderr()
 
 
@@ -188,15 +186,17 @@ def check_offline(recipe: Recipe) -> str:
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
     from grpo.audit.rows import check_data
+    from grpo.backends import find_backend
     from grpo.losses import find_loss
     from grpo.run.session import prepare_task
     from grpo.scoring.scorer import Scorer
 
     note, problems, scorer = "", [], None
-    try:
-        find_loss(recipe.algorithm.loss_type)
-    except UserError as error:
-        problems.append(str(error))
+    for find in (lambda: find_loss(recipe.algorithm.loss_type), lambda: find_backend(recipe.rollout)):
+        try:
+            find()
+        except UserError as error:
+            problems.append(str(error))
     try:
         scorer = Scorer(recipe.rewards, recipe.scoring.model_copy(update={"workers": 1}))
     except UserError as error:
@@ -252,13 +252,3 @@ def _log_to_stderr() -> None:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
             log.addHandler(handler)
         log.setLevel(logging.INFO if is_first_of_node() else logging.ERROR)
-
-
-def refuse_shadowed_packages() -> None:
-    """``data`` and ``rewards`` are common names: if Python would import others than ours, say which, and stop."""
-    for name in ("data", "rewards"):
-        spec = importlib.util.find_spec(name)
-        origin = next(iter(spec.submodule_search_locations or [spec.origin or ""])) if spec else ""
-        if Path(origin).resolve() != ROOT / name:
-            where = f"is shadowed by {origin}; rename that or start from another folder" if origin else "is missing"
-            raise UserError(f"grpo's own package `{name}` ({ROOT / name}) {where}")
