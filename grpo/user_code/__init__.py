@@ -104,9 +104,12 @@ def stopped_at(why: BaseException) -> str:
     what = in_plain_names(lines[-1] if isinstance(why, SyntaxError) else lines[0])
     if isinstance(why, SyntaxError) and why.filename and Path(why.filename).is_file():
         return f"{why.filename}:{why.lineno}: {what}"
-    frames = [(f, line) for f, line in traceback.walk_tb(why.__traceback__) if not _is_machinery(f.f_code.co_filename)]
-    frames = [(frame, line) for frame, line in frames if MARK in frame.f_builtins] or frames
-    return f"{frames[-1][0].f_code.co_filename}:{frames[-1][1]}: {what}" if frames else what
+    frames = [
+        (frame.f_code.co_filename, line, frame.f_builtins) for frame, line in traceback.walk_tb(why.__traceback__)
+    ]
+    own = [frame for frame in frames if MARK in frame[2]]
+    shown = own or [frame for frame in frames if not _is_machinery(frame[0])]
+    return f"{shown[-1][0]}:{shown[-1][1]}: {what}" if shown else what
 
 
 def _is_machinery(filename: str) -> bool:
@@ -138,7 +141,9 @@ class Calls:
         except (UserError, RunError):
             raise
         except Exception as why:
-            if re.search("memory|bad_alloc", f"{type(why).__name__} {why}", re.IGNORECASE):
+            if isinstance(why, MemoryError) or (
+                isinstance(why, RuntimeError) and re.search("memory|bad_alloc", str(why))
+            ):
                 raise
             raise self.error(stopped_at(why)) from why
         self.first = False

@@ -223,26 +223,6 @@ def test_other_processes_say_who_they_are(stand_in, monkeypatch):
     assert Path("run/error_rank3.txt").read_text().startswith("Traceback")
 
 
-# --- packages with common names ---
-
-
-@pytest.mark.parametrize("name", ["data", "rewards"])
-def test_a_foreign_package_is_refused_by_its_path(tmp_path, name):
-    (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')\n")
-    done = python("-m", "grpo", "train", "recipe.yaml", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"grpo's own package `{name}` ({ROOT / name}) is shadowed by {tmp_path / name}.py; rename that or start from "
-        "another folder\n"
-    )
-
-
-def test_a_folder_of_that_name_is_no_package(tmp_path):
-    (tmp_path / "data").mkdir()
-    done = python("-m", "grpo", "train", "nowhere.yaml", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "nowhere.yaml: no such file\n")
-
-
 # --- eval, report ---
 
 

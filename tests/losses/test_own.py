@@ -97,7 +97,7 @@ def test_what_is_no_loss_is_refused_before_anything_is_waited_for(tmp_path, body
 
 def test_a_decorator_without_its_parts_is_named_by_its_line(tmp_path):
     with pytest.raises(
-        UserError, match=r"my_loss.py:8: TypeError: loss\(\) takes 0 positional arguments but 1 was given$"
+        UserError, match=r"my_loss.py:7: TypeError: loss\(\) takes 0 positional arguments but 1 was given$"
     ):
         loss_of(tmp_path, "@loss\ndef mine(tokens, options):\n    return -tokens.ratio_BT\n")
 
@@ -110,7 +110,7 @@ def mine(tokens, options):
     calls.append(1)
     return -tokens.ratio_BT / (3 - len(calls) if len(calls) < 3 else None)
 """
-    with pytest.raises(RunError, match=r"my_loss.py:13: TypeError: unsupported operand"):
+    with pytest.raises(RunError, match=r"my_loss.py:12: TypeError: unsupported operand"):
         loss_of(tmp_path, body, calls=3)
 
 
