@@ -105,13 +105,14 @@ def evaluate(
 
 def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float]:
     """Held-out metrics of a recipe's model, or of another one, without a run folder: what ``grpo eval`` does."""
-    from grpo.backends import make_backend
+    from grpo.backends import find_backend, make_backend
     from grpo.model.policy import Policy
     from grpo.run.session import leave, make_accelerator, prepare_task
     from grpo.scoring.scorer import Scorer
 
     if model is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model, "lora": None})})
+    find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     tokenizer, stop_ids, task = prepare_task(recipe)
     if not task.eval_prompts:

@@ -13,7 +13,7 @@ from contextlib import closing
 
 from grpo.advantages import rewards_array, step_advantages
 from grpo.audit.rows import warn_of_unscorable_rows
-from grpo.backends import make_backend
+from grpo.backends import find_backend, make_backend
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
@@ -35,7 +35,8 @@ from grpo.update.step import update
 
 def train(recipe: Recipe, resume: bool | str = False) -> None:
     """Run a ``stage: grpo`` recipe to its end, or from a checkpoint on (``resume``: True for the newest, or a path)."""
-    find_loss(recipe.algorithm.loss_type)  # a file of the user's own: its mistakes come before any waiting
+    find_loss(recipe.algorithm.loss_type)  # files of the user's own: their mistakes come before any waiting
+    find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:

@@ -82,15 +82,17 @@ def check_offline(recipe: Recipe) -> str:
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
     from grpo.audit.rows import check_data
+    from grpo.backends import find_backend
     from grpo.losses import find_loss
     from grpo.run.session import prepare_task
     from grpo.scoring.scorer import Scorer
 
     note, problems, scorer = "", [], None
-    try:
-        find_loss(recipe.algorithm.loss_type)
-    except UserError as error:
-        problems.append(str(error))
+    for find in (lambda: find_loss(recipe.algorithm.loss_type), lambda: find_backend(recipe.rollout)):
+        try:
+            find()
+        except UserError as error:
+            problems.append(str(error))
     try:
         scorer = Scorer(recipe.rewards, recipe.scoring.model_copy(update={"workers": 1}))
     except UserError as error:

@@ -5,10 +5,8 @@ Nothing heavy is imported until a command has read its recipe. How commands end 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,8 +15,7 @@ from grpo import __version__
 from grpo.cli import checks, evaluate, recipes, report, train
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]  # holds grpo/, rewards/ and data/, in a checkout and in site-packages
+from grpo.user_code import import_ours
 
 app = typer.Typer(
     name="grpo",
@@ -73,7 +70,7 @@ def start(
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
     with exit_codes():
-        refuse_shadowed_packages()
+        import_ours()  # before anything imports another `data` or `rewards`
     _log_to_stderr()
 
 
@@ -92,13 +89,3 @@ def _log_to_stderr() -> None:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
             log.addHandler(handler)
         log.setLevel(logging.INFO if is_first_of_node() else logging.ERROR)
-
-
-def refuse_shadowed_packages() -> None:
-    """``data`` and ``rewards`` are common names: if Python would import others than ours, say which, and stop."""
-    for name in ("data", "rewards"):
-        spec = importlib.util.find_spec(name)
-        origin = next(iter(spec.submodule_search_locations or [spec.origin or ""])) if spec else ""
-        if Path(origin).resolve() != ROOT / name:
-            where = f"is shadowed by {origin}; rename that or start from another folder" if origin else "is missing"
-            raise UserError(f"grpo's own package `{name}` ({ROOT / name}) {where}")

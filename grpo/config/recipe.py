@@ -56,7 +56,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.algorithm.importance_sampling_mode is None:
-            mode = "token_truncate" if self.rollout.backend == "vllm" else "none"
+            mode = "none" if self.rollout.backend == "hf" else "token_truncate"
             self.algorithm = self.algorithm.model_copy(update={"importance_sampling_mode": mode})
         problems: list[Problem] = []
         if self.stage == "grpo" and not self.rewards:

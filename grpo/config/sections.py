@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticKnownError
 
 from grpo.config.base import (
     BelowOne,
@@ -142,9 +143,22 @@ class ScoringConfig(Section):
     """Share of a step's completions that may be unscorable; above it the run stops with the first traceback."""
 
 
+BACKENDS = ("hf", "vllm")
+
+
+def _known_backend(name: Any) -> Any:
+    """A backend of ours, or the place of one: file.py:name or package.module:name."""
+    if name in BACKENDS or (isinstance(name, str) and all(part.strip() for part in name.rpartition(":"))):
+        return name
+    raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, BACKENDS))})
+
+
 class RolloutConfig(VllmOptions):
-    backend: Literal["hf", "vllm"] = "hf"
-    """What generates: `hf` is transformers in the training process, `vllm` an engine beside it or servers elsewhere."""
+    backend: Annotated[str, BeforeValidator(_known_backend), WithJsonSchema({"enum": [*BACKENDS, "file.py:name"]})] = (
+        "hf"
+    )
+    """What generates: `hf` is transformers in the training process, `vllm` an engine beside it or servers elsewhere; or
+    a class of yours with `generate`, `sync` and `close`."""
     num_generations: Annotated[int, Field(ge=2, strict=True)] = 8
     """Completions per prompt, G. At least 2: an advantage compares a completion with its group."""
     max_completion_length: PositiveInt = 512
@@ -165,14 +179,15 @@ class RolloutConfig(VllmOptions):
     """Keys and values held at once, in GB per process (`backend: hf`); null is a quarter of the device's memory. Where
     they do not fit, fewer completions run at once, and some are computed again."""
     overlap: bool = False
-    """With `backend: vllm`: sample the next step's completions while this step trains, one step off-policy; what is in
-    flight goes on under the new weights. `algorithm.importance_sampling_mode` corrects for it."""
+    """With `backend: vllm` (or one of yours that can): sample the next step's completions while this step trains, one
+    step off-policy; what is in flight goes on under the new weights. `algorithm.importance_sampling_mode` corrects for
+    it."""
 
     @model_validator(mode="after")
     def _backend_settings(self) -> RolloutConfig:
         problems = self.vllm_problems(self.backend)
-        if self.overlap and self.backend != "vllm":
-            text = f"overlap needs backend: vllm (backend is {self.backend}, which samples with the trainer)"
+        if self.overlap and self.backend == "hf":
+            text = "overlap needs backend: vllm (backend is hf, which samples with the trainer)"
             problems.append(Problem(("overlap", "backend"), text))
         refuse(problems)
         return self

@@ -8,19 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import math
 import pickle
 import re
-import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from grpo import user_code
+from grpo.errors import UserError
 from grpo.types import REWARD_KEYWORDS
 
 MAX_TRACEBACK = 4000
@@ -28,13 +27,12 @@ MAX_TRACEBACK = 4000
 
 @dataclass(frozen=True)
 class FunctionSpec:
-    """Where a reward function is (``file``, or else ``module``, and ``attribute`` in there) and how to call it."""
+    """Where a reward function is (``module``: a dotted name or, of the user's own, a file) and how to call it."""
 
     key: str  # its name in metrics
     source: str  # as the recipe has it
+    module: str
     attribute: str
-    module: str = ""
-    file: str = ""
     args: dict[str, Any] = field(default_factory=dict)
     timeout: float = 10.0
     builtin: bool = False
@@ -83,50 +81,17 @@ class RewardFunction:
 
 
 def _load(spec: FunctionSpec) -> Callable[..., Any]:
+    if spec.builtin:
+        return getattr(importlib.import_module(spec.module), spec.attribute)
     try:
-        module = _load_file(Path(spec.file)) if spec.file else importlib.import_module(spec.module)
-    except BaseException as why:  # a user's module may do anything, SystemExit included
-        raise LoadError(_import_failure(why, spec.file)) from why
-    where = spec.file or module.__name__
-    try:
-        fn = getattr(module, spec.attribute)
-    except AttributeError:
-        functions = sorted(n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_"))
-        raise LoadError(
-            f"{where} has no {spec.attribute!r} (it has: {', '.join(functions) or 'no function'})"
-        ) from None
+        fn = user_code.load(f"{spec.module}:{spec.attribute}")
+    except UserError as why:
+        out_of_memory = re.search("MemoryError|failed to map|annot allocate memory", str(why))
+        hint = " (raise scoring.memory_limit_gb, or set it to null)" if out_of_memory else ""
+        raise LoadError(f"{why}{hint}") from why
     if not callable(fn) or inspect.isclass(fn):
-        raise LoadError(f"{spec.attribute!r} in {where} is no function but {fn!r}")
+        raise LoadError(f"{spec.attribute!r} in {spec.module} is no function but {fn!r}")
     return fn
-
-
-def _load_file(path: Path) -> Any:
-    name = "_reward_file" + re.sub(r"\W", "_", str(path))  # never the name of a module that is already there
-    if name in sys.modules:
-        return sys.modules[name]
-    sys.path.append(str(path.parent))  # its neighbours can be imported, and shadow nothing
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _import_failure(why: BaseException, file: str) -> str:
-    """One line: where in the user's file (or, failing that, anywhere) the import stopped, and what it was."""
-    what = "".join(traceback.format_exception_only(type(why), why)).strip().splitlines()[-1]
-    if isinstance(why, MemoryError) or re.search("failed to map|annot allocate memory", what):
-        what += " (raise scoring.memory_limit_gb, or set it to null)"
-    if isinstance(why, SyntaxError):
-        return f"{why.filename}:{why.lineno}: {what}"
-    frames = [f for f in traceback.extract_tb(why.__traceback__) if "importlib" not in f.filename]
-    frames = [f for f in frames if f.filename == file] or [f for f in frames if f.filename != __file__]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {what}" if frames else what
 
 
 class Call:

@@ -6,13 +6,12 @@ The one place that imports ``rewards``, besides the workers that call them.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from grpo import user_code
 from grpo.config import RewardConfig, ScoringConfig
 from grpo.errors import UserError
 from grpo.scoring.call import FunctionSpec
@@ -47,15 +46,9 @@ def _builtin(name: str, where: str) -> dict[str, Any]:
 
 
 def _user_function(path: str, where: str) -> dict[str, Any]:
-    place, _, attribute = path.rpartition(":")
-    if not place or not attribute.isidentifier():
-        raise UserError(f"{where}: path must be file.py:function or package.module:function, got {path!r}")
-    if place.endswith(".py") or "/" in place or os.sep in place:
-        file = Path(place).expanduser().resolve()
-        if not file.is_file():
-            raise UserError(f"{where}: there is no file {file}")
-        return {"key": attribute, "source": path, "file": str(file), "attribute": attribute}
-    return {"key": attribute, "source": path, "module": place, "attribute": attribute}
+    module, attribute = user_code.split_place(path, f"{where}.path")
+    file = user_code.file_of(module, f"{where}.path")
+    return {"key": attribute, "source": path, "module": str(file or module), "attribute": attribute}
 
 
 def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, ModuleType]:

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from grpo.scoring.call import Call, FunctionSpec, LoadError, RewardFunction
+from grpo.user_code import import_ours
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def serve(pipe_fd: int, stack_fd: int, parent_pid: int) -> None:
     pipe = Connection(pipe_fd)
     setup: Setup = pickle.loads(pipe.recv_bytes())
     _limit_memory(setup.memory_bytes)
-    sys.path.append(os.getcwd())  # last: user modules are found, and shadow nothing
+    import_ours()
 
     if sys.stdout is not None:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

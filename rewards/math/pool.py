@@ -15,12 +15,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from rewards.processes import kill, on_staying_thread
 
 START_TIMEOUT = 120.0  # seconds; sympy may come from a cold network disk
-BOOT = "import sys; sys.path[:] = sys.argv[4:]; from rewards.math.worker import serve; serve(*map(int, sys.argv[1:4]))"
+ROOT = str(Path(__file__).resolve().parents[2])  # first for a moment, lest another `rewards` on the path be taken
+BOOT = "import sys; sys.path[:] = sys.argv[4:]; from rewards.math.worker import serve; sys.path.pop(0); "
+BOOT += "serve(*map(int, sys.argv[1:4]))"
 
 
 class WorkerFailed(RuntimeError):
@@ -102,7 +105,7 @@ class _Worker:
             ours_in, theirs_out = os.pipe()
             os.set_blocking(ours_in, False)
             path = [entry or os.getcwd() for entry in sys.path]
-            command = [sys.executable, "-c", BOOT, str(theirs_in), str(theirs_out), str(os.getpid()), *path]
+            command = [sys.executable, "-c", BOOT, str(theirs_in), str(theirs_out), str(os.getpid()), ROOT, *path]
             try:
                 # A new interpreter: no fork (CUDA, threads), nor multiprocessing's spawn, which runs __main__ again.
                 self.process = on_staying_thread(

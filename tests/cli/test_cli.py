@@ -10,7 +10,7 @@ import pytest
 import grpo
 from grpo.cli.main import main
 from grpo.config.load import load_recipe
-from tests.cli.conftest import RECIPE, ROOT, python, run
+from tests.cli.conftest import RECIPE, python, run
 
 # --- a wrong recipe costs nothing ---
 
@@ -107,29 +107,6 @@ def test_train_calls_its_stage(stand_in, stage, switches, resume):
     assert result.exit_code == 0, result.output
     recipe = load_recipe("recipe.yaml", [f"stage={stage}", "rollout.top_k=5"])
     assert called == [({"grpo": "trainer", "sft": "sft"}[stage], recipe, resume)]
-
-
-# --- packages with common names ---
-
-
-@pytest.mark.parametrize("name", ["data", "rewards"])
-def test_a_foreign_package_is_refused_by_its_path(tmp_path, name):
-    (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')\n")
-    done = python("-m", "grpo", "train", "recipe.yaml", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"grpo's own package `{name}` ({ROOT / name}) is shadowed by {tmp_path / name}.py; rename that or start from "
-        "another folder\n"
-    )
-
-
-def test_a_folder_of_that_name_is_no_package(tmp_path):
-    (tmp_path / "data").mkdir()
-    done = python("-m", "grpo", "train", "nowhere.yaml", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "nowhere.yaml: no such file or recipe; `grpo recipes` lists those that grpo ships\n",
-    )
 
 
 # --- eval, report ---

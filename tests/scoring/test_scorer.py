@@ -317,7 +317,7 @@ LOAD_ERRORS = {
     "other.py:fn": ("def reward(completions, **kwargs): ...\n", r"other.py has no 'fn' \(it has: reward\)"),
     "value.py:fn": ("fn = 3\n", r"'fn' in .*value.py is no function but 3"),
     "missing.py:fn": (None, r"there is no file .*missing.py"),
-    "no_name.py:1fn": ("", r"path must be file.py:function or package.module:function"),
+    "no_name.py:1fn": ("", r"rewards\[0\].path: expected file.py:name or package.module:name, got"),
 }
 
 
