@@ -17,12 +17,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
-BOOT = "import sys; sys.path[:] = sys.argv[{n}:]; from {module} import serve; serve(*map(int, sys.argv[1:{n}]))"
+ROOT = str(Path(__file__).resolve().parents[1])  # holds rewards, and grpo where it is installed
+# ROOT comes first for a moment, lest a user's own `rewards` or `grpo` be taken for ours.
+BOOT = "import sys; sys.path[:] = sys.argv[{n}:]; from {module} import serve; sys.path.pop(0); "
+BOOT += "serve(*map(int, sys.argv[1:{n}]))"
 
 
 # --- in the process that is started -----------------------------------------------------------------------------------
@@ -75,7 +78,7 @@ def start_python(module: str, fds: Sequence[int], *, stdout: int | None = None) 
     """
     path = [entry or os.getcwd() for entry in sys.path]
     boot = BOOT.format(module=module, n=len(fds) + 2)
-    command = [sys.executable, "-c", boot, *map(str, fds), str(os.getpid()), *path]
+    command = [sys.executable, "-c", boot, *map(str, fds), str(os.getpid()), ROOT, *path]
     return on_staying_thread(
         lambda: subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stdout, pass_fds=tuple(fds), start_new_session=True
@@ -115,12 +118,15 @@ def on_staying_thread(function: Callable[[], T]) -> T:
         if _thread is None:
             _thread = threading.Thread(target=_serve, name="process-starter", daemon=True)
             _thread.start()
-    result: Future[T] = Future()
+    result: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
     _orders.put((function, result))
-    return result.result()
+    value, why = result.get()
+    if why is not None:
+        raise why
+    return value
 
 
-_orders: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+_orders: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
 _thread: threading.Thread | None = None
 _lock = threading.Lock()
 
@@ -129,9 +135,9 @@ def _serve() -> None:
     while True:
         function, result = _orders.get()
         try:
-            result.set_result(function())
+            result.put((function(), None))
         except BaseException as why:  # the caller's to handle
-            result.set_exception(why)
+            result.put((None, why))
 
 
 def _forget() -> None:

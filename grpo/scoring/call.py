@@ -5,7 +5,6 @@ Standard library only, like all of the worker. What a call answers is plain valu
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib
 import importlib.util
@@ -32,6 +31,7 @@ FRAMEWORK_KEYS = frozenset(
 """Keywords every reward function is offered besides the row's columns."""
 
 MAX_TRACEBACK = 4000
+OWN_FOLDER = str(Path(__file__).parent)  # frames of its files say nothing to a user
 
 
 @dataclass(frozen=True)
@@ -150,58 +150,43 @@ class Call:
         self.verdicts: list[str] = []
         self.details: list[str] = []
 
-    def run(self, loop: asyncio.AbstractEventLoop | None = None) -> Outcome:
-        """Call a plain function. Where it returns an awaitable without being declared async, ``loop`` awaits that."""
+    def run(self, wait_for: Callable[[Awaitable[Any]], Any] | None = None) -> Outcome:
+        """Call a plain function. ``wait_for`` awaits what it returns where that is an awaitable nevertheless."""
         try:
-            result = self.function.fn(**self._kwargs())
+            result = self.start()
             if inspect.isawaitable(result):
-                assert loop is not None, "a function that is run without an event loop returned an awaitable"
-                result = loop.run_until_complete(_awaited(result))
-            return self._answer(result)
+                assert wait_for is not None, "a function that is run without an event loop returned an awaitable"
+                result = wait_for(result)
+            return self.answer(result)
         except BaseException as why:
             return outcome_of(why)
 
-    async def run_async(self, timeout: float) -> Outcome:
-        """Call an async function and await it for ``timeout`` seconds at most."""
-        try:
-            coroutine = self.function.fn(**self._kwargs())
-        except BaseException as why:
-            return outcome_of(why)
-        task = asyncio.ensure_future(self._guarded(coroutine))
-        done, _ = await asyncio.wait({task}, timeout=timeout)
-        if done:
-            return task.result()
-        stack = _await_stack(coroutine)
-        task.cancel()
-        await asyncio.wait({task}, timeout=0.5)
-        return Failure("timeout", f"no result after {timeout:g} s, awaiting at:\n{stack}")
-
-    async def _guarded(self, coroutine: Awaitable[Any]) -> Outcome:
-        try:  # here, and not around the task: a SystemExit in a task would end the event loop
-            return self._answer(await coroutine)
-        except BaseException as why:
-            return outcome_of(why)
-
-    def _kwargs(self) -> dict[str, Any]:
+    def start(self) -> Any:
+        """Call the function. It returns the rewards, or an awaitable of them; it raises what it likes."""
         request, n = self.request, self.n
         # A user's function may change what it is given (nums.remove(…)); each completion gets its own copy of the row.
         copies = 1 if self.function.spec.builtin else n
         rows = [pickle.loads(request.row) for _ in range(copies)] * (n // copies)
-        return self.function.filtered(
-            {
-                **{column: [columns[column] for _, columns in rows] for column in rows[0][1]},
-                **self.function.spec.args,
-                "prompts": [prompt for prompt, _ in rows],
-                "completions": request.completions,
-                "completion_ids": request.completion_ids,
-                "status": request.status,
-                "prefill": [request.prefill] * n,
-                "trainer_state": self.state,
-                "log_extra": self.log_extra,
-                "log_metric": self.log_metric,
-                "log_verdict": self.log_verdict,
-            }
-        )
+        offered = {
+            **{column: [columns[column] for _, columns in rows] for column in rows[0][1]},
+            **self.function.spec.args,
+            "prompts": [prompt for prompt, _ in rows],
+            "completions": request.completions,
+            "completion_ids": request.completion_ids,
+            "status": request.status,
+            "prefill": [request.prefill] * n,
+            "trainer_state": self.state,
+            "log_extra": self.log_extra,
+            "log_metric": self.log_metric,
+            "log_verdict": self.log_verdict,
+        }
+        return self.function.fn(**self.function.filtered(offered))
+
+    def answer(self, result: Any) -> Answer:
+        """The function's answer, with what it logged. Raises ContractError where its result is no list of rewards."""
+        values = self._one_each(result, "returned")
+        rewards = [None if value is None else _number(value, "returned a list with") for value in values]
+        return Answer(rewards, self.verdicts, self.details, self.metrics, self.columns)
 
     def log_metric(self, name: str, value: float) -> None:
         self.metrics.setdefault(str(name), []).append(_number(value, f"log_metric({name!r}) got"))
@@ -217,11 +202,6 @@ class Call:
         self.verdicts = [str(getattr(outcome, "value", outcome)) for outcome in outcomes]
         self.details = [str(getattr(verdict, "detail", "")) for verdict in verdicts]
 
-    def _answer(self, result: Any) -> Answer:
-        values = self._one_each(result, "returned")
-        rewards = [None if value is None else _number(value, "returned a list with") for value in values]
-        return Answer(rewards, self.verdicts, self.details, self.metrics, self.columns)
-
     def _one_each(self, values: Any, did: str) -> list[Any]:
         expected = f"expected a list with one entry for each of the {self.n} completions"
         is_scalar = getattr(values, "ndim", None) == 0  # an array or tensor of one number says that it can be iterated
@@ -233,29 +213,19 @@ class Call:
         return values
 
 
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
 def outcome_of(why: BaseException) -> Failure | BrokenContract:
     """What comes of a call that raised. The failure's message is the end of its traceback, from the function on."""
     if isinstance(why, ContractError):
         return BrokenContract(str(why))
-    frames = why.__traceback__.tb_next if why.__traceback__ is not None else None  # the first frame is this file's
+    frames = why.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(OWN_FOLDER):
+        frames = frames.tb_next
     try:
         message = "".join(traceback.format_exception(type(why), why, frames, limit=-20))
     except Exception as again:  # an exception of the user's own may break even this
         message = f"{type(why).__name__} (its traceback cannot be shown: {type(again).__name__})"
     # After a MemoryError the heap is full of holes.
     return Failure("error", message[-MAX_TRACEBACK:], restart=isinstance(why, MemoryError))
-
-
-def _await_stack(coroutine: Any) -> str:
-    lines = []
-    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
-        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
-        coroutine = coroutine.cr_await
-    return "\n".join(lines)
 
 
 def _number(value: Any, did: str) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import re
 import signal
 import socket
 import struct
@@ -15,6 +14,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
+from grpo.scoring.call import OWN_FOLDER
 from grpo.scoring.messages import (
     Answer,
     BrokenContract,
@@ -31,7 +31,7 @@ from rewards.processes import how_it_ended, kill, start_python
 
 WORKER = "grpo.scoring.worker"
 START_TIMEOUT = 300.0  # seconds; a reward function may import torch from a cold network disk
-STALL_TIMEOUT = 30  # seconds one read or write of the pipe may block: a stopped worker must not stop the trainer
+STALL_TIMEOUT = 30.0  # seconds one read or write of the pipe may block: a stopped worker must not stop the trainer
 
 
 class WorkerFailed(Exception):
@@ -70,7 +70,7 @@ class WorkerProcess:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            stall = struct.pack("ll", STALL_TIMEOUT, 0)
+            stall = struct.pack("ll", int(STALL_TIMEOUT), int(STALL_TIMEOUT % 1 * 1e6))  # a timeval
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
             pipe = self._pipe = Connection(ours.detach())
@@ -156,7 +156,7 @@ class WorkerProcess:
         """How the process ended, in words."""
         assert self._process is not None
         if isinstance(why, BlockingIOError):
-            return f"neither read nor wrote its pipe for {STALL_TIMEOUT} s"
+            return f"neither read nor wrote its pipe for {STALL_TIMEOUT:g} s"
         return how_it_ended(self._process, 1.0)
 
     def _dump_stack(self) -> str:
@@ -172,9 +172,7 @@ class WorkerProcess:
 
     def _read_stacks(self) -> str:
         text = os.pread(self._stacks.fileno(), 16384, 0).decode(errors="replace")  # the offset is the child's
-        return "\n".join(
-            line for line in text.splitlines() if not re.search(r"scoring/(worker|call)\.py|<string>", line)
-        )
+        return "\n".join(line for line in text.splitlines() if OWN_FOLDER not in line and '"<string>"' not in line)
 
 
 def _outcome(data: bytes, requests: int) -> tuple[int, Outcome]:

@@ -9,21 +9,20 @@ It may be killed at any moment, and is: ``process.py`` is the other end of the p
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import faulthandler
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
-from grpo.scoring.call import Call, FunctionSpec, LoadError, RewardFunction, outcome_of
-from grpo.scoring.messages import Job, NotLoaded, Outcome, Ready, encode
+from grpo.scoring.call import Call, FunctionSpec, LoadError, RewardFunction
+from grpo.scoring.messages import Failure, Job, NotLoaded, Outcome, Ready, encode
 from rewards.processes import die_with_parent, limit_memory
 
 
@@ -41,7 +40,9 @@ def serve(pipe_fd: int, stack_fd: int, parent_pid: int) -> None:
     faulthandler.enable(stack_fd, all_threads=False)
     faulthandler.register(signal.SIGUSR1, stack_fd, all_threads=False)
     pipe = Connection(pipe_fd)
-    os.register_at_fork(after_in_child=pipe.close)  # a child that a function forks cannot answer in our name
+    # Neither a child that a function forks nor a program that it starts may answer in our name, or hold the pipe open.
+    os.register_at_fork(after_in_child=pipe.close)
+    os.set_inheritable(pipe_fd, False)
     setup: Setup = pickle.loads(pipe.recv_bytes())
     limit_memory(setup.memory_bytes)
     sys.path.append(os.getcwd())  # last: user modules are found, and shadow nothing
@@ -53,13 +54,12 @@ def serve(pipe_fd: int, stack_fd: int, parent_pid: int) -> None:
         pipe.send_bytes(encode(NotLoaded(causes)))
         return
     pipe.send_bytes(encode(Ready([function.signature for function in functions])))
-    loop = asyncio.new_event_loop()  # one for the process's life: clients a function keeps stay bound to it
     with contextlib.suppress(EOFError, OSError):
         while True:
             job: Job = pickle.loads(pipe.recv_bytes())
             state = SimpleNamespace(global_step=job.step, max_steps=setup.max_steps)
             calls = [Call(functions[job.function], request, state) for request in job.requests]
-            _run(calls, loop, lambda index, outcome: pipe.send_bytes(_encoded(outcome, index)))
+            _run(calls, lambda index, outcome: pipe.send_bytes(_encoded(outcome, index)))
     os._exit(0)  # the trainer has gone or has closed the pipe; a function's own threads shall not keep us
 
 
@@ -76,29 +76,31 @@ def _load_all(specs: list[FunctionSpec]) -> tuple[list[RewardFunction], list[str
     return functions, causes
 
 
-def _run(calls: list[Call], loop: asyncio.AbstractEventLoop, send: Callable[[int, Outcome], None]) -> None:
+def _run(calls: list[Call], send: Callable[[int, Outcome], None]) -> None:
     """Make calls of one function: one after the other, or, where it is async, all awaited together."""
     function = calls[0].function
-    if not function.signature.is_async:
+    if function.signature.is_async:
+        from grpo.scoring.awaiting import run_together
+
+        run_together(calls, function.spec.timeout, send)
+    else:
         for index, call in enumerate(calls):
-            send(index, call.run(loop))
-        return
+            send(index, call.run(_wait_for))
 
-    async def answer(index: int, call: Call) -> None:
-        send(index, await call.run_async(function.spec.timeout))
 
-    async def answer_all() -> None:
-        await asyncio.gather(*(answer(index, call) for index, call in enumerate(calls)))
+def _wait_for(awaitable: Awaitable[Any]) -> Any:
+    from grpo.scoring.awaiting import wait_for
 
-    loop.run_until_complete(answer_all())
+    return wait_for(awaitable)
 
 
 def _encoded(outcome: Outcome, index: int) -> bytes:
-    """The outcome as JSON, or a failure that says why it cannot be (too large for memory, an endless integer)."""
+    """The outcome as JSON; where JSON or the memory cannot hold what the function logged, the failure that says so."""
     try:
         return encode(outcome, index)
     except Exception as why:
-        return encode(outcome_of(why), index)
+        message = f"what it logged cannot be written as JSON: {type(why).__name__}: {why}"
+        return encode(Failure("error", message, restart=isinstance(why, MemoryError)), index)
 
 
 def _survive_signals_for_the_trainer() -> None:
