@@ -179,7 +179,7 @@ def program_holds_the_pipe(completions, **kwargs):
     import subprocess
 
     def die_before_it(c):
-        subprocess.Popen(["sleep", "5"], close_fds=False, start_new_session=True)
+        subprocess.Popen(["sleep", "25"], close_fds=False, start_new_session=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
     return _each(completions, die_before_it)
@@ -189,7 +189,7 @@ def fork_holds_the_pipe(completions, **kwargs):
     def die_before_it(c):
         if os.fork() == 0:
             os.setsid()
-            time.sleep(5)
+            time.sleep(25)  # longer than a call may take
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
 
