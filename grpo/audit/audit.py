@@ -138,7 +138,7 @@ class _Audit:
             self.scorer, self.canary = scorer, Path(folder) / "ran"
             form = self._form()
             outcome = Outcome(
-                scorer.names[0], scorer.functions[0].source, self.standard, form.name, len(self.rows), self.kind
+                scorer.names[0], scorer.functions[0].spec.source, self.standard, form.name, len(self.rows), self.kind
             )
             for number, row in enumerate(self.rows):
                 self._audit_row(outcome, row, form, number)
@@ -242,7 +242,7 @@ def _first_warning() -> Any:
         def emit(self, record: logging.LogRecord) -> None:
             kept.append(record.getMessage())
 
-    logger, handler = logging.getLogger("grpo.scoring.scorer"), Keep()
+    logger, handler = logging.getLogger("grpo.scoring"), Keep()
     logger.addHandler(handler)
     logger.propagate, before = False, logger.propagate
     try:

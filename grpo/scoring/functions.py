@@ -1,6 +1,6 @@
 """Where the reward functions of a recipe are, and the few that have workers of their own.
 
-The one place that imports ``rewards``, besides the workers that call them.
+No other module of the trainer imports a reward; ``process.py`` and ``worker.py`` import ``rewards.processes``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
     Raises:
         UserError: they cannot be started; the message says what would help.
     """
-    modules = {}
+    modules: dict[int, ModuleType] = {}
     for index, spec in enumerate(specs):
         module = import_module(spec.module) if spec.builtin else None
         if module is not None and hasattr(module, "start"):
@@ -68,6 +68,8 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
             try:
                 module.start(workers, **{key: value for key, value in spec.args.items() if key in accepted})
             except RuntimeError as why:
+                for started in modules.values():
+                    started.stop()
                 raise UserError(f"rewards[{index}] ({spec.source}): {why}") from None
             modules[index] = module
     return modules
