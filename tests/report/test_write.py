@@ -14,7 +14,8 @@ import pytest
 
 from grpo.errors import UserError
 from grpo.report.page import COLUMNS, PROMPTS_A_KIND
-from grpo.report.write import headline, read_run, write_report
+from grpo.report.write import write_report
+from grpo.run.read import headline, read_run
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 HOSTILE = '<script>alert("x")</script><think>6 * 3 = 18</think> <answer>6 * 3</answer> & \x00 \x1b[31m</pre>'
