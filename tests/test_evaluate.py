@@ -1,4 +1,4 @@
-"""Evaluation's numbers against plain loops: pass@k, the intervals, and what ``evaluate`` makes of scored completions."""
+"""Evaluation's numbers against plain loops: pass@k, the intervals, and what ``evaluate`` makes of completions."""
 
 from __future__ import annotations
 
