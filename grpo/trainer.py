@@ -13,7 +13,7 @@ from contextlib import closing
 
 from grpo.advantages import rewards_array, step_advantages
 from grpo.audit.rows import warn_of_unscorable_rows
-from grpo.backends import make_backend
+from grpo.backends import find_backend, make_backend
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
@@ -35,17 +35,18 @@ from grpo.update.step import update
 
 def train(recipe: Recipe, resume: bool | str = False) -> None:
     """Run a ``stage: grpo`` recipe to its end, or from a checkpoint on (``resume``: True for the newest, or a path)."""
-    find_loss(recipe.algorithm.loss_type)  # a file of the user's own: its mistakes come before any waiting
+    find_loss(recipe.algorithm.loss_type)  # files of the user's own: their mistakes come before any waiting
+    find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
-        on_main(accelerator, lambda: warn_of_unscorable_rows(recipe, task))
+        on_main(accelerator, lambda: warn_of_unscorable_rows(recipe.rewards, task))
         run = start_run(recipe, accelerator, tokenizer, stop_ids, resume, needs_reference=recipe.algorithm.beta > 0)
         with closing(make_backend(recipe, run.policy)) as backend, run:
             backend.sync(run.policy, run.progress.step)
-            rollouts = Rollouts(recipe, task, backend, accelerator)
+            rollouts = Rollouts(recipe.rollout, recipe.training, task, backend, accelerator)
             rollouts.restore(run.progress.rollout_ahead)
             try:
                 for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer), ahead=rollouts.state):
@@ -61,7 +62,8 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
 def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
     """One rollout and the updates made from it. Moves the run's progress on by a step and logs it."""
     recipe, policy, progress, task, clock = run.recipe, run.policy, run.progress, rollouts.task, Clock()
-    prompts = prompts_of_step(recipe, task, progress.step, extra=progress.extra_prompts, pass_rates=progress.pass_rates)
+    extra, pass_rates = progress.extra_prompts, progress.pass_rates
+    prompts = prompts_of_step(recipe.prompts, task, progress.step, extra=extra, pass_rates=pass_rates)
     drawn = draw_groups(recipe, rollouts, scorer, prompts, restored(task, progress.replay), progress.step, clock)
     groups, sampled = drawn.groups, drawn.sampled
     with clock("train"):

@@ -38,6 +38,7 @@ from grpo.losses.clipped import (
     sapo_objective,
 )
 from grpo.losses.covariance import clip_cov_selection, kl_cov_objective, kl_cov_selection
+from grpo.losses.own import checked
 from grpo.losses.tokens import (
     LossType,
     Objective,
@@ -140,7 +141,4 @@ def find_loss(name: str) -> LossType:
             f"algorithm.loss_type: there is no loss {name!r}"
             + (f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(LOSSES)})")
         )
-    found = user_code.load(name, "algorithm.loss_type")
-    if not isinstance(found, LossType):
-        raise UserError(f"algorithm.loss_type: {name}: it is not decorated by @loss(...) of grpo.losses")
-    return found
+    return checked(user_code.load(name, "algorithm.loss_type"), name)

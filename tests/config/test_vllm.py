@@ -129,6 +129,8 @@ def test_a_name_that_nobody_knows_is_not_called_a_typing_slip(problems):
     [
         ("backend: hf", "vllm_mode: colocate", "vllm_args: []"),  # defaults, as a run's resolved recipe writes them
         ("backend: vllm",),
+        ("backend: my_backend.py:Mine", "overlap: true"),
+        ("backend: my_package.backends:Mine",),
         ("backend: vllm", "vllm_enable_sleep_mode: true", "overlap: true", "vllm_weight_transfer: ipc"),
         SERVER,
         (*SERVER, "vllm_weight_transfer: nccl", "vllm_group_port: 6000"),
@@ -145,6 +147,11 @@ def test_what_fits_together(load, lines):
         (["backend: hf", "vllm_mode: server", "vllm_dtype: float32"],
          ["7: rollout: vllm_mode is only used with backend: vllm (backend is hf)",
           "8: rollout: vllm_dtype is only used with backend: vllm (backend is hf)"]),
+        (["backend: my_backend.py:Mine", "vllm_mode: server"],
+         ["7: rollout: vllm_mode is only used with backend: vllm (backend is my_backend.py:Mine)"]),
+        (["backend: vlm"], ["6: rollout.backend: must be hf or vllm, got 'vlm'; did you mean vllm?"]),
+        (["backend: 'my_backend.py:'"], ["6: rollout.backend: must be hf or vllm, got 'my_backend.py:'"]),
+        (["backend: 3"], ["6: rollout.backend: must be hf or vllm, got 3"]),
         (["num_generations: 4", "overlap: true"],
          ["7: rollout: overlap needs backend: vllm (backend is hf, which samples with the trainer)"]),
         (["backend: vllm", "num_generations: 4", "vllm_mode: server"],

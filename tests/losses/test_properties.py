@@ -253,9 +253,9 @@ def test_a_loss_in_a_file_of_the_user_s_own(tmp_path: Path) -> None:
     [
         ("dappo", "did you mean dapo"),
         ("{}/my_losses.py:plain", "not decorated by @loss"),
-        ("{}/my_losses.py:absent", "no such name"),
+        ("{}/my_losses.py:absent", "has no 'absent'"),
         ("{}/other.py:bounded", "there is no file"),
-        ("no.such.module:bounded", "cannot import no.such.module"),
+        ("no.such.module:bounded", "ModuleNotFoundError: No module named 'no'"),
     ],
 )
 def test_a_loss_that_is_not_there_is_said_in_words(tmp_path: Path, name: str, said: str) -> None:
