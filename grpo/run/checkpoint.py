@@ -38,7 +38,7 @@ _FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
 
 # numpy.random.get_state() holds one array; these globals let weights_only loading rebuild it.
 # The function that does so is asked for by pickle's protocol: its name in numpy is private, and has changed.
-_REBUILD = np.empty(0, np.uint32).__reduce__()[0]
+_REBUILD: Any = np.empty(0, np.uint32).__reduce__()[0]
 _NUMPY_GLOBALS = [_REBUILD, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 

@@ -41,7 +41,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         torch.set_num_threads(recipe.training.num_threads)
     # Without an accelerator, say so: accelerate then joins the processes of a launch over gloo instead of not at all.
     on_cpu = not torch.accelerator.is_available()
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     precision = "bf16" if compute_dtype(recipe.model.dtype, device) == torch.bfloat16 else "no"
     accelerator = Accelerator(
         cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=[_patience(recipe)]

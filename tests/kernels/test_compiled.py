@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -21,7 +22,7 @@ from grpo.types import Layout
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no compiler")
 LAYOUTS = {  # lengths of prompts, and of each one's completions
     "two groups": ([20, 33], [[5, 64, 1], [40, 100]]),
     "one token": ([1], [[1]]),
