@@ -1,6 +1,6 @@
 """A reward function inside a worker: finding it, what its signature asks for, and one call of it.
 
-Standard library only, like all of the worker. What a call answers is plain values alone, for JSON.
+Standard library and ``grpo.types`` only, like all of the worker. What a call answers is plain values alone, for JSON.
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-FRAMEWORK_KEYS = frozenset(
-    {
-        *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),  # TRL's
-        *("status", "prefill", "log_verdict"),  # ours
-    }
-)
-"""Keywords every reward function is offered besides the row's columns."""
+from grpo.types import REWARD_KEYWORDS
 
 MAX_TRACEBACK = 4000
 
@@ -78,10 +72,10 @@ class RewardFunction:
         self.accepts = named
         self.wants_ids = "completion_ids" in named or (self.takes_all and not spec.builtin)
         required = {p.name for p in parameters if p.name in named and p.default is p.empty}
-        self.needs = sorted(required - FRAMEWORK_KEYS - spec.args.keys())
+        self.needs = sorted(required - REWARD_KEYWORDS - spec.args.keys())
         unknown = spec.args.keys() - named
         if unknown and (spec.builtin or not self.takes_all):
-            known = sorted(named - FRAMEWORK_KEYS)
+            known = sorted(named - REWARD_KEYWORDS)
             raise LoadError(f"args: it takes no {', '.join(sorted(unknown))} (it takes: {', '.join(known) or 'none'})")
 
     def filtered(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import inspect
 import os
-import pkgutil
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import rewards as builtin_rewards
 from grpo.config import RewardConfig, ScoringConfig
 from grpo.errors import UserError
-from grpo.scoring.call import FRAMEWORK_KEYS, FunctionSpec
+from grpo.scoring.call import FunctionSpec
+from grpo.types import REWARD_KEYWORDS
+from rewards import REWARDS
 
 
 def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[FunctionSpec]:
     specs: list[FunctionSpec] = []
     for index, reward in enumerate(rewards):
         where = f"rewards[{index}]"
-        taken = sorted(FRAMEWORK_KEYS & reward.args.keys())
+        taken = sorted(REWARD_KEYWORDS & reward.args.keys())
         if taken:
             raise UserError(f"{where}: args.{taken[0]} is a name the trainer passes itself")
         place = _builtin(reward.name, where) if reward.name else _user_function(str(reward.path), where)
@@ -37,11 +36,9 @@ def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[Func
 
 
 def _builtin(name: str, where: str) -> dict[str, Any]:
-    if not name.isidentifier() or find_spec(f"rewards.{name}") is None:
-        known = [module.name for module in pkgutil.iter_modules(builtin_rewards.__path__)]
-        known = [m for m in known if hasattr(import_module(f"rewards.{m}"), f"{m}_reward")]
+    if name not in REWARDS:
         raise UserError(
-            f"{where}: no built-in reward {name!r} (there are: {', '.join(known)}); "
+            f"{where}: no built-in reward {name!r} (there are: {', '.join(REWARDS)}); "
             "a function of your own is `path: file.py:fn`"
         )
     attribute = f"{name}_reward"

@@ -22,11 +22,11 @@ from typing import Any
 
 from grpo.config import RewardConfig, ScoringConfig
 from grpo.errors import RunError, UserError
-from grpo.scoring.call import FRAMEWORK_KEYS, Call, RewardFunction
+from grpo.scoring.call import Call, RewardFunction
 from grpo.scoring.functions import locate, start_own_workers
 from grpo.scoring.process import WorkerFailed, WorkerProcess
 from grpo.scoring.worker import Setup
-from grpo.types import Group, Status
+from grpo.types import REWARD_KEYWORDS, Group, Status
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Scorer:
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Raise UserError where a function needs a column that rows with these do not have, or where names clash."""
-        taken = sorted(FRAMEWORK_KEYS.intersection(columns))
+        taken = sorted(REWARD_KEYWORDS.intersection(columns))
         if taken:
             raise UserError(
                 f"data: the rows have a column {taken[0]!r}, a name under which reward functions get something "
