@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from grpo.audit.programs import programs
-from grpo.prompts.task import countdown_solution
+from grpo.prompts.rows import countdown_solution
 from grpo.types import Status
 
 ANSWER, FORM = frozenset({"answer"}), frozenset({"form"})

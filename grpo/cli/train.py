@@ -51,5 +51,5 @@ def check_before_training(recipe: Recipe) -> None:
     _, _, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring) as scorer:
         scorer.check_columns(task.columns)
-        if unscorable := unscorable_rows(recipe, [task.train, task.held_out]):
+        if unscorable := unscorable_rows(recipe.rewards, [task.train, task.held_out]):
             raise UserError("\n".join(unscorable))
