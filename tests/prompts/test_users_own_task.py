@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from typer.testing import CliRunner
 
 from grpo.audit.rows import check_data
+from grpo.cli.main import app
 from grpo.errors import UserError
+from tests.launching import ROOT
 from tests.prompts.small_rows import load, recipe
+from tests.small_runs import small_run
 
 SUMS = """
 from datasets import Dataset
@@ -24,9 +30,14 @@ def write(tmp_path, body, name="my_task.py"):
     return f"{tmp_path / name}:build"
 
 
-def test_a_task_in_a_file_gives_the_rows_of_both_parts(tmp_path, monkeypatch):
+def write_sums(tmp_path):
+    """A task in two files."""
     (tmp_path / "my_words.py").write_text('QUESTION = "what is {} + {} ?"\n')
-    write(tmp_path, SUMS)
+    return write(tmp_path, SUMS)
+
+
+def test_a_task_in_a_file_gives_the_rows_of_both_parts(tmp_path, monkeypatch):
+    write_sums(tmp_path)
     monkeypatch.chdir(tmp_path)  # files are looked for from where grpo is started
     data = {"name": "my_task.py:build", "eval_size": 5, "args": {"largest": 7}}
     task = load(data, seed=3)
@@ -90,3 +101,22 @@ def test_arguments_that_the_task_does_not_take_are_refused(tmp_path):
         load({"name": name})
     with pytest.raises(UserError, match=r"data.args: .*unexpected keyword argument 'widht'; .* takes seed, depth"):
         load({"name": name, "args": {"depth": 1, "widht": 2}})
+
+
+def test_a_run_trains_on_a_task_in_a_file(tiny_model, tmp_path, monkeypatch):
+    data = {"name": write_sums(tmp_path), "args": {"largest": 5}, "train_size": 8}
+    calls = small_run(tiny_model, tmp_path / "run", monkeypatch, data=data, steps=1)
+    assert [len(prompts) for _, prompts in calls] == [4]
+    (line, *_) = (tmp_path / "run/rollouts/step_000001.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"].endswith("+ 0 ?")
+
+
+def test_a_mistake_in_a_task_ends_in_exit_code_2_and_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    name = write(tmp_path, "def build(split, size, seed):\n    return [{'prompt': 'a'}]\n")
+    done = CliRunner().invoke(app, ["train", str(ROOT / "recipes/smoke_cpu.yaml"), f"data.name={name}", "data.args={}"])
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        f"data.name: {name}('train', …) returned list, not a datasets.Dataset: "
+        "make one by datasets.Dataset.from_list(rows)"
+    ]
