@@ -1,8 +1,8 @@
-"""``grpo audit``: a recipe's rewards on its own rows, before a policy finds their holes.
+"""``grpo audit``: tries a recipe's rewards on its own rows, before a policy finds their holes.
 
-For each row a completion with the right answer, which must be paid, and some thirty cheats, which must not
-(``cases.py``). They are scored like rollouts, in the same processes. It needs no weights, and no tokenizer unless
-the template is the tokenizer's.
+Each row gives a completion with the right answer, which must be paid, and some thirty cheats, which must not be paid
+(``cases.py`` makes them). They are scored like rollouts, in the same processes. The audit needs no weights, and it
+needs a tokenizer only for ``template: chat``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt, Status
 
 PROBED = 20  # rows on which a user's function is tried with every usual form
-PATIENCE = 2  # a cheat that a function could not score so often is left out from then on
+PATIENCE = 2  # a cheat is left out once a function could not score it this many times
 
 
 @dataclass(frozen=True)
 class AuditedRow:
-    """A row of the recipe: its place (``file:line``), its prompt, all its columns."""
+    """A row that is audited: its place (``file:line``), its prompt, and all its columns."""
 
     place: str
     prompt: Prompt
@@ -48,10 +48,10 @@ class AuditedRow:
 
 
 def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[str], Any] = print) -> list[str]:
-    """Audit every reward on up to ``rows`` rows to train on and as many held out; what is wrong, a line each.
+    """Audit every reward on up to ``rows`` rows to train on and as many held out; returns a line for each finding.
 
-    ``gold`` is a template of a right completion (``#### {answer}``, with the names of columns), for rewards of one's
-    own whose form is not one of the usual. ``tell`` gets the report, reward by reward.
+    ``gold`` is a template of a right completion with the names of columns in it (``#### {answer}``). A reward of the
+    user's own needs it if its form is not one of the usual forms. ``tell`` gets the report, reward by reward.
 
     Raises:
         UserError: recipe, rows or functions are unsound.
@@ -235,7 +235,7 @@ def fill(template: str, columns: dict[str, Any]) -> str | None:
 
 @contextmanager
 def _first_warning() -> Any:
-    """Keeps what the scorer would log about each row off the screen; gives the list of it."""
+    """Keeps the scorer's warnings about rows off the screen; yields the list that collects them."""
     kept: list[str] = []
 
     class Keep(logging.Handler):
