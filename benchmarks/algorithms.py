@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import ROOT, turn
-from grpo.report.write import Run, read_run
+from grpo.run.read import RunRecord, read_run
 
 RECIPE = "recipes/demo_cpu.yaml"
 PAGE = ROOT / "docs/results/algorithms.md"
@@ -106,7 +106,7 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> None:
         sys.exit(f"{folder}: the run ended with exit code {done.returncode}; start again to go on from there")
 
 
-def curve(variant: str, seed: int, run: Run) -> Curve:
+def curve(variant: str, seed: int, run: RunRecord) -> Curve:
     """Seconds and samples are summed over steps; an evaluation stands behind its step."""
     steps, seconds = run.series("step_time")
     groups = np.full(len(steps), float(run.setting("training.prompts_per_step")))
@@ -203,7 +203,7 @@ def draw(curves: list[Curve], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def report(curves: list[Curve], runs: list[Run], options: argparse.Namespace) -> None:
+def report(curves: list[Curve], runs: list[RunRecord], options: argparse.Namespace) -> None:
     """Write the page's table and picture; what people wrote around them stays."""
     draw(curves, options.page.with_suffix(".png"))
     environments = [run.environment for run in runs]

@@ -38,7 +38,7 @@ from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
 from grpo.prompts.task import load_task
 from grpo.randomness import key
-from grpo.types import Completion, Sequence
+from grpo.types import Completion, Prompt, Sequence
 
 ROOT = Path(__file__).parents[1]
 CACHE = 1_000_000_000  # bytes of keys and values of an engine
@@ -65,6 +65,11 @@ def make_policy(recipe: Recipe) -> Policy:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no")
     tokenizer = load_tokenizer(recipe.model)
     return Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], needs_reference=False)
+
+
+def first_prompts(recipe: Recipe, policy: Policy, number: int) -> list[Prompt]:
+    task = load_task(recipe.data, recipe.training, recipe.stage, policy.tokenizer)
+    return task.train_prompts(0)[:number]
 
 
 class Server:
@@ -141,7 +146,7 @@ def speed(options: argparse.Namespace, dtype: str, folder: Path) -> dict[str, di
         backends[name] = (make_backend(recipe, policy), policy)
         backends[name][0].sync(policy, 0)
         found[name] = {"tokens_per_s": [], "sync_s": []}
-    prompts = load_task(recipe_for(options, dtype), policy.tokenizer).train_prompts(0)[: options.prompts]
+    prompts = first_prompts(recipe_for(options, dtype), policy, options.prompts)
     for round_ in range(options.rounds + 1):
         for name, (backend, policy) in backends.items():
             requests = [Request(p, [key(round_, p.id, g) for g in range(options.completions)]) for p in prompts]
@@ -179,7 +184,7 @@ def mismatch(options: argparse.Namespace, dtype: str, backend_name: str) -> dict
     policy = make_policy(recipe)
     backend = make_backend(recipe, policy)
     backend.sync(policy, 0)
-    prompts = load_task(recipe, policy.tokenizer).train_prompts(0)[: options.prompts]
+    prompts = first_prompts(recipe, policy, options.prompts)
     requests = [Request(p, [key(7, p.id, g) for g in range(options.completions)]) for p in prompts]
     groups = backend.generate(requests, Sampling(options.length), 0)
     backend.close()

@@ -1,0 +1,19 @@
+"""Tasks, one file each: ``data/<name>.py`` has ``build(split, size, seed, ...)`` and is ``data: {name: <name>}``.
+
+Nothing here imports ``grpo`` or torch. The other files hold what tasks share, and the tiny model.
+"""
+
+TASKS = (
+    "code",
+    "countdown",
+    "gsm8k",
+    "math",
+    "one_liner_traces",
+    "one_liners",
+    "reasoning_gym",
+    "traces",
+    "word_sum_traces",
+    "word_sums",
+    "worked_examples",
+)
+"""Every task by name. A test holds this equal to the files that define ``build``."""

@@ -41,11 +41,11 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
-        on_main(accelerator, lambda: warn_of_unscorable_rows(recipe, task))
+        on_main(accelerator, lambda: warn_of_unscorable_rows(recipe.rewards, task))
         run = start_run(recipe, accelerator, tokenizer, stop_ids, resume, needs_reference=recipe.algorithm.beta > 0)
         with closing(make_backend(recipe, run.policy)) as backend, run:
             backend.sync(run.policy, run.progress.step)
-            rollouts = Rollouts(recipe, task, backend, accelerator)
+            rollouts = Rollouts(recipe.rollout, recipe.training, task, backend, accelerator)
             rollouts.restore(run.progress.rollout_ahead)
             try:
                 for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer), ahead=rollouts.state):
@@ -61,7 +61,8 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
 def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
     """One rollout and the updates made from it. Moves the run's progress on by a step and logs it."""
     recipe, policy, progress, task, clock = run.recipe, run.policy, run.progress, rollouts.task, Clock()
-    prompts = prompts_of_step(recipe, task, progress.step, extra=progress.extra_prompts, pass_rates=progress.pass_rates)
+    extra, pass_rates = progress.extra_prompts, progress.pass_rates
+    prompts = prompts_of_step(recipe.prompts, task, progress.step, extra=extra, pass_rates=pass_rates)
     drawn = draw_groups(recipe, rollouts, scorer, prompts, restored(task, progress.replay), progress.step, clock)
     groups, sampled = drawn.groups, drawn.sampled
     with clock("train"):

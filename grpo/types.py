@@ -12,12 +12,20 @@ describes the completion's token ``t`` itself (its logprob given its prompt and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+REWARD_KEYWORDS = frozenset(
+    {
+        *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),  # TRL's
+        *("status", "prefill", "log_verdict"),  # ours
+    }
+)
+"""Keyword arguments that the trainer itself gives to reward functions. No column of the rows may have such a name."""
 
 
 class Status(str, Enum):
@@ -69,6 +77,16 @@ class Completion:
     status: Status
     text: str
     versions: list[VersionSpan]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The completion as plain values, which a checkpoint can hold."""
+        return {**asdict(self), "status": self.status.value}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Completion:
+        """Inverse of ``to_dict``."""
+        versions = [VersionSpan(**span) for span in values["versions"]]
+        return cls(**{**values, "status": Status(values["status"]), "versions": versions})
 
 
 @dataclass

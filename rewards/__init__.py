@@ -3,3 +3,6 @@
 ``rewards.<name>.<name>_reward`` is the reward function of recipes' ``rewards: [{name: <name>}]``. It has TRL's
 signature, so it works in any trainer that speaks it. Nothing here imports ``grpo`` or torch.
 """
+
+REWARDS = ("code", "cosine", "countdown", "format", "gsm8k", "language", "math", "overlong", "repetition")
+"""Every built-in reward by name. A test holds this equal to the modules that define ``<name>_reward``."""

@@ -18,6 +18,7 @@ os.environ.update(
     COLUMNS="200",
 )
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,25 @@ hypothesis.settings.register_profile("busy machine", deadline=None)  # its 0.2 s
 hypothesis.settings.load_profile("busy machine")
 
 torch.set_num_threads(1)
+
+LONGEST_FAST_TEST = 3.0  # seconds; marked are tests from one second on, and the rest is slack for a slower machine
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Under ``make test-fast`` a test that takes long fails. CPU time counts, not other work's."""
+    before = cpu_seconds()
+    result = yield
+    seconds = cpu_seconds() - before
+    if "not slow" in item.config.option.markexpr and seconds > LONGEST_FAST_TEST:
+        pytest.fail(f"this test took {seconds:.1f} s of CPU time: mark it @pytest.mark.slow", pytrace=False)
+    return result
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the children that it has waited for."""
+    return sum(os.times()[:4])
+
 
 collect_ignore = ["vllm_engine"]  # needs an environment of its own: `make test-vllm` names the folder, which runs it
 

@@ -24,7 +24,7 @@ from grpo.backends.base import Sampling
 from grpo.backends.hf.backend import HFBackend
 from grpo.backends.hf.draw import sample
 from grpo.config.load import load_recipe
-from grpo.report.write import Run
+from grpo.run.read import RunRecord
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,7 +190,7 @@ def variant_run(variant: str, seed: int, accuracies: list[float], drawn: list[fl
         "threads": 1,
         "source": {"commit": "abcdef0123"},
     }
-    return algorithms.curve(variant, seed, Run(Path("r"), training, evaluation, recipe, "", environment))
+    return algorithms.curve(variant, seed, RunRecord(Path("r"), training, evaluation, recipe, "", environment))
 
 
 def test_curves_count_seconds_and_samples_until_each_evaluation():

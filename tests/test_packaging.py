@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -61,6 +63,24 @@ def test_the_wheel_says_what_it_is(wheel):
     assert wheel.read(f"{info}/top_level.txt").decode().split() == ["data", "grpo", "recipes", "rewards"]
 
 
+def test_recipes_are_found_by_name_from_the_wheel(wheel, tmp_path):
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    wheel.extractall(installed)
+    elsewhere.mkdir()
+
+    def grpo_command(*arguments: str) -> str:
+        command = [sys.executable, "-m", "grpo", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(installed)}
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "\nsmoke_cpu " in grpo_command("recipes")
+    grpo_command("recipes", "copy", "smoke_cpu", "mine.yaml")
+    assert (elsewhere / "mine.yaml").read_bytes() == (ROOT / "recipes" / "smoke_cpu.yaml").read_bytes()
+    assert grpo_command("recipes", "show", "smoke_cpu") == (elsewhere / "mine.yaml").read_text()
+
+
 def test_every_dependency_has_a_tested_pin_within_its_range(wheel):
     (metadata_file,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = message_from_string(wheel.read(metadata_file).decode())
@@ -89,3 +109,26 @@ def pins():
         requirement = Requirement(line)
         found.setdefault(canonicalize_name(requirement.name), []).append(str(requirement.specifier).removeprefix("=="))
     return found
+
+
+@pytest.mark.parametrize(("minor", "targets"), [(10, "lint test"), (11, "lint test test-vllm")])
+def test_ci_leaves_out_what_an_older_python_cannot_run(tmp_path, minor, targets):
+    """With stand-ins for make and python3 that say what they are told to."""
+    stand_ins = {
+        "make": f'echo "$@" >> {tmp_path}/targets',
+        "python3": f'[ "$1" = -c ] && exec {sys.executable} -c "import sys; sys.version_info = (3, {minor}); $2"\n'
+        f"echo Python 3.{minor}.0",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", tmp_path / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "targets").read_text().split() == targets.split()
+    assert ("left out: vLLM needs Python 3.11" in done.stdout) == (minor == 10)

@@ -15,6 +15,9 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 unset PYTHONPATH
 export HF_HUB_OFFLINE=1
+venv/bin/grpo recipes
+venv/bin/grpo recipes copy smoke_cpu mine.yaml
+venv/bin/grpo validate mine.yaml demo_cpu
 venv/bin/grpo train smoke_cpu training.output_dir=run
 test -s run/final/model.safetensors
 test -s run/report.html

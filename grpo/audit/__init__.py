@@ -1,3 +1,3 @@
-"""What is known of rows and rewards before a run: `grpo audit`, `grpo validate`.
+"""Checks of rows and rewards before a run: `grpo audit`, `grpo validate`.
 
-Others take ``audit.audit`` and ``rows``."""
+Others take ``audit.audit`` and the checks of ``rows``."""

@@ -1,8 +1,8 @@
-"""``grpo audit``: a recipe's rewards on its own rows, before a policy finds their holes.
+"""``grpo audit``: tries a recipe's rewards on its own rows, before a policy finds their holes.
 
-For each row a completion with the right answer, which must be paid, and some thirty cheats, which must not
-(``cases.py``). They are scored like rollouts, in the same processes. It needs no weights, and no tokenizer unless
-the template is the tokenizer's.
+Each row gives a completion with the right answer, which must be paid, and some thirty cheats, which must not be paid
+(``cases.py`` makes them). They are scored like rollouts, in the same processes. The audit needs no weights, and it
+needs a tokenizer only for ``template: chat``.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from typing import Any
 from grpo.audit.cases import GOLD, Case, Form, cases, forms, gold_answer
 from grpo.audit.outcome import Outcome, section
 from grpo.audit.standard import Standard, kind_of, standard_of
-from grpo.config import Recipe, RewardConfig
+from grpo.config import ModelConfig, Recipe, RewardConfig
 from grpo.errors import UserError
-from grpo.prompts.task import Part, Task, load_parts
+from grpo.prompts.rows import Part, load_parts
+from grpo.prompts.task import Task
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt, Status
 
 PROBED = 20  # rows on which a user's function is tried with every usual form
-PATIENCE = 2  # a cheat that a function could not score so often is left out from then on
+PATIENCE = 2  # a cheat is left out once a function could not score it this many times
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of the recipe: its place (``file:line``), its prompt, all its columns."""
+class AuditedRow:
+    """A row that is audited: its place (``file:line``), its prompt, and all its columns."""
 
     place: str
     prompt: Prompt
@@ -47,10 +48,10 @@ class Row:
 
 
 def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[str], Any] = print) -> list[str]:
-    """Audit every reward on up to ``rows`` rows to train on and as many held out; what is wrong, a line each.
+    """Audit every reward on up to ``rows`` rows to train on and as many held out; returns a line for each finding.
 
-    ``gold`` is a template of a right completion (``#### {answer}``, with the names of columns), for rewards of one's
-    own whose form is not one of the usual. ``tell`` gets the report, reward by reward.
+    ``gold`` is a template of a right completion with the names of columns in it (``#### {answer}``). A reward of the
+    user's own needs it if its form is not one of the usual forms. ``tell`` gets the report, reward by reward.
 
     Raises:
         UserError: recipe, rows or functions are unsound.
@@ -58,11 +59,11 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
     """
     if not recipe.rewards:
         raise UserError("rewards: the recipe has none to audit")
-    train, held_out, notes = load_parts(recipe)
-    tokenizer = _tokenizer(recipe)
-    task = Task(recipe, tokenizer, train, held_out, notes)
-    sample = [_row(task, part, index) for part in (train, held_out) for index in spread(part.ids, rows)]
-    tell(_header(recipe, train, held_out, rows, tokenizer, sample))
+    parts = load_parts(recipe.data, recipe.training, recipe.stage)
+    tokenizer = _tokenizer(recipe.model)
+    task = Task(recipe.data, recipe.training, recipe.stage, tokenizer, parts)
+    sample = [_row(task, part, index) for part in (parts.train, parts.held_out) for index in spread(part.ids, rows)]
+    tell(_header(task, rows, sample))
     findings, telling, unknown = [], False, False
     for index, reward in enumerate(recipe.rewards):
         outcome = _Audit(recipe, reward, sample, tokenizer, gold).run()
@@ -81,36 +82,37 @@ def spread(ids: Sequence[int], size: int) -> list[int]:
     return [ids[position * len(ids) // size] for position in range(size)] if size < len(ids) else list(ids)
 
 
-def _header(recipe: Recipe, train: Part, held_out: Part, rows: int, tokenizer: Any, sample: list[Row]) -> str:
-    parts = [(len(train), "to train on"), (len(held_out), "held out")]
+def _header(task: Task, rows: int, sample: list[AuditedRow]) -> str:
+    """What is audited: how many rows, with which tokenizer, behind which prefill."""
+    parts = [(len(task.train), "to train on"), (len(task.held_out), "held out")]
     lines = ["rows      " + ", ".join(f"{min(rows, total)} of {total} {what}" for total, what in parts)]
     prefills = sorted({row.prompt.prefill for row in sample})
-    if tokenizer is None:
+    if task.tokenizer is None:
         lines.append("tokenizer none on this machine: words are counted for tokens")
-        if recipe.data.template == "chat":
+        if task.data.template == "chat":
             lines.append("template  chat, which the tokenizer would bring: completions are judged without a prefill")
     if any(prefills):
         lines.append("prefill   " + ", ".join(map(repr, prefills)))
     return "\n".join(lines)
 
 
-def _tokenizer(recipe: Recipe) -> Any:
-    """The recipe's tokenizer, or None where this machine has none."""
+def _tokenizer(model: ModelConfig) -> Any:
+    """The model's tokenizer, or None where this machine does not have it."""
     from grpo.model.loading import load_tokenizer
 
     try:
-        return load_tokenizer(recipe.model)
+        return load_tokenizer(model)
     except UserError:
         return None
 
 
-def _row(task: Task, part: Part, index: int) -> Row:
-    data, columns, place = task.recipe.data, dict(part.rows[index]), part.rows.place(index)
+def _row(task: Task, part: Part, index: int) -> AuditedRow:
+    data, columns, place = task.data, dict(part.rows[index]), part.rows.place(index)
     others = {name: value for name, value in columns.items() if name != data.prompt_column}
     question = columns[data.prompt_column]
     plain = data.template != "chat" and isinstance(question, str)
     text, prefill = task.render(question, place) if plain or task.tokenizer is not None else ("", "")
-    return Row(place, Prompt(index, question, text, [], prefill, others), columns)
+    return AuditedRow(place, Prompt(index, question, text, [], prefill, others), columns)
 
 
 # --- one reward ------------------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ def _row(task: Task, part: Part, index: int) -> Row:
 class _Audit:
     """One reward over all rows."""
 
-    def __init__(self, recipe: Recipe, reward: RewardConfig, rows: list[Row], tokenizer: Any, gold: str | None):
+    def __init__(self, recipe: Recipe, reward: RewardConfig, rows: list[AuditedRow], tokenizer: Any, gold: str | None):
         self.recipe, self.reward, self.rows, self.tokenizer = recipe, reward, rows, tokenizer
         self.has_format = any(other.name == "format" for other in recipe.rewards)
         self.standard: Standard = standard_of(reward)
@@ -136,7 +138,7 @@ class _Audit:
             self.scorer, self.canary = scorer, Path(folder) / "ran"
             form = self._form()
             outcome = Outcome(
-                scorer.names[0], scorer.functions[0].source, self.standard, form.name, len(self.rows), self.kind
+                scorer.names[0], scorer.functions[0].spec.source, self.standard, form.name, len(self.rows), self.kind
             )
             for number, row in enumerate(self.rows):
                 self._audit_row(outcome, row, form, number)
@@ -171,12 +173,12 @@ class _Audit:
             return Form(template, template.replace(self.template, "{answer}"), thinks=False)
         return Form(template, "{answer}", thinks=False)
 
-    def _gold(self, row: Row) -> str | None:
+    def _gold(self, row: AuditedRow) -> str | None:
         if self.template is None:
             return gold_answer(self.kind, row.columns)
         return fill(self.template, row.columns)
 
-    def _audit_row(self, outcome: Outcome, row: Row, form: Form, number: int) -> None:
+    def _audit_row(self, outcome: Outcome, row: AuditedRow, form: Form, number: int) -> None:
         gold = self._gold(row)
         tried = [
             case
@@ -196,7 +198,7 @@ class _Audit:
             outcome.executed += 1
             self.canary.unlink()
 
-    def _score(self, row: Row, tried: list[Case], number: int) -> tuple[list[float | None], Counter[str], float]:
+    def _score(self, row: AuditedRow, tried: list[Case], number: int) -> tuple[list[float | None], Counter[str], float]:
         """Rewards of the cases as one group of the row's prompt, their verdicts, and the seconds it took."""
         group = Group(row.prompt, [self._completion(row.prompt, case) for case in tried])
         start = perf_counter()
@@ -233,14 +235,14 @@ def fill(template: str, columns: dict[str, Any]) -> str | None:
 
 @contextmanager
 def _first_warning() -> Any:
-    """Keeps what the scorer would log about each row off the screen; gives the list of it."""
+    """Keeps the scorer's warnings about rows off the screen; yields the list that collects them."""
     kept: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             kept.append(record.getMessage())
 
-    logger, handler = logging.getLogger("grpo.scoring.scorer"), Keep()
+    logger, handler = logging.getLogger("grpo.scoring"), Keep()
     logger.addHandler(handler)
     logger.propagate, before = False, logger.propagate
     try:

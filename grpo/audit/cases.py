@@ -1,7 +1,7 @@
-"""What ``grpo audit`` lets a row's imaginary model say: a right answer in the recipe's form, and cheats.
+"""The completions that ``grpo audit`` tries on a row: the right answer in the recipe's form, and cheats.
 
-A cheat says which kinds of reward must not pay for it: those that judge the answer, those that judge the form, or both.
-The opening ``<think>`` is part of every text; where the prompt has it already, the audit takes it off.
+A cheat says which kinds of reward must not pay for it: rewards that judge the answer, rewards that judge the form, or
+both. Every text begins with ``<think>``; the audit takes it off where the prompt ends with it already.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from grpo.audit.programs import programs
-from grpo.prompts.task import countdown_solution
+from grpo.prompts.rows import countdown_solution
 from grpo.types import Status
 
 ANSWER, FORM = frozenset({"answer"}), frozenset({"form"})
@@ -25,7 +25,7 @@ FULL_WIDTH = str.maketrans("0123456789", "".join(chr(0xFF10 + digit) for digit i
 
 @dataclass(frozen=True)
 class Form:
-    """How a completion states an answer: after thinking or without, in a template with ``{answer}`` in it."""
+    """How a completion states an answer: in a template with ``{answer}`` in it, after thinking or without."""
 
     name: str
     template: str
@@ -70,9 +70,9 @@ def forms(kind: str, has_format: bool) -> tuple[Form, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One completion to try; rewards that judge what is in ``against`` must not pay for it.
+    """One completion to try. A reward that judges something in ``against`` must not pay for it.
 
-    ``text`` is whole: it begins with what the prompt may have prefilled.
+    ``text`` is whole: it includes the part that the prompt may have prefilled.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Case:
 
 
 def gold_answer(kind: str, columns: dict[str, Any]) -> str | None:
-    """The right answer of a row, as its reward wants to read it; None where the row does not tell."""
+    """The right answer of a row in the form that its reward reads; None where the row does not tell it."""
     if kind == "countdown":
         return countdown_solution(columns.get("nums"), columns.get("target"))
     if kind == "gsm8k":
@@ -200,7 +200,7 @@ def _places(form: Form, gold: str, wrong: str, both: frozenset[str], last_counts
 
 
 def _answers(form: Form, gold: str | None, wrong: str, canary: str) -> Iterator[Case]:
-    """What may stand in the place of an answer."""
+    """Completions with something else in the place of the answer."""
     touch = f"__import__('pathlib').Path('{canary}').touch()"
     contents = {
         "a power tower": "99**98**97",

@@ -1,4 +1,4 @@
-"""What ``grpo audit`` found out about one reward, and how it is told."""
+"""The findings of ``grpo audit`` about one reward, and the report on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 5  # rows and cheats that are spelled out
 
 @dataclass
 class Paid:
-    """A cheat that was paid: in how many rows, and the first of them."""
+    """A cheat that was paid: in how many rows, and the place, value and text of the first."""
 
     rows: int
     place: str

@@ -1,24 +1,25 @@
-"""Rows before a run, without tokenizer, weights or network: are they sound, and could a right answer be paid?"""
+"""Checks of rows before a run, without tokenizer, weights or network: are they sound, and could an answer be paid?"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from grpo.config import Recipe
+from grpo.config import Recipe, RewardConfig
 from grpo.errors import UserError
-from grpo.prompts.task import Part, Task, load_parts, needs_network
+from grpo.prompts.rows import Part, load_parts, needs_network
+from grpo.prompts.task import Task
 from grpo.scoring.functions import row_checks
 from grpo.scoring.scorer import Scorer
 
-SHOWN = 5
+SHOWN = 5  # rows of a reward that a message spells out
 
 log = logging.getLogger("grpo")
 
 
 def check_data(recipe: Recipe, scorer: Scorer | None = None) -> str:
-    """Check the rows of a recipe and say in words what is there. Rows of a hub id are left to the run.
+    """Check the rows of a recipe; returns in words what there is. Rows of a hub id are left to the run.
 
     Raises:
         UserError: rows are corrupt or too few, lack a column that a reward of ``scorer`` needs, or hold an answer that
@@ -26,20 +27,20 @@ def check_data(recipe: Recipe, scorer: Scorer | None = None) -> str:
     """
     if recipe.data.hub:
         return f": the rows of {recipe.data.hub} are checked when a run loads them"
-    if needs_network(recipe):
+    if needs_network(recipe.data, recipe.training.seed):
         return f": the rows of {recipe.data.name} come from the hub and are checked when a run loads them"
-    train, held_out, notes = load_parts(recipe)
+    train, held_out, notes = load_parts(recipe.data, recipe.training, recipe.stage)
     if scorer is not None:
         scorer.check_columns(set(train.rows[train.ids[0]]) - {recipe.data.prompt_column})
-        if unscorable := unscorable_rows(recipe, [train, held_out]):
+        if unscorable := unscorable_rows(recipe.rewards, [train, held_out]):
             raise UserError("\n".join(unscorable))
     return "; ".join([f": {len(train)} rows to train on, {len(held_out)} held out", *notes])
 
 
-def unscorable_rows(recipe: Recipe, parts: list[Part]) -> list[str]:
-    """For each reward that could pay nobody on some rows: how many, and the first of them by place. Empty if none."""
+def unscorable_rows(rewards: Sequence[RewardConfig], parts: list[Part]) -> list[str]:
+    """A message for each reward that can score nothing on some rows: how many rows, and the places of the first."""
     messages = []
-    for name, check in row_checks(recipe.rewards):
+    for name, check in row_checks(rewards):
         found = list(_unscorable(check, parts))
         if found:
             shown = [f"  {where}: {why}" for where, why in found[:SHOWN]]
@@ -50,9 +51,9 @@ def unscorable_rows(recipe: Recipe, parts: list[Part]) -> list[str]:
     return messages
 
 
-def warn_of_unscorable_rows(recipe: Recipe, task: Task) -> None:
-    """A run goes on beside such rows: they are unscored, and counted, but who has them should know before it starts."""
-    for message in unscorable_rows(recipe, [task.train, task.held_out]):
+def warn_of_unscorable_rows(rewards: Sequence[RewardConfig], task: Task) -> None:
+    """Log the messages of ``unscorable_rows``. A run goes on with such rows; their completions count as unscored."""
+    for message in unscorable_rows(rewards, [task.train, task.held_out]):
         log.warning(message)
 
 

@@ -1,4 +1,4 @@
-"""What ``grpo audit`` measures a reward by: what it judges, and what right and wrong completions must be worth."""
+"""The standard that ``grpo audit`` holds a reward to: how much it must pay for right and for wrong completions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ TRUNCATED = "the gold, truncated"
 
 @dataclass(frozen=True)
 class Standard:
-    """``judges`` is ``answer``, ``form``, or None for shaping, which is told and not judged.
+    """How much a reward must pay.
 
-    A right completion must be worth ``gold_at_least``; a cheat at most ``cheat_at_most``, or where that is None less
-    than ``cheat_below``, which for a user's function is what the row's right completion is worth.
+    ``judges`` is what the reward judges: ``answer``, ``form``, or None for shaping, which is reported and not judged. A
+    right completion must get at least ``gold_at_least``. A cheat may get at most ``cheat_at_most``; where that is None,
+    it must get less than ``cheat_below``. A cheat on a user's function must get less than the row's right completion.
     """
 
     judges: str | None

@@ -1,4 +1,4 @@
-"""What the trainer asks of anything that generates: two verbs, ``generate`` and ``sync``."""
+"""The protocol of rollout backends: ``generate`` samples completions, ``sync`` takes over weights."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and one 64-bit key for each completion wanted; the key alone seeds that completion's draws."""
+    """A prompt, and one 64-bit key for each completion wanted. The key alone seeds the draws of its completion."""
 
     prompt: Prompt
     keys: list[int]
 
 
 OnGroup = Callable[[int, list[Completion]], None]
-"""Called with a request's place and its completions as soon as the last of them has ended, while others go on. A
-backend that cannot tell need not call it."""
+"""A backend calls it with a request's place and its completions, as soon as the last of them has ended and while other
+requests go on. A backend that cannot tell need not call it."""
 
 
 class Backend(Protocol):
@@ -55,16 +55,20 @@ class Backend(Protocol):
     def generate(
         self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
-        """One completion a key, in the order of requests and keys, sampled from policy ``version``.
+        """One completion for each key, in the order of requests and keys, sampled from policy ``version``.
 
-        Raises RunError, naming both, where the weights it holds are of another version.
+        Raises:
+            RunError: the backend holds another version. The message names both.
         """
         ...
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
-        """Take over the policy's weights, which are from now on those of ``version``. Called by every process.
+        """Take over the policy's weights as those of ``version``. Every process calls it.
 
-        Returns metrics of the hand-over, by name. Raises BackendFailed on every process where it cannot.
+        Returns metrics of the hand-over, by name.
+
+        Raises:
+            BackendFailed: it cannot. Raised on every process.
         """
         ...
 
@@ -75,9 +79,9 @@ class OverlappingBackend(Backend, Protocol):
     """A backend that samples while the policy trains (``rollout.overlap``)."""
 
     def submit(self, requests: list[Request], sampling: Sampling, version: int) -> Any:
-        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes."""
+        """Ask for completions of policy ``version`` and return at once. ``collect`` takes what it returns."""
         ...
 
     def collect(self, flight: Any) -> list[list[Completion]]:
-        """Wait for them. What was in flight during a sync was finished by the new weights and says so."""
+        """Wait for the completions. Those in flight during a sync were finished by the new weights, and say so."""
         ...

@@ -5,13 +5,13 @@ Others take the sections from here, ``load_recipe`` and ``dump_recipe`` from ``l
 
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.prompts import PromptsConfig
-from grpo.config.recipe import (
+from grpo.config.recipe import Recipe
+from grpo.config.sections import (
     DataConfig,
     EvaluationConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
-    Recipe,
     RewardConfig,
     RolloutConfig,
     ScoringConfig,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from grpo.config.base import BelowOne, Fraction, NonNegative, Positive, PositiveInt, Section, refuse
+from grpo.config.base import BelowOne, Fraction, NonNegative, Positive, PositiveInt, Problem, Section, refuse
 
 # ``grpo.losses.LOSSES`` has the same names; a recipe is read without torch, which that needs.
 LOSS_TYPES = (
@@ -166,71 +166,87 @@ class AlgorithmConfig(Section):
     def _bounds(self) -> AlgorithmConfig:
         problems = []
         if self.delta is not None and self.delta <= 1 + self.epsilon:
-            problems.append(f"delta ({self.delta}) must be above 1 + epsilon ({1 + self.epsilon})")
+            text = f"delta ({self.delta}) must be above 1 + epsilon ({1 + self.epsilon})"
+            problems.append(Problem(("delta", "epsilon"), text))
         if self.sync_ref_model and self.beta == 0:
-            problems.append("sync_ref_model needs a reference model: set beta above 0")
+            text = "sync_ref_model needs a reference model: set beta above 0"
+            problems.append(Problem(("sync_ref_model", "beta"), text))
         refuse(problems + self._loss_problems() + self._entropy_problems() + self._advantage_problems())
         return self
 
-    def _loss_problems(self) -> list[str]:
+    def _loss_problems(self) -> list[Problem]:
         name = self.loss_type
-        problems = [
-            f"{key} is {value} with loss_type {name}, got {getattr(self, key)}: leave it out, or take another loss_type"
-            for key, value in PRESETS.get(name, {}).items()
-            if getattr(self, key) != value
-        ]
+        problems = []
+        for key, value in PRESETS.get(name, {}).items():
+            if (got := getattr(self, key)) != value:
+                text = f"{key} is {value} with loss_type {name}, got {got}: leave it out, or take another loss_type"
+                problems.append(Problem((key, "loss_type"), text))
+        level = ("importance_sampling_level", "loss_type")
         if name in ("gspo", "luspo") and self.importance_sampling_level == "token":
-            problems.append(f"importance_sampling_level: {name} is of the sequence's ratio; leave it out")
+            text = f"importance_sampling_level: {name} is of the sequence's ratio; leave it out"
+            problems.append(Problem(level, text))
         if name in ("rloo", "reinforce", "vespo") and self.importance_sampling_level not in (None, "token"):
-            problems.append(f"importance_sampling_level has no effect with loss_type {name}; leave it out")
+            text = f"importance_sampling_level has no effect with loss_type {name}; leave it out"
+            problems.append(Problem(level, text))
         if name == "cispo" and self.epsilon_high is not None and self.epsilon_high <= 1:
-            problems.append(
+            text = (
                 f"epsilon_high ({self.epsilon_high}) bounds the weight itself with loss_type cispo: set it above 1 "
                 "(5.0 in ScaleRL), or leave it out"
             )
+            problems.append(Problem(("epsilon_high", "loss_type"), text))
         if self.kl_in_reward and self.use_bias_correction_kl:
-            problems.append("use_bias_correction_kl is of the KL in the loss, and kl_in_reward takes it out of there")
+            text = "use_bias_correction_kl is of the KL in the loss, and kl_in_reward takes it out of there"
+            problems.append(Problem(("use_bias_correction_kl", "kl_in_reward"), text))
         if self.clip_cov_lb >= self.clip_cov_ub:
-            problems.append(f"clip_cov_lb ({self.clip_cov_lb}) must be below clip_cov_ub ({self.clip_cov_ub})")
+            text = f"clip_cov_lb ({self.clip_cov_lb}) must be below clip_cov_ub ({self.clip_cov_ub})"
+            problems.append(Problem(("clip_cov_lb", "clip_cov_ub"), text))
         return problems
 
-    def _entropy_problems(self) -> list[str]:
+    def _entropy_problems(self) -> list[Problem]:
         problems = []
         low, high = self.entropy_coef_min, self.entropy_coef_max
         if self.use_adaptive_entropy and not low <= self.entropy_coef <= high:
-            problems.append(
+            text = (
                 f"entropy_coef ({self.entropy_coef}) must be between entropy_coef_min ({low}) and "
                 f"entropy_coef_max ({high})"
             )
+            keys = ("entropy_coef", "entropy_coef_min", "entropy_coef_max", "use_adaptive_entropy")
+            problems.append(Problem(keys, text))
         if self.top_entropy_quantile < 1 and self.loss_type in ("clip_cov", "kl_cov"):
-            problems.append(f"top_entropy_quantile and loss_type {self.loss_type} both select tokens: use one of them")
+            text = f"top_entropy_quantile and loss_type {self.loss_type} both select tokens: use one of them"
+            problems.append(Problem(("top_entropy_quantile", "loss_type"), text))
         return problems
 
-    def _advantage_problems(self) -> list[str]:
+    def _advantage_problems(self) -> list[Problem]:
         problems = []
         if (self.baseline, self.scale_rewards) in (("batch", "group"), ("none", "group"), ("none", "batch")):
             cure = "batch or none" if self.baseline == "batch" else "none"
-            problems.append(
+            text = (
                 f"baseline ({self.baseline}) cannot be used with scale_rewards: {self.scale_rewards}, which would "
                 f"divide equal rewards by 0; set scale_rewards to {cure}"
             )
+            problems.append(Problem(("baseline", "scale_rewards"), text))
         if self.multi_objective_aggregation == "normalize_then_sum":
-            problems += [
-                f"{key} cannot be used with multi_objective_aggregation: normalize_then_sum, which normalizes in its "
-                "own way (by group, then by step); leave it out"
-                for key, default in (("scale_rewards", "group"), ("baseline", "group"), ("pass_at_k", None))
-                if getattr(self, key) != default
-            ]
-            if self.kl_in_reward:
-                problems.append(
-                    "kl_in_reward cannot be used with multi_objective_aggregation: normalize_then_sum, which takes "
-                    "rewards function by function; leave it out, for a penalty in the loss"
-                )
-        elif self.pass_at_k is not None:
-            if self.baseline in ("batch", "none"):
-                problems.append(f"pass_at_k needs a baseline of the group: group or leave_one_out, not {self.baseline}")
-            if self.scale_rewards == "batch":
-                problems.append(
-                    "pass_at_k needs scale_rewards: group or none; its deviation is that of a group's subsets"
-                )
+            return problems + self._normalize_then_sum_problems()
+        if self.pass_at_k is not None and self.baseline in ("batch", "none"):
+            text = f"pass_at_k needs a baseline of the group: group or leave_one_out, not {self.baseline}"
+            problems.append(Problem(("pass_at_k", "baseline"), text))
+        if self.pass_at_k is not None and self.scale_rewards == "batch":
+            text = "pass_at_k needs scale_rewards: group or none; its deviation is that of a group's subsets"
+            problems.append(Problem(("pass_at_k", "scale_rewards"), text))
+        return problems
+
+    def _normalize_then_sum_problems(self) -> list[Problem]:
+        clash = "cannot be used with multi_objective_aggregation: normalize_then_sum, which"
+        problems = [
+            Problem(
+                (key, "multi_objective_aggregation"),
+                f"{key} {clash} normalizes in its own way (by group, then by step); leave it out",
+            )
+            for key, default in (("scale_rewards", "group"), ("baseline", "group"), ("pass_at_k", None))
+            if getattr(self, key) != default
+        ]
+        if self.kl_in_reward:
+            text = f"kl_in_reward {clash} takes rewards function by function; leave it out, for a penalty in the loss"
+            problems.append(Problem(("kl_in_reward", "multi_objective_aggregation"), text))
         return problems

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,10 +18,31 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-def refuse(problems: list[str]) -> None:
-    """Raise all problems of a section at once, one a line; ``recipe_file`` reports each by itself."""
+@dataclass(frozen=True)
+class Problem:
+    """Keys that do not fit together, and a sentence about them.
+
+    ``keys`` are all keys that the check looked at, as they are called in the section that checks (in the recipe itself
+    with their section: ``rollout.top_p``). The message points at the first of them that was given, or at an override
+    of any. It is not reported where one of them is wrong by itself.
+    """
+
+    keys: tuple[str, ...]
+    text: str
+
+
+class Refused(ValueError):
+    """The problems that a section's validator found. Pydantic hands it on whole."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(problem.text for problem in problems))
+        self.problems = tuple(problems)
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise all problems of a section at once; ``problems.py`` reports each by itself."""
     if problems:
-        raise ValueError("\n".join(problems))
+        raise Refused(problems)
 
 
 class Section(BaseModel):

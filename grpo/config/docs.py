@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from grpo.config.base import Section
 from grpo.config.hints import RENAMED, section_in, sections
-from grpo.config.recipe import Section
 from grpo.config.yaml_text import dump
 
 EXAMPLE = """\
@@ -47,7 +47,11 @@ grpo train recipe.yaml --resume               # go on from the newest checkpoint
 grpo train recipe.yaml --dry-run              # check everything but the weights, print the resolved recipe
 grpo eval runs/countdown                      # the run's final model on its held-out tasks
 grpo report runs/countdown                    # curves and a self-contained HTML page
+grpo recipes                                  # the recipes that grpo ships; show NAME prints one, copy NAME copies it
 ```
+
+Every command that takes a recipe takes the name of a shipped one too: `grpo train smoke_cpu`, from any folder. A file
+of that name in the working directory wins, and a line says so.
 
 **Overrides** follow the recipe as `KEY=VALUE`, with the value in YAML: `rollout.temperature=0.8`,
 `rewards.0.weight=0.5`, `model.lora.r=64` (makes the section), `rollout.stop='["</answer>"]'`,

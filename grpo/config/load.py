@@ -1,32 +1,29 @@
 """A recipe file and its overrides into a ``Recipe``, or one message that names everything wrong with them.
 
-``recipe_yaml`` reads the text, ``recipe_problems`` puts what is wrong into words, ``recipe_hints`` explains unknown
-keys. None of them imports anything heavy: a wrong recipe is told before torch is loaded.
+``yaml_text`` reads the text, ``problems`` puts what is wrong into words, ``hints`` explains unknown keys. None of them
+imports anything heavy: a wrong recipe is told before torch is loaded.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from grpo.config.find import find_recipe
 from grpo.config.hints import section_in
-from grpo.config.problems import OVERRIDES_FROM, Origin, Problem, problems_of, show
+from grpo.config.problems import OVERRIDES_FROM, Finding, Origin, problems_of, show
 from grpo.config.recipe import Recipe
 from grpo.config.yaml_text import KeyPath, YamlError, dotted, dump, parse
 from grpo.errors import UserError
 
-SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
-
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read ``path``, apply ``a.b=c`` overrides in order, validate.
+    """Read ``path``, a file or the name of a shipped recipe, apply ``a.b=c`` overrides in order, validate.
 
-    A path that does not exist but names a recipe shipped with this package (``smoke_cpu``, ``recipes/smoke_cpu.yaml``)
-    means that one. Raises UserError with every problem at once, one a line: ``recipe.yaml:12: rollout.top_p: ...``.
+    Raises UserError with every problem at once, one a line: ``recipe.yaml:12: rollout.top_p: ...``.
     """
     file = find_recipe(path)
     value, origins, problems = _read(file)
@@ -51,22 +48,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump(recipe.model_dump())
 
 
-def find_recipe(path: str | Path) -> Path:
-    """The file that ``path`` means; UserError if there is none, with the nearest name that does exist."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; a recipe is a YAML file")
-    if path.exists():
-        return path
-    shipped = SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
-    if path.parent in (Path(), Path("recipes")) and shipped.exists():
-        return shipped
-    neighbours = {file.stem: file for file in path.parent.glob("*.y*ml")}
-    near = difflib.get_close_matches(path.name.partition(".")[0], neighbours, n=1)
-    raise UserError(f"{path}: no such file" + (f", did you mean {neighbours[near[0]]}?" if near else ""))
-
-
-def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Problem]]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Finding]]:
     try:
         raw = file.read_bytes()
     except OSError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from grpo.config.base import Problem, Refused
 from grpo.config.hints import foreign, sections, unknown_key
 from grpo.config.recipe import Recipe
 from grpo.config.yaml_text import KeyPath, YamlError, dotted, parse
@@ -26,7 +27,7 @@ class Origin:
     path: KeyPath = ()  # the key that an override names
 
 
-Problem = tuple[Origin, str]
+Finding = tuple[Origin, str]  # a message without its place, and the place
 OVERRIDES_FROM = 1 << 40  # more lines than a recipe has
 
 _NOUNS = {
@@ -47,9 +48,9 @@ _BOUNDS = {
 }
 
 
-def problems_of(error: ValidationError, value: dict[str, Any], origins: dict[KeyPath, Origin]) -> list[Problem]:
+def problems_of(error: ValidationError, value: dict[str, Any], origins: dict[KeyPath, Origin]) -> list[Finding]:
     """Every finding of pydantic's with its origin, cross-field checks that pydantic skipped included."""
-    found: list[Problem] = []
+    found: list[Finding] = []
     meant: set[str] = set()  # keys that an unknown key probably stands for: not missing, only misspelt
     nouns: dict[KeyPath, list[str]] = {}  # a union reports each member: one line for all of them
     wrong: list[KeyPath] = []
@@ -64,7 +65,7 @@ def problems_of(error: ValidationError, value: dict[str, Any], origins: dict[Key
         elif detail["type"] == "missing":
             missing.append((path, "missing" + _meaning(path)))
         elif detail["type"] == "value_error":
-            found += _cross_field(detail, value, origins)
+            found += [_placed(problem, detail, value, origins) for problem in _problems_in(detail)]
             wrong += _blamed(detail, value, wrong)
             continue
         elif detail["type"] in _NOUNS:
@@ -84,23 +85,25 @@ def problems_of(error: ValidationError, value: dict[str, Any], origins: dict[Key
 
 def _skipped_checks(
     value: dict[str, Any], wrong: list[KeyPath], meant: set[str], origins: dict[KeyPath, Origin]
-) -> list[Problem]:
+) -> list[Finding]:
     """Checks between keys, which pydantic leaves out while one of their fields is wrong: tried again without those.
 
     What they say of a field that was left out is not reported, since its default is not what the person wrote.
     """
-    found: list[Problem] = []
+    found: list[Finding] = []
     while True:  # each round leaves out more, until nothing is wrong or nothing is left to leave out
         try:
             Recipe.model_validate(_without(value, wrong))
             return found
         except ValidationError as error:
             details = [d for d in error.errors(include_url=False) if d["type"] == "value_error"]
-        absent = {_without_indices(path)[-1] for path in wrong} | {key.rpartition(".")[2] for key in meant}
+        absent = {dotted(_without_indices(path)) for path in wrong} | meant
         for detail in details:
-            for origin, message in _cross_field(detail, value, origins):
-                if not absent & set(re.findall(r"[a-z_]\w+", message)):
-                    found.append((origin, message))
+            section = _without_indices(_value_path(detail, value))
+            for problem in _problems_in(detail):
+                keys = [dotted((*section, key)) for key in problem.keys]
+                if not any(_overlap(key, gone) for key in keys for gone in absent):
+                    found.append(_placed(problem, detail, value, origins))
         blamed = [path for detail in details for path in _blamed(detail, value, wrong)]
         if not blamed:
             return found
@@ -110,7 +113,7 @@ def _skipped_checks(
 def _blamed(detail: ErrorDetails, value: dict[str, Any], known: list[KeyPath]) -> list[KeyPath]:
     """The keys that a validator named, or else its section, but for those already ``known`` to be wrong."""
     path = _value_path(detail, value)
-    named = [inner for inner in _named(path, str(detail["ctx"]["error"]), value) if inner not in known]
+    named = [inner for problem in _problems_in(detail) for inner in _given(path, problem, value) if inner not in known]
     return named or [path] * (path != () and path not in known)
 
 
@@ -197,20 +200,30 @@ def _meaning(path: KeyPath) -> str:
     return f". {' '.join(field.description.split())}" if field and field.description else ""
 
 
-def _cross_field(detail: ErrorDetails, value: dict[str, Any], origins: dict[KeyPath, Origin]) -> Iterator[Problem]:
-    """The problems of one validator, each placed at the first key it names that was given, or at an override of one."""
+def _problems_in(detail: ErrorDetails) -> Sequence[Problem]:
+    """What a validator found; a field's own validator raises a plain ValueError, which is of that field."""
+    error = detail["ctx"]["error"]
+    return error.problems if isinstance(error, Refused) else [Problem((), str(error))]
+
+
+def _placed(problem: Problem, detail: ErrorDetails, value: dict[str, Any], origins: dict[KeyPath, Origin]) -> Finding:
+    """A validator's problem with its place: an override of one of its keys, or else the first key that was given."""
     path = _value_path(detail, value)
-    for message in str(detail["ctx"]["error"]).split("\n"):
-        places = [_origin(inner, origins) for inner in _named(path, message, value)]
-        overridden = [place for place in places if place.order >= OVERRIDES_FROM]
-        place = max(overridden) if overridden else next(iter(places), _origin(path, origins))
-        yield place, f"{dotted(path)}: {message}" if path else message
+    places = [_origin(inner, origins) for inner in _given(path, problem, value)]
+    overridden = [place for place in places if place.order >= OVERRIDES_FROM]
+    place = max(overridden) if overridden else next(iter(places), _origin(path, origins))
+    return place, f"{dotted(path)}: {problem.text}" if path else problem.text
 
 
-def _named(path: KeyPath, message: str, value: dict[str, Any]) -> list[KeyPath]:
-    """The keys, of those given in the section ``path``, that a message speaks of."""
-    words = [(*path, *word.split(".")) for word in re.findall(r"[a-z_][\w.]*\w", message)]
-    return [inner for inner in words if all(_has(_at(value, inner[:n]), inner[n]) for n in range(len(inner)))]
+def _given(path: KeyPath, problem: Problem, value: dict[str, Any]) -> list[KeyPath]:
+    """The problem's keys that were given in the section ``path``."""
+    keys = [(*path, *key.split(".")) for key in problem.keys]
+    return [inner for inner in keys if all(_has(_at(value, inner[:n]), inner[n]) for n in range(len(inner)))]
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one dotted key is the other or lies in it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _bound_or_choice(path: KeyPath, detail: ErrorDetails) -> str:

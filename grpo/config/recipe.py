@@ -1,283 +1,30 @@
 """The recipe: one YAML file describes one run.
 
-This is the schema alone (pydantic v2, unknown keys refused), without torch; ``config_*.py`` hold its larger sections.
-Loading, line numbers, overrides and hints live in ``load.py``. ``docs/recipe.md`` is generated from here.
-Names are TRL's wherever the meaning is TRL's.
+This is the schema alone (pydantic v2, unknown keys refused), without torch; its sections are in ``sections.py``,
+``algorithm.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files and overrides; ``docs/recipe.md`` is generated
+from here. Names are TRL's wherever the meaning is TRL's.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import Field, model_validator
 
 from grpo.config.algorithm import AlgorithmConfig
-from grpo.config.base import (
-    BelowOne,
-    Finite,
-    Fraction,
-    NonEmpty,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    PositiveInt,
-    Section,
-    refuse,
-)
+from grpo.config.base import Problem, Section, refuse
 from grpo.config.prompts import PromptsConfig
-from grpo.config.vllm import VllmOptions
-
-
-class LoraConfig(Section):
-    r: PositiveInt = 16
-    """Rank of the adapters."""
-    lora_alpha: PositiveInt = 32
-    """Scale: adapters are multiplied by lora_alpha / r."""
-    lora_dropout: Fraction = 0.0
-    """Dropout on the adapters' input while training."""
-    target_modules: str | list[str] = "all-linear"
-    """Module names that get adapters; `all-linear` is every linear layer but the output head."""
-
-
-class ModelConfig(Section):
-    name: NonEmpty
-    """Hub id, a folder that `from_pretrained` loads, another run's `final/`, or a GGUF file."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type. Trained weights are always kept in float32; bfloat16 computes under autocast."""
-    attn_implementation: str | None = None
-    """Attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); null lets transformers choose."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more time, far less memory."""
-    lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights. The reference model is then the model without them."""
-    tokenizer: str | None = None
-    """Tokenizer to load, where it is not the model's own."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the weights."""
-
-
-class DataConfig(Section):
-    name: str | None = None
-    """A task of `data/`: its file's name (`countdown`)."""
-    path: str | None = None
-    """A `.jsonl` or `.parquet` file with a `prompt` column; other columns go to the reward functions."""
-    hub: str | None = None
-    """A dataset id on the hub."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the task's builder (`seed`: a data seed apart from `training.seed`), or for a hub id those of
-    `datasets.load_dataset` (`name`, `split`, and `eval_split` to hold out)."""
-    template: Literal["none", "r1_zero", "tinyzero", "chat"] = "none"
-    """How a question becomes the model's prompt: the R1-Zero paper's, TinyZero's (prefills `<think>`), the tokenizer's
-    chat template, or nothing."""
-    system_prompt: str | None = None
-    """System message, with `template: chat`."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments of the tokenizer's chat template."""
-    prompt_column: str = "prompt"
-    """Column that holds the question (a string or a list of messages)."""
-    completion_column: str = "completion"
-    """Column that holds the answer to imitate, with `stage: sft`."""
-    max_prompt_length: PositiveInt = 512
-    """Longest prompt in tokens; a longer one is an error that names its row."""
-    train_size: PositiveInt | None = None
-    """Rows to use for training; null uses all (generated tasks: their own default)."""
-    eval_size: NonNegativeInt = 256
-    """At most so many held-out rows."""
-    eval_path: str | None = None
-    """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
-    shuffle: bool = True
-    """Draw training rows in a permutation computed from seed and epoch; false keeps the file's order."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataConfig:
-        problems = []
-        given = [k for k in ("name", "path", "hub") if getattr(self, k)]
-        if len(given) != 1:
-            problems.append(f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})")
-        if self.template != "chat":
-            problems += [
-                f"{key} is only used with template: chat (template is {self.template})"
-                for key in ("system_prompt", "chat_template_kwargs")
-                if getattr(self, key)
-            ]
-        refuse(problems)
-        return self
-
-
-class RewardConfig(Section):
-    name: str | None = None
-    """A built-in reward: `countdown`, `gsm8k`, `math`, `code` judge the answer, `format` the form, `overlong`,
-    `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
-    path: str | None = None
-    """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
-    weight: Finite = 1.0
-    """Factor in the sum of rewards."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Extra keyword arguments for every call."""
-    timeout: Positive | None = None
-    """Seconds one call may take; null takes `scoring.timeout`."""
-    needs_group: bool = False
-    """The function compares completions of a group: never split it, a failure costs the whole group."""
-
-    @model_validator(mode="after")
-    def _one_function(self) -> RewardConfig:
-        if (self.name is None) == (self.path is None):
-            raise ValueError("give exactly one of name, path")
-        if self.path is not None and not all(part.strip() for part in self.path.rpartition(":")):
-            raise ValueError(f"path: expected file.py:function or package.module:function, got {self.path!r}")
-        return self
-
-
-class ScoringConfig(Section):
-    workers: PositiveInt = 2
-    """Processes that run reward functions, per training process."""
-    timeout: Positive = 10.0
-    """Seconds one call of a reward function may take before its worker is killed."""
-    memory_limit_gb: Positive | None = 4.0
-    """Address space of a worker; null sets no limit."""
-    max_failure_rate: Fraction = 0.5
-    """Share of a step's completions that may be unscorable; above it the run stops with the first traceback."""
-
-
-BACKENDS = ("hf", "vllm")
-
-
-def _known_backend(name: Any) -> Any:
-    """A backend of ours, or the place of one: file.py:name or package.module:name."""
-    if name in BACKENDS or (isinstance(name, str) and all(part.strip() for part in name.rpartition(":"))):
-        return name
-    raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, BACKENDS))})
-
-
-class RolloutConfig(VllmOptions):
-    backend: Annotated[str, BeforeValidator(_known_backend), WithJsonSchema({"enum": [*BACKENDS, "file.py:name"]})] = (
-        "hf"
-    )
-    """What generates: `hf` is transformers in the training process, `vllm` an engine beside it or servers elsewhere; or
-    a class of yours with `generate`, `sync` and `close`."""
-    num_generations: Annotated[int, Field(ge=2, strict=True)] = 8
-    """Completions per prompt, G. At least 2: an advantage compares a completion with its group."""
-    max_completion_length: PositiveInt = 512
-    """Longest completion in tokens."""
-    temperature: Positive = 1.0
-    """Sampling temperature; the update computes its logprobs at the same one."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling: smallest set of tokens with this probability; 1.0 is off."""
-    top_k: NonNegativeInt = 0
-    """Sample among the k likeliest tokens; 0 is off."""
-    min_p: Fraction | None = None
-    """Drop tokens less likely than this share of the likeliest; null is off."""
-    stop: list[str] = Field(default_factory=list)
-    """Strings that end a completion (they stay in it), besides the model's end-of-sequence tokens."""
-    max_batch_size: PositiveInt = 512
-    """Most sequences decoded at once, per process (`backend: hf`)."""
-    kv_cache_gb: Positive | None = None
-    """Keys and values held at once, in GB per process (`backend: hf`); null is a quarter of the device's memory. Where
-    they do not fit, fewer completions run at once, and some are computed again."""
-    overlap: bool = False
-    """With `backend: vllm` (or one of yours that can): sample the next step's completions while this step trains, one
-    step off-policy; what is in flight goes on under the new weights. `algorithm.importance_sampling_mode` corrects for
-    it."""
-
-    @model_validator(mode="after")
-    def _backend_settings(self) -> RolloutConfig:
-        problems = self.vllm_problems(self.backend)
-        if self.overlap and self.backend == "hf":
-            problems.append("overlap needs backend: vllm (backend is hf, which samples with the trainer)")
-        refuse(problems)
-        return self
-
-
-class OptimizerConfig(Section):
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
-    """AdamW with its moments in float32 (8 bytes a weight), in 8 bits (2 bytes; bitsandbytes), or in 8 bits and paged
-    out to the host's memory where the GPU's runs short."""
-    learning_rate: Positive = 1e-6
-    """Peak learning rate of AdamW."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay, on matrices only."""
-    adam_beta1: BelowOne = 0.9
-    """AdamW's first-moment decay."""
-    adam_beta2: BelowOne = 0.999
-    """AdamW's second-moment decay."""
-    adam_epsilon: Positive = 1e-8
-    """AdamW's denominator offset."""
-    max_grad_norm: NonNegative = 1.0
-    """Clip the global gradient norm to this; 0 is off."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or falling to lr_min_ratio of the peak at max_steps."""
-    lr_min_ratio: Fraction = 0.0
-    """Where linear and cosine end, as a share of the peak."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up from 0."""
-
-
-class TrainingConfig(Section):
-    output_dir: NonEmpty
-    """Run folder: metrics, rollouts, checkpoints, the final model, the report."""
-    prompts_per_step: PositiveInt = 32
-    """Prompts drawn per step over all processes, P (with `stage: sft`: examples per step)."""
-    max_steps: PositiveInt = 100
-    """Steps: one rollout and its updates each (with `stage: sft`: optimizer steps)."""
-    max_seconds: Positive | None = None
-    """End the run after the step that passes this many seconds of training (evaluation not counted)."""
-    seed: NonNegativeInt = 0
-    """Root of every random draw."""
-    eval_every: NonNegativeInt = 50
-    """Evaluate every so many steps, besides before step 0 and at the end; 0: only there."""
-    save_every: NonNegativeInt = 50
-    """Checkpoint every so many steps, besides at the end; 0: only there."""
-    save_total_limit: Annotated[int, Field(ge=2, strict=True)] = 2
-    """Checkpoints kept, newest first; at least 2, so that a damaged one has a predecessor."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Most tokens in one forward and backward pass, per process, a prompt counted once for its completions in it; null
-    is as many as memory holds and are of use."""
-    micro_batch_size: PositiveInt | None = None
-    """Most sequences in one forward and backward pass; null is bounded by micro_batch_tokens alone."""
-    log_rollouts_every: NonNegativeInt = 1
-    """Write rollouts/step_N.jsonl every so many steps; 0 never."""
-    num_threads: PositiveInt | None = None
-    """CPU threads of torch; null keeps torch's choice. Bit-exact resume needs the same number."""
-    dollars_per_hour: NonNegative | None = None
-    """Price of the machine; adds `cost_usd` to the metrics."""
-
-
-class EvaluationConfig(Section):
-    num_generations: PositiveInt = 1
-    """Completions per held-out prompt; pass@1 is their mean, pass@k for k up to this."""
-    temperature: NonNegative = 1.0
-    """Sampling temperature of evaluation; 0 is greedy."""
-    max_completion_length: PositiveInt | None = None
-    """Longest completion in evaluation; null takes the rollout's."""
-    reward: str | None = None
-    """Reward whose value 1 counts as solved; null takes the first of `rewards`."""
-    at_start: bool = True
-    """Evaluate before the first step."""
-
-    @model_validator(mode="after")
-    def _greedy_once(self) -> EvaluationConfig:
-        if self.temperature == 0 and self.num_generations > 1:
-            raise ValueError(
-                f"temperature 0 is greedy: its {self.num_generations} completions would all be the same; "
-                "set num_generations to 1 or the temperature above 0"
-            )
-        return self
-
-
-class TrackingConfig(Section):
-    project: str = "grpo"
-    """Project name for the trackers."""
-    run_name: str | None = None
-    """Run name for the trackers; null takes the output folder's name."""
-    wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases; offline writes files that `wandb sync` uploads later."""
-    tensorboard: bool = False
-    """Write TensorBoard events to OUTPUT_DIR/tensorboard."""
-    trackio: bool = False
-    """Log to trackio (local first)."""
+from grpo.config.sections import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    ScoringConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 
 
 class Recipe(Section):
@@ -311,49 +58,58 @@ class Recipe(Section):
         if self.algorithm.importance_sampling_mode is None:
             mode = "none" if self.rollout.backend == "hf" else "token_truncate"
             self.algorithm = self.algorithm.model_copy(update={"importance_sampling_mode": mode})
-        problems = []
+        problems: list[Problem] = []
         if self.stage == "grpo" and not self.rewards:
-            problems.append("rewards: a grpo recipe needs at least one reward")
+            problems.append(Problem(("rewards", "stage"), "rewards: a grpo recipe needs at least one reward"))
         if self.stage == "grpo" and self.rewards and all(r.weight == 0 for r in self.rewards):
-            problems.append("rewards: every weight is 0, there is nothing to learn from")
+            problems.append(Problem(("rewards",), "rewards: every weight is 0, there is nothing to learn from"))
         functions = self.reward_names()
         if self.evaluation.reward is not None and self.evaluation.reward not in functions:
-            problems.append(
+            text = (
                 f"evaluation.reward: {self.evaluation.reward} is not one of rewards ({', '.join(functions) or 'none'})"
             )
+            problems.append(Problem(("evaluation.reward", "rewards"), text))
         if self.training.prompts_per_step % self.algorithm.num_minibatches:
-            problems.append(
+            text = (
                 f"training.prompts_per_step ({self.training.prompts_per_step}) is not divisible by "
                 f"algorithm.num_minibatches ({self.algorithm.num_minibatches})"
             )
+            problems.append(Problem(("training.prompts_per_step", "algorithm.num_minibatches"), text))
         if self.algorithm.sync_ref_model and self.model.lora is not None:
-            problems.append(
+            text = (
                 "algorithm.sync_ref_model cannot be used with model.lora: the reference is the model without adapters, "
                 "which never moves"
             )
+            problems.append(Problem(("algorithm.sync_ref_model", "model.lora"), text))
         problems += self._prompts_problems()
         refuse(problems)
         return self
 
-    def _prompts_problems(self) -> list[str]:
+    def _prompts_problems(self) -> list[Problem]:
         """What the choice of prompts, and of advantages, cannot be combined with."""
         prompts, rollout, k = self.prompts, self.rollout, self.algorithm.pass_at_k
         problems = [
-            f"prompts.{key} cannot be used with rollout.overlap, which asks for a step's prompts before the rewards of "
-            "the step before are known; turn one of them off"
+            Problem(
+                (f"prompts.{key}", "rollout.overlap"),
+                f"prompts.{key} cannot be used with rollout.overlap, which asks for a step's prompts before the "
+                "rewards of the step before are known; turn one of them off",
+            )
             for key in ("dynamic_sampling", "curriculum", "replay_groups")
             if rollout.overlap and getattr(prompts, key)
         ]
         if prompts.replay_groups and (rollout.top_p < 1 or rollout.top_k or rollout.min_p):
-            problems.append(
+            text = (
                 "prompts.replay_groups needs importance ratios to the distribution sampled from, which rollout.top_p, "
                 "top_k and min_p cut: set them to 1.0, 0 and null"
             )
+            cut = ("rollout.top_p", "rollout.top_k", "rollout.min_p")
+            problems.append(Problem(("prompts.replay_groups", *cut), text))
         if k is not None and k >= rollout.num_generations:
-            problems.append(
+            text = (
                 f"algorithm.pass_at_k ({k}) must be below rollout.num_generations ({rollout.num_generations}): it "
                 "compares subsets of k completions"
             )
+            problems.append(Problem(("algorithm.pass_at_k", "rollout.num_generations"), text))
         return problems
 
     def reward_names(self) -> list[str]:

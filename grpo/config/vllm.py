@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from grpo.config.base import NonEmpty, Positive, PositiveInt, Section
+from grpo.config.base import NonEmpty, Positive, PositiveInt, Problem, Section
 
 
 class VllmOptions(Section):
@@ -54,39 +54,45 @@ class VllmOptions(Section):
         urls = self.vllm_server_base_url or []
         return [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
 
-    def vllm_problems(self, backend: str) -> list[str]:
-        """What does not fit together, one sentence each."""
+    def vllm_problems(self, backend: str) -> list[Problem]:
+        """What does not fit together."""
         # By value, not by what was written: the resolved recipe of a run names every key.
         options = VllmOptions.model_fields.items()
         given = [name for name, field in options if getattr(self, name) != field.get_default(call_default_factory=True)]
         if backend != "vllm":
-            return [f"{name} is only used with backend: vllm (backend is {backend})" for name in given]
-        if self.vllm_mode == "server":
-            own = ("gpu_memory_utilization", "max_model_length", "tensor_parallel_size", "enable_sleep_mode", "python")
-            colocate_only = {f"vllm_{name}" for name in (*own, "args")}
-            problems = [
-                f"{name} belongs to the server's own command line (launch/vllm_serve.sh), vllm_mode is server"
+            return [
+                Problem((name, "backend"), f"{name} is only used with backend: vllm (backend is {backend})")
                 for name in given
-                if name in colocate_only
             ]
-            urls = self.server_urls()
-            if not urls:
-                problems.append("vllm_mode: server needs vllm_server_base_url, such as http://127.0.0.1:8000")
-            problems += [
-                f"vllm_server_base_url: {url} is not a server's URL, such as http://127.0.0.1:8000"
-                for url in urls
-                if not re.fullmatch(r"https?://[^/\s]+", url)
-            ]
-            if len(set(urls)) < len(urls):
-                problems.append("vllm_server_base_url names a server twice")
-            if self.vllm_weight_transfer == "ipc":
-                problems.append("vllm_weight_transfer: ipc shares memory of one GPU, so it needs vllm_mode: colocate")
-            return problems
+        return self._server_problems(given) if self.vllm_mode == "server" else self._colocate_problems(given)
+
+    def _server_problems(self, given: list[str]) -> list[Problem]:
+        own = ("gpu_memory_utilization", "max_model_length", "tensor_parallel_size", "enable_sleep_mode", "python")
+        colocate_only = {f"vllm_{name}" for name in (*own, "args")}
+        text = "belongs to the server's own command line (launch/vllm_serve.sh), vllm_mode is server"
+        problems = [Problem((name, "vllm_mode"), f"{name} {text}") for name in given if name in colocate_only]
+        urls = self.server_urls()
+        if not urls:
+            text = "vllm_mode: server needs vllm_server_base_url, such as http://127.0.0.1:8000"
+            problems.append(Problem(("vllm_mode", "vllm_server_base_url"), text))
+        for url in urls:
+            if not re.fullmatch(r"https?://[^/\s]+", url):
+                text = f"vllm_server_base_url: {url} is not a server's URL, such as http://127.0.0.1:8000"
+                problems.append(Problem(("vllm_server_base_url",), text))
+        if len(set(urls)) < len(urls):
+            problems.append(Problem(("vllm_server_base_url",), "vllm_server_base_url names a server twice"))
+        if self.vllm_weight_transfer == "ipc":
+            text = "vllm_weight_transfer: ipc shares memory of one GPU, so it needs vllm_mode: colocate"
+            problems.append(Problem(("vllm_weight_transfer", "vllm_mode"), text))
+        return problems
+
+    def _colocate_problems(self, given: list[str]) -> list[Problem]:
         problems = [
-            f"{name} is only used with vllm_mode: server (vllm_mode is colocate)"
+            Problem((name, "vllm_mode"), f"{name} is only used with vllm_mode: server (vllm_mode is colocate)")
             for name in given
             if name in ("vllm_server_base_url", "vllm_group_port")
         ]
         if self.vllm_weight_transfer == "nccl":
-            problems.append("vllm_weight_transfer: nccl needs GPUs of the engine's own, so vllm_mode: server")
+            text = "vllm_weight_transfer: nccl needs GPUs of the engine's own, so vllm_mode: server"
+            problems.append(Problem(("vllm_weight_transfer", "vllm_mode"), text))
         return problems

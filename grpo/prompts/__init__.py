@@ -1,3 +1,4 @@
-"""Rows become prompts, and in what order; the one room that imports ``data``.
+"""Rows become prompts, and in what order; the one room that imports ``data`` (in ``rows``).
 
-Others take ``task`` (``load_task``, ``Task``), ``order`` (a step's prompts) and ``checks`` (before weights load)."""
+Others take ``task.load_task`` and ``Task``, ``rows.load_parts``, ``order.prompts_of_step`` (a step's prompts) and
+``checks.check_before_loading`` (tokenizer, template and prompts, before the weights load)."""

@@ -1,7 +1,7 @@
 """Checks of tokenizer, template and prompts against the model, made before its weights load.
 
-Each finds a mistake that would otherwise show hours later as a flat curve: completions that never end, prompts cut
-off, a chat template that a base model has never seen. Each says how to cure it.
+Each check finds a mistake that would otherwise show hours later as a flat curve: completions that never end, prompts
+that are cut off, a chat template that a base model has never seen. Its message says how to cure the mistake.
 """
 
 from __future__ import annotations
@@ -9,39 +9,44 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import Recipe
+from grpo.config import DataConfig, Recipe
 from grpo.errors import UserError
-
-SPECIAL_TOKENS = 4  # at most so many stand around a text besides its own
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-    from grpo.prompts.task import Part, Task
+    from grpo.prompts.rows import Part
+    from grpo.prompts.task import Task
+
+SPECIAL_TOKENS = 4  # a tokenizer adds at most this many to a text (BOS, EOS, ...)
 
 
-def lint(
+def check_before_loading(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     model_config: PreTrainedConfig,
     generation_config: GenerationConfig | None,
     task: Task | None = None,
 ) -> list[str]:
-    """Warnings, for what may be meant. Raises UserError with every problem at once, one a line.
+    """Check a recipe against its tokenizer and its model's configuration; returns warnings about what may be meant.
 
-    With ``task``, all its prompts are looked at too (and its completions, with ``stage: sft``).
+    With ``task``, all its prompts are checked too, and with ``stage: sft`` its completions.
+
+    Raises:
+        UserError: every problem at once, one a line.
     """
     errors = [
         *_end_errors(recipe, tokenizer, model_config, generation_config),
-        *_chat_errors(recipe, tokenizer, stop_token_ids(tokenizer, model_config, generation_config)),
+        *_chat_errors(recipe.data, tokenizer, stop_token_ids(tokenizer, model_config, generation_config)),
     ]
-    if task is not None and not errors:  # without a usable template or EOS there is no telling what rows become
-        errors += [*_row_errors(task, task.train), *_row_errors(task, task.held_out)]
+    if task is not None and not errors:  # rows cannot be judged without a usable template and EOS
+        limit = recipe.rollout.max_completion_length
+        errors += [*_row_errors(task, task.train, limit), *_row_errors(task, task.held_out, limit)]
     errors += _length_errors(recipe, model_config)
     if errors:
         raise UserError("\n".join(errors))
     notes = [f"data: {note}" for note in task.notes] if task is not None else []
-    return [*_end_warnings(recipe, tokenizer, model_config, generation_config), *notes]
+    return [*_end_warnings(recipe.rollout.stop, tokenizer, model_config, generation_config), *notes]
 
 
 def stop_token_ids(
@@ -49,13 +54,13 @@ def stop_token_ids(
 ) -> list[int]:
     """Tokens on which a rollout stops: the end-of-sequence tokens of tokenizer, model and generation config together.
 
-    Instruct models often have several, and which of the three files knows them all differs from model to model.
+    Instruct models often have several, and no one of the three files always lists them all.
     """
     return sorted(set().union(*_ends(tokenizer, model_config, generation_config)))
 
 
 def _end_errors(recipe: Recipe, tokenizer: Any, model_config: Any, generation_config: Any) -> Iterator[str]:
-    """Completions that can't end."""
+    """Errors about completions that can never end."""
     vocabulary = _text_config(model_config).vocab_size
     stops = stop_token_ids(tokenizer, model_config, generation_config)
     if not stops and not recipe.rollout.stop:
@@ -76,8 +81,8 @@ def _end_errors(recipe: Recipe, tokenizer: Any, model_config: Any, generation_co
         )
 
 
-def _end_warnings(recipe: Recipe, tokenizer: Any, model_config: Any, generation_config: Any) -> Iterator[str]:
-    """Stop tokens that disagree, and a tokenizer larger than the model."""
+def _end_warnings(stop: list[str], tokenizer: Any, model_config: Any, generation_config: Any) -> Iterator[str]:
+    """Warnings about stop tokens that disagree, and about a tokenizer with more tokens than the model."""
     own, model, generation = _ends(tokenizer, model_config, generation_config)
     if own and (model or generation) and not own & (generation or model):
         theirs = " and ".join(f"{token} ({_name(tokenizer, token)})" for token in sorted((model | generation) - own))
@@ -88,17 +93,17 @@ def _end_warnings(recipe: Recipe, tokenizer: Any, model_config: Any, generation_
             f"(model.tokenizer)"
         )
     if not (own or model or generation):
-        yield f"model: no end-of-sequence token: completions end only on rollout.stop ({recipe.rollout.stop})"
+        yield f"model: no end-of-sequence token: completions end only on rollout.stop ({stop})"
     vocabulary = _text_config(model_config).vocab_size
     if len(tokenizer) > vocabulary:
         yield (
-            f"model: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: a text that holds one "
-            f"of the last would fail. Do they belong together (model.tokenizer)?"
+            f"model: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: a text with one of the "
+            f"tokens beyond that would fail. Do they belong together (model.tokenizer)?"
         )
 
 
 def _length_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
-    """More tokens than the model has positions."""
+    """An error where prompt and completion together may be longer than the model has positions."""
     positions = getattr(_text_config(model_config), "max_position_embeddings", None)
     prompt, rollout = recipe.data.max_prompt_length, recipe.rollout.max_completion_length
     lengths = {"rollout": rollout, "evaluation": recipe.evaluation.max_completion_length or rollout}
@@ -111,9 +116,9 @@ def _length_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
             return
 
 
-def _chat_errors(recipe: Recipe, tokenizer: Any, stops: list[int]) -> Iterator[str]:
-    """A chat template that isn't there, or that this model was not trained with."""
-    if recipe.data.template != "chat":
+def _chat_errors(data: DataConfig, tokenizer: Any, stops: list[int]) -> Iterator[str]:
+    """Errors about a chat template that does not exist, or that this model was not trained with."""
+    if data.template != "chat":
         return
     cure = (
         "This looks like a base model: take template: r1_zero, tinyzero or none, or the tokenizer of the instruct "
@@ -125,8 +130,8 @@ def _chat_errors(recipe: Recipe, tokenizer: Any, stops: list[int]) -> Iterator[s
     answer = "An answer."
     turn = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False, **recipe.data.chat_template_kwargs)
-    except Exception as error:  # a template is a program of its own
+        text = tokenizer.apply_chat_template(turn, tokenize=False, **data.chat_template_kwargs)
+    except Exception as error:  # a template is a program and may raise anything
         yield f"data.template: the tokenizer's chat template fails: {error}"
         return
     ending = text[text.rindex(answer) + len(answer) :] if answer in text else ""
@@ -137,15 +142,15 @@ def _chat_errors(recipe: Recipe, tokenizer: Any, stops: list[int]) -> Iterator[s
         )
 
 
-def _row_errors(task: Task, part: Part) -> Iterator[str]:
-    """Prompts (and supervised completions) that are too long, or that hold a chat template's tokens already."""
-    recipe, data, markers = task.recipe, task.recipe.data, _turn_markers(task.tokenizer)
+def _row_errors(task: Task, part: Part, max_completion_length: int) -> Iterator[str]:
+    """Errors about prompts (and completions to imitate) that are too long, or that a template was applied to before."""
+    data, markers = task.data, _turn_markers(task.tokenizer)
     prompts: dict[int, str] = {}
     completions: dict[int, str] = {}
     marked: dict[int, str] = {}
     refused: list[str] = []
     questions = part.rows.column(data.prompt_column)  # by column: reading rows one by one is slow
-    answers = part.rows.column(data.completion_column) if recipe.stage == "sft" else None
+    answers = part.rows.column(data.completion_column) if task.stage == "sft" else None
     for row in part.ids:
         question, place = questions[row], part.rows.place(row)
         try:
@@ -162,9 +167,10 @@ def _row_errors(task: Task, part: Part) -> Iterator[str]:
     limit = data.max_prompt_length
     if too_long := _longer_than(limit, prompts, task.tokenizer, task.encode):
         yield _too_long("data.max_prompt_length", limit, "prompts", too_long, part)
-    limit = recipe.rollout.max_completion_length
-    if too_long := _longer_than(limit, completions, task.tokenizer, task.encode_answer):
-        yield _too_long("rollout.max_completion_length", limit, "completions to imitate", too_long, part)
+    if too_long := _longer_than(max_completion_length, completions, task.tokenizer, task.encode_answer):
+        yield _too_long(
+            "rollout.max_completion_length", max_completion_length, "completions to imitate", too_long, part
+        )
     if marked:
         row, marker = next(iter(marked.items()))
         yield (
@@ -177,10 +183,10 @@ def _row_errors(task: Task, part: Part) -> Iterator[str]:
 def _longer_than(
     limit: int, texts: dict[int, str], tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]]
 ) -> dict[int, int]:
-    """Rows whose text is longer than ``limit`` tokens, with that number.
+    """Rows whose text is longer than ``limit`` tokens, with its number of tokens.
 
-    No token is less than a byte, so that short texts need no counting; others are first counted many at once, and only
-    what may be too long is encoded just as it will be.
+    A token is at least one byte, so short texts need no counting. Longer texts are first counted in batches, which is
+    fast; only those that may be too long are then encoded one by one by ``encode``.
     """
     suspects = [row for row, text in texts.items() if len(text.encode()) + SPECIAL_TOKENS > limit]
     found = {}
@@ -202,19 +208,19 @@ def _too_long(key: str, limit: int, what: str, found: dict[int, int], part: Part
 
 
 def _turn_markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens that a template or the tokenizer puts around texts, and a question should not hold."""
+    """Special tokens that a template or the tokenizer puts around texts. A question should not contain them."""
     source = str(tokenizer.chat_template or "")
     ends = {tokenizer.bos_token, tokenizer.eos_token}
     return sorted(token for token in tokenizer.all_special_tokens if token in ends or token in source)
 
 
 def _text_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
-    """The language model's part of a configuration that may have others (vision)."""
+    """The language model's part of a configuration that may have other parts (vision)."""
     return model_config.get_text_config()
 
 
 def _ends(tokenizer: Any, model_config: Any, generation_config: Any) -> tuple[set[int], set[int], set[int]]:
-    """End-of-sequence tokens by the tokenizer, the model's config and its generation config."""
+    """The end-of-sequence tokens of the tokenizer, of the model's config, and of its generation config."""
 
     def as_set(source: Any) -> set[int]:
         token_ids = getattr(source, "eos_token_id", None)

@@ -1,34 +1,37 @@
-"""Which prompts a step draws: epoch by epoch, or by what earlier steps learned about them (the curriculum).
+"""Which prompts a step draws: epoch by epoch, or by the pass rates that earlier steps found (the curriculum).
 
-Both are functions of the seed, the step and the run's ``Progress``, so that a resumed run draws the same. Epoch by
-epoch a step goes on where the one before stopped: all there is to know is how far steps went beyond their
-``prompts_per_step``.
+Both orders are functions of the seed, the step and the run's ``Progress``, so a resumed run draws the same prompts.
+Epoch by epoch, a step begins where the step before stopped. For that it must know one number: how many prompts the
+steps so far drew beyond their ``prompts_per_step``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, cycle
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grpo.config import PromptsConfig, Recipe
-from grpo.prompts.task import Task
+from grpo.config import PromptsConfig
 from grpo.randomness import Stream, key, uniforms
 from grpo.types import Group, Prompt
 
+if TYPE_CHECKING:
+    from grpo.prompts.task import Task
+
 
 def prompts_of_step(
-    recipe: Recipe, task: Task, step: int, *, extra: int, pass_rates: Mapping[int, float]
+    config: PromptsConfig, task: Task, step: int, *, extra: int, pass_rates: Mapping[int, float]
 ) -> Iterator[Prompt]:
     """The prompts of a step, one after the other and without end; the step takes as many as it needs.
 
-    ``extra`` is how many prompts earlier steps drew beyond ``prompts_per_step`` each, ``pass_rates`` what is known of
-    rows by id.
+    ``extra`` is how many prompts earlier steps drew beyond ``prompts_per_step`` each. ``pass_rates`` are those of the
+    rows seen so far, by row id; the curriculum alone uses them.
     """
-    P = recipe.training.prompts_per_step
-    if recipe.prompts.curriculum:
-        rows: Iterator[int] = cycle(curriculum(recipe.prompts, task.train.ids, pass_rates, recipe.training.seed, step))
+    P = task.prompts_per_step
+    if config.curriculum:
+        rows: Iterator[int] = cycle(curriculum(config, task.train.ids, pass_rates, task.seed, step))
     else:
         rows = (row for start in count(step * P + extra, P) for row in task.rows_at(start))
     return (task.prompt(task.train, row) for row in rows)
@@ -37,12 +40,12 @@ def prompts_of_step(
 def curriculum(
     config: PromptsConfig, ids: Sequence[int], pass_rates: Mapping[int, float], seed: int, step: int
 ) -> list[int]:
-    """All rows in the order in which a step draws them: at random, none twice, each in proportion to its weight.
+    """All rows in the order in which a step draws them: at random, none twice, in proportion to their weights.
 
-    A row that was solved at rate p has weight w = floor + (1 - floor) 4 p (1 - p): but for the floor, which brings back
-    every row, the variance of its reward, a lower bound of what the policy can gain on it (arXiv:2504.03380). A row not
-    yet seen has weight 1, the highest. The order is that of -log(u) / w, one uniform number u a row and step
-    (Efraimidis & Spirakis 2006).
+    A row with pass rate p has weight w = floor + (1 - floor) 4 p (1 - p). The term p (1 - p) is the variance of its
+    reward, a lower bound of what the policy can gain on it (arXiv:2504.03380); the floor brings every row back. A row
+    not yet seen has weight 1, the highest. Rows are sorted by -log(u) / w, with one uniform number u for each row and
+    step (Efraimidis & Spirakis 2006).
     """
     rates_N = np.array([pass_rates.get(row, 0.5) for row in ids])
     weights_N = config.curriculum_floor + (1 - config.curriculum_floor) * 4 * rates_N * (1 - rates_N)
@@ -55,9 +58,9 @@ def updated_pass_rates(
 ) -> dict[int, float]:
     """Pass rates after a step that sampled ``groups``: rate = newest * (the group's) + (1 - newest) * (the one before).
 
-    A group's pass rate is the mean over its scored completions of what the reward ``function`` gave, kept within 0 and
-    1: for a reward of 0 or 1 the share that solved it. A prompt's first visit sets it; one that could not be scored at
-    all changes nothing.
+    A group's pass rate is the mean reward that ``function`` gave its scored completions, each cut to [0, 1]: for a
+    reward of 0 or 1 it is the share that solved the prompt. A prompt's first visit sets its rate. A group without any
+    scored completion changes nothing.
     """
     updated = dict(pass_rates)
     for group in groups:

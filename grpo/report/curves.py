@@ -21,7 +21,7 @@ from matplotlib.ticker import PercentFormatter
 from grpo.report.drawing import LIGHT, STYLE, THEMED, Colours, dress, finish, noisy, smooth, stack, thinned
 
 if TYPE_CHECKING:
-    from grpo.report.write import Run
+    from grpo.run.read import RunRecord
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Panel:
     title: str
     caption: str
     needs: tuple[str, ...]
-    draw: Callable[[Axes, Run, Colours], None]
+    draw: Callable[[Axes, RunRecord, Colours], None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Panels
 
 
-def _accuracy(ax: Axes, run: Run, c: Colours) -> None:
+def _accuracy(ax: Axes, run: RunRecord, c: Colours) -> None:
     steps, accuracy = run.series("eval/accuracy")
     _, low = run.series("eval/accuracy_low")
     _, high = run.series("eval/accuracy_high")
@@ -59,7 +59,7 @@ def _accuracy(ax: Axes, run: Run, c: Colours) -> None:
     ax.legend(loc="lower right")
 
 
-def _reward(ax: Axes, run: Run, c: Colours) -> None:
+def _reward(ax: Axes, run: RunRecord, c: Colours) -> None:
     parts = run.names("rewards/")
     parts = [name for name in parts if name.endswith("/mean")]
     noisy(ax, run, "reward", c.series[0], "reward" if len(parts) > 1 else None)
@@ -71,7 +71,7 @@ def _reward(ax: Axes, run: Run, c: Colours) -> None:
         ax.legend()
 
 
-def _length(ax: Axes, run: Run, c: Colours) -> None:
+def _length(ax: Axes, run: RunRecord, c: Colours) -> None:
     noisy(ax, run, "completions/mean_length", c.series[0], "training")
     steps, values = run.series("eval/completions/mean_length")
     if len(steps):
@@ -83,18 +83,18 @@ def _length(ax: Axes, run: Run, c: Colours) -> None:
     ax.legend(loc="lower right")
 
 
-def _entropy(ax: Axes, run: Run, c: Colours) -> None:
+def _entropy(ax: Axes, run: RunRecord, c: Colours) -> None:
     noisy(ax, run, "entropy", c.series[3])
     ax.set_ylim(bottom=0)
 
 
-def _time(ax: Axes, run: Run, c: Colours) -> None:
+def _time(ax: Axes, run: RunRecord, c: Colours) -> None:
     order = {f"time/{part}": i for i, part in enumerate(("rollout", "score", "train", "sync"))}
     names = sorted(run.names("time/"), key=lambda name: order.get(name, len(order)))
     stack(ax, run, names, c, [name.removeprefix("time/") for name in names])
 
 
-def _verdicts(ax: Axes, run: Run, c: Colours) -> None:
+def _verdicts(ax: Axes, run: RunRecord, c: Colours) -> None:
     """Shares of why completions got what they got, for the reward function with the most verdicts."""
     names = run.names("verdicts/")
     functions = {name.split("/")[1] for name in names}
@@ -110,7 +110,7 @@ def _verdicts(ax: Axes, run: Run, c: Colours) -> None:
     ax.set_ylim(0, 1)
 
 
-def _signal(ax: Axes, run: Run, c: Colours) -> None:
+def _signal(ax: Axes, run: RunRecord, c: Colours) -> None:
     shares = {
         "frac_reward_zero_std": "no signal",
         "completions/clipped_ratio": "cut off",
@@ -125,14 +125,14 @@ def _signal(ax: Axes, run: Run, c: Colours) -> None:
     ax.legend()
 
 
-def _divergence(ax: Axes, run: Run, c: Colours) -> None:
+def _divergence(ax: Axes, run: RunRecord, c: Colours) -> None:
     noisy(ax, run, "kl", c.series[3], "KL to reference")
     noisy(ax, run, "clip_ratio/region_mean", c.series[1], "clipped tokens")
     ax.set_ylim(bottom=0)
     ax.legend()
 
 
-def _grad_norm(ax: Axes, run: Run, c: Colours) -> None:
+def _grad_norm(ax: Axes, run: RunRecord, c: Colours) -> None:
     noisy(ax, run, "grad_norm", c.series[5])
     _, values = run.series("grad_norm")
     positive = values[values > 0]
@@ -142,7 +142,7 @@ def _grad_norm(ax: Axes, run: Run, c: Colours) -> None:
         ax.set_ylim(bottom=0)
 
 
-def _loss(ax: Axes, run: Run, c: Colours) -> None:
+def _loss(ax: Axes, run: RunRecord, c: Colours) -> None:
     noisy(ax, run, "loss", c.series[0], "training")
     steps, values = run.series("eval/loss")
     if len(steps):
@@ -150,13 +150,13 @@ def _loss(ax: Axes, run: Run, c: Colours) -> None:
     ax.legend()
 
 
-def _learning_rate(ax: Axes, run: Run, c: Colours) -> None:
+def _learning_rate(ax: Axes, run: RunRecord, c: Colours) -> None:
     ax.plot(*run.series("learning_rate"), color=c.series[7])
     ax.set_ylim(bottom=0)
     ax.ticklabel_format(axis="y", scilimits=(-3, 4))
 
 
-def _speed(ax: Axes, run: Run, c: Colours) -> None:
+def _speed(ax: Axes, run: RunRecord, c: Colours) -> None:
     noisy(ax, run, "tokens_per_second", c.series[7])
     ax.set_ylim(bottom=0)
 
@@ -182,7 +182,7 @@ PANELS = [
 ]
 
 
-def panels(run: Run) -> list[Panel]:
+def panels(run: RunRecord) -> list[Panel]:
     """The panels that this run has numbers for. A GRPO loss and a constant learning rate say nothing."""
     names = run.names()
     hidden = {"Loss", "Learning rate", "Tokens per second"} if "reward" in names else set()
@@ -197,7 +197,7 @@ def panels(run: Run) -> list[Panel]:
 # Drawing
 
 
-def curves_png(run: Run, facts: dict[str, float]) -> bytes:
+def curves_png(run: RunRecord, facts: dict[str, float]) -> bytes:
     """All panels as one picture."""
     shown = panels(run)
     columns = min(3, len(shown))
@@ -220,12 +220,12 @@ def curves_png(run: Run, facts: dict[str, float]) -> bytes:
     return file.getvalue()
 
 
-def curves_svg(run: Run) -> list[tuple[Panel, str]]:
+def curves_svg(run: RunRecord) -> list[tuple[Panel, str]]:
     """Each panel as SVG markup to put into a page that defines ``--ink --muted --grid --paper --series-0…``."""
     return [(panel, _svg(panel, run)) for panel in panels(run)]
 
 
-def summary(run: Run, facts: dict[str, float]) -> str:
+def summary(run: RunRecord, facts: dict[str, float]) -> str:
     """``demo: held-out accuracy 0.16 → 0.44, completion length 46 → 99 tokens, 405 s``."""
     parts = []
     if "accuracy_before" in facts:
@@ -239,7 +239,7 @@ def summary(run: Run, facts: dict[str, float]) -> str:
     return f"{run.name}: " + ", ".join(parts) if parts else run.name
 
 
-def _svg(panel: Panel, run: Run) -> str:
+def _svg(panel: Panel, run: RunRecord) -> str:
     # the salt makes the ids inside the picture its own, and the same on every drawing
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 if TYPE_CHECKING:
-    from grpo.report.write import Run
+    from grpo.run.read import RunRecord
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -74,7 +74,7 @@ def thinned(values: np.ndarray, most: int = 500) -> np.ndarray:
     return values[..., :whole].reshape(*values.shape[:-1], -1, size).mean(-1) if size > 1 else values
 
 
-def noisy(ax: Axes, run: Run, name: str, colour: str, label: str | None = None) -> None:
+def noisy(ax: Axes, run: RunRecord, name: str, colour: str, label: str | None = None) -> None:
     """The smoothed metric over its faint self."""
     steps, values = run.series(name)
     if not len(steps):
@@ -85,7 +85,9 @@ def noisy(ax: Axes, run: Run, name: str, colour: str, label: str | None = None) 
     ax.plot(thinned(steps), thinned(smoothed), color=colour, label=label, marker="o" if len(steps) == 1 else None)
 
 
-def stack(ax: Axes, run: Run, names: list[str], c: Colours, labels: list[str], *, normalize: bool = False) -> None:
+def stack(
+    ax: Axes, run: RunRecord, names: list[str], c: Colours, labels: list[str], *, normalize: bool = False
+) -> None:
     """Stacked areas of metrics that add up; a part that a step did not log is 0 there."""
     steps = np.array([row["step"] for row in run.training], dtype=float)
     parts = np.array([smooth(np.array([row.get(name) or 0.0 for row in run.training])) for name in names])

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.report.write import read_jsonl
+from grpo.run.read import read_jsonl
 from grpo.run.screen import duration
 
 if TYPE_CHECKING:
     from grpo.report.curves import Panel
-    from grpo.report.write import Run
+    from grpo.run.read import RunRecord
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 COLUMNS = 4  # evaluations shown side by side
@@ -30,7 +30,7 @@ KINDS = {
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 
-def page(run: Run, facts: Mapping[str, float], curves: list[tuple[Panel, str]]) -> str:
+def page(run: RunRecord, facts: Mapping[str, float], curves: list[tuple[Panel, str]]) -> str:
     """The whole document."""
     figures = "".join(
         f"<figure><figcaption><b>{_e(panel.title)}</b> <span>{_e(panel.caption)}</span></figcaption>{svg}</figure>"
@@ -62,7 +62,7 @@ def _e(value: Any) -> str:
     return html.escape(str(value).translate(_CONTROL))
 
 
-def _subtitle(run: Run) -> str:
+def _subtitle(run: RunRecord) -> str:
     stage = {"grpo": "GRPO", "sft": "Supervised fine-tuning"}.get(run.setting("stage", ""), "")
     data = run.setting("data.name") or run.setting("data.path") or run.setting("data.hub")
     total = run.setting("training.max_steps")
@@ -76,7 +76,7 @@ def _subtitle(run: Run) -> str:
 # Headline
 
 
-def _cards(run: Run, facts: Mapping[str, float]) -> str:
+def _cards(run: RunRecord, facts: Mapping[str, float]) -> str:
     cards = []
     if "accuracy_before" in facts:
         cards.append(_change("Held-out accuracy", facts, "accuracy", "{:.3f}", _interval(facts)))
@@ -131,7 +131,7 @@ class Attempts:
     samples: int
 
 
-def _side_by_side(run: Run) -> str:
+def _side_by_side(run: RunRecord) -> str:
     files = run.eval_rollouts()
     steps = _spread(list(files), COLUMNS)
     attempts = {step: _attempts(run, files[step]) for step in steps}
@@ -166,7 +166,7 @@ def _spread(items: list[int], count: int) -> list[int]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _attempts(run: Run, file: Path) -> dict[int, Attempts]:
+def _attempts(run: RunRecord, file: Path) -> dict[int, Attempts]:
     by_prompt: dict[int, list[dict[str, Any]]] = {}
     for row in read_jsonl(file):
         by_prompt.setdefault(row.get("prompt_id", -1), []).append(row)
@@ -176,7 +176,7 @@ def _attempts(run: Run, file: Path) -> dict[int, Attempts]:
     }
 
 
-def _solved(run: Run, row: Mapping[str, Any]) -> bool:
+def _solved(run: RunRecord, row: Mapping[str, Any]) -> bool:
     """As evaluation counts: the recipe's evaluation reward, or the first one, is at least 1."""
     rewards = row.get("rewards") or {"": row.get("reward")}
     name = run.setting("evaluation.reward")
@@ -240,7 +240,7 @@ def _short(value: Any) -> str:
 # Details
 
 
-def _environment(run: Run) -> str:
+def _environment(run: RunRecord) -> str:
     facts = run.environment
     if not facts:
         return '<p class="note">environment.json is missing: where this ran is not known.</p>'
@@ -260,13 +260,13 @@ def _environment(run: Run) -> str:
     return _table((name, value) for name, value in rows.items() if value)
 
 
-def _recipe(run: Run) -> str:
+def _recipe(run: RunRecord) -> str:
     if not run.recipe_text:
         return '<p class="note">recipe.yaml is missing.</p>'
     return f"<details open><summary>Recipe</summary><pre>{_e(run.recipe_text)}</pre></details>"
 
 
-def _all_metrics(run: Run) -> str:
+def _all_metrics(run: RunRecord) -> str:
     rows = []
     for name in sorted(run.names()):
         steps, values = run.series(name)

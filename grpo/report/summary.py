@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from grpo.errors import UserError
-from grpo.report.write import headline, read_run
+from grpo.run.read import headline, read_run
+from grpo.run.whole import write_whole
 
 FACTS = ("accuracy_before", "accuracy_after", "length_before", "length_after", "seconds")
 
@@ -28,7 +29,7 @@ def write_summary(folder: Path) -> str:
     if len(run.series("eval/accuracy")[0]) < 2:
         raise UserError(f"{folder} was not evaluated before and after training: it needs data.eval_size above 0")
     summary = {name: round(float(facts[name]), 6) for name in FACTS}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return (
         f"{folder.resolve().name}: held-out accuracy "
         f"{summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}, "

@@ -1,66 +1,16 @@
 """The report of a run, from its folder alone: ``curves.png`` and ``report.html``.
 
-Works on finished, running and killed runs, on other machines, and needs no model. ``read_run`` gathers the facts;
-``curves.py`` draws them, ``page.py`` writes the page.
+It works on finished, running and killed runs, on other machines, and needs no model. ``grpo/run/read.py`` reads the
+folder, ``curves.py`` draws, ``page.py`` writes the page.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import yaml
-
-from grpo.errors import UserError
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder says. ``training`` and ``evaluation`` are the lines of metrics.jsonl, in the order of steps."""
-
-    folder: Path
-    training: list[dict[str, Any]]
-    evaluation: list[dict[str, Any]]
-    recipe: dict[str, Any]
-    recipe_text: str
-    environment: dict[str, Any]
-
-    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of one metric, where it was logged and finite."""
-        rows = self.evaluation if name.startswith("eval/") else self.training
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        return np.array(steps, dtype=float), np.array(values, dtype=float)
-
-    def names(self, prefix: str = "") -> list[str]:
-        """Metrics that were ever logged, in order of appearance."""
-        seen = dict.fromkeys(name for row in [*self.training, *self.evaluation] for name in row if name != "step")
-        return [name for name in seen if name.startswith(prefix)]
-
-    def setting(self, path: str, default: Any = None) -> Any:
-        """A value of the recipe by its dotted path, e.g. ``rollout.max_completion_length``."""
-        value: Any = self.recipe
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return default if value is None else value
-
-    @property
-    def name(self) -> str:
-        return self.setting("tracking.run_name") or self.folder.resolve().name
-
-    @property
-    def steps(self) -> int:
-        return max(row["step"] for row in [*self.training, *self.evaluation])
-
-    def eval_rollouts(self) -> dict[int, Path]:
-        """Files of held-out completions by step, in order."""
-        files = sorted((self.folder / "rollouts").glob("eval_*.jsonl"))
-        return {int(file.stem.removeprefix("eval_")): file for file in files}
+from grpo.report.page import page
+from grpo.run.read import headline, read_run
+from grpo.run.whole import write_whole
 
 
 def write_report(run: Path) -> Path:
@@ -69,104 +19,9 @@ def write_report(run: Path) -> Path:
     Raises UserError, naming what is missing, where there is nothing to report yet.
     """
     from grpo.report.curves import curves_png, curves_svg  # matplotlib is slow to load
-    from grpo.report.page import page
 
-    found = read_run(run)
-    facts = headline(found)
-    _write(run / "curves.png", curves_png(found, facts))
-    _write(run / "report.html", page(found, facts, curves_svg(found)).encode("utf-8", "backslashreplace"))
+    record = read_run(run)
+    facts = headline(record)
+    write_whole(run / "curves.png", curves_png(record, facts))
+    write_whole(run / "report.html", page(record, facts, curves_svg(record)))
     return run / "report.html"
-
-
-def headline(run: Run) -> dict[str, float]:
-    """The numbers of a run in one line: before and after, seconds, tokens. Absent where they were not measured.
-
-    Accuracy and length are those of the held-out tasks at the first and the last evaluation; a run without any has the
-    training length instead. ``seconds`` are those spent in training steps; evaluation and saving are not in it.
-    """
-    facts: dict[str, float] = {"steps": float(run.steps)}
-    pairs = {
-        "accuracy": "eval/accuracy",
-        "accuracy_low": "eval/accuracy_low",
-        "accuracy_high": "eval/accuracy_high",
-        "length": "eval/completions/mean_length" if run.evaluation else "completions/mean_length",
-        "loss": "eval/loss" if "eval/loss" in run.names() else "loss",
-        "reward": "reward",
-    }
-    for fact, name in pairs.items():
-        _, values = run.series(name)
-        if len(values):
-            few = 1 if name.startswith("eval/") else max(1, len(values) // 20)  # single training steps are noisy
-            facts[f"{fact}_before"], facts[f"{fact}_after"] = values[:few].mean(), values[-few:].mean()
-    for fact, name, reduce in (
-        ("seconds", "step_time", np.sum),
-        ("tokens", "num_tokens", np.max),
-        ("tokens_per_second", "tokens_per_second", np.mean),
-        ("cost_usd", "cost_usd", np.max),
-    ):
-        _, values = run.series(name)
-        if len(values):
-            facts[fact] = float(reduce(values))
-    return facts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises UserError where it has no metrics, or where a file in it is not what it should be."""
-    if not folder.is_dir():
-        raise UserError(f"no run at {folder}: " + ("it is a file" if folder.exists() else "there is no such folder"))
-    metrics = folder / "metrics.jsonl"
-    if not metrics.exists():
-        raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl{_runs_inside(folder)}")
-    training: dict[int, dict[str, Any]] = {}
-    evaluation: dict[int, dict[str, Any]] = {}
-    for row in read_jsonl(metrics):
-        kind = evaluation if any(name.startswith("eval/") for name in row) else training
-        kind[row["step"]] = row  # a line that comes again (a copied log, an older resume) counts once, the last time
-    if not training and not evaluation:
-        raise UserError(f"{metrics} is empty: the run has not finished its first step")
-    recipe_text = _text(folder / "recipe.yaml")
-    return Run(
-        folder=folder,
-        training=[training[step] for step in sorted(training)],
-        evaluation=[evaluation[step] for step in sorted(evaluation)],
-        recipe=yaml.safe_load(recipe_text) or {},
-        recipe_text=recipe_text,
-        environment=json.loads(_text(folder / "environment.json") or "{}"),
-    )
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file that a run may still be writing: an unfinished last line is left out."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            if number == len(lines):  # no newline after it
-                return
-            raise UserError(f"{path}:{number}: not a line of JSON ({error})") from error
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f'{path}:{number}: not a row of a run (no integer "step")')
-        yield row
-
-
-def _text(path: Path) -> str:
-    """A file that the report can do without."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-def _runs_inside(folder: Path) -> str:
-    runs = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-    return f"; runs inside it: {', '.join(runs)}" if runs else ""
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)

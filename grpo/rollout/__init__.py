@@ -1,3 +1,3 @@
-"""The completions of a step: sampled by a backend, drawn on until groups have a signal, replayed from earlier steps.
+"""The groups of a step: sampled by a backend, in rounds until enough have a signal, or replayed from earlier steps.
 
-Others take ``groups.draw_groups``, ``rollouts.Rollouts`` and what ``replay`` keeps."""
+Others take ``groups.draw_groups``, ``rollouts.Rollouts``, ``replay.remembered`` and ``replay.restored``."""

@@ -1,8 +1,8 @@
 """The groups that a step learns from: one round of prompts, or rounds until enough of their groups have a signal.
 
-Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2) draws on where completions are all right or all wrong. Every
-process sees all groups after each round, so all make the same rounds; the prompts drawn do not depend on how many
-processes there are.
+A group has no signal where its completions are all right or all wrong. Dynamic sampling (DAPO, arXiv:2503.14476,
+section 3.2) then samples further prompts. Every process sees all groups after each round, so all processes make the
+same rounds; which prompts are drawn does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import islice
 from accelerate.utils import gather_object
 
 from grpo.advantages import rewards_array, step_advantages
-from grpo.config import Recipe
+from grpo.config import AlgorithmConfig, Recipe
 from grpo.metrics import Clock
 from grpo.packing import counts_in_loss
 from grpo.rollout.rollouts import Rollouts
@@ -24,8 +24,11 @@ from grpo.types import Group, Prompt
 
 @dataclass
 class Drawn:
-    """``sampled`` are all groups that this step's policy made, ``with_signal`` those of them that say something, and
-    ``groups`` the P to learn from: of those sampled, or ``replayed`` of them from earlier steps."""
+    """The outcome of a step's rounds.
+
+    ``sampled`` are all groups that this step's policy made; ``with_signal`` are the sampled groups that have a signal.
+    ``groups`` are the P groups to learn from; the last ``replayed`` of them are from earlier steps, the others sampled.
+    """
 
     sampled: list[Group]
     with_signal: list[Group]
@@ -34,7 +37,7 @@ class Drawn:
     rounds: int
 
     def metrics(self) -> dict[str, float]:
-        """What became of the groups: drawn = kept + without signal, but learned from, + discarded."""
+        """Counts of groups. drawn = kept + without_signal (these are learned from all the same) + discarded."""
         fresh = len(self.groups) - self.replayed
         kept = min(len(self.with_signal), fresh)
         counts = {
@@ -57,10 +60,12 @@ def draw_groups(
     step: int,
     clock: Clock,
 ) -> Drawn:
-    """Sample and score groups of ``prompts``, on all processes together; with dynamic sampling in up to
-    ``max_resample`` more rounds, until ``prompts_per_step`` groups have a signal. Where that is not reached, groups of
-    ``replay`` fill up, the last ones first, and then those that were sampled without a signal."""
-    P = recipe.training.prompts_per_step
+    """Sample and score groups of ``prompts``, on all processes together.
+
+    With dynamic sampling there are up to ``max_resample`` more rounds, until ``prompts_per_step`` groups have a signal.
+    Missing groups are taken from ``replay``, the last ones first, and then from those sampled without a signal.
+    """
+    P, weights_F = recipe.training.prompts_per_step, [reward.weight for reward in recipe.rewards]
     most = 1 + (recipe.prompts.max_resample if recipe.prompts.dynamic_sampling else 0)
     scoring = scorer.start(step)
     asked: list[Prompt] = []
@@ -71,31 +76,35 @@ def draw_groups(
         new = list(islice(prompts, round_size(P, len(sampled), sum(signal))))
         with clock("rollout"):
             mine = rollouts.take(step, new, on_group=scoring.add, before=asked)
-        with clock("score"):  # what is left of it: groups are scored while others are sampled
+        with clock("score"):  # the rest of scoring: groups are scored while others are sampled
             scoring.finish()
             sampled += gather_object(mine)  # every process now holds all groups, in the order of prompts
         asked += new
         rounds += 1
-        signal = has_signal(recipe, sampled)
+        signal = has_signal(sampled, weights_F, recipe.algorithm)
     return choose(sampled, signal, replay, P, rounds)
 
 
 def round_size(wanted: int, drawn: int, with_signal: int) -> int:
-    """How many prompts to draw next: as many as should give what is missing, by the share that had a signal so far; in
-    no round more than in the first."""
+    """How many prompts to draw next: enough for the missing groups if the same share has a signal as so far.
+
+    A round never draws more prompts than the first one did.
+    """
     if with_signal == 0:
         return wanted
     missing = wanted - with_signal
     return min(wanted, -(-missing * drawn // with_signal))
 
 
-def has_signal(recipe: Recipe, groups: list[Group]) -> list[bool]:
-    """Whether any completion that counts in the loss has an advantage, group by group."""
-    weights_F = [reward.weight for reward in recipe.rewards]
-    advantages_PG = step_advantages(rewards_array(groups), groups, weights_F, recipe.algorithm)
+def has_signal(groups: list[Group], weights_F: list[float], algorithm: AlgorithmConfig) -> list[bool]:
+    """For each group, whether any completion that counts in the loss has an advantage other than 0.
+
+    ``weights_F`` are the weights of the reward functions.
+    """
+    advantages_PG = step_advantages(rewards_array(groups), groups, weights_F, algorithm)
     return [
         any(
-            advantage != 0 and counts_in_loss(completion, reward, recipe.algorithm)
+            advantage != 0 and counts_in_loss(completion, reward, algorithm)
             for completion, reward, advantage in zip(group.completions, group.rewards, advantages_G, strict=True)
         )
         for group, advantages_G in zip(groups, advantages_PG, strict=True)
@@ -103,8 +112,10 @@ def has_signal(recipe: Recipe, groups: list[Group]) -> list[bool]:
 
 
 def choose(sampled: list[Group], signal: list[bool], replay: Sequence[Group], wanted: int, rounds: int) -> Drawn:
-    """The first ``wanted`` groups with a signal; where there are fewer, the last of ``replay``; and then the first of
-    those without a signal. Those of this step in the order sampled, then those of earlier ones."""
+    """Choose ``wanted`` groups: the first with a signal, then the last of ``replay``, then the first without a signal.
+
+    This step's groups come first, in the order in which they were sampled; groups of ``replay`` follow.
+    """
     loud = [i for i, has in enumerate(signal) if has]
     silent = [i for i, has in enumerate(signal) if not has]
     missing = max(wanted - len(loud), 0)

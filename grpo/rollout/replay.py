@@ -1,46 +1,50 @@
-"""Groups with a signal that a run keeps from earlier steps, for those that are short of it: rows in the checkpoint.
+"""Groups with a signal that a run keeps from earlier steps, for steps that find too few; a checkpoint holds them.
 
-A replayed group is off-policy: the update weighs its tokens by the policy's probability over that of the policy which
-sampled them, and clips that ratio as any other. Each is replayed once.
+A replayed group is off-policy: the update weighs each token by the ratio of the policy's probability to that of the
+policy which sampled it, and clips that ratio as any other. A group is replayed once at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grpo.prompts.task import Task
-from grpo.rollout.rollouts import completion_of, row_of
-from grpo.types import Group
+from grpo.types import Completion, Group
 
-Rows = list[dict[str, Any]]
+if TYPE_CHECKING:
+    from grpo.prompts.task import Task
+
+SavedGroup = dict[str, Any]
+"""A group as plain values: ``prompt_id``, ``completions`` (of ``Completion.to_dict``), ``rewards`` and
+``rewards_by_function``."""
 
 
-def restored(task: Task, rows: Rows) -> list[Group]:
-    """The groups of ``rows``, oldest first."""
+def restored(task: Task, saved: Sequence[SavedGroup]) -> list[Group]:
+    """The groups that were saved, oldest first."""
     return [
         Group(
-            task.prompt(task.train, row["prompt_id"]),
-            [completion_of(completion) for completion in row["completions"]],
-            row["rewards"],
-            row["rewards_by_function"],
+            task.prompt(task.train, values["prompt_id"]),
+            [Completion.from_dict(completion) for completion in values["completions"]],
+            values["rewards"],
+            values["rewards_by_function"],
             replayed=True,
         )
-        for row in rows
+        for values in saved
     ]
 
 
-def remembered(rows: Rows, *, used: int, groups: Sequence[Group], most: int) -> Rows:
-    """The rows after a step that used the ``used`` newest and sampled ``groups`` with a signal: the newest ``most``."""
+def remembered(saved: list[SavedGroup], *, used: int, groups: Sequence[Group], most: int) -> list[SavedGroup]:
+    """What to keep after a step that used the ``used`` newest groups of ``saved`` and sampled ``groups`` with a signal:
+    the newest ``most`` groups."""
     if most == 0:
         return []
     new = [
         {
             "prompt_id": group.prompt.id,
-            "completions": [row_of(completion) for completion in group.completions],
+            "completions": [completion.to_dict() for completion in group.completions],
             "rewards": group.rewards,
             "rewards_by_function": group.rewards_by_function,
         }
         for group in groups[-most:]
     ]
-    return (rows[: len(rows) - used] + new)[-most:]
+    return (saved[: len(saved) - used] + new)[-most:]

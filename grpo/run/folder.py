@@ -28,6 +28,7 @@ from grpo.config.load import dump_recipe
 from grpo.errors import UserError
 from grpo.run.same_run import check_same_run
 from grpo.run.trackers import check_installed
+from grpo.run.whole import write_whole
 
 if TYPE_CHECKING:
     from grpo.config import Recipe
@@ -139,12 +140,10 @@ def _record(folder: Path, recipe: Recipe, *, started: bool) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write ``path`` atomically; a former version that differs stays beside it as ``NAME.previous.EXT``."""
+    """Write ``path`` whole; a former version that differs stays beside it as ``NAME.previous.EXT``."""
     if path.exists() and path.read_text(encoding="utf-8") != text:
         os.replace(path, path.with_suffix(f".previous{path.suffix}"))
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from grpo.errors import RunError
-from grpo.run.screen import progress_display
+from grpo.run.screen import open_display
 from grpo.run.trackers import open_trackers
+from grpo.run.whole import write_whole
 
 if TYPE_CHECKING:
     from grpo.config import TrackingConfig
@@ -49,7 +50,7 @@ class Tracker:
             _forget_rollouts(folder / "rollouts", after=step)
         self._trackers = open_trackers(folder, tracking, recipe_dict, first_step=step + 1)
         max_seconds = recipe_dict.get("training", {}).get("max_seconds")
-        self._progress = progress_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
+        self._display = open_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
 
     def __enter__(self) -> Tracker:
         return self
@@ -70,22 +71,16 @@ class Tracker:
         except OSError as error:
             raise RunError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror or error}") from error
         self._trackers.log(step, {name: value for name, value in plain.items() if value is not None})
-        self._progress.log(step, plain)
+        self._display.log(step, plain)
 
     def log_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]], prefix: str = "step") -> Path:
         """Write ``rollouts/{prefix}_{step:06d}.jsonl``, one row a line, whole or not at all. Returns its path."""
         path = self.folder / "rollouts" / f"{prefix}_{step:06d}.jsonl"
-        aside = path.with_suffix(".tmp")
+        lines = [json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n" for row in rows]
         try:
             path.parent.mkdir(exist_ok=True)
-            # backslashreplace turns a lone surrogate into its JSON escape
-            with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                for row in rows:
-                    file.write(json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n")
-            os.replace(aside, path)
+            write_whole(path, "".join(lines))  # a lone surrogate is written as its escape, which JSON reads back
         except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink()
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
         return path
 
@@ -97,7 +92,7 @@ class Tracker:
         return self._file.tell()
 
     def close(self) -> None:
-        self._progress.close()
+        self._display.close()
         self._trackers.close()
         with contextlib.suppress(OSError):  # what could not be written was said by log()
             self._file.close()

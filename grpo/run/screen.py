@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
 
 Metrics = Mapping[str, float | None]
 
@@ -142,7 +143,7 @@ class LiveBar:
         self.total = total
         self.eta = eta
         self.accuracy: list[str] = []  # of the last evaluation
-        self.progress = Progress(
+        self.bar = Bar(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
@@ -150,25 +151,25 @@ class LiveBar:
             console=console,
             refresh_per_second=4,
         )
-        self.task = self.progress.add_task("train", total=total, completed=step, pace="", numbers="")
-        self.progress.start()
+        self.task = self.bar.add_task("train", total=total, completed=step, pace="", numbers="")
+        self.bar.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
         if _is_evaluation(metrics):
             text = evaluation_text(step, self.total, metrics)
-            self.progress.console.print(text, style="bold green", highlight=False, markup=False)
+            self.bar.console.print(text, style="bold green", highlight=False, markup=False)
             if (accuracy := metrics.get("eval/accuracy")) is not None:
                 self.accuracy = [f"accuracy {accuracy:.3f}"]
             return
         time_left = self.eta.text(step, metrics.get("step_time"))
         pace = "  ".join([*self.accuracy, *_texts([SPEED], metrics), f"eta {time_left}"])
-        self.progress.update(self.task, completed=step, pace=pace, numbers="  ".join(training_texts(metrics)))
+        self.bar.update(self.task, completed=step, pace=pace, numbers="  ".join(training_texts(metrics)))
 
     def close(self) -> None:
-        self.progress.stop()
+        self.bar.stop()
 
 
-def progress_display(
+def open_display(
     total: int, step: int, *, max_seconds: float | None = None, seconds: float = 0.0, console: Console | None = None
 ) -> Display:
     """The display that fits standard output. ``step`` and ``seconds`` are what an earlier start already did."""

@@ -27,7 +27,8 @@ from grpo.config import Recipe
 from grpo.errors import RunError, UserError
 from grpo.kernels import allocator
 from grpo.model.loading import load_configs, load_tokenizer
-from grpo.prompts.task import Task, lint, load_task, stop_token_ids
+from grpo.prompts.checks import check_before_loading, stop_token_ids
+from grpo.prompts.task import Task, load_task
 
 log = logging.getLogger("grpo")
 T = TypeVar("T")
@@ -118,11 +119,11 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
-    """Tokenizer, the token ids that end a completion, and the task; lint problems raise UserError, all at once."""
+    """Tokenizer, the token ids that end a completion, and the task. Raises UserError with all problems at once."""
     tokenizer = load_tokenizer(recipe.model)
     config, generation_config = load_configs(recipe.model)
-    task = load_task(recipe, tokenizer)
-    for warning in lint(recipe, tokenizer, config, generation_config, task):
+    task = load_task(recipe.data, recipe.training, recipe.stage, tokenizer)
+    for warning in check_before_loading(recipe, tokenizer, config, generation_config, task):
         log.warning(warning)
     return tokenizer, stop_token_ids(tokenizer, config, generation_config), task
 

@@ -1,3 +1,3 @@
 """Reward functions over groups of completions, in processes that may hang, crash or eat memory; without torch.
 
-Others take ``scorer.Scorer``; ``functions`` is the one module that imports ``rewards``."""
+Others take ``scorer.Scorer``, and ``functions`` to ask rewards about rows. No other room imports ``rewards``."""

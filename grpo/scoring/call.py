@@ -1,11 +1,11 @@
 """A reward function inside a worker: finding it, what its signature asks for, and one call of it.
 
-Standard library only, like all of the worker. What a call answers is plain values alone, for JSON.
+Standard library and ``grpo.types`` only, like all of the worker. What a call answers is plain values, so that JSON can
+hold it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib
 import inspect
@@ -15,21 +15,17 @@ import re
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from grpo import user_code
 from grpo.errors import UserError
-
-FRAMEWORK_KEYS = frozenset(
-    {
-        *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),  # TRL's
-        *("status", "prefill", "log_verdict"),  # ours
-    }
-)
-"""Keywords every reward function is offered besides the row's columns."""
+from grpo.scoring.messages import Answer, BrokenContract, Failure, Outcome, Request, Signature
+from grpo.types import REWARD_KEYWORDS
 
 MAX_TRACEBACK = 4000
+OWN_FOLDER = str(Path(__file__).parent)  # frames of its files say nothing to a user
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class ContractError(Exception):
 class RewardFunction:
     """A loaded reward function and what its signature asks for.
 
-    ``needs`` are the columns it cannot be called without. A function that takes no ``**kwargs`` gets what it names.
+    A function that takes no ``**kwargs`` gets only the arguments that it names.
 
     Raises:
         LoadError: it cannot be imported, is no function, or does not take the recipe's ``args``.
@@ -65,7 +61,7 @@ class RewardFunction:
     def __init__(self, spec: FunctionSpec) -> None:
         self.spec = spec
         self.fn = _load(spec)
-        self.is_async = inspect.iscoroutinefunction(self.fn) or inspect.iscoroutinefunction(
+        is_async = inspect.iscoroutinefunction(self.fn) or inspect.iscoroutinefunction(
             getattr(self.fn, "__call__", None)  # noqa: B004 - its method, not whether it has one
         )
         try:
@@ -75,12 +71,12 @@ class RewardFunction:
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self.accepts = named
-        self.wants_ids = "completion_ids" in named or (self.takes_all and not spec.builtin)
+        wants_ids = "completion_ids" in named or (self.takes_all and not spec.builtin)
         required = {p.name for p in parameters if p.name in named and p.default is p.empty}
-        self.needs = sorted(required - FRAMEWORK_KEYS - spec.args.keys())
+        self.signature = Signature(is_async, wants_ids, sorted(required - REWARD_KEYWORDS - spec.args.keys()))
         unknown = spec.args.keys() - named
         if unknown and (spec.builtin or not self.takes_all):
-            known = sorted(named - FRAMEWORK_KEYS)
+            known = sorted(named - REWARD_KEYWORDS)
             raise LoadError(f"args: it takes no {', '.join(sorted(unknown))} (it takes: {', '.join(known) or 'none'})")
 
     def filtered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -102,71 +98,58 @@ def _load(spec: FunctionSpec) -> Callable[..., Any]:
 
 
 class Call:
-    """One call of a function: its arguments, what it logs while it runs, and the message that answers it."""
+    """One call of a function: its arguments, what it logs while it runs, and what comes of it."""
 
-    def __init__(self, function: RewardFunction, payload: dict[str, Any], state: SimpleNamespace) -> None:
+    def __init__(self, function: RewardFunction, request: Request, state: SimpleNamespace) -> None:
         self.function = function
-        self.payload = payload
+        self.request = request
         self.state = state
-        self.n = len(payload["completions"])
-        self.metrics: list[tuple[str, float]] = []
+        self.n = len(request.completions)
+        self.metrics: dict[str, list[float]] = {}
         self.columns: dict[str, list[Any]] = {}
-        self.verdicts: list[tuple[str, str]] | None = None
+        self.verdicts: list[str] = []
+        self.details: list[str] = []
 
-    def run(self, loop: asyncio.AbstractEventLoop | None = None) -> dict[str, Any]:
-        """The answer of a plain function; ``loop`` awaits what one returns that is not declared async."""
+    def run(self, wait_for: Callable[[Awaitable[Any]], Any] | None = None) -> Outcome:
+        """Call a plain function. ``wait_for`` awaits what it returns where that is an awaitable nevertheless."""
         try:
-            result = self.function.fn(**self._kwargs())
+            result = self.start()
             if inspect.isawaitable(result):
-                assert loop is not None, "a function that is run without an event loop returned an awaitable"
-                result = loop.run_until_complete(_awaited(result))
-            return self._answer(result)
+                assert wait_for is not None, "a function that is run without an event loop returned an awaitable"
+                result = wait_for(result)
+            return self.answer(result)
         except BaseException as why:
-            return _failure(why)
+            return outcome_of(why)
 
-    async def run_async(self, timeout: float) -> dict[str, Any]:
-        try:
-            coroutine = self.function.fn(**self._kwargs())
-        except BaseException as why:
-            return _failure(why)
-        task = asyncio.ensure_future(self._guarded(coroutine))
-        done, _ = await asyncio.wait({task}, timeout=timeout)
-        if done:
-            return task.result()
-        stack = _await_stack(coroutine)
-        task.cancel()
-        await asyncio.wait({task}, timeout=0.5)
-        return {"failure": "timeout", "message": f"no result after {timeout:g} s, awaiting at:\n{stack}"}
-
-    async def _guarded(self, coroutine: Awaitable[Any]) -> dict[str, Any]:
-        try:  # here, and not around the task: a SystemExit in a task would end the event loop
-            return self._answer(await coroutine)
-        except BaseException as why:
-            return _failure(why)
-
-    def _kwargs(self) -> dict[str, Any]:
-        payload, n = self.payload, self.n
-        row_bytes, builtin = payload["row"], self.function.spec.builtin
+    def start(self) -> Any:
+        """Call the function. It returns the rewards, or an awaitable of them; it raises what it likes."""
+        request, n = self.request, self.n
         # A user's function may change what it is given (nums.remove(…)); each completion gets its own copy of the row.
-        rows = [pickle.loads(row_bytes)] * n if builtin else [pickle.loads(row_bytes) for _ in range(n)]
-        return self.function.filtered(
-            {
-                **{column: [columns[column] for _, columns in rows] for column in rows[0][1]},
-                **self.function.spec.args,
-                "prompts": [prompt for prompt, _ in rows],
-                "completions": payload["completions"],
-                "completion_ids": payload["completion_ids"],
-                "status": payload["status"],
-                "prefill": [payload["prefill"]] * n,
-                "trainer_state": self.state,
-                "log_extra": self.log_extra,
-                "log_metric": self.log_metric,
-                "log_verdict": self.log_verdict,
-            }
-        )
+        copies = 1 if self.function.spec.builtin else n
+        rows = [pickle.loads(request.row) for _ in range(copies)] * (n // copies)
+        offered = {
+            **{column: [columns[column] for _, columns in rows] for column in rows[0][1]},
+            **self.function.spec.args,
+            "prompts": [prompt for prompt, _ in rows],
+            "completions": request.completions,
+            "completion_ids": request.completion_ids,
+            "status": request.status,
+            "prefill": [request.prefill] * n,
+            "trainer_state": self.state,
+            "log_extra": self.log_extra,
+            "log_metric": self.log_metric,
+            "log_verdict": self.log_verdict,
+        }
+        return self.function.fn(**self.function.filtered(offered))
+
+    def answer(self, result: Any) -> Answer:
+        """The function's answer, with what it logged. Raises ContractError where its result is no list of rewards."""
+        values = self._one_each(result, "returned")
+        rewards = [None if value is None else _number(value, "returned a list with") for value in values]
+        return Answer(rewards, self.verdicts, self.details, self.metrics, self.columns)
 
     def log_metric(self, name: str, value: float) -> None:
-        self.metrics.append((str(name), _number(value, f"log_metric({name!r}) got")))
+        self.metrics.setdefault(str(name), []).append(_number(value, f"log_metric({name!r}) got"))
 
     def log_extra(self, column: str, values: Any) -> None:
         values = self._one_each(values, f"log_extra({column!r}) got")
@@ -176,26 +159,13 @@ class Call:
         """Why each completion got its reward: a short word, or anything with ``outcome`` and ``detail``."""
         verdicts = self._one_each(verdicts, "log_verdict got")
         outcomes = [getattr(verdict, "outcome", verdict) for verdict in verdicts]
-        self.verdicts = [
-            (str(getattr(outcome, "value", outcome)), str(getattr(verdict, "detail", "")))
-            for outcome, verdict in zip(outcomes, verdicts, strict=True)
-        ]
-
-    def _answer(self, result: Any) -> dict[str, Any]:
-        values = self._one_each(result, "returned")
-        rewards = [None if value is None else _number(value, "returned a list with") for value in values]
-        not_finite = [i for i, reward in enumerate(rewards) if reward is not None and not math.isfinite(reward)]
-        return {
-            "rewards": [None if i in not_finite else reward for i, reward in enumerate(rewards)],
-            "not_finite": [(i, str(rewards[i])) for i in not_finite],
-            "verdicts": self.verdicts,
-            "metrics": self.metrics,
-            "columns": self.columns,
-        }
+        self.verdicts = [str(getattr(outcome, "value", outcome)) for outcome in outcomes]
+        self.details = [str(getattr(verdict, "detail", "")) for verdict in verdicts]
 
     def _one_each(self, values: Any, did: str) -> list[Any]:
         expected = f"expected a list with one entry for each of the {self.n} completions"
-        if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
+        is_scalar = getattr(values, "ndim", None) == 0  # an array or tensor of one number says that it can be iterated
+        if is_scalar or isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
             raise ContractError(f"{did} {_brief(values)}; {expected}")
         values = list(values)
         if len(values) != self.n:
@@ -203,30 +173,23 @@ class Call:
         return values
 
 
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
-def _failure(why: BaseException) -> dict[str, Any]:
+def outcome_of(why: BaseException) -> Failure | BrokenContract:
+    """What comes of a call that raised. The failure's message is the end of its traceback, from the function on."""
     if isinstance(why, ContractError):
-        return {"broken": str(why)}
-    if why.__traceback__ is not None:
-        why.__traceback__ = why.__traceback__.tb_next  # the first frame is this file's
-    text = "".join(traceback.format_exception(type(why), why, why.__traceback__, limit=-20))
-    # After a MemoryError the heap is full of holes: the process says so, and is replaced.
-    return {"failure": "error", "message": text[-MAX_TRACEBACK:], "restart": isinstance(why, MemoryError)}
-
-
-def _await_stack(coroutine: Any) -> str:
-    lines = []
-    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
-        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
-        coroutine = coroutine.cr_await
-    return "\n".join(lines)
+        return BrokenContract(str(why))
+    frames = why.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(OWN_FOLDER):
+        frames = frames.tb_next
+    try:
+        message = "".join(traceback.format_exception(type(why), why, frames, limit=-20))
+    except Exception as again:  # an exception of the user's own may break even this
+        message = f"{type(why).__name__} (its traceback cannot be shown: {type(again).__name__})"
+    # After a MemoryError the heap is full of holes.
+    return Failure("error", message[-MAX_TRACEBACK:], restart=isinstance(why, MemoryError))
 
 
 def _number(value: Any, did: str) -> float:
-    """A float from what counts as a number: int, float, bool, a numpy scalar, a tensor of one element."""
+    """A float from what counts as a number: an int, float or bool, a numpy scalar, a tensor of one element."""
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             value = value.item()
@@ -239,7 +202,7 @@ def _number(value: Any, did: str) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold, so that columns end up in rollout files as they are; anything else as its repr."""
+    """The value as JSON can hold it, so that rollout files show columns as they are. Other kinds become their repr."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -1,30 +1,29 @@
 """Where the reward functions of a recipe are, and the few that have workers of their own.
 
-The one place that imports ``rewards``, besides the workers that call them.
+No other module of the trainer imports a reward; ``process.py`` and ``worker.py`` import ``rewards.processes``.
 """
 
 from __future__ import annotations
 
 import inspect
-import pkgutil
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-import rewards as builtin_rewards
 from grpo import user_code
 from grpo.config import RewardConfig, ScoringConfig
 from grpo.errors import UserError
-from grpo.scoring.call import FRAMEWORK_KEYS, FunctionSpec
+from grpo.scoring.call import FunctionSpec
+from grpo.types import REWARD_KEYWORDS
+from rewards import REWARDS
 
 
 def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[FunctionSpec]:
     specs: list[FunctionSpec] = []
     for index, reward in enumerate(rewards):
         where = f"rewards[{index}]"
-        taken = sorted(FRAMEWORK_KEYS & reward.args.keys())
+        taken = sorted(REWARD_KEYWORDS & reward.args.keys())
         if taken:
             raise UserError(f"{where}: args.{taken[0]} is a name the trainer passes itself")
         place = _builtin(reward.name, where) if reward.name else _user_function(str(reward.path), where)
@@ -36,11 +35,9 @@ def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[Func
 
 
 def _builtin(name: str, where: str) -> dict[str, Any]:
-    if not name.isidentifier() or find_spec(f"rewards.{name}") is None:
-        known = [module.name for module in pkgutil.iter_modules(builtin_rewards.__path__)]
-        known = [m for m in known if hasattr(import_module(f"rewards.{m}"), f"{m}_reward")]
+    if name not in REWARDS:
         raise UserError(
-            f"{where}: no built-in reward {name!r} (there are: {', '.join(known)}); "
+            f"{where}: no built-in reward {name!r} (there are: {', '.join(REWARDS)}); "
             "a function of your own is `path: file.py:fn`"
         )
     attribute = f"{name}_reward"
@@ -63,7 +60,7 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
     Raises:
         UserError: they cannot be started; the message says what would help.
     """
-    modules = {}
+    modules: dict[int, ModuleType] = {}
     for index, spec in enumerate(specs):
         module = import_module(spec.module) if spec.builtin else None
         if module is not None and hasattr(module, "start"):
@@ -71,6 +68,8 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
             try:
                 module.start(workers, **{key: value for key, value in spec.args.items() if key in accepted})
             except RuntimeError as why:
+                for started in modules.values():
+                    started.stop()
                 raise UserError(f"rewards[{index}] ({spec.source}): {why}") from None
             modules[index] = module
     return modules

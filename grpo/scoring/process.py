@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
-import re
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from multiprocessing.connection import Connection
-from typing import Any
 
+from grpo.scoring.call import OWN_FOLDER
+from grpo.scoring.messages import (
+    Answer,
+    BrokenContract,
+    Failure,
+    Garbled,
+    NotLoaded,
+    Outcome,
+    Ready,
+    Signature,
+    decode,
+)
 from grpo.scoring.worker import Setup
+from rewards.processes import how_it_ended, kill, start_python
 
-BOOT = "import sys; sys.path[:] = sys.argv[4:]; from grpo.scoring.worker import serve; serve(*map(int, sys.argv[1:4]))"
-START_TIMEOUT = 300.0  # a reward function may import torch from a cold network disk
-STALL_TIMEOUT = 30  # seconds one read or write of the pipe may block: a stopped worker must not stop the trainer
+WORKER = "grpo.scoring.worker"
+START_TIMEOUT = 300.0  # seconds; a reward function may import torch from a cold network disk
+STALL_TIMEOUT = 30.0  # seconds one read or write of the pipe may block: a stopped worker must not stop the trainer
 
 
 class WorkerFailed(Exception):
-    """A worker could not be started. ``args[0]``: the cause, or causes by the index of the function at fault."""
+    """A worker could not be started; the message says why."""
+
+
+class FunctionsNotLoaded(WorkerFailed):
+    """A worker could not load some reward functions. ``causes`` has one entry per function: why, or None if loaded."""
+
+    def __init__(self, causes: list[str | None]) -> None:
+        super().__init__("; ".join(filter(None, causes)))
+        self.causes = causes
 
 
 class WorkerProcess:
-    """One worker and its pipe. All methods must be called from threads that live as long as the worker shall:
-    the kernel ties a worker's life to the *thread* that started it (PR_SET_PDEATHSIG)."""
+    """One worker and its pipe. ``close`` may be called from any thread, the other methods from one at a time."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -45,46 +61,45 @@ class WorkerProcess:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def start(self) -> list[dict[str, Any]]:
-        """Start the process and wait until it has imported every function; what it says of each.
+    def start(self) -> list[Signature]:
+        """Start the process, wait until it has imported every function, and return what each asks for.
 
         Raises:
-            WorkerFailed: a function cannot be loaded.
+            FunctionsNotLoaded: it cannot import them all.
+            WorkerFailed: it does not start, or ``close`` was called.
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            stall = struct.pack("ll", STALL_TIMEOUT, 0)
+            stall = struct.pack("ll", int(STALL_TIMEOUT), int(STALL_TIMEOUT % 1 * 1e6))  # a timeval
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
-            self._pipe = Connection(ours.detach())
-            fds = (theirs.fileno(), self._stacks.fileno())
-            path = [entry or os.getcwd() for entry in sys.path]
-            # A new interpreter: no fork (CUDA, threads), and not multiprocessing's spawn, which runs __main__ again.
+            pipe = self._pipe = Connection(ours.detach())
             with self._lock:
                 if self._closed:
                     raise WorkerFailed("scoring was closed")
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", BOOT, *map(str, fds), str(os.getpid()), *path],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=fds,
-                    start_new_session=True,  # Ctrl-C is the trainer's; and programs a function started die with it
-                )
+                try:
+                    self._process = start_python(WORKER, (theirs.fileno(), self._stacks.fileno()))
+                except OSError as why:
+                    raise WorkerFailed(f"cannot start a process: {why}") from None
         try:
-            self._pipe.send_bytes(pickle.dumps(self._setup))
-            if not self._pipe.poll(START_TIMEOUT):
+            pipe.send_bytes(pickle.dumps(self._setup))
+            if not pipe.poll(START_TIMEOUT):
                 raise WorkerFailed(f"importing it took longer than {START_TIMEOUT:g} s")
-            message = json.loads(self._pipe.recv_bytes())
+            _, message = decode(pipe.recv_bytes())
         except (EOFError, OSError):
-            raise WorkerFailed(f"the process that imports it {self._end()}") from None
-        if "load_errors" in message:
-            raise WorkerFailed({int(index): why for index, why in message["load_errors"].items()})
-        return message["ready"]
+            raise WorkerFailed(f"the process that imports it {how_it_ended(self._process, 1.0)}") from None
+        except Garbled as why:
+            raise WorkerFailed(str(why)) from None
+        if isinstance(message, NotLoaded):
+            raise FunctionsNotLoaded(message.causes)
+        assert isinstance(message, Ready), message
+        return message.signatures
 
-    def run(self, job: bytes, calls: int, timeout: float) -> list[dict[str, Any]]:
-        """Send a job of ``calls`` calls; its answers in order.
+    def run(self, job: bytes, requests: int, timeout: float) -> list[Outcome]:
+        """Send a pickled job of ``requests`` requests and return their outcomes in order.
 
-        Silence for ``timeout`` seconds, or the end of the process, ends the job: the process is replaced, and the calls
-        that were not answered get ``{"failure": "timeout" | "crashed", "message": ..., "lost": True}``.
+        Silence for ``timeout`` seconds, or the end of the process, ends the job. The process is then replaced, and
+        requests that were not answered are lost: their outcome is a ``Failure`` with ``lost``.
 
         Raises:
             WorkerFailed: the process cannot be replaced, or ``close`` was called.
@@ -92,22 +107,26 @@ class WorkerProcess:
         if self._pipe is None or self._pipe.poll(0):  # it died while idle; nobody's fault that matters
             self.restart()
         assert self._pipe is not None
-        answers: dict[int, dict[str, Any]] = {}
-        failure: dict[str, Any] = {}
+        outcomes: dict[int, Outcome] = {}
+        failure: Failure | None = None  # of the requests that were not answered
         try:
             self._pipe.send_bytes(job)
-            while len(answers) < calls:
-                if not self._pipe.poll(timeout):
+            while failure is None and len(outcomes) < requests:
+                if self._pipe.poll(timeout):
+                    index, outcome = _outcome(self._pipe.recv_bytes(), requests)
+                    outcomes[index] = outcome
+                else:
                     where = self._dump_stack()
-                    failure = {"failure": "timeout", "message": f"no result after {timeout:g} s\n{where}"}
-                    break
-                answer = json.loads(self._pipe.recv_bytes())
-                answers[answer["call"]] = answer
-        except (EOFError, OSError):
-            failure = {"failure": "crashed", "message": f"the worker {self._end()}\n{self._read_stacks()}"}
-        if failure or any(answer.get("restart") for answer in answers.values()):
+                    failure = Failure("timeout", f"no result after {timeout:g} s\n{where}", lost=True)
+        except (EOFError, OSError) as why:
+            failure = Failure("crashed", f"the worker {self._end(why)}\n{self._read_stacks()}", lost=True)
+        except Garbled as why:
+            failure = Failure("crashed", str(why), lost=True)
+        if failure is not None or any(isinstance(o, Failure) and o.restart for o in outcomes.values()):
             self.restart()
-        return [answers.get(call, {**failure, "lost": True}) for call in range(calls)]
+        if failure is not None:
+            outcomes = dict.fromkeys(range(requests), failure) | outcomes
+        return [outcomes[index] for index in range(requests)]
 
     def restart(self) -> None:
         """Kill the process and start a new one.
@@ -131,21 +150,14 @@ class WorkerProcess:
 
     def _kill(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            kill(self._process)
 
-    def _end(self) -> str:
+    def _end(self, why: Exception) -> str:
         """How the process ended, in words."""
         assert self._process is not None
-        try:
-            code = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            return "closed its pipe"
-        if code >= 0:
-            return f"exited with status {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(-code).name}{hint}"
+        if isinstance(why, BlockingIOError):
+            return f"neither read nor wrote its pipe for {STALL_TIMEOUT:g} s"
+        return how_it_ended(self._process, 1.0)
 
     def _dump_stack(self) -> str:
         """Where the process hangs: its Python stack. faulthandler writes it even while C code holds the interpreter."""
@@ -160,6 +172,12 @@ class WorkerProcess:
 
     def _read_stacks(self) -> str:
         text = os.pread(self._stacks.fileno(), 16384, 0).decode(errors="replace")  # the offset is the child's
-        return "\n".join(
-            line for line in text.splitlines() if not re.search(r"scoring/(worker|call)\.py|<string>", line)
-        )
+        return "\n".join(line for line in text.splitlines() if OWN_FOLDER not in line and '"<string>"' not in line)
+
+
+def _outcome(data: bytes, requests: int) -> tuple[int, Outcome]:
+    """The number of a request, and its outcome. Raises Garbled where the bytes hold none."""
+    index, message = decode(data)
+    if index not in range(requests) or not isinstance(message, (Answer, Failure, BrokenContract)):
+        raise Garbled(f"the worker sent {data[:60]!r}, which answers no request")
+    return index, message

@@ -15,15 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-from rewards.processes import kill, on_staying_thread
+from rewards.processes import how_it_ended, kill, start_python
 
+WORKER = "rewards.math.worker"
 START_TIMEOUT = 120.0  # seconds; sympy may come from a cold network disk
-ROOT = str(Path(__file__).resolve().parents[2])  # first for a moment, lest another `rewards` on the path be taken
-BOOT = "import sys; sys.path[:] = sys.argv[4:]; from rewards.math.worker import serve; sys.path.pop(0); "
-BOOT += "serve(*map(int, sys.argv[1:4]))"
 
 
 class WorkerFailed(RuntimeError):
@@ -104,19 +101,9 @@ class _Worker:
             theirs_in, ours_out = os.pipe()
             ours_in, theirs_out = os.pipe()
             os.set_blocking(ours_in, False)
-            path = [entry or os.getcwd() for entry in sys.path]
-            command = [sys.executable, "-c", BOOT, str(theirs_in), str(theirs_out), str(os.getpid()), ROOT, *path]
             try:
-                # A new interpreter: no fork (CUDA, threads), nor multiprocessing's spawn, which runs __main__ again.
-                self.process = on_staying_thread(
-                    lambda: subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,  # what libraries print
-                        pass_fds=(theirs_in, theirs_out),
-                        start_new_session=True,
-                    )
-                )
+                # Libraries print, and nobody reads it.
+                self.process = start_python(WORKER, (theirs_in, theirs_out), stdout=subprocess.DEVNULL)
             except OSError as why:
                 os.close(ours_out)
                 os.close(ours_in)
@@ -176,7 +163,7 @@ class _Worker:
         return json.loads(line)
 
     def _end(self) -> str:
-        """Make sure that the process has ended, and say how it did."""
+        """Make sure that the process has ended, and say how it ended."""
         with self._lock:
             process, self.process = self.process, None
             pipes, self._pipes = self._pipes, []
@@ -184,11 +171,9 @@ class _Worker:
                 os.close(pipe)
         if process is None:
             return "not running"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.05)
-        own = process.poll()
+        how = how_it_ended(process, 0.05)
         kill(process)
-        return f"ended with status {own}" if own is not None else "was killed"
+        return how
 
 
 # --- the pool of this process ----------------------------------------------------------------------------------------

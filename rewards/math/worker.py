@@ -1,7 +1,7 @@
 """The process in which a computer algebra system looks at what the exact path cannot decide.
 
 It reads one formula at a time with math-verify's LaTeX parser and compares two with sympy: exactly, never by rounding.
-It has no timeouts of its own: whoever started it kills it when it is late (``math_pool.py``). Lines of JSON in, lines
+It has no timeouts of its own: whoever started it kills it when it is late (``pool.py``). Lines of JSON in, lines
 of JSON out. No text ever meets ``eval``, ``sympify`` or ``parse_expr``: the parser is a grammar, and what comes out of
 it are sympy objects.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import sys
 from functools import lru_cache
@@ -21,7 +20,7 @@ from rewards.math import forms
 from rewards.math.compare import same_form, same_value, unknown_values
 from rewards.math.exact import NotExact
 from rewards.math.text import Unreadable
-from rewards.processes import die_with_parent
+from rewards.processes import die_with_parent, limit_memory
 
 MEMORY = 2 << 30  # bytes of address space
 SMALL = 1e-60  # what is computed to 30 digits and is above this is not zero
@@ -42,10 +41,7 @@ def serve(pipe_in: int, pipe_out: int, parent_pid: int) -> None:
     """Entry point of the process: answer requests until the pipe closes."""
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    memory = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)  # the parent may have a limit of its own
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory(MEMORY)
     sys.setrecursionlimit(3000)
     for formula in WARM_UP:  # imports, and fills the parser's and sympy's caches
         _same_formula(*formula)

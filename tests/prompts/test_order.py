@@ -16,7 +16,6 @@ import pytest
 from grpo.config import PromptsConfig
 from grpo.prompts.order import curriculum, curriculum_metrics, prompts_of_step, updated_pass_rates
 from grpo.types import Group, Prompt
-from tests.conftest import make_recipe
 from tests.small_runs import lines, progress, same_weights, small_run
 
 ON = PromptsConfig(curriculum=True)
@@ -84,6 +83,7 @@ class FakeTask:
     """Rows 0 to 9 in their order, epoch after epoch."""
 
     train = SimpleNamespace(ids=range(10))
+    prompts_per_step, seed = 4, 0
 
     def rows_at(self, start: int) -> list[int]:
         return [(start + i) % 10 for i in range(4)]
@@ -93,11 +93,8 @@ class FakeTask:
 
 
 def drawn(number: int, step: int, **keys: Any) -> list[int]:
-    recipe = make_recipe(
-        Path("tiny"), training={"output_dir": "x", "prompts_per_step": 4}, prompts=keys.pop("prompts", {})
-    )
     task: Any = FakeTask()
-    stream = prompts_of_step(recipe, task, step, **{"extra": 0, "pass_rates": {}, **keys})
+    stream = prompts_of_step(keys.pop("config", PromptsConfig()), task, step, **{"extra": 0, "pass_rates": {}, **keys})
     return [prompt.id for prompt in islice(stream, number)]
 
 
@@ -108,7 +105,7 @@ def test_epoch_by_epoch_a_step_goes_on_where_the_one_before_stopped() -> None:
 
 
 def test_a_step_of_the_curriculum_draws_every_row_once_before_any_twice() -> None:
-    rows = drawn(20, 3, prompts={"curriculum": True}, pass_rates={2: 1.0})
+    rows = drawn(20, 3, config=ON, pass_rates={2: 1.0})
     assert sorted(rows[:10]) == list(range(10))
     assert rows[10:] == rows[:10]
 

@@ -14,7 +14,8 @@ import pytest
 
 from grpo.errors import UserError
 from grpo.report.page import COLUMNS, PROMPTS_A_KIND
-from grpo.report.write import headline, read_run, write_report
+from grpo.report.write import write_report
+from grpo.run.read import headline, read_run
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 HOSTILE = '<script>alert("x")</script><think>6 * 3 = 18</think> <answer>6 * 3</answer> & \x00 \x1b[31m</pre>'
@@ -259,24 +260,8 @@ def test_a_run_that_is_still_going_can_be_looked_at(tmp_path):
     assert "0.500 → 0.500" in page.all("value")
 
 
-def test_a_line_that_comes_twice_counts_once(tmp_path):
-    rows = [{"step": 1, "step_time": 1.0}, {"step": 2, "step_time": 1.0}, {"step": 2, "step_time": 3.0}]
-    write_jsonl(tmp_path / "metrics.jsonl", rows)
-    assert headline(read_run(tmp_path))["seconds"] == 4.0
-
-
-def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
-        write_report(tmp_path / "nowhere")
-    make_run(tmp_path / "runs" / "a", steps=1, every=1, tasks=1)
-    with pytest.raises(UserError, match=r"has no metrics\.jsonl; runs inside it: a"):
-        write_report(tmp_path / "runs")
+def test_a_folder_that_holds_no_run_gets_no_report(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="is empty: the run has not finished its first step"):
         write_report(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a line of JSON"):
-        write_report(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"reward": 1}\n')
-    with pytest.raises(UserError, match=r'metrics\.jsonl:1: .*no integer "step"'):
-        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

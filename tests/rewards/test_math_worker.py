@@ -167,7 +167,7 @@ def test_a_pool_that_is_closed_says_so():
 
 
 def test_a_worker_that_cannot_start_is_no_verdict(monkeypatch):
-    monkeypatch.setattr(math_pool, "BOOT", "raise SystemExit(3)")
+    monkeypatch.setattr(math_pool, "WORKER", "rewards.no_such_worker")
     with pytest.raises(WorkerFailed, match="math-verify"):
         verify("\\sin 1", "\\boxed{\\sin(1)+2^{-999}}")
 

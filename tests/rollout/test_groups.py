@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from grpo.config import AlgorithmConfig
 from grpo.errors import BackendFailed
 from grpo.rollout.groups import choose, has_signal, round_size
 from grpo.types import Completion, Group, Prompt, Status
@@ -99,7 +100,6 @@ def test_replayed_groups_fill_up_before_those_without_a_signal_newest_first() ->
 def test_a_group_has_a_signal_where_a_completion_that_counts_has_an_advantage(
     algorithm: dict[str, Any], expected: list[bool]
 ) -> None:
-    recipe = make_recipe(Path("tiny"), rollout={"num_generations": 4}, algorithm=algorithm)
     groups = [
         group(0, 1, 0, 1, 0),
         group(1, 1, 1, 1, 1),
@@ -108,7 +108,7 @@ def test_a_group_has_a_signal_where_a_completion_that_counts_has_an_advantage(
         group(4, 0, 0, 0, 1),
         group(5, 1, 0, 1, 0, status=Status.LENGTH),
     ]
-    assert has_signal(recipe, groups) == expected
+    assert has_signal(groups, [1.0], AlgorithmConfig(**algorithm)) == expected
 
 
 # --- whole runs ---

@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from grpo.model.policy import Policy
-from grpo.packing import to_sequences
 from grpo.rollout.replay import remembered, restored
 from grpo.run.run import Run
 from grpo.types import Completion, Group, Prompt, Status, VersionSpan
-from grpo.update.forward import with_sampler_as_old
 from grpo.update.step import update
 from tests.conftest import make_policy, make_recipe
 from tests.small_runs import lines, progress, small_run
@@ -65,13 +63,6 @@ def test_groups_come_back_whole_from_a_checkpoint_and_marked() -> None:
     groups = [group(3, version=7), group(4, version=8)]
     rows = through_a_file(remembered([], used=0, groups=groups, most=9))
     assert restored(task, rows) == [replace(g, replayed=True) for g in groups]
-
-
-def test_only_replayed_groups_take_the_samplers_logprobs_as_old() -> None:
-    groups = [group(1), group(2, replayed=True)]
-    recipe = make_recipe(Path("tiny"))
-    sequences = with_sampler_as_old(to_sequences(groups, np.array([[1.0, -1.0]] * 2), recipe.algorithm), groups)
-    assert [s.old_logprobs for s in sequences] == [None, None, [-2.0, -3.0], [-2.0, -3.0]]
 
 
 def gradient(policy: Policy, recipe: Any, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:

@@ -89,7 +89,7 @@ def make(*, overlap: bool, max_steps: int = 4, rank: int = 0, world: int = 1) ->
     accelerator: Any = SimpleNamespace(process_index=rank, num_processes=world)
     recipe = make_recipe(Path("tiny"), rollout=rollout, training=training)
     task: Any = FakeTask()
-    return Rollouts(recipe, task, backend, accelerator), backend
+    return Rollouts(recipe.rollout, recipe.training, task, backend, accelerator), backend
 
 
 def ignore(group: Group) -> None: ...
@@ -228,17 +228,15 @@ def test_every_process_gets_its_own_share_back(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_completion_has_a_key_of_seed_step_prompt_and_sample() -> None:
-    recipe = make_recipe(Path("tiny"), rollout={"num_generations": G}, training={"output_dir": "x", "seed": 3})
-    requests = rollout_requests(recipe, FakeTask().train_prompts(5), 5)
+    requests = rollout_requests(FakeTask().train_prompts(5), 5, num_generations=G, seed=3)
     for request in requests:
         assert request.keys == [key(3, Stream.ROLLOUT.value, 5, request.prompt.id, g) for g in range(G)]
     assert len({k for request in requests for k in request.keys}) == 4 * G
 
 
 def test_a_prompt_that_comes_twice_gets_fresh_samples() -> None:
-    recipe = make_recipe(Path("tiny"), rollout={"num_generations": G})
     prompt = Prompt(7, "q", "q", [1])
-    first, other, second = rollout_requests(recipe, [prompt, Prompt(8, "r", "r", [2]), prompt], 0)
+    first, other, second = rollout_requests([prompt, Prompt(8, "r", "r", [2]), prompt], 0, num_generations=G, seed=0)
     assert len({*first.keys, *other.keys, *second.keys}) == 3 * G
     assert second.keys == [key(0, Stream.ROLLOUT.value, 0, 7, g) for g in (G, G + 1)]
 

@@ -20,7 +20,7 @@ from grpo.config import TrackingConfig
 from grpo.errors import RunError, UserError
 from grpo.run import trackers
 from grpo.run.log import Tracker
-from grpo.run.screen import WIDTH, duration, evaluation_text, progress_display
+from grpo.run.screen import WIDTH, duration, evaluation_text, open_display
 
 RECIPE = {"training": {"max_seconds": None}, "model": {"name": "tiny"}}
 STEP = {
@@ -295,7 +295,7 @@ def test_one_plain_line_a_step_with_what_matters(tmp_path, capsys):
 
 def test_a_terminal_gets_a_bar_with_the_same_numbers(monkeypatch):
     screen = io.StringIO()
-    display = progress_display(100, 0, console=Console(file=screen, force_terminal=True, width=120))
+    display = open_display(100, 0, console=Console(file=screen, force_terminal=True, width=120))
     display.log(0, EVALUATION)
     display.log(1, STEP)
     display.close()
@@ -307,7 +307,7 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers(monkeypatch):
 
 
 def test_time_left_heeds_the_time_limit(capsys):
-    display = progress_display(10_000, 5, max_seconds=60.0, seconds=50.0, console=Console(file=io.StringIO()))
+    display = open_display(10_000, 5, max_seconds=60.0, seconds=50.0, console=Console(file=io.StringIO()))
     display.eta.last -= 8.0  # as if the step had taken eight seconds
     display.log(6, {"reward": 0.0, "step_time": 8.0})
     assert capsys.readouterr().out.rstrip().endswith("eta 2s")

@@ -1,3 +1,4 @@
 """The backend that generates with transformers in the training process, from the trainer's own weights.
 
-Others take ``backend.HFBackend``."""
+Other rooms import ``backend.HFBackend`` and ``draw.sample`` only.
+"""

@@ -1,31 +1,40 @@
-"""Attention for decoding: every row's one query against its prompt's keys, held once, and its own.
+"""Attention for decoding: the one query of each sequence against the keys of its prompt and of its completion.
 
-Models reach it through transformers' attention interface, under a name of its own; without a transformers cache, since
-the keys and values are in a ``DecodeCache``. The two parts are merged by their log-sum-exps, which is exact. Query
-heads that share a key-value head, and rows that share a prompt, stand where query positions do: a key is read once.
+Models call it through transformers' attention interface, where it is registered by a name of its own. Keys and values
+are in a ``DecodeCache``, so transformers' cache is not used. Prompt and completion are attended to apart and merged by
+their log-sum-exps, which is exact. A key is read once for all query heads that share its head, and a prompt's once for
+all of its sequences: they stand side by side where a query's positions usually do.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo.backends.hf.kv_cache import DecodeCache, Layer, LivePrompts, Step
+from grpo.backends.hf.kv_cache import DecodeCache, Layer
+from grpo.backends.hf.step import PromptGroups, Step
+from grpo.errors import UserError
+
+log = logging.getLogger("grpo")
 
 NAME = "grpo_decode"
-# What a kernel of ours computes just as these do, where a layer asks for nothing special.
+# ``decode_attention`` computes the same as these, unless a layer asks for something SPECIAL.
 PLAIN = frozenset({"sdpa", "flash_attention_2", "flash_attention_3"})
 SPECIAL = ("sliding_window", "softcap", "s_aux", "position_bias")
+FLASH_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"  # a private operation of torch's: it may be gone
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,26 @@ class _Routed:
 _routed: ContextVar[_Routed] = ContextVar("routed")
 
 
+def implementation_of(model: PreTrainedModel) -> str:
+    """The name of the model's attention in transformers' interface.
+
+    Raises:
+        UserError: the installed transformers does not tell it. Without it a model can't be given its attention back.
+    """
+    name = getattr(model.config, "_attn_implementation", None)
+    if name is None:
+        raise UserError(
+            f"rollout.backend: hf needs to know the attention of {type(model).__name__}, and transformers "
+            f"{transformers.__version__} does not tell it (config._attn_implementation); use rollout.backend: vllm or "
+            "the transformers of constraints.txt"
+        )
+    return name
+
+
 @contextmanager
 def decoding_into(model: PreTrainedModel, cache: DecodeCache) -> Iterator[None]:
-    """Within it, the model's attention layers file into and read from ``cache``, and no other cache is needed."""
-    implementation = model.config._attn_implementation
+    """Within it, the model's attention layers write to ``cache`` and read from it."""
+    implementation = implementation_of(model)
     token = _routed.set(_Routed(cache, implementation))
     model.set_attn_implementation(NAME)
     try:
@@ -60,11 +85,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
     """transformers' interface: query (B, heads, T, D), key and value (B, kv heads, T, D) to (B, T, heads, D)."""
-    routed = _routed.get()
+    routed, index = _routed.get(), int(module.layer_idx)  # type: ignore[arg-type]  # every layer of transformers has it
     if routed.cache.prefill is not None:
-        routed.cache.file_away(module.layer_idx, key, value)
+        routed.cache.file_away(index, key, value)
         return _own(routed, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    layer, step = routed.cache.append(module.layer_idx, key, value), routed.cache.step
+    layer, step = routed.cache.append(index, key, value), routed.cache.step
     assert step is not None
     if routed.implementation in PLAIN and not any(kwargs.get(name) for name in SPECIAL):
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
@@ -74,12 +99,12 @@ def _attention(
 
 
 def _own(routed: _Routed, module: torch.nn.Module) -> Any:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(routed.implementation, eager)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
-    """A prefill is masked as the model's own attention wants it; a decoding step masks by itself."""
+    """A prefill gets the mask of the model's own attention. A decoding step has its own (``Step``)."""
     routed = _routed.get()
     if routed.cache.prefill is None:
         return None
@@ -91,15 +116,15 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 def decode_attention(query_BHD: torch.Tensor, layer: Layer, step: Step, scale: float) -> torch.Tensor:
-    """Outputs (B, heads, D) of one query a row over its prompt and what it wrote."""
+    """Outputs (B, heads, D) of one query (heads, D) a sequence over its prompt and its completion."""
     B, heads, D = query_BHD.shape
-    kv_heads = layer.row_keys.shape[1]
+    kv_heads = layer.sequence_keys.shape[1]
     grouped = query_BHD.reshape(B, kv_heads, heads // kv_heads, D)
     own, own_lse = _attend(
         grouped,
-        layer.row_keys[:B, :, : step.row_tokens],
-        layer.row_values[:B, :, : step.row_tokens],
-        step.row_mask_BC,
+        layer.sequence_keys[:B, :, : step.sequence_tokens],
+        layer.sequence_values[:B, :, : step.sequence_tokens],
+        step.mask_BC,
         scale,
     )
     if step.prompts is not None:
@@ -110,12 +135,12 @@ def decode_attention(query_BHD: torch.Tensor, layer: Layer, step: Step, scale: f
 
 
 def _over_prompts(
-    grouped: torch.Tensor, layer: Layer, prompts: LivePrompts, scale: float
+    grouped: torch.Tensor, layer: Layer, prompts: PromptGroups, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs and log-sum-exps (B, kv heads, queries) of ``grouped`` (B, kv heads, queries, D) over the prompts."""
     B, kv_heads, Q, D = grouped.shape
     U, n = prompts.number, prompts.group_size
-    into, back = prompts.places_by_kv_head(kv_heads)
+    into, back = prompts.by_kv_head(kv_heads)
     out, lse = _attend(
         grouped.reshape(B * kv_heads, Q * D).index_select(0, into).view(U, kv_heads, n * Q, D),
         layer.prompt_keys[:U, :, : prompts.longest],
@@ -123,9 +148,9 @@ def _over_prompts(
         prompts.mask_UP,
         scale,
     )
-    by_row = out.reshape(U * kv_heads * n, -1).index_select(0, back)
-    lse_by_row = lse.reshape(U * kv_heads * n, Q).index_select(0, back)
-    return by_row.view(B, kv_heads, Q, -1), lse_by_row.view(B, kv_heads, Q)
+    by_sequence = out.reshape(U * kv_heads * n, -1).index_select(0, back)
+    lse_by_sequence = lse.reshape(U * kv_heads * n, Q).index_select(0, back)
+    return by_sequence.view(B, kv_heads, Q, -1), lse_by_sequence.view(B, kv_heads, Q)
 
 
 def _attend(
@@ -133,10 +158,9 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of (N, kv heads, Q, D) over (N, kv heads, K, D), and its log-sum-exp in float32 (N, kv heads, Q)."""
     mask = None if mask_NK is None else mask_NK.to(query.dtype)[:, None, None, :]
-    if query.device.type == "cpu" and value.shape[-1] == query.shape[-1]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scale
-        )
+    flash = _flash_on_cpu() if query.device.type == "cpu" else None
+    if flash is not None and value.shape[-1] == query.shape[-1]:
+        return flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
     if mask is not None:
         scores = scores + mask
@@ -144,20 +168,31 @@ def _attend(
     return torch.matmul((scores - lse[..., None]).exp().to(value.dtype), value), lse
 
 
+@cache
+def _flash_on_cpu() -> Any:
+    """torch's fused attention for CPUs, the only one that returns log-sum-exps; None where this torch has none."""
+    flash = getattr(torch.ops.aten, FLASH_ON_CPU, None)
+    if flash is None:
+        log.warning("decoding: torch %s has no %s; attention is slower without", torch.__version__, FLASH_ON_CPU)
+    return flash
+
+
 def _spread(
     layer: Layer, step: Step, sliding_window: int | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values (B, kv heads, P + C, D) of every row, prompt before its own, and the mask added to scores: what
-    attention with a window, soft-capping or sinks wants, at the price of a copy."""
-    B, C, prompts = len(step.rows_B), step.row_tokens, step.prompts
-    keys, values = layer.row_keys[:B, :, :C], layer.row_values[:B, :, :C]
+    """Keys and values (B, kv heads, P + C, D) of prompt and completion together, and the mask to add to scores.
+
+    This is a copy. The model's own attention needs it where it has a window, soft-capping or sinks.
+    """
+    B, C, prompts = len(step.sequences_B), step.sequence_tokens, step.prompts
+    keys, values = layer.sequence_keys[:B, :, :C], layer.sequence_values[:B, :, :C]
     at_B1, device = step.positions_B[:, None], keys.device
     positions_BK = torch.arange(C, device=device)[None].expand(B, C)
     exists_BK = positions_BK <= step.written_B[:, None]
     if prompts is not None:
         P = prompts.longest
-        keys = torch.cat([layer.prompt_keys[prompts.of_B, :, :P], keys], dim=2)
-        values = torch.cat([layer.prompt_values[prompts.of_B, :, :P], values], dim=2)
+        keys = torch.cat([layer.prompt_keys[prompts.prompt_B, :, :P], keys], dim=2)
+        values = torch.cat([layer.prompt_values[prompts.prompt_B, :, :P], values], dim=2)
         in_prompt_BP = torch.arange(P, device=device)[None].expand(B, P)
         positions_BK = torch.cat([in_prompt_BP, prompts.lengths_B[:, None] + positions_BK], dim=1)
         exists_BK = torch.cat([in_prompt_BP < prompts.lengths_B[:, None], exists_BK], dim=1)

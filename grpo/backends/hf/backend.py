@@ -1,29 +1,30 @@
 """Rollouts with transformers, in the training process, from the trainer's own weights.
 
-``engine.py`` schedules, ``kv_cache.py`` holds keys and values, ``attention.py`` reads them, ``draw.py`` draws. A
-step is one compiled call on a CPU (``step_compiled.py``, for the models that it knows), one CUDA graph on a GPU
-(``step_graph.py``). What a completion becomes depends on its key and the weights alone: the uniform numbers never
-depend on the batch; logits agree to rounding.
+``engine.py`` schedules, ``budget.py`` divides the memory, ``kv_cache.py`` holds keys and values, ``attention.py`` reads
+them, ``draw.py`` draws tokens. A decoding step is one compiled call on a CPU (``step_compiled.py``, for the models that
+it knows) and one CUDA graph on a GPU (``step_graph.py``). A completion depends on its key and the weights alone: its
+uniform numbers never depend on the batch, and logits do so only by rounding.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from grpo.backends.base import OnGroup, Request, Sampling
-from grpo.backends.hf.check import bytes_per_token
-from grpo.backends.hf.engine import Decoding, NextLogits, Row, step_through_transformers
+from grpo.backends.hf.check import cache_bytes, check_attention, check_decoding
+from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, step_through_transformers
 from grpo.backends.hf.few_row_linear import packed_linears
 from grpo.backends.hf.step_compiled import DecodeStep
 from grpo.backends.hf.step_compiled import why_not as why_not_compiled
 from grpo.backends.hf.step_graph import GraphStep, cuda_capture
-from grpo.errors import RunError, UserError
+from grpo.errors import RunError
 from grpo.model.device_memory import total_memory
 from grpo.model.policy import Policy
 from grpo.model.scored_lm import ScoredLM
@@ -31,7 +32,15 @@ from grpo.types import Completion, Status, VersionSpan
 
 log = logging.getLogger("grpo")
 
-CACHE_SHARE = 0.25  # of the device's memory: a share of what is free would make a resumed run another one
+CACHE_SHARE = 0.25  # of the device's memory; a share of the free memory would differ when a run is resumed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a rollout's decoding steps are made."""
+
+    make_step: Callable[[ScoredLM], NextLogits]
+    description: str  # for the log
 
 
 def make_compiled_step(model: ScoredLM) -> NextLogits:
@@ -47,22 +56,26 @@ def make_plain_step(model: ScoredLM) -> NextLogits:
 
 
 def _resize(model: PreTrainedModel, *, holds: bool) -> None:
-    """Memory for a model's weights, or none; shapes and ties stay."""
+    """Give a model's weights memory, or take it away. Shapes and ties stay."""
     for parameter in model.parameters():
         parameter.untyped_storage().resize_(parameter.nbytes if holds else 0)
 
 
 def _changes(policy: Policy) -> list[int]:
-    """How often each weight was written to, as autograd counts."""
+    """How often each weight was written to, as autograd counts it."""
     return [parameter._version for parameter in policy.causal_lm.parameters()]
 
 
 class HFBackend:
-    """Generates with the policy's module itself, or a copy where the compute type differs or weights are sharded. A
-    copy of weights that are not sharded is made as a rollout begins and takes no memory between rollouts.
+    """Generates with the policy's own module, or with a copy where the compute type differs or weights are sharded.
 
-    ``max_batch_size`` bounds the completions decoded at once, ``kv_cache_gb`` their keys and values (None: a quarter of
-    the device's memory, divided among the processes that share it).
+    A copy takes no memory between rollouts, unless weights are sharded. ``max_batch_size`` bounds the completions
+    decoded at once. ``kv_cache_gb`` bounds their keys and values; None is a quarter of the device's memory, divided
+    among the processes that share it.
+
+    Raises:
+        UserError: the model does not attend through transformers' attention interface, or keeps a recurrent state.
+        RunError: the model decodes to other logits than its own forward pass has.
     """
 
     def __init__(self, policy: Policy, *, max_batch_size: int, kv_cache_gb: float | None = None):
@@ -73,25 +86,24 @@ class HFBackend:
         self.version = -1
         self.shares_weights = not policy.sharded and (policy.compute_dtype == torch.float32 or policy.is_lora)
         model = policy.causal_lm if self.shares_weights else policy.empty_copy(policy.compute_dtype)
-        self.autocast_dtype = policy.compute_dtype if policy.is_lora else None
-        if getattr(model, "_is_stateful", False) or not model._can_set_attn_implementation():
-            raise UserError(
-                f"model.name: {type(model).__name__} does not attend through transformers' attention interface (or "
-                "keeps a recurrent state), which the hf backend needs; use rollout.backend: vllm or another model"
-            )
+        casts = policy.is_lora and policy.compute_dtype != torch.float32
+        self.autocast_dtype = policy.compute_dtype if casts else None
+        check_attention(model)
         self.model = model
         self.scored = ScoredLM(model)
         with self._sampling_mode():
-            size, how = self._choose_step()
+            choice = self._choose_step()
+            token_bytes = cache_bytes(self.scored, self.device)
+        self.make_step = choice.make_step
         if policy.accelerator.is_main_process:
-            log.info("decoding: %s", how)
+            log.info("decoding: %s", choice.description)
         self.policy = None if policy.sharded else policy
         self.copies = not (self.shares_weights or policy.sharded)  # for each rollout
         if self.copies:
             _resize(model, holds=False)
         sharing = policy.accelerator.num_processes if self.device.type == "cpu" else 1
         budget = kv_cache_gb * 1e9 if kv_cache_gb else CACHE_SHARE * total_memory(self.device) / sharing
-        self.cache_tokens = int(budget / size)
+        self.cache_tokens = int(budget / token_bytes)
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         if policy.sharded:
@@ -100,7 +112,9 @@ class HFBackend:
         return {}
 
     def close(self) -> None:
-        self.model = self.scored = self.policy = None
+        """Let go of the weights. Nothing can be generated afterwards."""
+        for name in ("model", "scored", "policy"):
+            vars(self).pop(name, None)
 
     def generate(
         self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
@@ -111,53 +125,56 @@ class HFBackend:
             raise RunError(f"the policy changed after its version {version} was synced to the hf backend")
         if not requests:
             return []
-        groups: list[list[Completion | None]] = [[None] * len(request.keys) for request in requests]
-        missing = [len(request.keys) for request in requests]
+        done: list[dict[int, Completion]] = [{} for _ in requests]  # by sample
+
+        def group(request: int) -> list[Completion]:
+            return [done[request][sample] for sample in range(len(requests[request].keys))]
+
         packed = nullcontext() if self.make_step is make_compiled_step else packed_linears(self.model)
         with self._weights(), self._sampling_mode(), packed:
-            for row in self._rows(requests, sampling):
-                groups[row.request][row.sample] = self._completion(row)
-                missing[row.request] -= 1
-                if on_group is not None and missing[row.request] == 0:
-                    on_group(row.request, groups[row.request])
-        return groups
+            for sequence in self._engine(requests, sampling).run():
+                request = sequence.request
+                done[request][sequence.sample] = self._completion(sequence)
+                if on_group is not None and len(done[request]) == len(requests[request].keys):
+                    on_group(request, group(request))
+        return [group(request) for request in range(len(requests))]
 
-    def _rows(self, requests: list[Request], sampling: Sampling) -> Iterator[Row]:
-        return Decoding(
+    def _engine(self, requests: list[Request], sampling: Sampling) -> Engine:
+        return Engine(
             self.scored,
             requests,
             sampling,
             lambda key, tokens: self._ended(key, tokens, sampling.stop),
-            max_rows=self.max_batch_size,
+            max_sequences=self.max_batch_size,
             cache_tokens=self.cache_tokens,
             device=self.device,
             step=self.make_step(self.scored),
-        ).rows()
+        )
 
-    def _choose_step(self) -> tuple[int, str]:
-        """Sets ``make_step``: a way to make a rollout's decoding steps that decodes a few tokens to the model's logits.
+    def _choose_step(self) -> Choice:
+        """The fastest way to make decoding steps that passes ``check_decoding``.
 
-        Returns what a token's keys and values take (bytes), and what to say of the choice.
+        Raises:
+            RunError: not even steps through transformers pass.
         """
         why = why_not_compiled(self.model)
         ways = [(make_compiled_step, "one compiled call a step")] if why is None else []
         if self.device.type == "cuda":
             ways.append((make_graph_step, "one CUDA graph a step"))
         for make_step, what in ways:
-            self.make_step = make_step
             try:
-                return bytes_per_token(self.scored, self.device, make_step(self.scored)), what
+                check_decoding(self.scored, self.device, make_step(self.scored))
+                return Choice(make_step, what)
             except (RuntimeError, RunError) as error:
                 log.warning("decoding: %s fails, so it goes through transformers: %s", what, error)
                 why = f"{what} fails"
-        self.make_step = make_plain_step
-        size = bytes_per_token(self.scored, self.device, make_plain_step(self.scored))
-        return size, f"through transformers, slower: {why}"
+        check_decoding(self.scored, self.device, make_plain_step(self.scored))
+        return Choice(make_plain_step, f"through transformers, slower: {why}")
 
     @contextmanager
     def _weights(self) -> Iterator[None]:
-        """Within it, the copy, where there is one, holds the policy's weights."""
-        if not self.copies:
+        """Within it, a copy holds the policy's weights."""
+        if self.policy is None or not self.copies:
             yield
             return
         try:
@@ -179,20 +196,21 @@ class HFBackend:
             self.model.train(was_training)
 
     def _ended(self, key: int, token_ids: list[int], stop: list[str]) -> bool:
-        """Whether a completion is over with its last token; ``key`` is that of its draws."""
+        """Whether a completion is over with its last token."""
         if token_ids[-1] in self.stop_token_ids:
             return True
         if not stop:
             return False
-        window = max(len(s) for s in stop) + 4  # a token holds at least one character, bytes of one glyph apart
+        window = max(len(s) for s in stop) + 4  # a token is at least one character, or one of a character's 4 bytes
         tail = self.tokenizer.decode(token_ids[-window:])
         return any(s in tail for s in stop)
 
-    def _completion(self, row: Row) -> Completion:
+    def _completion(self, sequence: SampledSequence) -> Completion:
+        text = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
         return Completion(
-            token_ids=row.tokens,
-            sampler_logprobs=row.logprobs,
-            status=Status.STOP if row.stopped else Status.LENGTH,
-            text=self.tokenizer.decode(row.tokens, skip_special_tokens=True),
-            versions=[VersionSpan(0, len(row.tokens), self.version)],
+            token_ids=sequence.tokens,
+            sampler_logprobs=sequence.logprobs,
+            status=Status.STOP if sequence.stopped else Status.LENGTH,
+            text=str(text),  # a list of texts only where a list of sequences is decoded
+            versions=[VersionSpan(0, len(sequence.tokens), self.version)],
         )

@@ -1,28 +1,59 @@
-"""Before a model is trusted to the engine: its logits there beside those of its own forward pass."""
+"""Whether the engine can decode a model: it decodes a few tokens beside the model's own forward pass."""
 
 from __future__ import annotations
 
-import torch
+import logging
 
-from grpo.backends.hf.attention import decoding_into
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from grpo.backends.hf.attention import decoding_into, implementation_of
 from grpo.backends.hf.engine import NextLogits
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.model.scored_lm import ScoredLM
 
-PROMPTS = (40, 21, 33)  # lengths: too long for rows to begin with a copy
-PROMPT_OF_ROWS = (0, 1, 0, 2, 1)
-ROOM = Shape(prompts=5, prompt_tokens=40, rows=6, row_tokens=80)  # for more: a graph computes those as well
+log = logging.getLogger("grpo")
+
+STATEFUL, CAN_SET = "_is_stateful", "_can_set_attn_implementation"  # private names of transformers': they may be gone
+PROMPT_LENGTHS = (40, 21, 33)  # too long for sequences to begin with a copy
+PROMPT_OF = (0, 1, 0, 2, 1)  # of each sequence
+ROOM = Shape(prompts=5, prompt_tokens=40, sequences=6, sequence_tokens=80)  # more than needed: a graph computes all
 STEPS = 4
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of the logits' range
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # share of the logits' range
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention the backend can't replace, by what transformers says of it.
+
+    transformers says it in private names. Where one is missing, a line in the log says so, and ``check_decoding``
+    finds such models later.
+
+    Raises:
+        UserError: the model keeps a recurrent state, or does not attend through transformers' attention interface.
+    """
+    stateful, can_set = (getattr(model, name, None) for name in (STATEFUL, CAN_SET))
+    if stateful is None or can_set is None:
+        log.warning(
+            "decoding: transformers %s does not say whether a model keeps a recurrent state or can be given another "
+            "attention; decoding a few tokens has to show it",
+            transformers.__version__,
+        )
+    if stateful or (can_set is not None and not can_set()):
+        raise UserError(
+            f"model.name: {type(model).__name__} does not attend through transformers' attention interface (or "
+            "keeps a recurrent state), which the hf backend needs; use rollout.backend: vllm or another model"
+        )
+    implementation_of(model)
 
 
 @torch.no_grad()
-def bytes_per_token(model: ScoredLM, device: torch.device, step: NextLogits) -> int:
-    """What one token's keys and values take, over all layers. A few made-up tokens are decoded to find out.
+def check_decoding(model: ScoredLM, device: torch.device, step: NextLogits) -> None:
+    """Compare the engine's logits with the model's own on a few made-up tokens.
 
     Raises:
-        RunError: the engine's logits are not the model's own.
+        RunError: they differ.
     """
     ids = _made_up_ids(model, device)
     cache = DecodeCache(ROOM, device)
@@ -30,43 +61,52 @@ def bytes_per_token(model: ScoredLM, device: torch.device, step: NextLogits) -> 
     with decoding_into(model.causal_lm, cache):
         _prefill(model, cache, ids)
         decoded = [step(_tokens_at(ids, t), cache).clone() for t in range(STEPS)]
-    for row in range(len(PROMPT_OF_ROWS)):
-        own = model.causal_lm(input_ids=_sequence(ids, row)[None], use_cache=False).logits[0, -STEPS:].float()
-        ours = torch.stack([logits_BV[row] for logits_BV in decoded]).float()
+    for place in range(len(PROMPT_OF)):
+        own = model.causal_lm(input_ids=_ids_of(ids, place)[None], use_cache=False).logits[0, -STEPS:].float()
+        ours = torch.stack([logits_BV[place] for logits_BV in decoded]).float()
         difference = max(difference, float((ours - own).abs().max()))
         size = max(size, float(own.max() - own.min()))
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else model.causal_lm.dtype
     if not difference <= TOLERANCE.get(dtype, 0.05) * max(size, 1e-3):
         raise RunError(
             f"{type(model.causal_lm).__name__} decodes to other logits in the hf backend than its own forward pass has "
-            f"(by {difference:.3g}; they range over {size:.3g}), so that its layers do something the backend does "
+            f"(by {difference:.3g}; they range over {size:.3g}), so its layers do something the backend does "
             "not know; use rollout.backend: vllm"
         )
-    buffers = [b for layer in cache.layers.values() for b in (layer.row_keys, layer.row_values)]
-    return sum(b[0, :, 0].numel() * b.element_size() for b in buffers)
+
+
+@torch.no_grad()
+def cache_bytes(model: ScoredLM, device: torch.device) -> int:
+    """Bytes of one token's keys and values, over all layers. A prompt of one token is computed to find out."""
+    cache = DecodeCache(Shape(prompts=1, prompt_tokens=1, sequences=1, sequence_tokens=1), device)
+    with decoding_into(model.causal_lm, cache):
+        cache.prefill = Prefill([(0, cache.add_prompt(1), 1)])
+        model.causal_lm.base_model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
+    return sum(layer.token_bytes() for layer in cache.layers.values())
 
 
 def _made_up_ids(model: ScoredLM, device: torch.device) -> torch.Tensor:
-    """Different tokens (rows, longest prompt + STEPS); the prompts of rows that share one are the same."""
+    """Tokens (sequences, longest prompt + STEPS). Sequences of one prompt begin with the same."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.arange(len(PROMPT_OF_ROWS) * 64, device=device).view(len(PROMPT_OF_ROWS), 64) * 7 % (vocab - 1)
-    for row, prompt in enumerate(PROMPT_OF_ROWS):
-        ids[row, : PROMPTS[prompt]] = ids[PROMPT_OF_ROWS.index(prompt), : PROMPTS[prompt]]
+    ids = torch.arange(len(PROMPT_OF) * 64, device=device).view(len(PROMPT_OF), 64) * 7 % (vocab - 1)
+    for place, prompt in enumerate(PROMPT_OF):
+        ids[place, : PROMPT_LENGTHS[prompt]] = ids[PROMPT_OF.index(prompt), : PROMPT_LENGTHS[prompt]]
     return ids
 
 
-def _sequence(ids: torch.Tensor, row: int) -> torch.Tensor:
-    return ids[row, : PROMPTS[PROMPT_OF_ROWS[row]] + STEPS]
+def _ids_of(ids: torch.Tensor, place: int) -> torch.Tensor:
+    return ids[place, : PROMPT_LENGTHS[PROMPT_OF[place]] + STEPS]
 
 
 def _prefill(model: ScoredLM, cache: DecodeCache, ids: torch.Tensor) -> None:
-    cache.prefill = Prefill([(place, cache.add_prompt(length), length) for place, length in enumerate(PROMPTS)])
-    rows = [PROMPT_OF_ROWS.index(prompt) for prompt in range(len(PROMPTS))]
-    model.causal_lm.base_model(input_ids=ids[rows, : max(PROMPTS)], use_cache=False)
+    cache.prefill = Prefill([(row, cache.add_prompt(length), length) for row, length in enumerate(PROMPT_LENGTHS)])
+    first = [PROMPT_OF.index(prompt) for prompt in range(len(PROMPT_LENGTHS))]
+    model.causal_lm.base_model(input_ids=ids[first, : max(PROMPT_LENGTHS)], use_cache=False)
     cache.prefill = None
-    for prompt in PROMPT_OF_ROWS:
-        cache.add_row(prompt)
+    for prompt in PROMPT_OF:
+        cache.add_sequence(prompt)
 
 
 def _tokens_at(ids: torch.Tensor, t: int) -> torch.Tensor:
-    return torch.stack([_sequence(ids, row)[PROMPTS[p] + t] for row, p in enumerate(PROMPT_OF_ROWS)])
+    """The t-th tokens (sequences,) behind the prompts."""
+    return torch.stack([_ids_of(ids, place)[PROMPT_LENGTHS[p] + t] for place, p in enumerate(PROMPT_OF)])

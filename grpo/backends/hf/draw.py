@@ -59,7 +59,7 @@ def _invert(probabilities_BV: torch.Tensor, uniforms_B1: torch.Tensor) -> torch.
 
 
 def _block_sums(probabilities_BV: torch.Tensor) -> torch.Tensor:
-    """Sums of ``BLOCK`` tokens each, (B,K); the last block may have fewer."""
+    """Sums (B,K) over blocks of ``BLOCK`` tokens. The last block may be shorter."""
     whole = probabilities_BV.shape[-1] // BLOCK * BLOCK
     sums_BK = probabilities_BV[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).sum(-1)
     if whole == probabilities_BV.shape[-1]:

@@ -1,38 +1,43 @@
-"""Weights laid out for products with few rows: what decoding on a CPU spends its time on.
+"""Weights laid out for matrix products with few rows, where decoding on a CPU through transformers spends its time.
 
 A plain ``linear`` of 8 or 32 rows runs at a quarter to a tenth of a large product's speed in float32, because the
-weight is in the wrong order for it. Transposed, or for large weights in oneDNN's own order, made once a rollout, it is
-up to three times as fast (docs/performance.md).
+weight is in the wrong order. A copy in the right one is up to three times as fast: transposed, or for large weights in
+oneDNN's own order. Each rollout makes the copies anew (docs/performance.md).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
-from grpo.kernels.bfloat16 import multiplied_in
+log = logging.getLogger("grpo")
 
-ROWS = 64  # the number of rows that oneDNN's order is made for; others use it as well
-SMALL = 2**19  # entries of a float32 weight; up to here MKL and a transposed copy are as fast or faster
+ROWS = 64  # the number of rows that oneDNN's order is made for; it serves others too
+SMALL = 2**19  # entries of a float32 weight; up to here a transposed copy, which MKL reads, is as fast or faster
+# Private operations of torch's: they may be gone.
+REORDER, MULTIPLY, BFLOAT16_SUPPORTED = "_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"
 
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """Within it, every ``nn.Linear`` of a model on a CPU multiplies by a packed copy of its weight.
 
-    The copies, as large as the weights, are made when it opens and gone when it closes. Elsewhere, and under autocast
-    (where a layer's weight is not what it multiplies by), it does nothing.
+    The copies take as much memory as the weights. It does nothing elsewhere, and nothing under autocast, where a layer
+    does not multiply by its weight but by a cast of it.
     """
-    before: list[tuple[nn.Linear, Callable | None]] = []  # a forward that was not the class's (grads_in_place)
+    before: list[tuple[Any, Callable | None]] = []  # layers, and a forward that was not the class's (grads_in_place)
     try:
         if _can_pack() and not torch.is_autocast_enabled("cpu"):
             for module in model.modules():
-                if type(module) is nn.Linear and module.weight.device.type == "cpu":
+                if type(module) is nn.Linear and _fits(module.weight):
                     before.append((module, vars(module).get("forward")))
-                    module.forward = _forward(module)
+                    vars(module)["forward"] = _forward(module)
         yield
     finally:
         for module, forward in before:
@@ -42,26 +47,32 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
                 module.forward = forward
 
 
+@cache
 def _can_pack() -> bool:
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    mkldnn = torch.ops.mkldnn
+    if torch.backends.mkldnn.is_available() and hasattr(mkldnn, REORDER) and hasattr(mkldnn, MULTIPLY):
+        return True
+    log.info("decoding: torch %s can't reorder weights for oneDNN; linear layers are slower without", torch.__version__)
+    return False
+
+
+def _fits(weight: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies by it; by bfloat16 it does not on every CPU."""
+    if weight.dtype == torch.bfloat16 and not getattr(torch.ops.mkldnn, BFLOAT16_SUPPORTED, lambda: False)():
+        return False
+    return weight.device.type == "cpu"
 
 
 def _forward(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    dtype = module.weight.dtype
-    wide = multiplied_in(dtype, module.weight.device)
-    weight, bias = (None if p is None else p.detach().to(wide) for p in (module.weight, module.bias))
-    made = _transposed_forward if wide == torch.float32 and weight.numel() <= SMALL else _packed_forward
-    forward = made(weight, bias)
-    return forward if wide == dtype else lambda x: forward(x.to(wide)).to(dtype)
+    weight, bias = (None if p is None else p.detach() for p in (module.weight, module.bias))
+    assert weight is not None
+    small = weight.dtype == torch.float32 and weight.numel() <= SMALL
+    return _transposed_forward(weight, bias) if small else _packed_forward(weight, bias)
 
 
 def _packed_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    multiply = torch.ops.mkldnn._linear_pointwise
+    packed = getattr(torch.ops.mkldnn, REORDER)(weight, ROWS)
+    multiply = getattr(torch.ops.mkldnn, MULTIPLY)
     return lambda x: multiply(x, packed, bias, "none", [], "")
 
 

@@ -1,11 +1,12 @@
-// One decoding step of a Llama-shaped decoder on a CPU: norm, q/k/v, rotary embedding, attention over a prompt that rows
-// share and over what each row wrote, output projection, gated MLP; layer after layer in one call. T is the type of
-// weights, of keys and values, and of what is multiplied by weights: float or bfloat16. Sums, the residual stream,
-// scores and logits are float32, as they are in the trainer's forward pass under autocast.
+// One decoding step of a Llama-shaped decoder on a CPU: norm, q/k/v, rotary embedding, attention, output projection and
+// gated MLP, layer after layer in one call. Each sequence is one row of the matrices. It attends to its prompt, which
+// sequences share, and to its own tokens. T is the type of weights, of keys and values, and of what weights multiply:
+// float or bfloat16. Sums, the residual stream, scores and logits are float32, as they are in the trainer's forward
+// pass under autocast.
 //
-// What a row becomes does not depend on the rows beside it, to the bit: every sum runs over its own elements in the
-// same order whatever the batch. Compiled at first use by step_compiled.py, whose ctypes structures mirror those below;
-// no header of torch or Python, and torch's own OpenMP threads.
+// A row does not depend on the rows beside it, to the bit: every sum adds its elements in one order, whatever the
+// batch. Compiled at first use by step_compiled.py, whose ctypes structures mirror those below. It needs no header of
+// torch or Python, and uses torch's own OpenMP threads.
 
 #include "../../kernels/vectors.h"
 #ifdef __AVX512BF16__
@@ -21,7 +22,7 @@ struct Layer {
   const void *o;
   const float *post_norm;
   const void *gate_up, *down;
-  void *prompt_keys, *prompt_values, *row_keys, *row_values;  // (slots, kv heads, tokens, D) of T
+  void *prompt_keys, *prompt_values, *sequence_keys, *sequence_values;  // (slots, kv heads, tokens, D) of T
 };
 
 struct Model {
@@ -33,8 +34,8 @@ struct Model {
 };
 
 struct Step {
-  int32_t rows, prompt_tokens, row_tokens;  // live rows; tokens that a slot of the buffers holds
-  const int64_t *order, *written;           // rows, those of a prompt together; tokens that each row wrote
+  int32_t sequences, prompt_tokens, sequence_tokens;  // running ones; tokens that a slot of the buffers holds
+  const int64_t *order, *written;           // rows sorted by prompt; tokens that each row holds
   const int64_t *prompt, *prompt_length;    // of each row: its prompt's slot, and how much of it to attend to
   const float *cos, *sin;                   // (rows, D)
   float *x, *qkv, *scores, *sums, *logits;  // (rows, columns); of scores, sums and h every thread has its own part
@@ -194,18 +195,18 @@ static void weigh(const float *weights, int stride, const T *values, int tokens,
 
 // Softmax of G queries' scores, and what the values of prompt and row become under it.
 template <int D, int G, typename T>
-static void average(float *scores, int stride, const T *prompt_values, int shared, const T *row_values, int own,
+static void average(float *scores, int stride, const T *prompt_values, int shared, const T *own_values, int own,
                     T *to) {
   V out[G][D / W] = {};
   float share[G];
   for (int g = 0; g < G; g++) share[g] = exponentials(scores + g * stride, shared + own);
   weigh<D, G>(scores, stride, prompt_values, shared, out);
-  weigh<D, G>(scores + shared, stride, row_values, own, out);
+  weigh<D, G>(scores + shared, stride, own_values, own, out);
   for (int g = 0; g < G; g++)
     for (int i = 0; i < D / W; i++) store(to + g * D + i * W, out[g][i] * share[g]);
 }
 
-static int scores_stride(const Step &s) { return (s.prompt_tokens + s.row_tokens + 3 * W) / W * W; }
+static int scores_stride(const Step &s) { return (s.prompt_tokens + s.sequence_tokens + 3 * W) / W * W; }
 
 // All query heads of a row that share kv head ``kv``; the row's own key and value are filed away first.
 template <int D, typename T>
@@ -221,26 +222,27 @@ static void attend(const Model &m, const Layer &layer, const Step &s, int row, i
   }
   for (int g = 0; g < Q; g++) rotate(q + g * D, cos, sin, D);
   rotate(k, cos, sin, D);
-  const int64_t in_row = (static_cast<int64_t>(row) * m.kv_heads + kv) * s.row_tokens * D;
+  const int64_t in_own = (static_cast<int64_t>(row) * m.kv_heads + kv) * s.sequence_tokens * D;
   const int64_t in_prompt = (s.prompt[row] * m.kv_heads + kv) * s.prompt_tokens * D;
-  T *row_keys = static_cast<T *>(layer.row_keys) + in_row, *row_values = static_cast<T *>(layer.row_values) + in_row;
+  T *own_keys = static_cast<T *>(layer.sequence_keys) + in_own;
+  T *own_values = static_cast<T *>(layer.sequence_values) + in_own;
   for (int i = 0; i < D; i += W) {
-    store(row_keys + (own - 1) * D + i, load(k + i));
-    store(row_values + (own - 1) * D + i, load(v + i));
+    store(own_keys + (own - 1) * D + i, load(k + i));
+    store(own_values + (own - 1) * D + i, load(v + i));
   }
   score<D>(q, Q, static_cast<const T *>(layer.prompt_keys) + in_prompt, shared, m.scale, scores, stride);
-  score<D>(q, Q, row_keys, own, m.scale, scores + shared, stride);
+  score<D>(q, Q, own_keys, own, m.scale, scores + shared, stride);
   const T *prompt_values = static_cast<const T *>(layer.prompt_values) + in_prompt;
   T *to = static_cast<T *>(s.attended) + (static_cast<int64_t>(row) * m.heads + kv * Q) * D;
   int g = 0;
   for (; g + 3 <= Q; g += 3)  // as many as there are registers for
-    average<D, 3>(scores + g * stride, stride, prompt_values, shared, row_values, own, to + g * D);
-  for (; g < Q; g++) average<D, 1>(scores + g * stride, stride, prompt_values, shared, row_values, own, to + g * D);
+    average<D, 3>(scores + g * stride, stride, prompt_values, shared, own_values, own, to + g * D);
+  for (; g < Q; g++) average<D, 1>(scores + g * stride, stride, prompt_values, shared, own_values, own, to + g * D);
 }
 
 template <int D, typename T>
 static void step_of(const Model &m, const Step &s, int thread) {
-  const int B = s.rows, H = m.hidden, Q = m.heads / m.kv_heads;
+  const int B = s.sequences, H = m.hidden, Q = m.heads / m.kv_heads;
   float *scores = s.scores + static_cast<int64_t>(thread) * Q * scores_stride(s);
   float *sums = s.sums + static_cast<int64_t>(thread) * B * PANEL;
   T *attended = static_cast<T *>(s.attended), *mlp = static_cast<T *>(s.mlp);

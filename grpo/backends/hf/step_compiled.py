@@ -1,8 +1,8 @@
 """Decoding steps of Llama-shaped models on a CPU by one compiled call each (``step_compiled.cpp``).
 
-Between torch's kernels a step of a small model spends as long as in them. The C++ beside this file is compiled once, at
-first use, into the user's cache folder. Where there is no compiler, or the model is of another family, in another type
-or has adapters, decoding goes through transformers (``attention.py``, ``few_row_linear.py``), and a line in the log
+A small model's step spends as long between torch's kernels as in them. The C++ beside this file is compiled once, at
+first use, into the user's cache folder. Decoding goes through transformers (``attention.py``, ``few_row_linear.py``)
+where there is no compiler, or where the model is of another family, in another type or has adapters. A line in the log
 says why.
 """
 
@@ -12,6 +12,7 @@ import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ def _numbers(names: str) -> list[tuple[str, type]]:
 
 class _Layer(Structure):
     _fields_ = _pointers(
-        "input_norm qkv qkv_bias q_norm k_norm o post_norm gate_up down prompt_keys prompt_values row_keys row_values"
+        "input_norm qkv qkv_bias q_norm k_norm o post_norm gate_up down "
+        "prompt_keys prompt_values sequence_keys sequence_values"
     )
 
 
@@ -53,7 +55,7 @@ class _Model(Structure):
 
 class _Step(Structure):
     _fields_ = [
-        *_numbers("rows prompt_tokens row_tokens"),
+        *_numbers("sequences prompt_tokens sequence_tokens"),
         *_pointers("order written prompt prompt_length cos sin x qkv scores sums logits h attended mlp"),
     ]
 
@@ -68,8 +70,16 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def _base(model: PreTrainedModel) -> Any:  # transformers' types know of no layers
+    return model.base_model
+
+
+def _weight_of_head(model: PreTrainedModel) -> Any:
+    return model.get_output_embeddings().weight
+
+
 def why_not(model: PreTrainedModel) -> str | None:
-    """Why a model's decoding steps can't be compiled ones; None where they can."""
+    """Why a model's decoding steps can't be compiled; None where they can."""
     config, linears = model.config, [m for m in model.modules() if isinstance(m, nn.Linear)]
     if next(model.parameters()).device.type != "cpu":
         return "it is for CPUs"
@@ -87,9 +97,9 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "the model has a sliding window"
     if config.hidden_act not in ("silu", "swish") or getattr(config, "mlp_bias", False):
         return "its MLP is not a plain SwiGLU"
-    if model.base_model.layers[0].self_attn.o_proj.bias is not None:
+    if _base(model).layers[0].self_attn.o_proj.bias is not None:
         return "its attention has an output bias"
-    head_dim = model.base_model.layers[0].self_attn.head_dim
+    head_dim = _base(model).layers[0].self_attn.head_dim
     try:
         known = library().knows_heads_of(head_dim)
     except CannotCompile as error:
@@ -100,15 +110,16 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 
 class DecodeStep:
-    """A model's decoding step. Weights are copied in the order that it reads them: make one a rollout."""
+    """``NextLogits`` of a model. It copies the weights in the order in which it reads them: make one each rollout."""
 
     def __init__(self, model: PreTrainedModel):
-        self.base, self.library, self.threads = model.base_model, library(), torch.get_num_threads()
+        self.base = _base(model)
+        self.library, self.threads = library(), torch.get_num_threads()
         self.width = self.library.vector_floats()
         self.dtype = model.dtype
-        config, head = model.config, model.get_output_embeddings().weight
+        config, head = model.config, _weight_of_head(model)
         attention = self.base.layers[0].self_attn
-        self.kept: list[torch.Tensor] = []  # what C++ points to
+        self.kept: list[torch.Tensor] = []  # C++ holds pointers into them
         self.layers = (_Layer * len(self.base.layers))(*(self._layer(layer) for layer in self.base.layers))
         self.model = _Model(
             layers=len(self.base.layers),
@@ -128,11 +139,11 @@ class DecodeStep:
         self.shape: object = None
 
     def __call__(self, tokens_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
-        """Logits (B,V) behind one more token of every live row of ``cache``, which holds it afterwards."""
+        """Logits (B,V) behind one more token of every running sequence. Adds the token to ``cache``."""
         if self.shape is not cache.shape:
             self._point_into(cache)
         B, V = len(tokens_B), self.model.vocabulary
-        written_B, prompt_B = np.array(cache.row_lengths), np.array(cache.row_prompt)
+        written_B, prompt_B = np.array(cache.lengths), np.array(cache.prompt_of)
         shared_B = np.zeros_like(prompt_B) if cache.shape.head_tokens else np.array(cache.prompt_lengths)[prompt_B]
         order_B = np.argsort(prompt_B, kind="stable")
         x_BH = self.base.embed_tokens(tokens_B).float()
@@ -142,9 +153,9 @@ class DecodeStep:
         arrays = {"order": order_B, "written": written_B, "prompt": prompt_B, "prompt_length": shared_B}
         tensors = {"cos": cos_BD, "sin": sin_BD, "x": x_BH, "logits": logits_BV} | self.work
         step = _Step(
-            rows=B,
+            sequences=B,
             prompt_tokens=cache.shape.prompt_tokens,
-            row_tokens=cache.shape.row_tokens,
+            sequence_tokens=cache.shape.sequence_tokens,
             **{name: array.ctypes.data for name, array in arrays.items()},
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
@@ -155,23 +166,23 @@ class DecodeStep:
         return logits_BV
 
     def _point_into(self, cache: DecodeCache) -> None:
-        """The cache's buffers, and room for a step of all its rows."""
+        """Point into the cache's buffers, and make room for a step of as many sequences as it holds."""
         self.shape = cache.shape
         for layer, held in zip(self.layers, (cache.layers[i] for i in range(len(self.layers))), strict=True):
-            for name in ("prompt_keys", "prompt_values", "row_keys", "row_values"):
+            for name in ("prompt_keys", "prompt_values", "sequence_keys", "sequence_values"):
                 setattr(layer, name, getattr(held, name).data_ptr())
-        m, rows = self.model, cache.shape.rows
+        m, sequences = self.model, cache.shape.sequences
         scores = self.library.scores_of_thread(
             ctypes.byref(m),
-            ctypes.byref(_Step(prompt_tokens=cache.shape.prompt_tokens, row_tokens=cache.shape.row_tokens)),
+            ctypes.byref(_Step(prompt_tokens=cache.shape.prompt_tokens, sequence_tokens=cache.shape.sequence_tokens)),
         )
         columns = {"h": self.threads * m.hidden, "attended": m.heads * m.head_dim, "mlp": m.mlp}
-        self.work = {name: torch.empty(rows * n, dtype=self.dtype) for name, n in columns.items()}
-        self.work["qkv"] = torch.empty(rows * (m.heads + 2 * m.kv_heads) * m.head_dim)
-        self.work["sums"] = torch.empty(self.threads * rows * 2 * self.width)
+        self.work = {name: torch.empty(sequences * n, dtype=self.dtype) for name, n in columns.items()}
+        self.work["qkv"] = torch.empty(sequences * (m.heads + 2 * m.kv_heads) * m.head_dim)
+        self.work["sums"] = torch.empty(self.threads * sequences * 2 * self.width)
         self.work["scores"] = torch.empty(self.threads * scores)
 
-    def _layer(self, layer: nn.Module) -> _Layer:
+    def _layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
         biased = qkv[0].bias is not None
@@ -187,7 +198,8 @@ class DecodeStep:
             **{name: self._pointer(norm.weight) for name, norm in norms.items() if norm is not None},
         )
 
-    def _pointer(self, tensor: torch.Tensor) -> int:  # of what is small and stays float32
+    def _pointer(self, tensor: torch.Tensor) -> int:
+        """To a small tensor's float32 numbers."""
         self.kept.append(tensor.detach().float().contiguous())
         return self.kept[-1].data_ptr()
 
@@ -195,7 +207,7 @@ class DecodeStep:
         return self._pointer(nn.functional.pad(bias_N.detach(), (0, -len(bias_N) % (2 * self.width))))
 
     def _packed(self, weights: list[torch.Tensor]) -> int:
-        """Weights (N,K) by panels of two vectors' columns; of two weights, each panel has one vector of each."""
+        """A weight (N,K) in panels, each as wide as two vectors. Of two weights, a panel has one vector of each."""
         pack = self.library.pack_bfloat16 if self.dtype == torch.bfloat16 else self.library.pack_float32
         width, (N, K) = 2 * self.width // len(weights), weights[0].shape
         panels = torch.zeros((-(-N // width), K, 2 * self.width), dtype=self.dtype)

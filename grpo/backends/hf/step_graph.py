@@ -1,12 +1,12 @@
 """Decoding steps on a GPU as replays of CUDA graphs.
 
-Through transformers a step launches hundreds of kernels one by one, which takes longer than they do. A graph launches
-them all at once, with the shapes and at the addresses it was captured with. So rows, their length, prompts and rows of
-a prompt are rounded up to powers of two; what is beyond the live ones is computed and never read. Sizes that come up a
-second time are captured; their graphs share one pool of memory and last for a rollout.
+Through transformers a step launches hundreds of kernels one by one, and launching takes longer than computing. A graph
+launches them all at once, with the shapes and addresses of its capture. So four numbers are rounded up to powers of
+two: sequences, their tokens, prompts, and sequences of a prompt. What this adds is computed and never read. A size is
+captured when it comes up for the second time. Graphs share one pool of memory and last for a rollout.
 
-The tests replay by a recorder of torch's calls on a CPU: no graph has been captured on a GPU yet. At start the backend
-compares a replay's logits with the model's own (``check.py``), and does without where they differ.
+No graph has been captured on a GPU yet: the tests record and replay torch's calls on a CPU. At start the backend
+compares a replay's logits with the model's own (``check.py``), and does without graphs where they differ.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ from typing import Any
 
 import torch
 
-from grpo.backends.hf.kv_cache import DecodeCache, LivePrompts, Shape, Step, beyond
+from grpo.backends.hf.kv_cache import DecodeCache, Shape
+from grpo.backends.hf.step import PromptGroups, Step, mask_after
 from grpo.kernels import grads_in_place
 from grpo.model.scored_lm import ScoredLM
 
 log = logging.getLogger("grpo")
 
-FEWEST_TOKENS = 64  # of a row; a graph is for no shorter ones
+FEWEST_TOKENS = 64  # of a sequence; no graph is for fewer
 
-# Records what a function computes; returns what computes it again from the same tensors into the same tensors.
+# Records a function's work. Returns a function that repeats it, from the same tensors into the same tensors.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def cuda_capture() -> Capture:
-    """Captures into graphs that share one pool of memory: they are replayed one after another."""
+    """Captures into graphs that share one pool of memory, which is safe because they are replayed one at a time."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Callable[[], None]) -> Callable[[], None]:
         graph, stream, caching = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.is_autocast_cache_enabled()
-        # Casts that are kept from before may be freed before a replay, and those made now are overwritten by one.
+        # A cast that was kept before may be freed before a replay. One that is made now is overwritten by a replay.
         torch.set_autocast_cache_enabled(False)
         grads_in_place.forget()
         try:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 compute()
-        except RuntimeError as error:  # that there was nothing to end, with the cause in its context
+        except RuntimeError as error:  # "nothing to end"; the cause is its context
             raise error.__context__ or error from None
         finally:
-            torch.cuda.set_stream(stream)  # torch leaves another where it fails
+            torch.cuda.set_stream(stream)  # after a failure torch leaves another
             torch.set_autocast_cache_enabled(caching)
             grads_in_place.forget()
         return graph.replay
@@ -57,37 +58,42 @@ def cuda_capture() -> Capture:
 
 @dataclass(frozen=True)
 class Size:
-    """What a graph is for. ``prompts`` is 0 where rows hold their own."""
+    """What a graph is for. ``prompts`` is 0 where sequences hold a copy of their prompt."""
 
-    rows: int
-    row_tokens: int
+    sequences: int
+    sequence_tokens: int
     prompts: int
     group_size: int
 
     @classmethod
     def of(cls, cache: DecodeCache) -> Size:
         shape = cache.shape
-        rows = cls.up(len(cache.row_lengths), shape.rows)
-        row_tokens = cls.up(max(cache.longest + 1, FEWEST_TOKENS), shape.row_tokens)
+        sequences = cls.up(len(cache.lengths), shape.sequences)
+        sequence_tokens = cls.up(max(cache.longest + 1, FEWEST_TOKENS), shape.sequence_tokens)
         if shape.head_tokens:
-            return cls(rows, row_tokens, 0, 0)
-        largest_group = max(Counter(cache.row_prompt).values())
+            return cls(sequences, sequence_tokens, 0, 0)
+        largest_group = max(Counter(cache.prompt_of).values())
         prompts = cls.up(len(cache.prompt_lengths), shape.prompts)
-        return cls(rows, row_tokens, prompts, cls.up(largest_group, shape.rows))
+        return cls(sequences, sequence_tokens, prompts, cls.up(largest_group, shape.sequences))
 
     @staticmethod
     def up(n: int, most: int) -> int:
-        """To a power of two, or all there are."""
+        """``n`` rounded up to a power of two, and no more than ``most``."""
         return min(1 << (n - 1).bit_length(), most)
 
 
 class GraphStep:
-    """``NextLogits`` for the engine. What it returns is overwritten by the next step: read it before."""
+    """``NextLogits`` for the engine. The next call overwrites the logits that it returned."""
 
     def __init__(self, model: ScoredLM, capture: Capture):
         self.model, self.capture = model, capture
         self.cache: DecodeCache | None = None
         self.shape: Shape | None = None
+        self.replays: dict[Size, Callable[[], None]] = {}
+        self.seen: set[Size] = set()
+        self.told: Any = None  # what the inputs hold
+        self.logits: torch.Tensor | None = None
+        self.inputs: dict[str, torch.Tensor] = {}
 
     def __call__(self, tokens_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
         if cache is not self.cache or cache.shape is not self.shape:
@@ -95,9 +101,9 @@ class GraphStep:
         size = Size.of(cache)
         if self.told != self._state(size):
             self._tell(size)
-        cache.clear_to(size.row_tokens)
+        cache.clear_to(size.sequence_tokens)
         cache.grow()
-        self.told = self._state(size)  # graphs count what rows have written themselves
+        self.told = self._state(size)  # a graph adds 1 to ``written`` itself
         self.inputs["tokens"][: len(tokens_B)].copy_(tokens_B)
         if size not in self.replays and size in self.seen:
             self.replays[size] = self._captured(size)
@@ -115,62 +121,60 @@ class GraphStep:
             return compute
 
     def _begin(self, cache: DecodeCache) -> None:
-        """New buffers: graphs of the old ones are void."""
+        """Start over: graphs of other buffers are void."""
         self.cache, self.shape = cache, cache.shape
-        self.replays: dict[Size, Callable[[], None]] = {}
-        self.seen: set[Size] = set()
-        self.told: Any = None
-        self.logits: torch.Tensor | None = None
-        rows, prompts = cache.shape.rows, cache.shape.prompts
-        sizes = {"tokens": rows, "written": rows, "prompt_of": rows, "place": rows}
-        sizes |= {"prompt_lengths": prompts, "row_at": prompts * rows}
+        self.replays, self.seen, self.told, self.logits = {}, set(), None, None
+        sequences, prompts = cache.shape.sequences, cache.shape.prompts
+        sizes = {"tokens": sequences, "written": sequences, "prompt_of": sequences, "place": sequences}
+        sizes |= {"prompt_lengths": prompts, "sequence_at": prompts * sequences}
         self.inputs = {n: torch.zeros(size, dtype=torch.int64, device=cache.device) for n, size in sizes.items()}
-        self.inputs["rows"] = torch.arange(rows, device=cache.device)
+        self.inputs["sequences"] = torch.arange(sequences, device=cache.device)
 
     def _state(self, size: Size) -> Any:
         assert self.cache is not None
-        return size, list(self.cache.row_lengths), list(self.cache.row_prompt), list(self.cache.prompt_lengths)
+        return size, list(self.cache.lengths), list(self.cache.prompt_of), list(self.cache.prompt_lengths)
 
     def _tell(self, size: Size) -> None:
-        """Who is live, where and how long, into the inputs; rows beyond are like the first of prompt 0, and empty."""
+        """Write into the inputs which sequences run. Places beyond them are empty sequences of prompt 0."""
         cache = self.cache
         assert cache is not None
-        given = {"written": cache.row_lengths}
+        given = {"written": cache.lengths}
         if size.prompts:
-            places, row_at = LivePrompts.arrange(cache.row_prompt, size.prompts, size.group_size)
-            given |= {"prompt_of": cache.row_prompt, "place": places, "row_at": row_at}
+            places, sequence_at = PromptGroups.arrange(cache.prompt_of, size.prompts, size.group_size)
+            given |= {"prompt_of": cache.prompt_of, "place": places, "sequence_at": sequence_at}
             given |= {"prompt_lengths": cache.prompt_lengths}
         for name, values in given.items():
             self.inputs[name].zero_()[: len(values)].copy_(torch.tensor(values))
 
     def _compute(self, size: Size) -> None:
-        """Logits of one more token of every row, from the inputs into ``self.logits``: what is captured."""
+        """From the inputs into ``self.logits``: logits of one more token of every sequence. A graph captures this."""
         cache, inputs = self.cache, self.inputs
         assert cache is not None
-        tokens_R, written_R, of_R, place_R, rows_R = (
-            inputs[name][: size.rows] for name in ("tokens", "written", "prompt_of", "place", "rows")
+        tokens_S, written_S, prompt_S, place_S, sequences_S = (
+            inputs[name][: size.sequences] for name in ("tokens", "written", "prompt_of", "place", "sequences")
         )
-        positions_R, prompts = written_R, None
+        positions_S, prompts = written_S, None
         if U := size.prompts:
             lengths_U = inputs["prompt_lengths"][:U]
-            prompts = LivePrompts(
-                of_B=of_R,
-                lengths_B=lengths_U[of_R],
-                place_B=place_R,
-                row_at=inputs["row_at"][: U * size.group_size],
+            prompts = PromptGroups(
+                prompt_B=prompt_S,
+                lengths_B=lengths_U[prompt_S],
+                place_B=place_S,
+                sequence_at=inputs["sequence_at"][: U * size.group_size],
                 number=U,
                 group_size=size.group_size,
                 longest=cache.shape.prompt_tokens,
-                mask_UP=beyond(lengths_U.clamp(min=1), cache.shape.prompt_tokens),  # of nothing at all: not a number
+                # Attention over nothing is nan: an unused prompt has one token.
+                mask_UP=mask_after(lengths_U.clamp(min=1), cache.shape.prompt_tokens),
             )
-            positions_R = prompts.lengths_B + written_R
-        mask_RC = beyond(written_R + 1, size.row_tokens)
-        cache.step = Step(rows_R, written_R, positions_R, size.row_tokens, mask_RC, prompts)
-        hidden_R1H = self.model.causal_lm.base_model(
-            input_ids=tokens_R[:, None], position_ids=positions_R[:, None], use_cache=False
+            positions_S = prompts.lengths_B + written_S
+        mask_SC = mask_after(written_S + 1, size.sequence_tokens)
+        cache.step = Step(sequences_S, written_S, positions_S, size.sequence_tokens, mask_SC, prompts)
+        hidden_S1H = self.model.causal_lm.base_model(
+            input_ids=tokens_S[:, None], position_ids=positions_S[:, None], use_cache=False
         ).last_hidden_state
-        logits_RV = self.model.head(hidden_R1H[:, 0])
+        logits_SV = self.model.head(hidden_S1H[:, 0])
         if self.logits is None:
-            self.logits = logits_RV.new_empty(cache.shape.rows, logits_RV.shape[1])
-        self.logits[: size.rows].copy_(logits_RV)
-        written_R += 1
+            self.logits = logits_SV.new_empty(cache.shape.sequences, logits_SV.shape[1])
+        self.logits[: size.sequences].copy_(logits_SV)
+        written_S += 1

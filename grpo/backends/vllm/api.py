@@ -1,4 +1,4 @@
-"""vLLM's HTTP interface: the one place that knows its routes, and what they answer.
+"""vLLM's HTTP interface. Only this file knows its routes and their answers.
 
 | used                                                  | for                                         | since |
 |-------------------------------------------------------|---------------------------------------------|-------|
@@ -17,7 +17,7 @@
 |   --generation-config, --weight-transfer-config       |                                              |       |
 | vllm.distributed.weight_transfer (trainer's side)     | the sending end of NCCL                      | 0.32  |
 
-"Since" is the oldest version that grpo's tests ran against, not the first that had it; the range is in ``serve.py``.
+"Since" is the oldest version that grpo's tests ran against. An older one may have it too. The range is in ``serve.py``.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from grpo.backends.base import Sampling
 from grpo.errors import BackendFailed
 
 HEALTH = 5.0  # seconds for a server to say that it is up
-QUICK = 20.0  # seconds for what a healthy server answers at once
-UNLABELLED = "default"  # the weight version of a server that nobody has sent weights to
+QUICK = 20.0  # seconds for a request that a healthy server answers at once
+UNLABELLED = "default"  # a server's weight version before anybody has sent it weights
 
 
 class ServerGone(Exception):
-    """A server cannot be reached, broke off, or passed a deadline: it may come back."""
+    """A server cannot be reached, broke off, or passed a deadline. It may come back."""
 
 
 class Server:
     """One engine over HTTP. Methods are coroutines of the pool's loop.
 
-    Raises ServerGone where the server may be back later, and BackendFailed where it has answered that it will not.
+    They raise ServerGone where trying later may help, and BackendFailed where the server has refused.
     """
 
     def __init__(self, url: str, session: aiohttp.ClientSession):
@@ -73,7 +73,7 @@ class Server:
         return choice | {"model": answer["model"]}
 
     async def pause(self, timeout: float) -> None:
-        """Stop between two tokens; what is in flight is kept, what comes is queued."""
+        """Stop between two tokens. Requests in flight are kept, new ones are queued."""
         await self._call("POST", "/pause?mode=keep&clear_cache=false", timeout=timeout)
 
     async def resume(self) -> None:
@@ -83,7 +83,7 @@ class Server:
         await self._call("POST", "/update_weight_version", {"new_version": str(version)}, timeout=QUICK)
 
     async def forget_prefixes(self) -> None:
-        """Drop cached keys and values, those of requests in flight included: they are computed again."""
+        """Drop cached keys and values, which are then computed again; also those of requests in flight."""
         path = "/reset_prefix_cache?reset_running_requests=true"
         if not (await self._call("POST", path, timeout=QUICK))["success"]:
             raise BackendFailed(
@@ -101,7 +101,7 @@ class Server:
         await self.on_workers("grpo_load", folder, timeout=timeout)
 
     async def fingerprint(self, timeout: float) -> list[dict[str, Any]]:
-        """What ``WorkerExtension.grpo_fingerprint`` finds, for each worker."""
+        """One ``WorkerExtension.grpo_fingerprint`` for each worker."""
         return await self.on_workers("grpo_fingerprint", timeout=timeout)
 
     async def adapter_fingerprint(self, timeout: float) -> list[dict[str, Any]]:
@@ -141,8 +141,11 @@ class Server:
         gone: int | None = None,
         fine: int | None = None,
     ) -> Any:
-        """The decoded answer. ``timeout`` in seconds, from sending to the last byte; ``gone`` is a status that means
-        ServerGone, as those from 500 on do, ``fine`` one that is no error."""
+        """The decoded answer.
+
+        ``timeout`` counts seconds from sending to the last byte. The status ``gone`` raises ServerGone, as those from
+        500 on do. The status ``fine`` is no error.
+        """
         route = f"{verb} {path.split('?')[0]}"
         limit = aiohttp.ClientTimeout(total=timeout)
         try:
@@ -179,8 +182,8 @@ def generate_payload(
 ) -> dict[str, Any]:
     """The request for one completion, whose draws are seeded by its key alone.
 
-    The salt keeps prompts from sharing cached keys and values with those computed under other weights. Ids that end a
-    completion are the trainer's own list; vLLM's idea of end-of-sequence is left out.
+    The salt keeps prompts from using cached keys and values of other weights. The trainer's own list says which ids
+    end a completion; vLLM's end-of-sequence token is ignored.
     """
     return {
         "token_ids": token_ids,
@@ -204,7 +207,7 @@ def generate_payload(
 
 
 class WeightSource:
-    """A state as the sending end of vLLM's weight transfer wants it: what comes, then the tensors, cast as they go."""
+    """A state in the form that vLLM's sending end wants: names and shapes first, then tensors, cast one by one."""
 
     def __init__(self, state: dict[str, torch.Tensor], dtype: torch.dtype):
         self.state, self.dtype = state, dtype

@@ -1,8 +1,8 @@
-"""The vLLM backend: what the trainer asks for, over every process of a launch.
+"""The vLLM backend, over all training processes of a launch.
 
-Every training process asks the servers for its own share of the completions. Weights are handed over by a server's
-*keeper* (``keeper.py``): the first process for servers elsewhere, the first of each engine's processes for colocated
-ones. What fails on one process is raised on all, because the others would wait for it.
+Every training process asks the servers for its own share of the completions. A server's *keeper* (``keeper.py``)
+hands over weights: the first process keeps servers elsewhere, and the first process of each engine's group keeps a
+colocated engine. An error on one process is raised on all, because the others would wait for it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from grpo.types import Completion, Sequence, Status, VersionSpan
 
 T = TypeVar("T")
 
-RECOVERIES = 5  # within one rollout: servers that keep dying on the same requests will not stop
+RECOVERIES = 5  # within one rollout; servers that die more often die of the requests
 
 
 @dataclass
 class InFlight:
-    """Completions that were asked for and may not have come yet."""
+    """Completions that were asked for; some may have come."""
 
     requests: list[Request]
     sampling: Sampling
@@ -76,7 +76,7 @@ class VLLMBackend:
         return self.collect(self.submit(requests, sampling, version), on_group)
 
     def submit(self, requests: list[Request], sampling: Sampling, version: int) -> InFlight:
-        """Ask for completions and return at once; they go on while the policy is trained and new weights arrive."""
+        """Ask for completions and return at once. They go on while the policy trains and while weights are replaced."""
         if version != self.version:
             raise RunError(f"rollout asked for policy version {version}, the vllm backend holds {self.version}")
         if self.asleep:
@@ -85,8 +85,11 @@ class VLLMBackend:
         return InFlight(requests, sampling, version, self.pool.submit(self._payloads(requests, sampling)))
 
     def collect(self, flight: InFlight, on_group: OnGroup | None = None) -> list[list[Completion]]:
-        """Wait for what ``submit`` asked for. Requests whose server was lost are asked again; where none is left, the
-        servers get until ``vllm_server_timeout`` to come back and are given the weights again."""
+        """Wait for the completions that ``submit`` asked for.
+
+        Requests whose server was lost are asked again. Where no server is left, they get ``vllm_server_timeout``
+        seconds to come back, and get the weights again.
+        """
         landing = _Landing(flight.requests, lambda answer: self._completion(answer, flight), on_group)
         asked, coming = list(range(landing.size)), flight.answers
         for _ in range(RECOVERIES):
@@ -94,7 +97,7 @@ class VLLMBackend:
             if not errors:
                 break
             self.sync(self.policy, self.version)
-            payloads = self._payloads(flight.requests, flight.sampling)  # those of an adapter name its version
+            payloads = self._payloads(flight.requests, flight.sampling)  # with adapters, payloads name the version
             asked = landing.missing()
             coming = self.pool.submit([payloads[i] for i in asked])
         else:
@@ -108,16 +111,19 @@ class VLLMBackend:
         return landing.groups
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
-        """Hand the policy's weights to every server that can be reached, and check that they are what samples.
+        """Hand the policy's weights to every server that can be reached, and check that it samples from them.
 
-        Returns how far engine and trainer were apart on the probe. Raises BackendFailed, on every process, where no
-        server came up in time, or where one holds other weights or samples from another distribution.
+        Returns how far engine and trainer were apart on the probe.
+
+        Raises:
+            BackendFailed: no server came up in time, or one holds other weights or samples from another distribution.
+                Raised on every process.
         """
         self.policy, self.version = policy, version
         state = policy.base_state() if self.adapters else policy.full_state()
         adapter = policy.adapter_state() if self.adapters else {}
         deadline = time.monotonic() + self.rollout.vllm_server_timeout
-        for down in gather_object([dict(self.pool.down)]):  # the keeper may not have asked a server that others lost
+        for down in gather_object([dict(self.pool.down)]):  # a keeper may not know that others lost its server
             self.pool.lose(down)
         while True:
             self._everywhere(lambda: self.keeper.reach(version, deadline))
@@ -164,7 +170,7 @@ class VLLMBackend:
         )
 
     def _check_probes(self, probes: list[trust.Probe]) -> dict[str, float]:
-        """Score all engines' probes with the policy (on every process: its forward pass may need them all)."""
+        """Score all engines' probes with the policy, on every process, because its forward pass may need them all."""
         temperature = self.rollout.temperature
         tolerance = self.rollout.vllm_probe_tolerance or trust.TOLERANCE[self.dtype]
         scored = self._score(probes, temperature)
@@ -199,7 +205,7 @@ class VLLMBackend:
         return [[next(rows) for _ in p.token_ids] for p in probes]
 
     def _everywhere(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` gives on each process; an error that is meant to be read is raised on all of them."""
+        """The results of ``work``, process by process. A RunError or UserError of one is raised on all."""
         value: Any = None
         failure: Exception | None = None
         try:
@@ -214,7 +220,7 @@ class VLLMBackend:
 
 
 class _Landing:
-    """Completions of a rollout as they come, by request. ``on_group`` is called with each request that is whole."""
+    """Collects the completions of a rollout by request, and calls ``on_group`` with each request that is complete."""
 
     def __init__(self, requests: list[Request], completion: Callable[[Any], Completion], on_group: OnGroup | None):
         self.places = [(i, g) for i, request in enumerate(requests) for g in range(len(request.keys))]
@@ -227,7 +233,7 @@ class _Landing:
         return [n for n, (i, g) in enumerate(self.places) if self.groups[i][g] is None]
 
     def land(self, asked: list[int], coming: Answers) -> str | None:
-        """Wait for what was asked for and put it in its place; where some of it is lost, why."""
+        """Wait for the completions that were asked for and put them in their places. If some are lost, returns why."""
         why = None
         for n, answer in coming:
             if isinstance(answer, Lost):

@@ -1,4 +1,4 @@
-"""The servers that one process keeps: waiting for them, starting an engine again, handing over weights, checks."""
+"""One process's care for its servers: wait for them, restart an engine, hand over weights, check them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ State = dict[str, torch.Tensor]
 
 
 class Keeper:
-    """Gives weights to ``servers`` (none on a process that keeps none, which still takes part in gathering them).
+    """Gives weights to ``servers``. A process that keeps none still takes part in gathering the weights.
 
-    ``engine`` is the colocated engine's process, where there is one: it is then the only server.
+    ``engine`` is the process of a colocated engine, which is then the only server.
     """
 
     def __init__(
@@ -51,17 +51,19 @@ class Keeper:
         self.pool, self.servers, self.engine, self.sender, self.scratch = pool, servers, engine, sender, scratch
         self.dtype = DTYPES[self.rollout.vllm_dtype or recipe.model.dtype]
         self.adapters = recipe.model.lora is not None and self.rollout.vllm_lora_sync == "adapter"
-        self.reached: list[Server] = []  # those that take part in this hand-over; in the pool they are up behind it
-        self.has_base: set[str] = set()  # with adapters: servers that hold the frozen weights
+        self.reached: list[Server] = []  # servers of this hand-over; the pool has them up after it
+        self.has_base: set[str] = set()  # servers that hold the frozen weights (with adapters)
         self.met = False  # all servers have been up once
 
     # ---------------------------------------------------------------- up and down
 
     def reach(self, version: int, deadline: float) -> None:
-        """Wait until a server answers (the first time: all of them), and look at the settings of those that are back.
+        """Wait until a server answers, the first time until all do, and check the settings of those that are back.
 
-        Raises BackendFailed at the deadline, and at once where an engine ended while it started; UserError where a
-        server runs with settings that training cannot use (BackendFailed where it is one that came back).
+        Raises:
+            BackendFailed: the deadline passed, an engine ended while it started, or a server came back with settings
+                that training cannot use.
+            UserError: a server has such settings the first time.
         """
         if not self.servers:
             return
@@ -89,7 +91,7 @@ class Keeper:
         self.reached = answering
 
     def wait_to_retry(self, version: int, deadline: float) -> None:
-        """Behind a hand-over that left a process without servers. Raises BackendFailed where it is time to give up."""
+        """After a hand-over that left a process without servers. Raises BackendFailed past the deadline."""
         if self.servers and not self.reached and time.monotonic() > deadline:
             urls = ", ".join(server.url for server in self.servers)
             raise BackendFailed(
@@ -120,7 +122,7 @@ class Keeper:
         return answering
 
     def _watch_engine(self, where: str) -> None:
-        """Start a colocated engine that has ended; raise where it ended before it ever answered."""
+        """Restart a colocated engine that has ended. Raises BackendFailed if it never answered."""
         code = self.engine.exit_code() if self.engine else None
         if self.engine is None or code is None:
             return
@@ -130,7 +132,7 @@ class Keeper:
         self.engine.start()
 
     def _restart_hung_engine(self) -> None:
-        """An engine that runs, was lost and does not answer will not come back by itself."""
+        """Restart an engine that runs but does not answer: it will not come back by itself."""
         engine = self.engine
         if engine is None or not self.met or not self.pool.down or engine.starting or engine.exit_code() is not None:
             return
@@ -145,8 +147,10 @@ class Keeper:
     # ---------------------------------------------------------------- weights
 
     def hand_over(self, policy: Policy, version: int, state: State, adapter: State, asleep: bool) -> list[trust.Probe]:
-        """Give the servers that were reached the weights, label and check them; their probes. Those that fail are
-        down."""
+        """Give weights to the servers that were reached, label and check them. Returns their probes.
+
+        Servers that fail are marked down.
+        """
         timeout = self.rollout.vllm_sync_timeout
 
         async def hold(server: Server) -> None:
@@ -178,9 +182,9 @@ class Keeper:
         return probes
 
     def _give_adapter(self, policy: Policy, version: int, adapter: State) -> None:
-        """Load the adapters of this version beside those of the one before, which completions in flight may still use.
+        """Load this version's adapter. The one before stays, because completions in flight may still use it.
 
-        A server may have one of that name: of a hand-over before it was lost, or of the run that this one resumes.
+        A server may hold an adapter of this name already, from before it was lost or from a run that is resumed.
         """
         if not self.reached:
             return
@@ -204,7 +208,7 @@ class Keeper:
         return [server for server in self.servers if server.url not in self.pool.down]
 
     def _on(self, servers: list[Server], work: Callable[[Server], Any]) -> dict[Server, Any]:
-        """What ``work`` gives for each server; those that break off are down from then on."""
+        """The results of ``work`` by server. Servers that break off are marked down."""
         results: dict[Server, Any] = {}
 
         async def keep(server: Server) -> None:
@@ -253,7 +257,7 @@ class Keeper:
             log.warning("%d of %d engine parameters cannot be compared by name: %s", len(unknown), len(found[0]), shown)
 
     async def _probe(self, server: Server, policy: Policy, version: int) -> trust.Probe:
-        """Sample as rollouts do, but without truncation, which the update does not know, and past any end."""
+        """Sample as rollouts do, but past any end, and without truncation, which scoring a probe leaves out."""
         length = longest_sequence(self.recipe)
         prompt_ids = policy.tokenizer.encode(trust.PROBE_TEXT, add_special_tokens=False)[: length // 2]
         sampling = Sampling(min(trust.PROBE_TOKENS, length - len(prompt_ids)), temperature=self.rollout.temperature)

@@ -1,4 +1,4 @@
-"""The servers that this process generates with: requests balanced over those that are up, in a thread of their own."""
+"""The servers that this process generates with. A thread of its own balances requests over those that are up."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from grpo.backends.vllm.api import UNLABELLED, Server, ServerGone
 log = logging.getLogger("grpo")
 T = TypeVar("T")
 
-MAX_IN_FLIGHT = (
-    512  # requests open on one server at once; vLLM runs no more together by default, and sockets are finite
-)
+MAX_IN_FLIGHT = 512  # requests open on one server at once. vLLM runs no more by default, and sockets are finite.
 
 
 @dataclass(frozen=True)
 class Lost:
-    """In place of a completion: every server was down by the time it could be asked for. ``why`` is the last error."""
+    """Stands for a completion that no server is left to make. ``why`` is the last error."""
 
     why: str
 
 
-Came = tuple[int, dict[str, Any] | Lost] | None  # a payload's place and its answer; None behind the last
+Came = tuple[int, dict[str, Any] | Lost] | None  # a payload's place and its answer; None after the last
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What was asked for, as it comes: iterating gives each payload's place and answer, in the order of their ends, and
-    raises what ``Server.generate`` does."""
+    """Iterating gives each payload's place and answer, in the order in which they end.
+
+    It raises what ``Server.generate`` raises.
+    """
 
     asked: Future[None]
     came: SimpleQueue[Came]
@@ -50,8 +50,8 @@ class Answers:
 class Pool:
     """Talks to servers from a thread with an event loop, so that requests go on while the caller does something else.
 
-    A server that breaks off or passes a deadline is down: its requests go to the others at once, and it is asked
-    nothing until the backend has given it weights again and takes it back in (``up``).
+    A server that breaks off or passes a deadline is down. Its requests go to the others at once. It gets no request
+    until the backend has given it weights again and calls ``up``.
     """
 
     def __init__(self, urls: list[str], generation_timeout: float):
@@ -84,7 +84,7 @@ class Pool:
         self.down[server.url] = why
 
     def lose(self, down: dict[str, str]) -> None:
-        """Those of the servers that another process has lost are down here too."""
+        """Mark servers down that another process has lost."""
         for server in self.servers:
             if server.url in down:
                 self.mark_down(server, down[server.url])
@@ -141,6 +141,6 @@ class Pool:
 
 
 async def _session() -> aiohttp.ClientSession:
-    # No connection is used twice: a server closes idle ones after a few seconds, and a request that is written to one
-    # just then looks like a server that broke off.
+    # No connection is used twice. A server closes idle connections after a few seconds, and a request that is written
+    # to one just then looks as if the server had broken off.
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), trust_env=False)

@@ -21,11 +21,11 @@ from grpo.model.policy import Policy
 PACKAGE = Path(grpo.__file__).resolve().parent
 SECONDS_TO_STOP = 20.0
 LINES_OF_LOG = 12
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as --max-lora-rank
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM accepts these as --max-lora-rank
 
 
 class EngineProcess:
-    """Starts, stops and starts again one server. It dies with this process, however this process dies."""
+    """Starts, stops and restarts one server. The server dies with this process, however this process dies."""
 
     def __init__(
         self, model: Path, arguments: list[str], python: str | None, devices: list[int], *, log: Path, scratch: Path
@@ -36,12 +36,12 @@ class EngineProcess:
         self.command = [python or sys.executable, "-m", "grpo.backends.vllm.serve", "--die-with", str(os.getpid())]
         self.command += [str(model), f"--port={self.port}", *arguments]
         self.environment = _environment(devices, _only_grpo(scratch))
-        self.starting = False  # started and not yet heard of
+        self.starting = False  # started, and has not answered yet
         self.process: subprocess.Popen[bytes] | None = None
         self.output: IO[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, where it is not running; returns before it answers."""
+        """Start it unless it runs. Returns before it answers."""
         if self.exit_code() is None and self.process is not None:
             return
         self.stop()
@@ -56,7 +56,7 @@ class EngineProcess:
             raise UserError(f"rollout.vllm_python: cannot start {self.command[0]}: {error.strerror}") from None
 
     def exit_code(self) -> int | None:
-        """None while it runs (or was never started)."""
+        """None while it runs, or before it was started."""
         return self.process.poll() if self.process else None
 
     def last_lines(self) -> str:
@@ -69,7 +69,7 @@ class EngineProcess:
                 self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(SECONDS_TO_STOP)
-            with contextlib.suppress(ProcessLookupError):  # the leader's children, where it left some
+            with contextlib.suppress(ProcessLookupError):  # children that it left
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
@@ -79,7 +79,7 @@ class EngineProcess:
 
 
 def make_engine(recipe: Recipe, policy: Policy, scratch: Path) -> EngineProcess | None:
-    """The engine of this process's group, not yet started; None where this process is not the group's first."""
+    """The engine of this process's group, not yet started. None on all but the group's first process."""
     rank, world = policy.accelerator.process_index, policy.accelerator.num_processes
     size = recipe.rollout.vllm_tensor_parallel_size
     on_gpu = policy.device.type == "cuda"
@@ -105,7 +105,7 @@ def longest_sequence(recipe: Recipe) -> int:
 
 
 def write_model_folder(policy: Policy, folder: Path) -> Path:
-    """What the engine needs to be built: config and tokenizer. Its weights come with the first sync."""
+    """Write config and tokenizer, which the engine is built from. Its weights come with the first sync."""
     config = policy.causal_lm.config
     config.architectures = config.architectures or [type(policy.causal_lm).__name__]
     config.save_pretrained(folder)
@@ -138,7 +138,7 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
 
 
 def _only_grpo(scratch: Path) -> Path:
-    """A folder with grpo in it and nothing else: the engine must not find the trainer's other packages."""
+    """A folder that holds grpo alone: the engine must not find the trainer's other packages."""
     folder = scratch / "python"
     folder.mkdir()
     (folder / "grpo").symlink_to(PACKAGE)
@@ -146,7 +146,7 @@ def _only_grpo(scratch: Path) -> Path:
 
 
 def _environment(devices: list[int], packages: Path) -> dict[str, str]:
-    """This process's variables, without those that belong to its launch, and with its devices and threads."""
+    """This process's variables for the engine: without those of its launch, with its devices and threads."""
     launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
     variables = {
         name: value for name, value in os.environ.items() if name not in launch and not name.startswith("TORCHELASTIC")
@@ -157,7 +157,7 @@ def _environment(devices: list[int], packages: Path) -> dict[str, str]:
         names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[device] for device in devices)
     else:
-        # vLLM would leave a core to its own server and bind itself to the rest; trainer and engine take turns here.
+        # vLLM would keep one core for its server and bind itself to the others. Here trainer and engine take turns.
         variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     return variables

@@ -1,4 +1,4 @@
-"""The folder that weights pass through: in shared memory, and gone when its process is."""
+"""The folder that weights pass through. It is in shared memory and goes with its process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ SHARED_MEMORY = Path("/dev/shm")
 def make_scratch(folder: str | None) -> tempfile.TemporaryDirectory[str]:
     """A folder for this process under ``folder`` (``rollout.vllm_sync_dir``), or in shared memory.
 
-    In shared memory, what a killed process left is removed first: it would hold a whole model. Each process holds a
-    lock on its own, because containers that share the memory do not see each other's processes. Raises UserError where
-    ``folder`` cannot be written.
+    In shared memory, folders of killed processes are removed first, because each holds a whole model. Each process
+    locks its own folder, because containers that share the memory do not see each other's processes.
+
+    Raises:
+        UserError: ``folder`` cannot be written.
     """
     if folder is None and SHARED_MEMORY.is_dir():
         folder = str(SHARED_MEMORY)
@@ -36,7 +38,7 @@ def make_scratch(folder: str | None) -> tempfile.TemporaryDirectory[str]:
 
 
 def _lock(folder: Path) -> bool:
-    """Hold a folder to the end of this process; False where another process holds it."""
+    """Lock a folder until this process ends. False where another process has it locked."""
     try:
         held = os.open(folder, os.O_RDONLY)
     except OSError:

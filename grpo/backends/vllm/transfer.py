@@ -1,7 +1,7 @@
-"""How weights get into an engine: as a file that it sees, as handles of GPU memory, or broadcast between GPUs.
+"""Three ways of weights into an engine: a file that it reads, handles of GPU memory, a broadcast between GPUs.
 
-Each sender is called by every training process with the same state; ``servers`` are those that the process keeps (none
-where another one does). On return the servers hold the weights.
+Every training process calls a sender with the same state. ``servers`` are those that the process keeps, often none.
+On return the servers hold the weights.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from grpo.config import Recipe
 from grpo.errors import BackendFailed, UserError
 from grpo.model.policy import Policy
 
-CHUNK_BYTES = 1 << 30  # what is cast and shared at once over CUDA IPC
+CHUNK_BYTES = 1 << 30  # cast and shared at once over CUDA IPC
 
 State = dict[str, torch.Tensor]
 
 
 class Sender(Protocol):
     def send(self, servers: list[Server], state: State, dtype: torch.dtype) -> dict[str, str]:
-        """Give ``state``, cast to ``dtype``, to all ``servers``; for those that failed, why."""
+        """Give ``state``, cast to ``dtype``, to all ``servers``. Returns the servers that failed, and why."""
         ...
 
 
 class PathSender:
-    """Writes a safetensors file that the servers read: in shared memory, or on a disk that they share.
+    """Writes a safetensors file that the servers read, in shared memory or on a disk that they share.
 
-    Raises BackendFailed where there is no room for it.
+    Raises:
+        BackendFailed: there is no room for it.
     """
 
     def __init__(self, pool: Pool, folder: Path, timeout: float):
@@ -74,7 +75,7 @@ def _write(state: State, dtype: torch.dtype, folder: Path) -> None:
 
 
 class IpcSender:
-    """Shares GPU memory with an engine on the same devices: nothing is copied through the host.
+    """Shares GPU memory with an engine on the same devices. Nothing is copied through the host.
 
     Every process of the engine's group contributes the handles of its own device.
     """
@@ -108,14 +109,14 @@ class IpcSender:
                 "ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode(),
             }
             post(partial(_update, info=info, timeout=self.timeout))
-            self.gather(None)  # nobody frees what another process's worker still reads
+            self.gather(None)  # wait: another process's worker may still read this chunk
         post(lambda server: server.finish_update(self.timeout))
         torch.cuda.ipc_collect()
         return failed
 
 
 class NcclSender:
-    """Broadcasts from the first process's GPU to each server's, through vLLM's own sending end (installed here too)."""
+    """Broadcasts from the first process's GPU to each server's. vLLM's sending end must be installed here too."""
 
     def __init__(self, pool: Pool, address: str, first_port: int, timeout: float):
         self.pool, self.address, self.first_port, self.timeout = pool, address, first_port, timeout
@@ -162,7 +163,7 @@ def make_sender(recipe: Recipe, policy: Policy, pool: Pool, folder: Path) -> Sen
 
 
 def _without_ties(state: State) -> State:
-    """The first of every tensors that are one in memory: a tied output head is not sent a second time."""
+    """Each tensor in memory once, by its first name: a tied output head is not sent twice."""
     first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
     return {name: tensor for name, tensor in state.items() if first[tensor.data_ptr()] == name}
 
@@ -180,7 +181,7 @@ def _chunks(state: State, dtype: torch.dtype) -> Iterator[list[tuple[str, torch.
 
 
 async def on_each(servers: list[Server], work: Callable[[Server], Any]) -> dict[str, str]:
-    """Do it on all servers at once; for those that are gone, why."""
+    """Do ``work`` on all servers at once. Returns the servers that are gone, and why."""
     found = await asyncio.gather(*(work(server) for server in servers), return_exceptions=True)
     failed = {}
     for server, outcome in zip(servers, found, strict=True):

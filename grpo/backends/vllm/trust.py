@@ -1,7 +1,8 @@
 """Does the engine hold the trainer's weights, and sample from the trainer's distribution? Pure comparisons.
 
-Three checks, each for what the others miss: the settings that a server runs with; a fingerprint of every parameter,
-which sees a single changed element; and the log-probabilities of a sampled sequence, which see what is done with them.
+There are three checks, and each finds what the others miss. The first reads a server's settings. The second compares a
+fingerprint of every parameter and sees a single changed element. The third compares the log-probabilities of sampled
+sequences and sees how the parameters are used.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from grpo.backends.vllm.serve import RANGE, supported
 
 PROBE_TEXT = "Let me think: 3 + 4 = 7, and 12 - 5 = 7. The answer is"
 PROBES = 4  # sequences
-PROBE_TOKENS = 16  # of each; none ends before, or a few tokens would stand for the whole
+PROBE_TOKENS = 16  # of each; none ends before, because a few tokens would say too little
 # Largest mean difference in nats between engine and trainer over a probe; measured values are in docs/backends.md.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 SUM_TOLERANCE = 1e-12  # float64 sums in another order
 SQUARES_TOLERANCE = 1e-9  # torch's norms add one after the other
-TEMPERATURES = [i / 10 for i in range(2, 21)]  # those that a wrong setting is looked for among
+TEMPERATURES = [i / 10 for i in range(2, 21)]  # tried as explanations of a wrong probe
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What an engine sampled for the probe, with the log-probabilities that it gave."""
+    """Sequences that an engine sampled, with the log-probabilities that it gave."""
 
     url: str
     prompt_ids: list[int]
@@ -35,7 +36,7 @@ class Probe:
 
 
 def settings_problems(version: str, settings: dict[str, Any], *, dtype: str, length: int, adapters: bool) -> list[str]:
-    """What a server runs with that training cannot use, one sentence each with its cure."""
+    """Settings of a server that training cannot use, each in one sentence with its cure."""
     model = settings["model_config"]
     problems = []
     if not supported(version):
@@ -63,7 +64,7 @@ def settings_problems(version: str, settings: dict[str, Any], *, dtype: str, len
 def fingerprint_problems(
     found: list[dict[str, Any]], state: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[list[str], list[str]]:
-    """Parameters that differ between engine and ``state``, and those that could not be compared.
+    """Parameters that differ between engine and ``state``, and parameters that could not be compared.
 
     ``found`` is one dictionary a worker (``worker.WorkerExtension.grpo_fingerprint``). With tensor parallelism a
     parameter is split over workers or the same on several; with a pipeline some workers lack it.
@@ -84,14 +85,17 @@ def fingerprint_problems(
 
 
 def _layouts(workers: int, parts: int) -> list[list[int]]:
-    """How many workers may hold each of a parameter's parts: all of them alike, or, of fused queries, keys and values,
-    the queries split and the others on several workers (vLLM does so where these are more than key-value heads)."""
+    """Ways in which workers may hold a parameter's parts: for each part, on how many workers.
+
+    Either the number is the same for all parts. Or the parts are fused queries, keys and values: where there are more
+    workers than key-value heads, vLLM splits the queries and puts the others on several workers.
+    """
     divisors = [n for n in range(1, workers + 1) if workers % n == 0]
     return [[n] * parts for n in divisors] + [[1] + [n] * (parts - 1) for n in divisors]
 
 
 def _agree(total: float, squares: float, sums: list[tuple[float, float, int]], copies: list[int]) -> bool:
-    """Whether sum and sum of squares over workers are those of the parts, each held so many times."""
+    """Whether sum and sum of squares over workers are those of the parts, each held by ``copies`` workers."""
     times = list(zip(copies, sums, strict=True))
     expected_total, expected_squares, elements = (sum(n * part[i] for n, part in times) for i in range(3))
     return (
@@ -155,7 +159,7 @@ def wrong_distribution(
     temperature: float,
     scored_at: dict[float, list[list[float]]],
 ) -> str:
-    """The message for a probe over tolerance: which setting would explain it.
+    """The message for a probe over tolerance. It names the setting that would explain it.
 
     ``scored_at`` holds the trainer's log-probabilities of the probe's tokens at other temperatures.
     """

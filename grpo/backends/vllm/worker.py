@@ -1,4 +1,4 @@
-"""What the trainer adds to vLLM's workers: loading weights from a file, and saying which weights they hold.
+"""What the trainer adds to vLLM's workers: they load weights from a file, and say which weights they hold.
 
 vLLM mixes ``WorkerExtension`` into its worker class (``--worker-extension-cls``); methods are called by name through
 ``collective_rpc``. Nothing of grpo is imported here: this runs in vLLM's processes.
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-PACKED_COLUMNS = 256  # columns of a packed layer that are read back; all of them in a model no wider
+PACKED_COLUMNS = 256  # of a packed layer at most so many columns are read back
 
 
 class _CpuGenerator(torch.Generator):
-    """A generator that can be asked to turn back, and does not.
+    """A generator that takes an offset and ignores it.
 
-    vLLM 0.32 turns a request's generator back when a token drawn too early is thrown away (its prompt came in pieces,
-    or it was preempted, as every request in flight is when weights arrive). CPU generators have no offset to turn:
-    the engine would end. Going on costs that request one draw.
+    vLLM 0.32 resets a request's generator to an earlier offset when it throws a token away that was drawn too early.
+    It does so where a prompt came in pieces, and where a request was preempted, as all are when weights arrive. CPU
+    generators have no offset, and the engine would end. Ignoring it costs that request one draw.
     """
 
     def get_offset(self) -> int:
@@ -47,10 +47,10 @@ class WorkerExtension:
                 layer.quant_method.process_weights_after_loading(layer)
 
     def grpo_fingerprint(self) -> dict[str, Any]:
-        """Sum and sum of squares of every weight that is computed with, in float64, by vLLM's names.
+        """Sum and sum of squares, in float64, of every weight that the model computes with, by vLLM's names.
 
         Neither depends on the order of elements, so fused, padded or transposed layouts do not matter. ``parts`` are
-        the checkpoint's tensors that vLLM fused into this one; ``stride`` says that every so many columns were read.
+        the checkpoint's tensors that vLLM fused into this one. With ``stride`` n, every n-th column was read.
         """
         model = self.model_runner.get_model()
         fused = getattr(model, "packed_modules_mapping", None) or {}
@@ -72,7 +72,7 @@ class WorkerExtension:
         return found
 
     def grpo_adapter_fingerprint(self) -> dict[str, Any]:
-        """Sums of squares of both matrices of every layer of the LoRA adapter loaded last; B carries the scale."""
+        """Sums of squares of both matrices of each layer, of the LoRA adapter loaded last. B includes the scale."""
         manager = self.model_runner.lora_manager._adapter_manager
         adapters = manager.list_adapters()
         fused = getattr(self.model_runner.get_model(), "packed_modules_mapping", None) or {}
@@ -95,7 +95,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _parts(name: str, fused: dict[str, list[str]]) -> list[str]:
-    """The checkpoint's names of a parameter of vLLM's: those of the layers it fused, or its own."""
+    """The checkpoint's names for a parameter of vLLM's: the names of the layers it fused, or its own."""
     segments = name.split(".")
     for place, segment in enumerate(segments):
         if segment in fused:
@@ -104,15 +104,16 @@ def _parts(name: str, fused: dict[str, list[str]]) -> list[str]:
 
 
 def _squares(tensors: Any) -> float:
-    """Sum of squares of a tensor, or of a fused layer's several, of which some may be None."""
+    """Sum of squares of a tensor, or of a fused layer's tensors, some of which may be None."""
     tensors = tensors if isinstance(tensors, (list, tuple)) else [tensors]
     return sum(float(torch.linalg.vector_norm(t, dtype=torch.float64) ** 2) for t in tensors if t is not None)
 
 
 def _read_back(layer: Any) -> tuple[torch.Tensor, int]:
-    """Columns of a linear layer whose weight a CPU kernel keeps in a layout of its own: its answers to unit vectors.
+    """Columns of a linear layer's weight, and every how many-th they are.
 
-    Exact in every type: all but one product of each sum are zero.
+    A CPU kernel keeps the weight in a layout of its own, so the columns are the layer's answers to unit vectors. They
+    are exact in every type, because all but one product of each sum are zero.
     """
     width = layer.weight.shape[-1] if layer.weight.numel() else layer.input_size_per_partition
     stride = -(-width // PACKED_COLUMNS)

@@ -5,9 +5,9 @@ import pytest
 from grpo.backends.hf import kv_cache, step_compiled
 
 
-@pytest.fixture(params=[kv_cache.SHORT_PROMPT, 0], ids=["rows begin with their prompts", "prompts apart"])
+@pytest.fixture(params=[kv_cache.SHORT_PROMPT, 0], ids=["prompts copied", "prompts apart"])
 def both_layouts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache's two layouts: the tests' prompts are short, with a threshold of 0 none is."""
+    """The cache's two layouts. The tests' prompts are short; with a threshold of 0 none is."""
     monkeypatch.setattr(kv_cache, "SHORT_PROMPT", request.param)
 
 

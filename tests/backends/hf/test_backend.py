@@ -64,7 +64,7 @@ def test_a_large_batch_and_a_batch_of_one_differ_only_at_near_ties(tiny_model: P
     alone = synced(policy, max_batch_size=1)
     differing = 0
     for request, group in zip(wanted, large, strict=True):
-        for seed, completion in list(zip(request.keys, group, strict=True))[:6]:
+        for seed, completion in list(zip(request.keys, group, strict=True))[:3]:
             single = alone.generate([Request(request.prompt, [seed])], Sampling(60), 0)[0][0]
             assert single.status is completion.status or single.token_ids != completion.token_ids
             pairs = zip(single.token_ids, completion.token_ids, strict=False)

@@ -1,4 +1,4 @@
-"""The engine's queue and its memory: slots that are filled again, rows that are sent back, prompts held once."""
+"""The engine's queue and its memory: places that are filled again, preemption, prompts held once."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.backends.base import Request, Sampling
-from grpo.backends.hf import few_row_linear
 from grpo.backends.hf.backend import HFBackend
-from grpo.backends.hf.check import bytes_per_token
-from grpo.backends.hf.engine import Budget, Decoding, NextLogits, Row, step_through_transformers
-from grpo.backends.hf.few_row_linear import packed_linears
-from grpo.backends.hf.kv_cache import head_tokens
+from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, step_through_transformers
 from grpo.backends.hf.step_compiled import DecodeStep, why_not
-from grpo.errors import RunError, UserError
+from grpo.errors import RunError
 from grpo.model.policy import Policy
 from grpo.model.scored_lm import ScoredLM
 from grpo.randomness import key
@@ -40,64 +35,66 @@ def step_of(policy: Policy) -> NextLogits:
     return partial(step_through_transformers, ScoredLM(policy.causal_lm))
 
 
-def decode(policy: Policy, wanted: list[Request], *, rows: int = 512, tokens: int = 10**6) -> tuple[dict, Decoding]:
+def decode(policy: Policy, wanted: list[Request], *, sequences: int = 512, tokens: int = 10**6) -> tuple[dict, Engine]:
     """Completions by (request, sample), and what made them."""
-    decoding = Decoding(
+    engine = Engine(
         ScoredLM(policy.causal_lm),
         wanted,
         Sampling(LIMIT),
         lambda key, ids: ids[-1] in policy.stop_token_ids,
-        max_rows=rows,
+        max_sequences=sequences,
         cache_tokens=tokens,
         device=policy.device,
         step=step_of(policy),
     )
     policy.causal_lm.eval()
     with torch.no_grad():
-        found = {(row.request, row.sample): row for row in decoding.rows()}
-    return found, decoding
+        found = {(sequence.request, sequence.sample): sequence for sequence in engine.run()}
+    return found, engine
 
 
-def ids(rows: dict[tuple[int, int], Row]) -> dict[tuple[int, int], list[int]]:
-    return {place: row.tokens for place, row in rows.items()}
+def ids(found: dict[tuple[int, int], SampledSequence]) -> dict[tuple[int, int], list[int]]:
+    return {at: sequence.tokens for at, sequence in found.items()}
 
 
-def logprobs_agree(policy: Policy, wanted: list[Request], rows: dict[tuple[int, int], Row]) -> None:
+def logprobs_agree(policy: Policy, wanted: list[Request], found: dict[tuple[int, int], SampledSequence]) -> None:
     """Every sampled token's log-probability is that of a forward pass over the whole sequence alone."""
-    for (request, _), row in rows.items():
+    for (request, _), sequence in found.items():
         prompt = wanted[request].prompt.token_ids
         with torch.no_grad():
-            logits = policy.causal_lm(input_ids=torch.tensor([prompt + row.tokens])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(row.logprobs), expected, atol=1e-4, rtol=0)
+            logits = policy.causal_lm(input_ids=torch.tensor([prompt + sequence.tokens])).logits[
+                0, len(prompt) - 1 : -1
+            ]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(sequence.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(sequence.logprobs), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 10])
-def test_places_that_rows_give_up_are_filled_from_the_queue(tiny_model: Path, rows: int) -> None:
+@pytest.mark.parametrize("sequences", [2, 7])
+def test_places_that_become_free_are_filled_from_the_queue(tiny_model: Path, sequences: int) -> None:
     policy = make_policy(tiny_model)
-    wanted = requests(policy, 6, 5)
+    wanted = requests(policy, 5, 4)
     everything, _ = decode(policy, wanted)
-    few, decoding = decode(policy, wanted, rows=rows)
+    few, engine = decode(policy, wanted, sequences=sequences)
     assert ids(few) == ids(everything)
-    assert decoding.cache.shape.rows == rows
-    assert {len(row.tokens) for row in few.values()} > {LIMIT}  # some ended early, so that places were filled
+    assert engine.cache.shape.sequences == sequences
+    assert {len(sequence.tokens) for sequence in few.values()} > {LIMIT}  # some ended early, so that places were filled
     logprobs_agree(policy, wanted, few)
 
 
-def test_rows_that_outgrow_the_memory_send_the_youngest_back_and_nothing_else_changes(tiny_model: Path) -> None:
+def test_where_memory_runs_out_the_youngest_are_preempted_and_nothing_else_changes(tiny_model: Path) -> None:
     policy = make_policy(tiny_model)
-    policy.stop_token_ids = [40]  # seldom: rows grow long
+    policy.stop_token_ids = [40]  # seldom: completions grow long
     wanted = requests(policy, 6, 8)
     everything, unbounded = decode(policy, wanted)
     assert unbounded.preemptions == 0
-    bounded, decoding = decode(policy, wanted, tokens=600)
-    assert decoding.preemptions > 0
-    assert decoding.cache.shape.tokens() <= 600
+    bounded, engine = decode(policy, wanted, tokens=600)
+    assert engine.preemptions > 0
+    assert engine.cache.shape.tokens() <= 600
     assert ids(bounded) == ids(everything)
     logprobs_agree(policy, wanted, bounded)
 
 
-def test_a_prompt_is_computed_once_for_all_of_its_rows(tiny_model: Path) -> None:
+def test_a_prompt_is_computed_once_for_all_of_its_completions(tiny_model: Path) -> None:
     policy = make_policy(tiny_model)
     wanted = requests(policy, 4, 8)
     widths = []
@@ -109,28 +106,6 @@ def test_a_prompt_is_computed_once_for_all_of_its_rows(tiny_model: Path) -> None
     assert [shape for shape in widths if shape[1] > 1] == [(4, 9)]
 
 
-def test_the_budget_keeps_room_for_one_prompt_and_one_row_or_says_what_to_raise(tiny_model: Path) -> None:
-    wanted = requests(make_policy(tiny_model), 6, 8)
-    row_tokens = head_tokens(13) + LIMIT
-    smallest = Budget.of(wanted, LIMIT, 512, 13 + row_tokens)
-    assert smallest.prompts == 1
-    assert smallest._shape(row_tokens).rows == 1
-    with pytest.raises(UserError, match=rf"kv_cache_gb holds {12 + row_tokens} tokens.*prompt of 13.*completion of 96"):
-        Budget.of(wanted, LIMIT, 512, 12 + row_tokens)
-
-
-@pytest.mark.parametrize("tokens", range(150, 1500, 97))
-def test_no_shape_exceeds_the_budget(tiny_model: Path, tokens: int) -> None:
-    budget = Budget.of(requests(make_policy(tiny_model), 6, 8), LIMIT, 512, tokens)
-    shape = budget.first_shape()
-    while shape.row_tokens < budget.row_tokens:
-        assert 0 < shape.rows <= 48
-        assert shape.tokens() <= tokens
-        shape = budget.longer(shape)
-    assert 0 < shape.rows <= 48
-    assert shape.tokens() <= tokens
-
-
 def test_groups_are_reported_once_each_when_their_last_completion_ends(tiny_model: Path) -> None:
     policy = make_policy(tiny_model)
     backend = HFBackend(policy, max_batch_size=10)
@@ -140,37 +115,6 @@ def test_groups_are_reported_once_each_when_their_last_completion_ends(tiny_mode
     found = backend.generate(wanted, Sampling(LIMIT), 0, lambda place, group: seen.append((place, list(group))))
     assert sorted(place for place, _ in seen) == list(range(6))
     assert all(group == found[place] for place, group in seen)
-
-
-@pytest.mark.parametrize("small", [0, few_row_linear.SMALL])
-def test_packed_linears_give_the_same_products_and_leave_nothing_behind(
-    small: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(few_row_linear, "SMALL", small)
-    model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.Linear(96, 32, bias=False))
-    for x in (torch.randn(3, 48), torch.randn(2, 70, 48)):
-        with torch.no_grad():
-            expected = model(x)
-            with packed_linears(model):
-                assert "forward" in vars(model[0])
-                torch.testing.assert_close(model(x), expected)
-    assert "forward" not in vars(model[0])
-
-
-def test_a_model_that_decodes_otherwise_than_it_computes_is_refused(tiny_model: Path) -> None:
-    """One that ignores the positions it is given stands for all that the check is there to catch."""
-    config = AutoConfig.for_model(
-        "gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=128, bos_token_id=None, eos_token_id=1
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    scored, cpu = ScoredLM(model), torch.device("cpu")
-    step = partial(step_through_transformers, scored)
-    assert bytes_per_token(scored, cpu, step) == 2 * 2 * 32 * 4
-    forward = model.base_model.forward
-    model.base_model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(RunError, match=r"GPT2LMHeadModel decodes to other logits.*rollout\.backend: vllm"):
-        bytes_per_token(scored, cpu, step)
 
 
 def test_nan_logits_end_the_run_with_a_message(tiny_model: Path) -> None:

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.backends.base import Request, Sampling
-from grpo.backends.hf.check import bytes_per_token
-from grpo.backends.hf.engine import Decoding, NextLogits, Row, step_through_transformers
+from grpo.backends.hf.check import check_decoding
+from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, step_through_transformers
 from grpo.backends.hf.step_graph import GraphStep, Size
 from grpo.errors import RunError
 from grpo.model.scored_lm import ScoredLM
@@ -79,28 +79,32 @@ def make(kind: str) -> ScoredLM:
 
 
 def ends(key: int, ids: list[int]) -> bool:
-    return ids[-1] % 29 == 1  # now and then, so that rows leave and the queue moves up
+    return ids[-1] % 29 == 1  # now and then, so that places become free and the queue moves up
 
 
 @torch.no_grad()
-def decode(model: ScoredLM, step: NextLogits, *, rows: int = 512, tokens: int = 10**6) -> dict[tuple[int, int], Row]:
+def decode(
+    model: ScoredLM, step: NextLogits, *, sequences: int = 512, tokens: int = 10**6
+) -> dict[tuple[int, int], SampledSequence]:
     """Completions by (request, sample) of prompts of unequal lengths."""
     ids = [[5 + (7 * i + j) % 40 for j in range(3 + 3 * i)] for i in range(5)]
     wanted = [Request(Prompt(i, "", "", t), [key(0, i, g) for g in range(5)]) for i, t in enumerate(ids)]
-    decoding = Decoding(
+    engine = Engine(
         model,
         wanted,
         Sampling(LIMIT),
         ends,
-        max_rows=rows,
+        max_sequences=sequences,
         cache_tokens=tokens,
         device=torch.device("cpu"),
         step=step,
     )
-    return {(row.request, row.sample): row for row in decoding.rows()}
+    return {(sequence.request, sequence.sample): sequence for sequence in engine.run()}
 
 
-@pytest.mark.parametrize("room", [{}, {"rows": 7}, {"rows": 9, "tokens": 600}], ids=["all", "queue", "preemption"])
+@pytest.mark.parametrize(
+    "room", [{}, {"sequences": 7}, {"sequences": 9, "tokens": 600}], ids=["all", "queue", "preemption"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rollouts_are_those_of_steps_through_transformers(
     kind: str, room: dict[str, int], monkeypatch: pytest.MonkeyPatch
@@ -108,26 +112,31 @@ def test_rollouts_are_those_of_steps_through_transformers(
     model, recorders = make(kind), Recorders(monkeypatch)
     expected = decode(model, partial(step_through_transformers, model), **room)
     found = decode(model, GraphStep(model, recorders), **room)
-    assert {at: row.tokens for at, row in found.items()} == {at: row.tokens for at, row in expected.items()}
-    for at, row in found.items():
-        torch.testing.assert_close(torch.tensor(row.logprobs), torch.tensor(expected[at].logprobs), atol=1e-5, rtol=0)
+    assert {at: sequence.tokens for at, sequence in found.items()} == {
+        at: sequence.tokens for at, sequence in expected.items()
+    }
+    for at, sequence in found.items():
+        expected_T = torch.tensor(expected[at].logprobs)
+        torch.testing.assert_close(torch.tensor(sequence.logprobs), expected_T, atol=1e-5, rtol=0)
     replays = sum(recorder.replayed for recorder in recorders.made)
     assert replays > 3 * len(recorders.made) > 0  # most steps are replays
 
 
-def test_a_row_is_drawn_on_the_same_whatever_the_burst(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU 16 tokens are drawn between two looks at them: rows that ended meanwhile go on, and are cut off."""
+def test_a_completion_is_the_same_whatever_the_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU 16 tokens are drawn between two looks at them: sequences that ended meanwhile go on, and are cut off."""
     model = make("llama")
     one = decode(model, GraphStep(model, Recorders(monkeypatch)))
     monkeypatch.setattr("grpo.backends.hf.engine.BURST", {"cpu": 16})
     many = decode(model, GraphStep(model, Recorders(monkeypatch)))
-    assert {at: row.tokens for at, row in many.items()} == {at: row.tokens for at, row in one.items()}
+    assert {at: sequence.tokens for at, sequence in many.items()} == {
+        at: sequence.tokens for at, sequence in one.items()
+    }
 
 
 @torch.no_grad()
 def test_the_check_at_start_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     model, recorders = make("llama"), Recorders(monkeypatch)
-    assert bytes_per_token(model, torch.device("cpu"), GraphStep(model, recorders)) == 2 * 2 * 2 * 8 * 4
+    check_decoding(model, torch.device("cpu"), GraphStep(model, recorders))
     assert [recorder.replayed for recorder in recorders.made] == [2]  # of four steps: computed, captured, twice again
 
     class Stale(Recorders):
@@ -136,7 +145,7 @@ def test_the_check_at_start_replays(monkeypatch: pytest.MonkeyPatch) -> None:
             return lambda: None
 
     with pytest.raises(RunError, match="decodes to other logits"):
-        bytes_per_token(model, torch.device("cpu"), GraphStep(model, Stale(monkeypatch)))
+        check_decoding(model, torch.device("cpu"), GraphStep(model, Stale(monkeypatch)))
 
 
 def test_without_memory_for_a_graph_steps_go_on_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -146,8 +155,10 @@ def test_without_memory_for_a_graph_steps_go_on_without(caplog: pytest.LogCaptur
     model = make("llama")
     expected = decode(model, partial(step_through_transformers, model))
     found = decode(model, GraphStep(model, none_left))
-    assert {at: row.tokens for at, row in found.items()} == {at: row.tokens for at, row in expected.items()}
-    assert "no memory to capture a CUDA graph of Size(rows=" in caplog.text
+    assert {at: sequence.tokens for at, sequence in found.items()} == {
+        at: sequence.tokens for at, sequence in expected.items()
+    }
+    assert "no memory to capture a CUDA graph of Size(sequences=" in caplog.text
 
 
 def test_sizes_are_few() -> None:

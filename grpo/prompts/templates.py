@@ -1,7 +1,7 @@
 """Prompt templates: how a question becomes the text that the model continues.
 
 A template returns ``(text, prefill)``. ``prefill`` is the tail of ``text`` that already belongs to the answer (a
-``<think>``); a verifier that checks the format puts it before the completion. It is empty where the model opens its
+``<think>``); a verifier that checks the format puts it before the completion. It is empty if the model begins its
 answer itself.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 Message = dict[str, str]
 
 # DeepSeek-R1-Zero (arXiv:2501.12948, table 1). Nothing is prefilled: the model has to open <think> by itself. The
-# paper's full stop after the question is left to the question.
+# paper puts a full stop behind the question; here a question brings its own.
 R1_ZERO = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
     "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "

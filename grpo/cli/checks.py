@@ -1,0 +1,125 @@
+"""``grpo validate`` and ``grpo audit``: what can be known of a recipe, its rows and its rewards before a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grpo.cli.arguments import Overrides, RecipeArgument
+from grpo.cli.exit_codes import exit_codes
+from grpo.config.load import load_recipe
+from grpo.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from grpo.config import Recipe
+
+
+def validate(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|KEY=VALUE",
+            help="Recipes (files or names), then overrides for them all.",
+        ),
+    ],
+) -> None:
+    """Check recipes and their data, without weights or network.
+
+    One line for each recipe that is right; all mistakes at the end.
+    """
+    files = [a for a in recipes if "=" not in a or Path(a).exists()]
+    overrides = [a for a in recipes if a not in files]
+    failures = []
+    with exit_codes():
+        if not files:
+            raise UserError(f"no recipe given, only overrides: {' '.join(overrides)}")
+        for file in files:
+            try:
+                resolved = load_recipe(file, overrides)
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            try:
+                typer.echo(f"OK {file}{check_offline(resolved)}")
+            except UserError as error:
+                failures += [f"{file}: {line}" for line in str(error).splitlines()]
+        if failures:
+            raise UserError("\n".join(failures))
+
+
+def audit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to try, of those to train on and held out.")] = 200,
+    gold: Annotated[
+        str | None,
+        typer.Option("--gold", metavar="TEMPLATE", help="A right completion, for rewards of yours: '#### {answer}'."),
+    ] = None,
+) -> None:
+    """Try a recipe's rewards on its rows: right answers and cheats.
+
+    Right answers must be paid, cheats must not.
+    """
+    with exit_codes():
+        resolved = load_recipe(recipe, overrides or [])
+        if not resolved.data.hub:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # the tokenizer is used if it is here, and not worth a wait
+        from grpo.audit.audit import audit as audit_rewards
+
+        findings = audit_rewards(resolved, rows, gold, typer.echo)
+        if findings:
+            raise RunError("\n".join([f"{recipe}: the rewards are not sound:", *(f"  {found}" for found in findings)]))
+        typer.echo(f"OK {recipe}: nothing was found")
+
+
+def check_offline(recipe: Recipe) -> str:
+    """Check reward functions, rows and prompts with what is on this machine; says what there is and what is left.
+
+    Raises UserError with everything found.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
+    from grpo.audit.rows import check_data
+    from grpo.backends import find_backend
+    from grpo.losses import find_loss
+    from grpo.run.session import prepare_task
+    from grpo.scoring.scorer import Scorer
+
+    note, problems, scorer = "", [], None
+    for find in (lambda: find_loss(recipe.algorithm.loss_type), lambda: find_backend(recipe.rollout)):
+        try:
+            find()
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        scorer = Scorer(recipe.rewards, recipe.scoring.model_copy(update={"workers": 1}))
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        note = check_data(recipe, scorer)
+        if not _has_tokenizer(recipe):
+            source = recipe.model.tokenizer or recipe.model.name
+            note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"
+        elif not recipe.data.hub:
+            prepare_task(recipe)
+    except UserError as error:
+        problems.append(str(error))
+    finally:
+        if scorer is not None:
+            scorer.close()
+    if problems:
+        raise UserError("\n".join(problems))
+    return note
+
+
+def _has_tokenizer(recipe: Recipe) -> bool:
+    from grpo.model.loading import load_configs, load_tokenizer
+
+    try:
+        load_tokenizer(recipe.model)
+        load_configs(recipe.model)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,20 @@
+"""``grpo report``: a run folder as pictures and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grpo.cli.arguments import inside
+from grpo.cli.exit_codes import exit_codes
+
+
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Draw a run: PNG curves and one self-contained HTML page."""
+    with exit_codes():
+        inside(run, "metrics.jsonl", "is not a run folder")
+        from grpo.report.write import write_report
+
+        typer.echo(write_report(run))

@@ -1,0 +1,55 @@
+"""``grpo train``: a run from a recipe, or with ``--dry-run`` the checks before one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grpo.cli.arguments import Overrides, RecipeArgument
+from grpo.cli.exit_codes import exit_codes
+from grpo.config.load import dump_recipe, load_recipe
+from grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from grpo.config import Recipe
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
+    resume_from: Annotated[str | None, typer.Option(metavar="PATH", help="Go on from this checkpoint.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe and data, print the resolved recipe, train nothing.")
+    ] = False,
+) -> None:
+    """Train as RECIPE says, into its training.output_dir."""
+    with exit_codes():
+        resolved = load_recipe(recipe, overrides or [])
+    with exit_codes(Path(resolved.training.output_dir)):
+        if dry_run:
+            check_before_training(resolved)
+            typer.echo(dump_recipe(resolved), nl=False)
+        elif resolved.stage == "sft":
+            from grpo import sft
+
+            sft.train(resolved, resume_from or resume)
+        else:
+            from grpo import trainer
+
+            trainer.train(resolved, resume_from or resume)
+
+
+def check_before_training(recipe: Recipe) -> None:
+    """Everything that a run looks at before it loads weights: tokenizer, rows, prompts, rewards. Raises UserError."""
+    from grpo.audit.rows import unscorable_rows
+    from grpo.run.session import prepare_task
+    from grpo.scoring.scorer import Scorer
+
+    _, _, task = prepare_task(recipe)
+    with Scorer(recipe.rewards, recipe.scoring) as scorer:
+        scorer.check_columns(task.columns)
+        if unscorable := unscorable_rows(recipe.rewards, [task.train, task.held_out]):
+            raise UserError("\n".join(unscorable))

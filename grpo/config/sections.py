@@ -1,0 +1,283 @@
+"""The recipe's sections that fit on a screen each. The larger ones have files of their own: ``algorithm.py``,
+``prompts.py`` and, for the vLLM part of `rollout`, ``vllm.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticKnownError
+
+from grpo.config.base import (
+    BelowOne,
+    Finite,
+    Fraction,
+    NonEmpty,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Problem,
+    Section,
+    refuse,
+)
+from grpo.config.vllm import VllmOptions
+
+
+class LoraConfig(Section):
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    lora_alpha: PositiveInt = 32
+    """Scale: adapters are multiplied by lora_alpha / r."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the adapters' input while training."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names that get adapters; `all-linear` is every linear layer but the output head."""
+
+
+class ModelConfig(Section):
+    name: NonEmpty
+    """Hub id, a folder that `from_pretrained` loads, another run's `final/`, or a GGUF file."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type. Trained weights are always kept in float32; bfloat16 computes under autocast."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); null lets transformers choose."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights. The reference model is then the model without them."""
+    tokenizer: str | None = None
+    """Tokenizer to load, where it is not the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+
+
+class DataConfig(Section):
+    name: str | None = None
+    """A task of `data/` by its file's name (`countdown`), or a function of yours: `my_task.py:build` or
+    `package.module:build`. It is called as `build(split, size, seed=...)`, with `args` by name, for the splits
+    `train` and `eval`; it returns a `datasets.Dataset`."""
+    path: str | None = None
+    """A `.jsonl` or `.parquet` file with a `prompt` column; other columns go to the reward functions."""
+    hub: str | None = None
+    """A dataset id on the hub."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the task's builder (`seed`: a data seed apart from `training.seed`), or for a hub id those of
+    `datasets.load_dataset` (`name`, `split`, and `eval_split` to hold out)."""
+    template: Literal["none", "r1_zero", "tinyzero", "chat"] = "none"
+    """How a question becomes the model's prompt: the R1-Zero paper's, TinyZero's (prefills `<think>`), the tokenizer's
+    chat template, or nothing."""
+    system_prompt: str | None = None
+    """System message, with `template: chat`."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Extra arguments of the tokenizer's chat template."""
+    prompt_column: str = "prompt"
+    """Column that holds the question (a string or a list of messages)."""
+    completion_column: str = "completion"
+    """Column that holds the answer to imitate, with `stage: sft`."""
+    max_prompt_length: PositiveInt = 512
+    """Longest prompt in tokens; a longer one is an error that names its row."""
+    train_size: PositiveInt | None = None
+    """Rows to use for training; null uses all (generated tasks: their own default)."""
+    eval_size: NonNegativeInt = 256
+    """At most so many held-out rows."""
+    eval_path: str | None = None
+    """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
+    shuffle: bool = True
+    """Draw training rows in a permutation computed from seed and epoch; false keeps the file's order."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        problems = []
+        sources = ("name", "path", "hub")
+        given = [key for key in sources if getattr(self, key)]
+        if len(given) != 1:
+            text = f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})"
+            problems.append(Problem(sources, text))
+        if self.template != "chat":
+            problems += [
+                Problem((key, "template"), f"{key} is only used with template: chat (template is {self.template})")
+                for key in ("system_prompt", "chat_template_kwargs")
+                if getattr(self, key)
+            ]
+        refuse(problems)
+        return self
+
+
+class RewardConfig(Section):
+    name: str | None = None
+    """A built-in reward: `countdown`, `gsm8k`, `math`, `code` judge the answer, `format` the form, `overlong`,
+    `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
+    path: str | None = None
+    """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
+    weight: Finite = 1.0
+    """Factor in the sum of rewards."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Extra keyword arguments for every call."""
+    timeout: Positive | None = None
+    """Seconds one call may take; null takes `scoring.timeout`."""
+    needs_group: bool = False
+    """The function compares completions of a group: never split it, a failure costs the whole group."""
+
+    @model_validator(mode="after")
+    def _one_function(self) -> RewardConfig:
+        if (self.name is None) == (self.path is None):
+            refuse([Problem(("name", "path"), "give exactly one of name, path")])
+        if self.path is not None and not all(part.strip() for part in self.path.rpartition(":")):
+            text = f"path: expected file.py:function or package.module:function, got {self.path!r}"
+            refuse([Problem(("path",), text)])
+        return self
+
+
+class ScoringConfig(Section):
+    workers: PositiveInt = 2
+    """Processes that run reward functions, per training process."""
+    timeout: Positive = 10.0
+    """Seconds one call of a reward function may take before its worker is killed."""
+    memory_limit_gb: Positive | None = 4.0
+    """Address space of a worker; null sets no limit."""
+    max_failure_rate: Fraction = 0.5
+    """Share of a step's completions that may be unscorable; above it the run stops with the first traceback."""
+
+
+BACKENDS = ("hf", "vllm")
+
+
+def _known_backend(name: Any) -> Any:
+    """A backend of ours, or the place of one: file.py:name or package.module:name."""
+    if name in BACKENDS or (isinstance(name, str) and all(part.strip() for part in name.rpartition(":"))):
+        return name
+    raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, BACKENDS))})
+
+
+class RolloutConfig(VllmOptions):
+    backend: Annotated[str, BeforeValidator(_known_backend), WithJsonSchema({"enum": [*BACKENDS, "file.py:name"]})] = (
+        "hf"
+    )
+    """What generates: `hf` is transformers in the training process, `vllm` an engine beside it or servers elsewhere; or
+    a class of yours with `generate`, `sync` and `close`."""
+    num_generations: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Completions per prompt, G. At least 2: an advantage compares a completion with its group."""
+    max_completion_length: PositiveInt = 512
+    """Longest completion in tokens."""
+    temperature: Positive = 1.0
+    """Sampling temperature; the update computes its logprobs at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: smallest set of tokens with this probability; 1.0 is off."""
+    top_k: NonNegativeInt = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    min_p: Fraction | None = None
+    """Drop tokens less likely than this share of the likeliest; null is off."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end a completion (they stay in it), besides the model's end-of-sequence tokens."""
+    max_batch_size: PositiveInt = 512
+    """Most sequences decoded at once, per process (`backend: hf`)."""
+    kv_cache_gb: Positive | None = None
+    """Keys and values held at once, in GB per process (`backend: hf`); null is a quarter of the device's memory. Where
+    they do not fit, fewer completions run at once, and some are computed again."""
+    overlap: bool = False
+    """With `backend: vllm` (or one of yours that can): sample the next step's completions while this step trains, one
+    step off-policy; what is in flight goes on under the new weights. `algorithm.importance_sampling_mode` corrects for
+    it."""
+
+    @model_validator(mode="after")
+    def _backend_settings(self) -> RolloutConfig:
+        problems = self.vllm_problems(self.backend)
+        if self.overlap and self.backend == "hf":
+            text = "overlap needs backend: vllm (backend is hf, which samples with the trainer)"
+            problems.append(Problem(("overlap", "backend"), text))
+        refuse(problems)
+        return self
+
+
+class OptimizerConfig(Section):
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    """AdamW with its moments in float32 (8 bytes a weight), in 8 bits (2 bytes; bitsandbytes), or in 8 bits and paged
+    out to the host's memory where the GPU's runs short."""
+    learning_rate: Positive = 1e-6
+    """Peak learning rate of AdamW."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, on matrices only."""
+    adam_beta1: BelowOne = 0.9
+    """AdamW's first-moment decay."""
+    adam_beta2: BelowOne = 0.999
+    """AdamW's second-moment decay."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW's denominator offset."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the global gradient norm to this; 0 is off."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or falling to lr_min_ratio of the peak at max_steps."""
+    lr_min_ratio: Fraction = 0.0
+    """Where linear and cosine end, as a share of the peak."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+
+
+class TrainingConfig(Section):
+    output_dir: NonEmpty
+    """Run folder: metrics, rollouts, checkpoints, the final model, the report."""
+    prompts_per_step: PositiveInt = 32
+    """Prompts drawn per step over all processes, P (with `stage: sft`: examples per step)."""
+    max_steps: PositiveInt = 100
+    """Steps: one rollout and its updates each (with `stage: sft`: optimizer steps)."""
+    max_seconds: Positive | None = None
+    """End the run after the step that passes this many seconds of training (evaluation not counted)."""
+    seed: NonNegativeInt = 0
+    """Root of every random draw."""
+    eval_every: NonNegativeInt = 50
+    """Evaluate every so many steps, besides before step 0 and at the end; 0: only there."""
+    save_every: NonNegativeInt = 50
+    """Checkpoint every so many steps, besides at the end; 0: only there."""
+    save_total_limit: Annotated[int, Field(ge=2, strict=True)] = 2
+    """Checkpoints kept, newest first; at least 2, so that a damaged one has a predecessor."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens in one forward and backward pass, per process, a prompt counted once for its completions in it; null
+    is as many as memory holds and are of use."""
+    micro_batch_size: PositiveInt | None = None
+    """Most sequences in one forward and backward pass; null is bounded by micro_batch_tokens alone."""
+    log_rollouts_every: NonNegativeInt = 1
+    """Write rollouts/step_N.jsonl every so many steps; 0 never."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch; null keeps torch's choice. Bit-exact resume needs the same number."""
+    dollars_per_hour: NonNegative | None = None
+    """Price of the machine; adds `cost_usd` to the metrics."""
+
+
+class EvaluationConfig(Section):
+    num_generations: PositiveInt = 1
+    """Completions per held-out prompt; pass@1 is their mean, pass@k for k up to this."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature of evaluation; 0 is greedy."""
+    max_completion_length: PositiveInt | None = None
+    """Longest completion in evaluation; null takes the rollout's."""
+    reward: str | None = None
+    """Reward whose value 1 counts as solved; null takes the first of `rewards`."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> EvaluationConfig:
+        if self.temperature == 0 and self.num_generations > 1:
+            text = (
+                f"temperature 0 is greedy: its {self.num_generations} completions would all be the same; "
+                "set num_generations to 1 or the temperature above 0"
+            )
+            refuse([Problem(("temperature", "num_generations"), text)])
+        return self
+
+
+class TrackingConfig(Section):
+    project: str = "grpo"
+    """Project name for the trackers."""
+    run_name: str | None = None
+    """Run name for the trackers; null takes the output folder's name."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; offline writes files that `wandb sync` uploads later."""
+    tensorboard: bool = False
+    """Write TensorBoard events to OUTPUT_DIR/tensorboard."""
+    trackio: bool = False
+    """Log to trackio (local first)."""

@@ -1,0 +1,293 @@
+"""A step's scoring: calls go out while groups are still sampled, outcomes come in, calls that failed are split.
+
+When a call fails, its completions are scored again one by one, so that one bad completion costs one; a function that
+needs its whole group loses the group. (One by one, not by halves: every call that holds a hanging completion costs a
+whole timeout, and halving makes log2(G) + 1 of them.)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import queue
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.errors import RunError, UserError
+from grpo.scoring.call import FunctionSpec
+from grpo.scoring.messages import Answer, BrokenContract, Failure, Job, Outcome, Request, Signature
+from grpo.scoring.pool import Pool
+from grpo.scoring.process import WorkerFailed
+from grpo.types import REWARD_KEYWORDS, Group, Status
+
+logger = logging.getLogger(__name__)
+
+ASYNC_GRACE = 1.0  # seconds in which a worker gives up by itself on an async call that is late
+UNSCORABLE_VERDICTS = frozenset({"gold_unparseable", "error"})  # a function's own word for "not the completion's fault"
+
+
+@dataclass(frozen=True)
+class ScoredFunction:
+    """A reward function of the recipe: where it is, what it asks for, and how it counts."""
+
+    spec: FunctionSpec
+    signature: Signature
+    weight: float
+    needs_group: bool
+
+    def __str__(self) -> str:
+        return f"reward {self.spec.key!r} ({self.spec.source})"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some completions of a group, for one call of one function."""
+
+    function: int
+    group: int
+    samples: tuple[int, ...]
+
+
+class StepScoring:
+    """``add`` sends the calls of a group and returns at once. ``finish`` waits for the outcomes of all groups that were
+    added since its last call, and fills them in. How many completions may fail is counted over the whole step.
+
+    ``told`` holds the functions whose first failure a run has shown already. Errors are those of ``Scorer.score``.
+    """
+
+    def __init__(
+        self, functions: Sequence[ScoredFunction], pool: Pool, step: int, max_failure_rate: float, told: set[int]
+    ) -> None:
+        self._functions = functions
+        self._pool = pool
+        self._step = step
+        self._failures = _Failures(functions, step, max_failure_rate)
+        self._told = told
+        self._groups: list[Group] = []
+        self._rows: list[bytes] = []  # of each group: its pickled prompt and columns
+        self._samples: list[tuple[int, ...]] = []  # of each group: the completions that were generated
+        self._results: dict[tuple[int, int], list[tuple[_Piece, Answer | Failure]]] = {}  # by function and group
+        self._filled = 0  # groups that a call of finish has filled in
+        self._checked: set[tuple[str, ...]] = set()
+        self._finished: queue.SimpleQueue[tuple[list[_Piece], Future[list[Outcome]]]] = queue.SimpleQueue()
+        self._outstanding = 0
+
+    def add(self, group: Group) -> None:
+        columns = tuple(sorted(group.prompt.columns))
+        if columns not in self._checked:
+            check_columns(self._functions, columns)
+            self._checked.add(columns)
+        self._groups.append(group)
+        self._rows.append(pickle.dumps((group.prompt.prompt, group.prompt.columns)))
+        self._samples.append(tuple(i for i, c in enumerate(group.completions) if c.status is not Status.ERROR))
+        self._failures.completions += len(self._samples[-1])
+        index = len(self._groups) - 1
+        for place, function in enumerate(self._functions):
+            self._results[place, index] = []
+            if not function.signature.is_async:
+                self._send(self._whole(place, [index]))
+
+    def finish(self) -> None:
+        new = range(self._filled, len(self._groups))
+        self._filled = len(self._groups)
+        for place, function in enumerate(self._functions):
+            if function.signature.is_async:
+                self._send(self._whole(place, new))
+        while self._outstanding:
+            pieces, future = self._finished.get()
+            self._outstanding -= 1
+            try:
+                outcomes = future.result()
+            except WorkerFailed as why:
+                raise RunError(f"a scoring worker could not be started again: {why}") from None
+            except CancelledError:
+                raise RunError("scoring was closed while it was at work") from None
+            self._receive(pieces, outcomes)
+        self._failures.warn(self._told)
+        for index in new:
+            results_F = [self._results[place, index] for place in range(len(self._functions))]
+            _fill(self._groups[index], self._functions, results_F)
+
+    def _whole(self, function: int, groups: Iterable[int]) -> list[_Piece]:
+        return [_Piece(function, g, self._samples[g]) for g in groups if self._samples[g]]
+
+    def _send(self, pieces: list[_Piece]) -> None:
+        """Send pieces of one function: in a job each, or, where it is async, in one job, which awaits them together."""
+        if pieces and self._functions[pieces[0].function].signature.is_async:
+            self._submit(pieces)
+        else:
+            self._send_alone(pieces)
+
+    def _send_alone(self, pieces: list[_Piece]) -> None:
+        for piece in pieces:
+            self._submit([piece])
+
+    def _submit(self, pieces: list[_Piece]) -> None:
+        place = pieces[0].function
+        function = self._functions[place]
+        timeout = function.spec.timeout + (ASYNC_GRACE if function.signature.is_async else 0)
+        job = Job(place, self._step, [self._request(piece) for piece in pieces])
+        future = self._pool.submit(job, timeout)
+        self._outstanding += 1
+        future.add_done_callback(lambda done: self._finished.put((pieces, done)))
+
+    def _request(self, piece: _Piece) -> Request:
+        prompt = self._groups[piece.group].prompt
+        completions = [self._groups[piece.group].completions[sample] for sample in piece.samples]
+        texts: list[Any] = [completion.text for completion in completions]
+        if not isinstance(prompt.prompt, str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        wants_ids = self._functions[piece.function].signature.wants_ids
+        return Request(
+            row=self._rows[piece.group],
+            completions=texts,
+            completion_ids=[completion.token_ids for completion in completions] if wants_ids else None,
+            status=[completion.status.value for completion in completions],
+            prefill=prompt.prefill,
+        )
+
+    def _receive(self, pieces: list[_Piece], outcomes: list[Outcome]) -> None:
+        """Take in the outcomes of a job. Calls that were lost together go out alone, to find the one at fault."""
+        pairs = list(zip(pieces, outcomes, strict=True))
+        lost = [piece for piece, outcome in pairs if isinstance(outcome, Failure) and outcome.lost]
+        if len(lost) > 1:
+            self._send_alone(lost)
+            pairs = [(piece, outcome) for piece, outcome in pairs if piece not in lost]
+        for piece, outcome in pairs:
+            if isinstance(outcome, BrokenContract):
+                raise RunError(f"{self._functions[piece.function]} {outcome.message}")
+            if isinstance(outcome, Answer):
+                self._accept(piece, outcome)
+            else:
+                self._split(piece, outcome)
+
+    def _accept(self, piece: _Piece, answer: Answer) -> None:
+        self._results[piece.function, piece.group].append((piece, answer))
+        for reward, verdict, detail in zip(answer.rewards, answer.verdicts, answer.details, strict=False):
+            if reward is None and verdict in UNSCORABLE_VERDICTS:
+                self._failures.add(piece.function, verdict, 1, f"{verdict}: {detail}")
+        for index, value in answer.not_finite.items():
+            where = f"prompt {self._groups[piece.group].prompt.id}, completion {piece.samples[index]}"
+            expected = "expected a finite number, or None where a completion cannot be scored"
+            self._failures.add(piece.function, "not_finite", 1, f"{where}: it returned {value}; {expected}")
+
+    def _split(self, piece: _Piece, failure: Failure) -> None:
+        if len(piece.samples) > 1 and not self._functions[piece.function].needs_group:
+            singles = [_Piece(piece.function, piece.group, (sample,)) for sample in piece.samples]
+            if failure.lost:
+                self._send_alone(singles)
+            else:
+                self._send(singles)
+            return
+        self._results[piece.function, piece.group].append((piece, failure))
+        prompt_id = self._groups[piece.group].prompt.id
+        where = f"prompt {prompt_id}, completion {', '.join(map(str, piece.samples))}: {failure.message}"
+        self._failures.add(piece.function, failure.cause, len(piece.samples), where)
+
+
+class _Failures:
+    """The completions of a step that could not be scored, by function and cause."""
+
+    def __init__(self, functions: Sequence[ScoredFunction], step: int, max_failure_rate: float) -> None:
+        self.completions = 0  # of the whole step
+        self._functions = functions
+        self._step = step
+        self._max_failure_rate = max_failure_rate
+        self._causes: list[Counter[str]] = [Counter() for _ in functions]
+        self._first = [""] * len(functions)
+
+    def add(self, function: int, cause: str, completions: int, message: str) -> None:
+        """Count a failure. Raises RunError where they are more than ``scoring.max_failure_rate`` allows."""
+        self._causes[function][cause] += completions
+        self._first[function] = self._first[function] or message.strip()
+        if sum(self._causes[function].values()) > self._max_failure_rate * self.completions:
+            raise RunError(
+                f"{self._counted(function)}, more than scoring.max_failure_rate = {self._max_failure_rate:g} allows. "
+                f"The first: {self._first[function]}"
+            )
+
+    def warn(self, told: set[int]) -> None:
+        """Log a line for each function that failed, with its first failure unless ``told`` has the function already."""
+        for function, causes in enumerate(self._causes):
+            if causes:
+                first = "" if function in told else f". The first: {self._first[function]}"
+                logger.warning("%s%s", self._counted(function), first)
+                told.add(function)
+
+    def _counted(self, function: int) -> str:
+        causes = self._causes[function]
+        counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
+        return (
+            f"step {self._step}: {self._functions[function]} could not score {sum(causes.values())} of "
+            f"{self.completions} completions ({counts})"
+        )
+
+
+def check_columns(functions: Sequence[ScoredFunction], columns: Collection[str]) -> None:
+    """Raise UserError where a function needs a column that rows with these do not have, or where names clash."""
+    taken = sorted(REWARD_KEYWORDS.intersection(columns))
+    if taken:
+        raise UserError(
+            f"data: the rows have a column {taken[0]!r}, a name under which reward functions get something "
+            "else from the trainer; rename or drop the column"
+        )
+    for function in functions:
+        missing = [name for name in function.signature.needs if name not in columns]
+        if missing:
+            raise UserError(
+                f"{function} needs {', '.join(missing)}: neither a column of the "
+                f"rows ({', '.join(sorted(columns)) or 'none'}) nor in its args"
+            )
+        twice = sorted(function.spec.args.keys() & set(columns))
+        if twice:
+            raise UserError(f"reward {function.spec.key!r}: args.{twice[0]} is also a column of the rows")
+
+
+def _fill(
+    group: Group, functions: Sequence[ScoredFunction], results: Sequence[list[tuple[_Piece, Answer | Failure]]]
+) -> None:
+    """Put the results of every function into the group."""
+    size = len(group.completions)
+    not_generated = sum(completion.status is Status.ERROR for completion in group.completions)
+    group.rewards_by_function, group.verdicts, group.extra_metrics, group.extra_columns = {}, {}, {}, {}
+    for function, pieces in zip(functions, results, strict=True):
+        values: list[float | None] = [None] * size
+        verdicts = Counter({"not_generated": not_generated})
+        for piece, result in sorted(pieces, key=lambda pair: pair[0].samples):  # not in the order of arrival
+            if isinstance(result, Failure):
+                verdicts[result.cause] += len(piece.samples)
+                continue
+            for sample, reward in zip(piece.samples, result.rewards, strict=True):
+                values[sample] = reward if reward is not None and math.isfinite(reward) else None
+            verdicts.update(_verdicts(result))
+            for metric, logged in result.metrics.items():
+                group.extra_metrics.setdefault(metric, []).extend(logged)
+            for column, entries in result.columns.items():
+                cells = group.extra_columns.setdefault(column, [None] * size)
+                for sample, entry in zip(piece.samples, entries, strict=True):
+                    cells[sample] = entry
+        group.rewards_by_function[function.spec.key] = values
+        group.verdicts[function.spec.key] = dict(+verdicts)
+    weights = [function.weight for function in functions]
+    by_function = list(group.rewards_by_function.values())
+    group.rewards = [_weighted(weights, [values[g] for values in by_function]) for g in range(size)]
+
+
+def _verdicts(answer: Answer) -> Counter[str]:
+    """How many completions of a call got which verdict. What a function leaves unsaid is counted where it is None."""
+    not_finite = answer.not_finite
+    if answer.verdicts:
+        counted = Counter(verdict for i, verdict in enumerate(answer.verdicts) if i not in not_finite)
+    else:
+        counted = Counter({"unscored": answer.rewards.count(None)})
+    counted["not_finite"] += len(not_finite)
+    return counted
+
+
+def _weighted(weights: list[float], values: list[float | None]) -> float | None:
+    scored = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+    return sum(scored) if scored else None

@@ -1,0 +1,33 @@
+"""Packed weights: the same products, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo.backends.hf import few_row_linear
+from grpo.backends.hf.few_row_linear import packed_linears
+
+
+@pytest.mark.parametrize("small", [0, few_row_linear.SMALL])
+def test_packed_linears_give_the_same_products_and_leave_nothing_behind(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_row_linear, "SMALL", small)
+    model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.Linear(96, 32, bias=False))
+    for x in (torch.randn(3, 48), torch.randn(2, 70, 48)):
+        with torch.no_grad():
+            expected = model(x)
+            with packed_linears(model):
+                assert "forward" in vars(model[0])
+                torch.testing.assert_close(model(x), expected)
+    assert "forward" not in vars(model[0])
+
+
+def test_bfloat16_weights_multiply_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(48, 96, dtype=torch.bfloat16), torch.randn(8, 48, dtype=torch.bfloat16)
+    with torch.no_grad(), packed_linears(layer):
+        found = layer(x)
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, layer.weight, layer.bias))

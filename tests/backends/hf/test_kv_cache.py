@@ -1,0 +1,71 @@
+"""The cache's bookkeeping: what it holds moves as lists beside it do."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.backends.hf import kv_cache
+from grpo.backends.hf.kv_cache import DecodeCache, Layer, Shape, moves_into_gaps, remove_entries
+from grpo.backends.hf.step import PromptGroups
+
+CPU = torch.device("cpu")
+
+
+def cache_of(prompts: int, sequences: int) -> DecodeCache:
+    """Sequence s belongs to prompt s % prompts and holds s + 1 tokens; keys are numbers of prompt and sequence."""
+    shape = Shape(prompts, kv_cache.SHORT_PROMPT + 1, sequences, sequences)
+    cache = DecodeCache(shape, CPU)
+    for length in range(1, prompts + 1):
+        cache.add_prompt(length)
+    for sequence in range(sequences):
+        cache.add_sequence(sequence % prompts, sequence + 1)
+    cache.layers[0] = layer = Layer.empty(shape, torch.empty(1, 2, 1, 4), torch.empty(1, 2, 1, 4))
+    layer.prompt_keys[:] = torch.arange(float(prompts)).view(-1, 1, 1, 1)
+    layer.sequence_keys[:] = layer.sequence_values[:] = torch.arange(float(sequences)).view(-1, 1, 1, 1)
+    return cache
+
+
+@given(n=st.integers(1, 12), data=st.data())
+def test_sequences_that_leave_are_replaced_by_the_last_ones(n: int, data: st.DataObject) -> None:
+    gone = data.draw(st.lists(st.integers(0, n - 1), unique=True))
+    cache, running = cache_of(3, n), list(range(n))
+    cache.remove_sequences(gone)
+    remove_entries(running, gone)
+    assert sorted(running) == [s for s in range(n) if s not in gone]
+    assert cache.lengths == [s + 1 for s in running]
+    assert cache.prompt_of == [s % 3 for s in running]
+    for place, sequence in enumerate(running):
+        assert (cache.layers[0].sequence_keys[place, :, : sequence + 1] == sequence).all()
+        assert (cache.layers[0].sequence_values[place, :, : sequence + 1] == sequence).all()
+
+
+def test_nothing_moves_that_need_not() -> None:
+    assert moves_into_gaps(5, [4, 3]) == []
+    assert moves_into_gaps(5, [3, 0]) == [(4, 0)]
+    assert moves_into_gaps(5, [1, 0]) == [(3, 0), (4, 1)]
+
+
+def test_a_sequence_follows_its_prompt_to_another_slot() -> None:
+    cache, prompts = cache_of(3, 6), [10, 11, 12]
+    gone = [place for place, slot in enumerate(cache.prompt_of) if slot == 0]
+    cache.remove_sequences(gone)
+    before = [cache.prompt_lengths[slot] for slot in cache.prompt_of]
+    cache.remove_prompts([0])
+    remove_entries(prompts, [0])
+    assert prompts == [12, 11]
+    assert cache.prompt_lengths == [3, 2]
+    assert [cache.prompt_lengths[slot] for slot in cache.prompt_of] == before
+    assert (cache.layers[0].prompt_keys[0, :, :3] == 2).all()
+
+
+def test_every_sequence_stands_in_a_place_of_its_own_in_its_prompts_group() -> None:
+    groups = PromptGroups.of([4, 7, 5], [2, 0, 2, 1, 2], CPU)
+    assert (groups.number, groups.group_size, groups.longest) == (3, 3, 7)
+    assert groups.place_B.tolist() == [6, 0, 7, 3, 8]
+    assert groups.sequence_at[groups.place_B].tolist() == [0, 1, 2, 3, 4]
+    assert groups.lengths_B.tolist() == [5, 4, 5, 7, 5]
+    heads = torch.arange(10).view(5, 2)  # (B, kv heads)
+    into, back = groups.by_kv_head(2)
+    assert heads.flatten()[into][back].view(5, 2).tolist() == heads.tolist()

@@ -1,0 +1,104 @@
+"""How a command ends: its exit code, what is said, and by which process."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from grpo.errors import Preempted, RunError, UserError
+from tests.cli.conftest import run
+
+
+def failing(error: BaseException):
+    def train(recipe, resume):
+        raise error
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("run: holds a run already"), 2, "run: holds a run already\n"),
+        (UserError("one\ntwo"), 2, "one\ntwo\n"),
+        (RunError("the loss is NaN at step 3: lower optimizer.learning_rate"), 1,
+         "the loss is NaN at step 3: lower optimizer.learning_rate\n"),
+        (Preempted("saved run/checkpoints/step_000004; start again with --resume"), 143,
+         "saved run/checkpoints/step_000004; start again with --resume\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "stopped by Ctrl-C; what came after the last checkpoint, if there is one, is not saved\n",
+        ),
+    ],
+)  # fmt: skip
+def test_expected_endings_print_their_message_alone(stand_in, error, code, message):
+    Path("run").mkdir()
+    stand_in("trainer", train=failing(error))
+    result = run("train", "recipe.yaml")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", message)
+    assert list(Path("run").iterdir()) == []
+
+
+def test_unexpected_exception_leaves_its_traceback_in_the_run_folder(stand_in):
+    Path("run").mkdir()
+    stand_in("trainer", train=failing(ValueError("seven\nof nine")))
+    result = run("train", "recipe.yaml")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("ValueError: seven. ")
+    assert result.stderr.endswith("The traceback is in run/error.txt.\n")
+    text = Path("run/error.txt").read_text()
+    assert text.startswith("Traceback")
+    assert text.endswith("ValueError: seven\nof nine\n")
+
+
+def test_without_a_run_folder_the_traceback_is_printed_before_the_last_line(stand_in):
+    stand_in("trainer", train=failing(ValueError("seven")))
+    result = run("train", "recipe.yaml")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.splitlines()[-1].startswith("ValueError: seven. ")
+    assert not Path("run").exists()
+
+
+class OutOfMemoryError(RuntimeError):
+    """Stands for torch's, which is known by its name so that torch need not be imported."""
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate"), "Lower training.micro_batch_tokens"),
+        (OSError(errno.ENOSPC, "No space left on device"), "Free some disk space"),
+        (ModuleNotFoundError("No module named 'gguf'", name="gguf"), "Install the package that holds gguf"),
+    ],
+)
+def test_the_last_line_says_what_to_do(stand_in, error, advice):
+    stand_in("trainer", train=failing(error))
+    assert advice in run("train", "recipe.yaml").stderr.splitlines()[-1]
+
+
+def test_only_the_first_process_of_a_machine_repeats_user_errors(stand_in, monkeypatch):
+    stand_in("trainer", train=failing(UserError("wrong")))
+    monkeypatch.setattr("grpo.cli.exit_codes.SECONDS_TO_SPEAK", 0.0)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    result = run("train", "recipe.yaml")
+    assert (result.exit_code, result.output) == (2, "")
+    assert (run("train", "nowhere.yaml").exit_code, result.output) == (2, "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run("train", "recipe.yaml").stderr == "wrong\n"
+
+
+def test_other_processes_say_who_they_are(stand_in, monkeypatch):
+    Path("run").mkdir()
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    stand_in("trainer", train=failing(RunError("lost")))
+    assert run("train", "recipe.yaml").stderr == "[rank 3] lost\n"
+    stand_in("trainer", train=failing(ValueError("seven")))
+    assert run("train", "recipe.yaml").stderr.startswith("[rank 3] ValueError: seven. ")
+    assert Path("run/error_rank3.txt").read_text().startswith("Traceback")

@@ -1,0 +1,154 @@
+"""The checks before weights load: each finds its mistake, and a sound recipe passes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import GenerationConfig, LlamaConfig
+
+from grpo.errors import UserError
+from grpo.prompts.checks import check_before_loading, stop_token_ids
+from tests.prompts.small_rows import CHAT, load, make_tokenizer, questions, recipe, write_rows
+
+MODEL = {"vocab_size": 64, "max_position_embeddings": 4096, "eos_token_id": 3, "bos_token_id": None}
+
+
+def checked(tokenizer, data: dict, task: bool = False, model: dict | None = None, generation=None, **keywords):
+    made = recipe(data, **keywords)
+    config = LlamaConfig(**(MODEL | (model or {})))
+    loaded = load(data, tokenizer, **keywords) if task else None
+    return check_before_loading(made, tokenizer, config, generation, loaded)
+
+
+def test_a_sound_recipe_has_no_findings(rows_file):
+    assert checked(make_tokenizer(), {"path": rows_file, "eval_size": 3}, task=True) == []
+    assert checked(make_tokenizer(bos=True), {"path": rows_file, "template": "tinyzero"}, task=True) == []
+
+
+def test_no_end_of_sequence_token(rows_file):
+    without = make_tokenizer(eos=None)
+    with pytest.raises(UserError, match=r"no end-of-sequence token in tokenizer.*\(model.tokenizer\).* rollout.stop"):
+        checked(without, {"path": rows_file}, model={"eos_token_id": None})
+    (warning,) = checked(without, {"path": rows_file}, model={"eos_token_id": None}, rollout={"stop": ["</answer>"]})
+    assert "only on rollout.stop" in warning
+    with pytest.raises(UserError, match="no end-of-sequence token to end the examples with"):
+        checked(without, {"path": rows_file}, stage="sft")
+
+
+def test_an_end_of_sequence_token_outside_the_vocabulary(rows_file):
+    with pytest.raises(UserError, match=r"end-of-sequence token 3 \(<eos>\) is outside the model's vocabulary of 3"):
+        checked(make_tokenizer(), {"path": rows_file}, model={"vocab_size": 3})
+    with pytest.raises(UserError, match=r"token 900 .unknown to the tokenizer. is outside"):
+        checked(make_tokenizer(), {"path": rows_file}, model={"eos_token_id": [3, 900]})
+
+
+def test_a_tokenizer_larger_than_the_model(rows_file):
+    (warning,) = checked(make_tokenizer(), {"path": rows_file}, model={"vocab_size": 20})
+    assert "the tokenizer has 51 tokens, the model 20" in warning
+
+
+def test_stop_tokens_that_disagree(rows_file):
+    """As with Qwen2.5 base and a chat tokenizer: config says <|endoftext|>, the tokenizer <|im_end|>."""
+    tokenizer, data = make_tokenizer(eos="<|end|>"), {"path": rows_file}
+    (warning,) = checked(tokenizer, data)
+    assert "ends a text with 5 (<|end|>), the model's configuration with 3 (<eos>)" in warning
+    assert "model.tokenizer" in warning
+    assert checked(tokenizer, data, generation=GenerationConfig(eos_token_id=[3, 5])) == []
+    assert checked(tokenizer, data, model={"eos_token_id": 5}, generation=GenerationConfig(eos_token_id=5)) == []
+    assert len(checked(tokenizer, data, model={"eos_token_id": 5}, generation=GenerationConfig(eos_token_id=3))) == 1
+
+
+def test_stop_token_ids_are_all_of_them():
+    tokenizer = make_tokenizer(eos="<|end|>")
+    config = LlamaConfig(**(MODEL | {"eos_token_id": [3, 7]}))
+    assert stop_token_ids(tokenizer, config, GenerationConfig(eos_token_id=[7, 9])) == [3, 5, 7, 9]
+    assert stop_token_ids(tokenizer, config, None) == [3, 5, 7]
+    assert stop_token_ids(make_tokenizer(eos=None), LlamaConfig(**(MODEL | {"eos_token_id": None})), None) == []
+
+
+def test_a_prompt_longer_than_the_limit_is_named(tmp_path):
+    rows = [{"prompt": "a" * n, "answer": "x"} for n in (8, 11, 30, 9, 10)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=rf"data.max_prompt_length: 2 of 5 .* longer than 10 .* has 30 \({path}:3\)"):
+        checked(make_tokenizer(), {"path": path, "max_prompt_length": 10}, task=True)
+    with pytest.raises(UserError, match=r"3 of 5 .* has 31 "):  # BOS counts
+        checked(make_tokenizer(bos=True), {"path": path, "max_prompt_length": 10}, task=True)
+    assert checked(make_tokenizer(), {"path": path, "max_prompt_length": 30}, task=True) == []
+
+
+def test_a_completion_to_imitate_longer_than_the_limit_is_named(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{n}", "completion": "b" * n} for n in (9, 10, 7, 8)])
+    rollout = {"max_completion_length": 10}
+    with pytest.raises(UserError, match=rf"rollout.max_completion_length: 1 of 4 .* has 11 \({path}:2\)"):
+        checked(make_tokenizer(), {"path": path}, task=True, stage="sft", rollout=rollout)
+
+
+def test_more_tokens_than_positions(rows_file):
+    short = {"max_position_embeddings": 1000}
+    with pytest.raises(
+        UserError, match=r"max_prompt_length \(512\) \+ rollout.max_completion_length \(512\).* the 1000"
+    ):
+        checked(make_tokenizer(), {"path": rows_file}, model=short)
+    lengths = {"rollout": {"max_completion_length": 100}, "evaluation": {"max_completion_length": 600}}
+    with pytest.raises(UserError, match=r"\+ evaluation.max_completion_length \(600\)"):
+        checked(make_tokenizer(), {"path": rows_file}, model=short, **lengths)
+
+
+def test_a_chat_template_on_a_base_model(rows_file):
+    data = {"path": rows_file, "template": "chat"}
+    with pytest.raises(UserError, match=r"no chat template. This looks like a base model: take template: r1_zero"):
+        checked(make_tokenizer(), data)
+    with pytest.raises(UserError, match=r"ends an answer with '<\|end\|>', but the model stops on <eos>"):
+        checked(make_tokenizer(chat=CHAT), data)
+    tokenizer = make_tokenizer(chat=CHAT, eos="<|end|>")
+    assert checked(tokenizer, data, task=True, model={"eos_token_id": 5}) == []
+
+
+def test_a_chat_template_that_fails_is_an_error_with_its_words(rows_file):
+    broken = make_tokenizer(chat="{{ raise_exception('system role not supported') }}")
+    with pytest.raises(UserError, match=r"chat template fails: .*system role not supported"):
+        checked(broken, {"path": rows_file, "template": "chat"})
+
+
+def test_rows_that_the_chat_template_refuses_are_counted(tmp_path):
+    conversations = [[{"role": role, "content": "hi"}] for role in ("user", "system", "user", "system")]
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": messages} for messages in conversations])
+    tokenizer = make_tokenizer(chat=CHAT, eos="<|end|>")
+    data = {"path": path, "template": "chat", "system_prompt": "be brief"}
+    with pytest.raises(UserError, match=rf"data: 2 of 4 rows can't be used, the first is {path}:2: .*of its own"):
+        checked(tokenizer, data, task=True, model={"eos_token_id": 5})
+    with pytest.raises(UserError, match=rf"{path}:2: "):
+        load(data, tokenizer).train_prompts(0)
+
+
+@pytest.mark.parametrize("template", ["chat", "tinyzero"])
+def test_a_prompt_that_is_rendered_already(tmp_path, template):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "ok"}, {"prompt": "<|start|>user : hi<|end|>"}])
+    tokenizer = make_tokenizer(chat=CHAT, eos="<|end|>")
+    data = {"path": path, "max_prompt_length": 1024}
+    with pytest.raises(UserError, match=rf"1 of 2 prompts already hold .*<\|end\|> \(first {path}:2\).*template: none"):
+        checked(tokenizer, data | {"template": template}, task=True, model={"eos_token_id": 5}, prompts_per_step=1)
+    assert checked(tokenizer, data, task=True, model={"eos_token_id": 5}, prompts_per_step=1) == []
+
+
+def test_all_problems_are_told_at_once(rows_file):
+    with pytest.raises(UserError) as caught:
+        checked(
+            make_tokenizer(),
+            {"path": rows_file, "template": "chat"},
+            model={"vocab_size": 3, "max_position_embeddings": 9},
+        )
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_notes_on_the_rows_are_warnings(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", questions(9) * 2)
+    assert checked(make_tokenizer(), {"path": path, "eval_size": 2}, task=True) == [
+        "data: 2 rows repeat a held-out question and are left out of training"
+    ]
+
+
+def test_a_model_with_several_parts_is_read_at_its_text():
+    text = SimpleNamespace(eos_token_id=3)
+    assert stop_token_ids(make_tokenizer(), SimpleNamespace(get_text_config=lambda: text), None) == [3]
