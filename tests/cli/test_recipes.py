@@ -128,6 +128,7 @@ def test_commands_take_a_name_from_anywhere(command):
         assert result.stdout.splitlines()[-1].startswith("OK smoke_cpu: ")
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_from_another_folder(monkeypatch):
     size = ["data.eval_size=2", "rollout.max_completion_length=4"]
     Path("runs/mine").mkdir(parents=True)
