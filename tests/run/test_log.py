@@ -164,9 +164,9 @@ def test_a_disk_that_refuses_stops_the_run_with_the_path(tmp_path):
     (tmp_path / "rollouts").write_text("in the way")
     with pytest.raises(RunError, match="rollouts"):
         run_log.log_rollouts(1, [{}])
-    tracker._file.close()
-    tracker._file = open("/dev/full", "ab")  # noqa: SIM115
-    with pytest.raises(RunError, match=r"metrics\.jsonl.*No space"), tracker:
+    run_log._file.close()
+    run_log._file = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(RunError, match=r"metrics\.jsonl.*No space"), run_log:
         run_log.log(1, {"reward": 1.0})
 
 
