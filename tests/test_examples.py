@@ -23,7 +23,7 @@ SMALL = [
     "training.save_every=0",
     "training.num_threads=1",
 ]
-MIXED = f"rewards=[{{path: {ROOT}/tests/rewards_for_tests.py:share_of_small_numbers}}]"  # so that there is a signal
+MIXED = "rewards=[{path: mixed.py:by_place}]"  # every group has a signal
 
 
 def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +36,9 @@ def copied(folder: Path, name: str, old: str = "", new: str = "") -> None:
     text = (EXAMPLES / name).read_text()
     assert old in text
     (folder / name).write_text(text.replace(old, new))
+    (folder / "mixed.py").write_text(
+        "def by_place(completions, **_): return [float(i) for i in range(len(completions))]"
+    )
 
 
 OVERRIDES = {
