@@ -178,8 +178,8 @@ def test_its_gradient_is_the_trainers(batch: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_it_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    """Six of its twenty steps. Seeds 0 to 7 raised accuracy by SEEDS; where nothing is learned, the difference of two
-    evaluations of 644 tasks has a standard deviation of 0.02."""
+    """Six of its twenty steps. Seeds 0 to 7 gained 0.26 to 0.31, in 30 s each. With nothing learned the
+    difference of two evaluations of 644 tasks has a standard deviation of 0.02."""
     before, after = minimal.train(seed=0, steps=6)
     assert after - before > 0.15
     printed = capsys.readouterr().out

@@ -40,6 +40,7 @@ def wheel(tmp_path_factory):
         yield archive
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_what_it_should_and_nothing_else(wheel):
     expected = {
         file.relative_to(ROOT).as_posix()
@@ -52,6 +53,7 @@ def test_the_wheel_holds_what_it_should_and_nothing_else(wheel):
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
+@pytest.mark.slow
 def test_the_wheel_says_what_it_is(wheel):
     (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     metadata = message_from_string(wheel.read(f"{info}/METADATA").decode())
@@ -63,6 +65,7 @@ def test_the_wheel_says_what_it_is(wheel):
     assert wheel.read(f"{info}/top_level.txt").decode().split() == ["data", "grpo", "recipes", "rewards"]
 
 
+@pytest.mark.slow
 def test_recipes_are_found_by_name_from_the_wheel(wheel, tmp_path):
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     wheel.extractall(installed)
@@ -81,6 +84,7 @@ def test_recipes_are_found_by_name_from_the_wheel(wheel, tmp_path):
     assert grpo_command("recipes", "show", "smoke_cpu") == (elsewhere / "mine.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_every_dependency_has_a_tested_pin_within_its_range(wheel):
     (metadata_file,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = message_from_string(wheel.read(metadata_file).decode())

@@ -49,21 +49,22 @@ def list_recipes() -> None:
     """List the recipes: stage, size of the model, hardware, purpose."""
     with exit_codes():
         summaries = summarize_recipes()
-        columns = [[getattr(s, key) for s in summaries] for key in ("name", "stage", "model", "hardware")]
-        widths = [max(map(len, column)) for column in columns]
-        # A screen gets lines that fit; a file or a pipe gets whole lines, to search in.
-        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        for summary, *cells in zip(summaries, *columns, strict=True):
-            line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-            typer.echo(_cut(f"{line}  {summary.about}", room))
-        typer.echo("grpo recipes show NAME, grpo recipes copy NAME [TO], grpo train NAME", err=True)
+    columns = [[getattr(s, key) for s in summaries] for key in ("name", "stage", "model", "hardware")]
+    widths = [max(map(len, column)) for column in columns]
+    # A screen gets lines that fit; a file or a pipe gets whole lines, to search in.
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for summary, *cells in zip(summaries, *columns, strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        typer.echo(_cut(f"{line}  {summary.about}", room))  # not in exit_codes: `| head` ends it, which is no mistake
+    typer.echo("grpo recipes show NAME, grpo recipes copy NAME [TO], grpo train NAME", err=True)
 
 
 @app.command()
 def show(name: NameArgument) -> None:
     """Print a recipe."""
     with exit_codes():
-        typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+        text = shipped_recipe(name).read_text(encoding="utf-8")
+    typer.echo(text, nl=False)
 
 
 @app.command()

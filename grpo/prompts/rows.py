@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -278,5 +277,5 @@ def _run_users_code(task: TaskSource, called: str, call: Callable[[], Any]) -> A
     try:
         return call()
     except (Exception, SystemExit) as error:
-        why = user_code.why_not_imported(error, Path(task.module.__file__ or ""))
+        why = user_code.stopped_at(error)
         raise UserError(f"data.name: {called} failed: {why}") from error

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("grpo")
 
 
-class Tracker:
+class RunLog:
     """Logs one run. Rank 0 alone constructs it; use it as a context manager or call ``close``.
 
     ``resume_offset`` is the ``offset`` of the checkpoint that the run goes on from: what ``metrics.jsonl`` holds beyond
@@ -52,7 +52,7 @@ class Tracker:
         max_seconds = recipe_dict.get("training", {}).get("max_seconds")
         self._display = open_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ from grpo.errors import Preempted
 from grpo.model.policy import Policy
 from grpo.randomness import Stream, key
 from grpo.run.folder import prepare_run_folder
-from grpo.run.log import Tracker
+from grpo.run.log import RunLog
 from grpo.run.session import PreemptionGuard, on_main
 from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
 
@@ -49,10 +49,10 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         self._opened.__exit__(*error)
 
-    def _open_log(self) -> Tracker:
+    def _open_log(self) -> RunLog:
         if not self.accelerator.is_main_process:
-            return cast(Tracker, _Silent())
-        return Tracker(
+            return cast(RunLog, _Silent())
+        return RunLog(
             self.folder,
             self.recipe.tracking,
             recipe_dict=self.recipe.model_dump(mode="json"),

@@ -13,10 +13,10 @@ of packages among those.
 from __future__ import annotations
 
 import builtins
-import hashlib
 import importlib
 import re
 import sys
+import zlib
 from collections.abc import Iterable
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -89,7 +89,7 @@ class _Finder:
         if (place.parent / "__init__.py").is_file():
             name = f"{self.name_for(place.parent)}.{own}"
         else:
-            name = f"_user_{own}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+            name = f"_user_{own}_{zlib.crc32(str(place).encode()):08x}"
         self.places[name] = place
         return name
 

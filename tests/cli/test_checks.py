@@ -84,6 +84,7 @@ def test_a_dry_run_finds_them_too(rows):
     assert "reward 'countdown' can score nothing on 1 of 41 rows:\n  rows.jsonl:41: nums must hold" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_one_letter_away_is_no_hub_id(tmp_path):
     (tmp_path / "mine").mkdir()
     result = python("-m", "grpo", "train", "recipe.yaml", "model.name=mine/tiny_bse", cwd=tmp_path)
@@ -99,6 +100,7 @@ def test_validate_finds_a_missing_column(rows):
     assert "reward 'countdown' (rewards.countdown.countdown_reward) needs target: neither a column" in result.stderr
 
 
+@pytest.mark.slow
 def test_validate_says_what_it_could_not_check():
     result = run("validate", "recipe.yaml", "model.name=runs/not/yet/final")
     assert result.exit_code == 0, result.output

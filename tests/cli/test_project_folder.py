@@ -10,6 +10,8 @@ import pytest
 
 from tests.launching import ROOT, environment
 
+pytestmark = pytest.mark.timeout(300)  # each starts a run, on machines of any speed
+
 RECIPE = """
 model: {name: data/tiny_base, dtype: float32}
 data: {path: data/rows.jsonl, eval_size: 0, max_prompt_length: 32}
@@ -93,7 +95,7 @@ def start(project: Path, command: list[str]) -> subprocess.CompletedProcess[str]
         env=environment() | {"PYTHONPATH": str(project / "site")},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
 
 

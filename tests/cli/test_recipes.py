@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from grpo.cli import recipes
 from grpo.config.find import SHIPPED, shipped_recipes
 from grpo.config.load import load_recipe
-from tests.cli.conftest import run
+from tests.cli.conftest import ROOT, run
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +128,7 @@ def test_commands_take_a_name_from_anywhere(command):
         assert result.stdout.splitlines()[-1].startswith("OK smoke_cpu: ")
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_from_another_folder(monkeypatch):
     size = ["data.eval_size=2", "rollout.max_completion_length=4"]
     Path("runs/mine").mkdir(parents=True)
@@ -143,3 +147,15 @@ def test_a_second_stage_without_the_first_says_so():
     assert result.exit_code == 2
     assert result.stderr.startswith("model.name: runs/word_sums_tiny_sft/final does not exist (from ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "show", "demo_cpu"]])
+def test_a_reader_that_stops_reading_is_no_mistake(arguments):
+    command = [sys.executable, "-m", "grpo", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.close()
+    said = running.stderr.read()
+    running.wait(timeout=60)
+    assert "Broken" not in said
+    assert "Traceback" not in said

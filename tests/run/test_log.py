@@ -19,7 +19,7 @@ from rich.console import Console
 from grpo.config import TrackingConfig
 from grpo.errors import RunError, UserError
 from grpo.run import trackers
-from grpo.run.log import Tracker
+from grpo.run.log import RunLog
 from grpo.run.screen import WIDTH, duration, evaluation_text, open_display
 
 RECIPE = {"training": {"max_seconds": None}, "model": {"name": "tiny"}}
@@ -46,8 +46,8 @@ EVALUATION = {
 }
 
 
-def open_tracker(folder: Path, resume_offset: int | None = None, **tracking: object) -> Tracker:
-    return Tracker(folder, TrackingConfig(**tracking), recipe_dict=RECIPE, resume_offset=resume_offset, total_steps=100)
+def open_run_log(folder: Path, resume_offset: int | None = None, **tracking: object) -> RunLog:
+    return RunLog(folder, TrackingConfig(**tracking), recipe_dict=RECIPE, resume_offset=resume_offset, total_steps=100)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -55,14 +55,14 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_rollouts_of_steps_that_a_run_goes_back_behind_are_forgotten(tmp_path):
-    with open_tracker(tmp_path) as tracker:
+    with open_run_log(tmp_path) as run_log:
         offsets = []
         for step in (0, 1, 2):
-            tracker.log(step, {"reward": 0.5})
-            tracker.log_rollouts(step, [{"completion": "a"}])
-            offsets.append(tracker.offset)
-        tracker.log_rollouts(2, [{"completion": "a"}], prefix="eval")
-    with open_tracker(tmp_path, resume_offset=offsets[1]):
+            run_log.log(step, {"reward": 0.5})
+            run_log.log_rollouts(step, [{"completion": "a"}])
+            offsets.append(run_log.offset)
+        run_log.log_rollouts(2, [{"completion": "a"}], prefix="eval")
+    with open_run_log(tmp_path, resume_offset=offsets[1]):
         assert sorted(file.name for file in (tmp_path / "rollouts").iterdir()) == [
             "step_000000.jsonl",
             "step_000001.jsonl",
@@ -80,8 +80,8 @@ def test_numbers_read_back_to_the_same_bits_and_non_finite_ones_are_null(tmp_pat
         "inf": torch.tensor(math.inf),
         "none": None,
     }
-    with open_tracker(tmp_path) as tracker:
-        tracker.log(1, values)
+    with open_run_log(tmp_path) as run_log:
+        run_log.log(1, values)
     (line,) = lines(tmp_path)
     assert line == {
         "step": 1,
@@ -97,32 +97,32 @@ def test_numbers_read_back_to_the_same_bits_and_non_finite_ones_are_null(tmp_pat
 
 
 def test_resuming_cuts_what_will_be_written_again(tmp_path):
-    with open_tracker(tmp_path) as tracker:
-        tracker.log(0, EVALUATION)
-        tracker.log(1, {"reward": 0.1})
-        offset = tracker.offset
-        tracker.log(2, {"reward": 0.2})
+    with open_run_log(tmp_path) as run_log:
+        run_log.log(0, EVALUATION)
+        run_log.log(1, {"reward": 0.1})
+        offset = run_log.offset
+        run_log.log(2, {"reward": 0.2})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')  # killed while writing
     assert offset == len(
         "".join(f"{json.dumps(line)}\n" for line in [{"step": 0, **EVALUATION}, {"step": 1, "reward": 0.1}])
     )
 
-    with open_tracker(tmp_path, resume_offset=offset) as tracker:
-        assert tracker.offset == offset
-        tracker.log(2, {"reward": 0.2})
-        assert tracker.offset > offset
+    with open_run_log(tmp_path, resume_offset=offset) as run_log:
+        assert run_log.offset == offset
+        run_log.log(2, {"reward": 0.2})
+        assert run_log.offset > offset
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
-    with open_tracker(tmp_path, resume_offset=0) as tracker:  # killed before the first checkpoint
-        tracker.log(1, {"reward": 0.1})
+    with open_run_log(tmp_path, resume_offset=0) as run_log:  # killed before the first checkpoint
+        run_log.log(1, {"reward": 0.1})
     assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
 def test_a_log_shorter_than_its_checkpoint_is_said(tmp_path, caplog):
-    with open_tracker(tmp_path) as tracker:
-        tracker.log(1, {"reward": 0.1})
-    open_tracker(tmp_path, resume_offset=1000).close()
+    with open_run_log(tmp_path) as run_log:
+        run_log.log(1, {"reward": 0.1})
+    open_run_log(tmp_path, resume_offset=1000).close()
     assert "its checkpoint saw 1000" in caplog.text
     assert len(lines(tmp_path)) == 1
 
@@ -142,11 +142,11 @@ def test_rollouts_are_written_whole_or_not_at_all(tmp_path):
         yield rows[0]
         raise KeyError("no more")
 
-    with open_tracker(tmp_path) as tracker:
-        path = tracker.log_rollouts(7, rows)
-        assert tracker.log_rollouts(0, rows, prefix="eval").name == "eval_000000.jsonl"
+    with open_run_log(tmp_path) as run_log:
+        path = run_log.log_rollouts(7, rows)
+        assert run_log.log_rollouts(0, rows, prefix="eval").name == "eval_000000.jsonl"
         with pytest.raises(KeyError):
-            tracker.log_rollouts(7, torn())
+            run_log.log_rollouts(7, torn())
     assert path == tmp_path / "rollouts" / "step_000007.jsonl"
     read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert read[0] == {
@@ -160,14 +160,14 @@ def test_rollouts_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_disk_that_refuses_stops_the_run_with_the_path(tmp_path):
-    tracker = open_tracker(tmp_path)
+    run_log = open_run_log(tmp_path)
     (tmp_path / "rollouts").write_text("in the way")
     with pytest.raises(RunError, match="rollouts"):
-        tracker.log_rollouts(1, [{}])
-    tracker._file.close()
-    tracker._file = open("/dev/full", "ab")  # noqa: SIM115
-    with pytest.raises(RunError, match=r"metrics\.jsonl.*No space"), tracker:
-        tracker.log(1, {"reward": 1.0})
+        run_log.log_rollouts(1, [{}])
+    run_log._file.close()
+    run_log._file = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(RunError, match=r"metrics\.jsonl.*No space"), run_log:
+        run_log.log(1, {"reward": 1.0})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,13 +177,13 @@ def test_a_disk_that_refuses_stops_the_run_with_the_path(tmp_path):
 def test_tensorboard_gets_every_number(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with open_tracker(tmp_path, tensorboard=True) as tracker:
+    with open_run_log(tmp_path, tensorboard=True) as run_log:
         for step in (1, 2, 3):
-            tracker.log(step, {"reward": step / 4, "kl": math.nan})
-        offset = tracker.offset
-        tracker.log(4, {"reward": 99.0})
-    with open_tracker(tmp_path, tensorboard=True, resume_offset=offset) as tracker:
-        tracker.log(4, {"reward": 1.0})
+            run_log.log(step, {"reward": step / 4, "kl": math.nan})
+        offset = run_log.offset
+        run_log.log(4, {"reward": 99.0})
+    with open_run_log(tmp_path, tensorboard=True, resume_offset=offset) as run_log:
+        run_log.log(4, {"reward": 1.0})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
     assert events.Tags()["scalars"] == ["reward"]
@@ -193,8 +193,8 @@ def test_wandb_offline_writes_a_run_and_resumes_it(tmp_path, monkeypatch):
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     for resume_offset in (None, 0):
-        with open_tracker(tmp_path / "run", resume_offset, wandb="offline", project="p") as tracker:
-            tracker.log(1, {"reward": 0.5})
+        with open_run_log(tmp_path / "run", resume_offset, wandb="offline", project="p") as run_log:
+            run_log.log(1, {"reward": 0.5})
         assert len(lines(tmp_path / "run")) == 1
     written = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(written) == 2
@@ -210,8 +210,8 @@ def test_a_tracker_that_is_not_installed_is_a_user_error_with_its_cure(tmp_path,
     with pytest.raises(
         UserError, match=r"tracking\.wandb.*grpo-train\[wandb\].*tracking\.trackio.*pip install trackio"
     ):
-        open_tracker(tmp_path, wandb="offline", trackio=True)
-    open_tracker(tmp_path).close()
+        open_run_log(tmp_path, wandb="offline", trackio=True)
+    open_run_log(tmp_path).close()
 
 
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
@@ -242,9 +242,9 @@ def test_a_tracker_that_crashes_never_disturbs_training(tmp_path, monkeypatch, c
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
-    with caplog.at_level(logging.WARNING, "grpo"), open_tracker(tmp_path, wandb="offline") as tracker:
+    with caplog.at_level(logging.WARNING, "grpo"), open_run_log(tmp_path, wandb="offline") as run_log:
         for step in (1, 2, 3):
-            tracker.log(step, {"reward": 1.0})
+            run_log.log(step, {"reward": 1.0})
     assert len(lines(tmp_path)) == 3
     assert len([record for record in caplog.records if "wandb failed" in record.message]) == 1
     assert calls == {"init": [], "log": [1], "finish": [1, 2, 3]}[failing]
@@ -269,7 +269,7 @@ def test_wandb_online_without_a_server_goes_on_offline(tmp_path, monkeypatch, ca
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
-    open_tracker(tmp_path, wandb="online").close()
+    open_run_log(tmp_path, wandb="online").close()
     assert modes == ["online", "offline"]
     assert "no route to host" in caplog.text
     assert "wandb sync" in caplog.text
@@ -280,11 +280,11 @@ def test_wandb_online_without_a_server_goes_on_offline(tmp_path, monkeypatch, ca
 
 
 def test_one_plain_line_a_step_with_what_matters(tmp_path, capsys):
-    with open_tracker(tmp_path) as tracker:
-        tracker.log(0, EVALUATION)
-        tracker.log(1, STEP)
-        tracker.log(2, STEP | {"reward": -12.345678, "kl": 1.23e-15, "grad_norm": 1.23e-15, "step_time": 12345.6})
-        tracker.log(3, {"loss": 2.345, "grad_norm": 1.0, "step_time": 0.5})
+    with open_run_log(tmp_path) as run_log:
+        run_log.log(0, EVALUATION)
+        run_log.log(1, STEP)
+        run_log.log(2, STEP | {"reward": -12.345678, "kl": 1.23e-15, "grad_norm": 1.23e-15, "step_time": 12345.6})
+        run_log.log(3, {"loss": 2.345, "grad_norm": 1.0, "step_time": 0.5})
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == ("=== eval at step 0/100: accuracy 0.381 [0.340, 0.424]  pass@4 0.602  length 99  cut 2% ===")
     assert printed[1].startswith("step   1/100  reward 0.312  length 1234  cut 3%  no-signal 40%  entropy 1.023")
