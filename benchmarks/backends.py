@@ -38,7 +38,7 @@ from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
 from grpo.prompts.task import load_task
 from grpo.randomness import key
-from grpo.types import Completion, Prompt, Sequence
+from grpo.types import Completion, Prompt, TrainedSequence
 
 ROOT = Path(__file__).parents[1]
 CACHE = 1_000_000_000  # bytes of keys and values of an engine
@@ -193,22 +193,22 @@ def mismatch(options: argparse.Namespace, dtype: str, backend_name: str) -> dict
     return compare(policy, sequences_of(requests, groups))
 
 
-def sequences_of(requests: list[Request], groups: list[list[Completion]]) -> list[Sequence]:
+def sequences_of(requests: list[Request], groups: list[list[Completion]]) -> list[TrainedSequence]:
     """With advantages of +1 and -1 in turn: what is compared is the sampler, not a reward."""
     return [
-        Sequence(r.prompt.token_ids, c.token_ids, c.sampler_logprobs, advantage=(-1.0) ** i)
+        TrainedSequence(r.prompt.token_ids, c.token_ids, c.sampler_logprobs, advantage=(-1.0) ** i)
         for r, group in zip(requests, groups, strict=True)
         for i, c in enumerate(group)
     ]
 
 
-def take_a_step(policy: Policy, sequences: list[Sequence], rate: float) -> None:
+def take_a_step(policy: Policy, sequences: list[TrainedSequence], rate: float) -> None:
     gradient(policy, sequences, "none")
     policy.clip_gradients()
     policy.step(rate)
 
 
-def gradient(policy: Policy, sequences: list[Sequence], mode: str) -> torch.Tensor:
+def gradient(policy: Policy, sequences: list[TrainedSequence], mode: str) -> torch.Tensor:
     """The policy gradient of all sequences under ``mode``, flat; it stays in ``grad`` too."""
     policy.model.zero_grad(set_to_none=True)
     tokens = sum(len(s.completion_ids) for s in sequences)
@@ -226,7 +226,7 @@ def gradient(policy: Policy, sequences: list[Sequence], mode: str) -> torch.Tens
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]).clone()
 
 
-def compare(policy: Policy, sequences: list[Sequence]) -> dict[str, float]:
+def compare(policy: Policy, sequences: list[TrainedSequence]) -> dict[str, float]:
     log_ratios, sums = [], []
     with torch.no_grad():
         for s in sequences:

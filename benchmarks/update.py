@@ -35,11 +35,11 @@ from grpo.model.logprobs import token_statistics
 from grpo.model.policy import Policy
 from grpo.packing import packed_tokens
 from grpo.run.run import Run
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 from grpo.update.step import optimizer_step
 
 
-def make_sequences(vocab_size: int, prompts: int, completions: int, length: int) -> list[Sequence]:
+def make_sequences(vocab_size: int, prompts: int, completions: int, length: int) -> list[TrainedSequence]:
     """Made-up tokens; completions of half the longest ``length`` or more, two thirds of it in the mean."""
     draw = random.Random(0)
 
@@ -51,7 +51,7 @@ def make_sequences(vocab_size: int, prompts: int, completions: int, length: int)
         prompt = tokens(draw.randrange(90, 111))
         for _ in range(completions):
             n = min(length, round(length * (0.5 + draw.expovariate(6))))
-            made.append(Sequence(prompt, tokens(n), [-5.0] * n, draw.gauss(0, 1)))
+            made.append(TrainedSequence(prompt, tokens(n), [-5.0] * n, draw.gauss(0, 1)))
     return made
 
 
@@ -59,7 +59,7 @@ def vocabulary(policy: Policy) -> int:
     return policy.causal_lm.config.get_text_config(decoder=True).vocab_size
 
 
-def seconds_of_step(policy: Policy, recipe: Recipe, sequences: list[Sequence], packed: bool, size: int) -> float:
+def seconds_of_step(policy: Policy, recipe: Recipe, sequences: list[TrainedSequence], packed: bool, size: int) -> float:
     policy.packed = packed
     recipe.training.micro_batch_tokens = size
     recipe.rollout.max_completion_length = max(len(s.completion_ids) for s in sequences)
@@ -72,7 +72,7 @@ def seconds_of_step(policy: Policy, recipe: Recipe, sequences: list[Sequence], p
         return time.perf_counter() - begun
 
 
-def operations(policy: Policy, sequences: list[Sequence]) -> float:
+def operations(policy: Policy, sequences: list[TrainedSequence]) -> float:
     """Of the products with weights, forward and backward (6 a weight and token): each prompt once, the head at
     completions. Attention is left out (a few per cent at these lengths)."""
     head = policy.causal_lm.get_output_embeddings().weight.numel()

@@ -19,20 +19,20 @@ import numpy as np
 import torch
 
 from grpo.config import AlgorithmConfig
-from grpo.types import Batch, Completion, Group, Layout, Sequence, Status
+from grpo.types import Batch, Completion, Group, Layout, Status, TrainedSequence
 
 # A group that does not fit into what is left of a micro-batch starts another if the one is this full already, else it
 # is split and its prompt computed twice. Both are tried: the first repeats less, the second balances processes better.
 FULL = (0.5, 0.95)
 
-MicroBatch = list[Sequence]
+MicroBatch = list[TrainedSequence]
 Sized = tuple[int, MicroBatch]  # with its tokens
 
 
-def to_sequences(groups: list[Group], advantages_PG: np.ndarray, algorithm: AlgorithmConfig) -> list[Sequence]:
+def to_sequences(groups: list[Group], advantages_PG: np.ndarray, algorithm: AlgorithmConfig) -> list[TrainedSequence]:
     """Flatten scored groups, G completions each."""
     return [
-        Sequence(
+        TrainedSequence(
             prompt_ids=group.prompt.token_ids,
             completion_ids=completion.token_ids,
             sampler_logprobs=completion.sampler_logprobs,
@@ -52,7 +52,7 @@ def counts_in_loss(completion: Completion, reward: float | None, algorithm: Algo
 
 
 def plan_micro_batches(
-    sequences: list[Sequence],
+    sequences: list[TrainedSequence],
     *,
     max_tokens: int,
     max_sequences: int | None = None,
@@ -82,9 +82,9 @@ def plan_micro_batches(
     return [[micro_batch for _, micro_batch in share] + [filler] * (rounds - len(share)) for share in shares]
 
 
-def by_prompt(sequences: list[Sequence]) -> list[list[Sequence]]:
+def by_prompt(sequences: list[TrainedSequence]) -> list[list[TrainedSequence]]:
     """Sequences of the same prompt together, the most tokens first; within a group the longest first."""
-    groups: dict[tuple[int, ...], list[Sequence]] = {}
+    groups: dict[tuple[int, ...], list[TrainedSequence]] = {}
     for sequence in sequences:
         groups.setdefault(tuple(sequence.prompt_ids), []).append(sequence)
     ordered = [sorted(group, key=len, reverse=True) for group in groups.values()]
@@ -101,7 +101,7 @@ def padded_tokens(micro_batch: MicroBatch) -> int:
     return len(micro_batch) * max(map(len, micro_batch))
 
 
-def _read(sequence: Sequence) -> int:
+def _read(sequence: TrainedSequence) -> int:
     return max(len(sequence.completion_ids) - 1, 0)
 
 
@@ -117,7 +117,7 @@ def _smaller_and_smaller(fill: Callable[[int], list[Sized]], limit: int, world_s
         made = fill(largest * 19 // 20)
 
 
-def _fill_packed(groups: list[list[Sequence]], limit: int, *, most: int, full: float) -> list[Sized]:
+def _fill_packed(groups: list[list[TrainedSequence]], limit: int, *, most: int, full: float) -> list[Sized]:
     """Group after group, whole ones where they fit; see FULL for those that don't."""
     made: list[Sized] = []
     tokens, micro_batch = 0, MicroBatch()
@@ -138,7 +138,7 @@ def _fill_packed(groups: list[list[Sequence]], limit: int, *, most: int, full: f
     return [*made, (tokens, micro_batch)]
 
 
-def _fill_padded(rows: list[Sequence], limit: int, *, most: int) -> list[Sized]:
+def _fill_padded(rows: list[TrainedSequence], limit: int, *, most: int) -> list[Sized]:
     """Longest first, so that those padded together are of like length."""
     made: list[MicroBatch] = []
     for sequence in rows:

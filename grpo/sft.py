@@ -15,7 +15,7 @@ from grpo.packing import MicroBatch
 from grpo.report.write import write_report
 from grpo.run.run import Run, start_run
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
-from grpo.types import Batch, Sequence
+from grpo.types import Batch, TrainedSequence
 from grpo.update.forward import plan_for
 from grpo.update.micro_batch_size import fitting, within_memory
 from grpo.update.step import backward
@@ -98,6 +98,6 @@ def held_out_loss(run: Run, examples: list[Example]) -> float:
 
 def _my_micro_batches(run: Run, examples: list[Example], max_tokens: int) -> list[MicroBatch]:
     sequences = [
-        Sequence(prompt, completion, [0.0] * len(completion), advantage=1.0) for prompt, completion in examples
+        TrainedSequence(prompt, completion, [0.0] * len(completion), advantage=1.0) for prompt, completion in examples
     ]
     return plan_for(run.policy, sequences, run.recipe.training, max_tokens)[run.accelerator.process_index]

@@ -109,7 +109,7 @@ class Group:
 
 
 @dataclass
-class Sequence:
+class TrainedSequence:
     """One prompt+completion as the update sees it: what ``packing`` arranges into micro-batches.
 
     ``weight`` is 0 for padding sequences that only keep processes in step with each other, else 1.

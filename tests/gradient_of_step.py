@@ -18,13 +18,13 @@ from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 from grpo.update.step import optimizer_step
 
 TEMPERATURE = 0.9
 
 
-def sequences(groups: int = 2, size: int = 4) -> list[Sequence]:
+def sequences(groups: int = 2, size: int = 4) -> list[TrainedSequence]:
     """Eight completions of unequal length in two groups; two are without signal, one is masked."""
     draw = random.Random(0)
     made = []
@@ -35,7 +35,7 @@ def sequences(groups: int = 2, size: int = 4) -> list[Sequence]:
             logps = [draw.uniform(-8, -4) for _ in completion]
             advantage = 0.0 if (group, g) in ((1, 0), (1, 3)) else draw.gauss(0, 1)
             valid = (group, g) != (0, 1)
-            made.append(Sequence(prompt, completion, logps, advantage, valid, old_logprobs=logps))
+            made.append(TrainedSequence(prompt, completion, logps, advantage, valid, old_logprobs=logps))
     return made
 
 

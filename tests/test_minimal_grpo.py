@@ -14,7 +14,7 @@ import torch
 
 from data import countdown
 from grpo.advantages import group_advantages
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 from grpo.update.step import optimizer_step
 from rewards.countdown import countdown_reward
 from tests.conftest import make_policy, make_recipe
@@ -142,7 +142,7 @@ def test_its_gradient_is_the_trainers(batch: dict[str, Any], tmp_path: Path) -> 
     sequences = []
     for i, length in enumerate(batch["mask_BT"].sum(1).int().tolist()):
         sequences.append(
-            Sequence(
+            TrainedSequence(
                 prompt_ids=batch["prompts_BN"][i].tolist(),
                 completion_ids=batch["tokens_BT"][i, :length].tolist(),
                 sampler_logprobs=batch["sampler_logps_BT"][i, :length].tolist(),

@@ -8,17 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.packing import collate, packed_tokens, padded_tokens, plan_micro_batches
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 
 
-def sequence(prompt: int, completion: int, **fields: object) -> Sequence:
-    return Sequence(list(range(1, prompt + 1)), list(range(50, 50 + completion)), [-1.0] * completion, 1.0, **fields)
+def sequence(prompt: int, completion: int, **fields: object) -> TrainedSequence:
+    return TrainedSequence(
+        list(range(1, prompt + 1)), list(range(50, 50 + completion)), [-1.0] * completion, 1.0, **fields
+    )
 
 
-def groups_of(*groups: tuple[int, list[int]]) -> list[Sequence]:
+def groups_of(*groups: tuple[int, list[int]]) -> list[TrainedSequence]:
     """Sequences of several prompts that differ, by (prompt length, completion lengths)."""
     return [
-        Sequence([100 + i] * prompt, list(range(50, 50 + n)), [-1.0] * n, 1.0)
+        TrainedSequence([100 + i] * prompt, list(range(50, 50 + n)), [-1.0] * n, 1.0)
         for i, (prompt, completions) in enumerate(groups)
         for n in completions
     ]
@@ -77,9 +79,9 @@ def test_what_one_process_could_hold_is_shared_out(world_size: int) -> None:
 
 
 def test_a_packed_row_holds_each_prompt_once_and_no_last_token() -> None:
-    a = Sequence([1, 2], [50, 51, 52], [-1.0] * 3, 1.0, old_logprobs=[-0.1, -0.2, -0.3], ref_logprobs=[-1.0] * 3)
-    b = Sequence([3], [60], [-1.0], 1.0, old_logprobs=[-0.5], ref_logprobs=[-5.0], valid=False)
-    c = Sequence([1, 2], [70, 71], [-1.0] * 2, 1.0, old_logprobs=[-0.6, -0.7], ref_logprobs=[-6.0, -7.0])
+    a = TrainedSequence([1, 2], [50, 51, 52], [-1.0] * 3, 1.0, old_logprobs=[-0.1, -0.2, -0.3], ref_logprobs=[-1.0] * 3)
+    b = TrainedSequence([3], [60], [-1.0], 1.0, old_logprobs=[-0.5], ref_logprobs=[-5.0], valid=False)
+    c = TrainedSequence([1, 2], [70, 71], [-1.0] * 2, 1.0, old_logprobs=[-0.6, -0.7], ref_logprobs=[-6.0, -7.0])
     batch = collate([a, b, c], pad_token_id=7)
     #                                     prompts  | a's    | c's, then b's, which is empty
     assert batch.input_ids_RN.tolist() == [[1, 2, 3, 50, 51, 70]]

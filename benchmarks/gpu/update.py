@@ -25,7 +25,7 @@ from benchmarks.gpu.shapes import model_folder, training_flops
 from benchmarks.rollout import make_policy
 from grpo.model.policy import Policy
 from grpo.run.run import Run
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 from grpo.update.step import optimizer_step
 
 # Whether activations are computed again in the backward pass, and micro_batch_tokens: what fits 80 GB, by the shape.
@@ -37,7 +37,7 @@ VARIANTS = {
 }
 
 
-def make_sequences(options: argparse.Namespace) -> list[list[Sequence]]:
+def make_sequences(options: argparse.Namespace) -> list[list[TrainedSequence]]:
     """By prompt; lengths are spread within each group."""
     draw = random.Random(0)
     groups = []
@@ -45,11 +45,15 @@ def make_sequences(options: argparse.Namespace) -> list[list[Sequence]]:
         prompt = [draw.randrange(10, 300) for _ in range(options.prompt_length)]
         lengths = [max(1, round(options.length * (g + 1) / options.completions)) for g in range(options.completions)]
         completions = [[draw.randrange(10, 300) for _ in range(n)] for n in lengths]
-        groups.append([Sequence(prompt, ids, [-5.0] * len(ids), (-1.0) ** g) for g, ids in enumerate(completions)])
+        groups.append(
+            [TrainedSequence(prompt, ids, [-5.0] * len(ids), (-1.0) ** g) for g, ids in enumerate(completions)]
+        )
     return groups
 
 
-def seconds_of_update(policy: Policy, recipe: Any, sequences: list[Sequence], options: argparse.Namespace) -> float:
+def seconds_of_update(
+    policy: Policy, recipe: Any, sequences: list[TrainedSequence], options: argparse.Namespace
+) -> float:
     taken = []
     recipe.rollout.max_completion_length = options.length
     with tempfile.TemporaryDirectory() as folder:

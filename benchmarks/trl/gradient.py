@@ -75,7 +75,7 @@ def our_gradient(case: Case, samples: list[dict[str, Any]], folder: Path) -> dic
     from grpo.model.policy import Policy
     from grpo.run.run import Run
     from grpo.run.session import make_accelerator
-    from grpo.types import Sequence
+    from grpo.types import TrainedSequence
     from grpo.update.step import optimizer_step
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -88,7 +88,9 @@ def our_gradient(case: Case, samples: list[dict[str, Any]], folder: Path) -> dic
         found.update({name: p.grad.detach().clone() for name, p in policy.causal_lm.named_parameters()})
 
     policy.step = capture  # type: ignore[method-assign]
-    sequences = [Sequence(s["prompt"], s["completion"], [0.0] * len(s["completion"]), s["advantage"]) for s in samples]
+    sequences = [
+        TrainedSequence(s["prompt"], s["completion"], [0.0] * len(s["completion"]), s["advantage"]) for s in samples
+    ]
     optimizer_step(Run(recipe, policy, folder), sequences, 1.0)
     return found
 

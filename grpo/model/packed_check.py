@@ -15,53 +15,53 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.kernels import CannotPack
-from grpo.model.scored_lm import ScoredLM
+from grpo.model.logprob_lm import LogprobLM
 from grpo.packing import collate
-from grpo.types import Batch, Layout, Sequence
+from grpo.types import Batch, Layout, TrainedSequence
 
 MIN_EFFECT_OF_A_MISTAKE = 8  # times the difference of packed and padded rows; less would prove nothing
 TOLERANCE = {torch.float32: 1e-3}  # nats, at a token
 TOLERANCE_BELOW_FLOAT32 = 0.3
 
 
-def why_padded(scored: ScoredLM, device: torch.device, compute_dtype: torch.dtype) -> str | None:
+def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch.dtype) -> str | None:
     """None if the model can compute packed rows on ``device``, else why it can't.
 
     ``kernels.install`` gave it the attention for them. The model is still on the CPU, whole, whatever it will be
     trained on; kernels of another device are compared apart.
     """
-    config = scored.config.get_text_config(decoder=True)
+    config = logprob_lm.config.get_text_config(decoder=True)
     if others := {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}:
         return f"it has layers of {sorted(others)[0].replace('_', ' ')}"
-    was_training = scored.training
+    was_training = logprob_lm.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            _check_model(scored)
+            _check_model(logprob_lm)
         if device.type != "cpu":
-            _check_kernels(device, compute_dtype, scored.config)
+            _check_kernels(device, compute_dtype, logprob_lm.config)
     except CannotPack as reason:
         return str(reason)
     except Exception as error:  # whatever a model of someone's own does with keyword arguments that it does not know
         return f"it failed on one ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     finally:
-        scored.train(was_training)
+        logprob_lm.train(was_training)
     return None
 
 
-def _check_model(scored: ScoredLM) -> None:
-    sequences, swapped = made_up(scored.vocab_size)
+def _check_model(logprob_lm: LogprobLM) -> None:
+    sequences, swapped = made_up(logprob_lm.vocab_size)
     right = collate(sequences, pad_token_id=0)
-    scored.train()(right, 1.0)  # what is asked of attention only in training: dropout
-    scored.eval()
-    packed_BT = scored(right, 1.0)[0]
-    padded_BT = scored(collate(sequences, pad_token_id=0, packed=False), 1.0)[0]
+    logprob_lm.train()(right, 1.0)  # what is asked of attention only in training: dropout
+    logprob_lm.eval()
+    packed_BT = logprob_lm(right, 1.0)[0]
+    padded_BT = logprob_lm(collate(sequences, pad_token_id=0, packed=False), 1.0)[0]
     error = float((packed_BT - padded_BT).abs().max())
-    tolerance = TOLERANCE.get(next(scored.parameters()).dtype, TOLERANCE_BELOW_FLOAT32)
+    tolerance = TOLERANCE.get(next(logprob_lm.parameters()).dtype, TOLERANCE_BELOW_FLOAT32)
     if not error <= tolerance:
         raise CannotPack(f"its log-probabilities differ by up to {error:.2g} in one")
     mistakes = {
-        "positions that do not restart": scored(_without_restarts(right), 1.0)[0],
-        "another prompt": scored(collate(swapped, pad_token_id=0), 1.0)[0],
+        "positions that do not restart": logprob_lm(_without_restarts(right), 1.0)[0],
+        "another prompt": logprob_lm(collate(swapped, pad_token_id=0), 1.0)[0],
     }
     for mistake, wrong_BT in mistakes.items():
         moved = float((wrong_BT - packed_BT).abs().max())
@@ -69,7 +69,7 @@ def _check_model(scored: ScoredLM) -> None:
             raise CannotPack(f"{mistake} would move its log-probabilities by {moved:.2g} only, against {error:.2g}")
 
 
-def made_up(vocab_size: int) -> tuple[list[Sequence], list[Sequence]]:
+def made_up(vocab_size: int) -> tuple[list[TrainedSequence], list[TrainedSequence]]:
     """Five completions of two prompts, of unlike lengths; and the same with the prompts exchanged."""
 
     def tokens(length: int, seed: int) -> list[int]:
@@ -78,7 +78,7 @@ def made_up(vocab_size: int) -> tuple[list[Sequence], list[Sequence]]:
     prompts = tokens(23, 5), tokens(40, 11)
     completions = [(0, 12), (1, 9), (0, 1), (0, 30), (1, 17)]
     pairs = [(prompts[p], prompts[1 - p], tokens(length, 100 + i)) for i, (p, length) in enumerate(completions)]
-    right = [Sequence(prompt, completion, [0.0] * len(completion), 1.0) for prompt, _, completion in pairs]
+    right = [TrainedSequence(prompt, completion, [0.0] * len(completion), 1.0) for prompt, _, completion in pairs]
     return right, [replace(s, prompt_ids=other) for s, (_, other, _) in zip(right, pairs, strict=True)]
 
 

@@ -18,14 +18,14 @@ from grpo import kernels
 from grpo.config import Recipe
 from grpo.model.devices import compute_dtype
 from grpo.model.loading import load_weights
+from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import add_adapters, base_of, merged_state
 from grpo.model.optimizer import make_optimizer
 from grpo.model.packed_check import why_padded
-from grpo.model.scored_lm import ScoredLM
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
 from grpo.randomness import Stream, key
-from grpo.types import Batch, Sequence
+from grpo.types import Batch, TrainedSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,18 +66,18 @@ class Policy:
         if recipe.model.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         cannot_pack = kernels.install(causal_lm, self.device, trains=True, alone=self._alone())
-        scored = ScoredLM(causal_lm)
-        scored.check_head()
-        self.packed = self._can_pack(scored, cannot_pack)
+        logprob_lm = LogprobLM(causal_lm)
+        logprob_lm.check_head()
+        self.packed = self._can_pack(logprob_lm, cannot_pack)
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
         self.needs_reference = needs_reference
 
-        optimizer = make_optimizer(scored, recipe.optimizer, several_processes=accelerator.num_processes > 1)
-        self.model, self.optimizer = accelerator.prepare(scored.train(), optimizer)
+        optimizer = make_optimizer(logprob_lm, recipe.optimizer, several_processes=accelerator.num_processes > 1)
+        self.model, self.optimizer = accelerator.prepare(logprob_lm.train(), optimizer)
         self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
 
-    def _can_pack(self, scored: ScoredLM, why: str | None) -> bool:
-        why = why or why_padded(scored, self.device, self.compute_dtype)
+    def _can_pack(self, logprob_lm: LogprobLM, why: str | None) -> bool:
+        why = why or why_padded(logprob_lm, self.device, self.compute_dtype)
         if self.accelerator.is_main_process:
             log.info(
                 "update: %s",
@@ -87,16 +87,16 @@ class Policy:
             )
         return why is None
 
-    def collate(self, micro_batch: list[Sequence]) -> Batch:
+    def collate(self, micro_batch: list[TrainedSequence]) -> Batch:
         """The tensors that ``logprobs`` takes, on this process's device."""
         return collate(micro_batch, pad_token_id=self.tokenizer.pad_token_id, device=self.device, packed=self.packed)
 
-    def _frozen_reference(self, recipe: Recipe) -> ScoredLM:
+    def _frozen_reference(self, recipe: Recipe) -> LogprobLM:
         # A moving reference accumulates small steps, which bfloat16 would round away.
         dtype = torch.float32 if recipe.algorithm.sync_ref_model else self.compute_dtype
         reference = self.empty_copy(dtype)
         reference.load_state_dict({name: t.to(dtype) for name, t in self.causal_lm.state_dict().items()})
-        return ScoredLM(reference).eval().requires_grad_(False)
+        return LogprobLM(reference).eval().requires_grad_(False)
 
     def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
         """A model of the same shape and device, weights not yet loaded: to generate with, or as a reference."""

@@ -14,7 +14,7 @@ from grpo.losses import StepTokens, find_loss, top_entropy_kept
 from grpo.model.policy import Policy
 from grpo.packing import MicroBatch, plan_micro_batches
 from grpo.run.run import Run
-from grpo.types import Group, Sequence
+from grpo.types import Group, TrainedSequence
 from grpo.update.micro_batch_size import fitting, within_memory
 
 
@@ -28,7 +28,7 @@ class TokenStatistics(NamedTuple):
 
 
 def plan_for(
-    policy: Policy, sequences: list[Sequence], training: TrainingConfig, max_tokens: int
+    policy: Policy, sequences: list[TrainedSequence], training: TrainingConfig, max_tokens: int
 ) -> list[list[MicroBatch]]:
     """Every process's micro-batches, as this policy computes them."""
     return plan_micro_batches(
@@ -41,7 +41,7 @@ def plan_for(
 
 
 @torch.no_grad()
-def sequence_statistics(run: Run, sequences: list[Sequence], *, reference: bool) -> list[TokenStatistics]:
+def sequence_statistics(run: Run, sequences: list[TrainedSequence], *, reference: bool) -> list[TokenStatistics]:
     """What the policy (and the reference) says of each sequence's tokens.
 
     Work is split over processes like an update; every process gets all results back.
@@ -69,7 +69,7 @@ def sequence_statistics(run: Run, sequences: list[Sequence], *, reference: bool)
     return [statistics for _, statistics in sorted(gather_object(within_memory(run, attempt)))]
 
 
-def precompute_logprobs(run: Run, sequences: list[Sequence], *, reference: bool) -> list[Sequence]:
+def precompute_logprobs(run: Run, sequences: list[TrainedSequence], *, reference: bool) -> list[TrainedSequence]:
     """The sequences with the rollout policy's log-probabilities (and the reference's), for several updates a rollout;
     with truncated sampling, also with what that leaves of the rollout policy's distributions."""
     statistics = sequence_statistics(run, sequences, reference=reference)
@@ -84,7 +84,7 @@ def precompute_logprobs(run: Run, sequences: list[Sequence], *, reference: bool)
     ]
 
 
-def with_sampler_as_old(sequences: list[Sequence], groups: list[Group]) -> list[Sequence]:
+def with_sampler_as_old(sequences: list[TrainedSequence], groups: list[Group]) -> list[TrainedSequence]:
     """The sequences of ``groups``, G each; old log-probabilities of replayed ones are those they were drawn with."""
     G = len(sequences) // len(groups)
     return [
@@ -98,7 +98,7 @@ def selects_tokens(algorithm: AlgorithmConfig) -> bool:
     return algorithm.top_entropy_quantile < 1 or find_loss(algorithm.loss_type).select is not None
 
 
-def select_tokens(run: Run, sequences: list[Sequence]) -> list[Sequence]:
+def select_tokens(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSequence]:
     """The sequences, all of them valid, with ``kept`` set, by one more forward pass over all of the step.
 
     A selection that draws does so by the seed and the tokens, so that it is the same on every process and on resume.

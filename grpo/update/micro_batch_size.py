@@ -22,7 +22,7 @@ from grpo.model.devices import largest_micro_batch
 from grpo.model.policy import Policy
 from grpo.packing import MicroBatch, packed_tokens, padded_tokens
 from grpo.run.run import Run
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 
 log = logging.getLogger("grpo")
 Result = TypeVar("Result")
@@ -127,7 +127,9 @@ def _kept(policy: Policy, tokens: int) -> int:
     """Bytes kept by a forward pass over one made-up sequence."""
     vocab_size = policy.causal_lm.config.get_text_config(decoder=True).vocab_size
     ids = [token % vocab_size for token in range(tokens)]
-    batch = policy.collate([Sequence(ids[: tokens // 4], ids[tokens // 4 :], [0.0] * (tokens - tokens // 4), 1.0)])
+    batch = policy.collate(
+        [TrainedSequence(ids[: tokens // 4], ids[tokens // 4 :], [0.0] * (tokens - tokens // 4), 1.0)]
+    )
     with policy.no_sync():
         return measure_kept(lambda: policy.logprobs(batch, 1.0)[0])
 

@@ -20,7 +20,7 @@ from grpo.errors import RunError
 from grpo.losses import Counts, EntropyControl, find_loss, next_entropy_control
 from grpo.packing import to_sequences
 from grpo.run.run import Run
-from grpo.types import Batch, Group, Sequence
+from grpo.types import Batch, Group, TrainedSequence
 from grpo.update.forward import plan_for, precompute_logprobs, select_tokens, selects_tokens, with_sampler_as_old
 from grpo.update.loss import micro_batch_loss
 from grpo.update.metrics import combined, over_processes, step_metrics
@@ -48,7 +48,7 @@ def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_ra
     ]
 
 
-def optimizer_step(run: Run, sequences: list[Sequence], learning_rate: float) -> dict[str, float]:
+def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: float) -> dict[str, float]:
     """Backward through ``sequences`` (those of all processes, the same list on each) and one step of the optimizer.
 
     Returns metrics, equal on every process. Where no sequence carries signal nothing is stepped (AdamW's momentum would
@@ -89,14 +89,14 @@ def optimizer_step(run: Run, sequences: list[Sequence], learning_rate: float) ->
     return metrics
 
 
-def with_signal(sequences: list[Sequence], algorithm: AlgorithmConfig) -> list[Sequence]:
+def with_signal(sequences: list[TrainedSequence], algorithm: AlgorithmConfig) -> list[TrainedSequence]:
     """The sequences that can change the gradient: a zero advantage contributes only through the KL penalty, the entropy
     bonus, or a loss type that says so."""
     regardless = algorithm.kl_in_loss or algorithm.has_entropy_bonus or find_loss(algorithm.loss_type).without_advantage
     return [s for s in sequences if s.valid and (s.advantage != 0 or regardless)]
 
 
-def backward(run: Run, micro_batches: list[list[Sequence]], loss_of: LossOf) -> tuple[dict[str, float], float]:
+def backward(run: Run, micro_batches: list[list[TrainedSequence]], loss_of: LossOf) -> tuple[dict[str, float], float]:
     """Accumulate the gradient of the sum of ``loss_of`` over all processes' micro-batches, and clip it.
 
     ``loss_of`` gives a micro-batch's share of the step's loss and its sums for the metrics. Returns those summed over
@@ -121,7 +121,7 @@ def backward(run: Run, micro_batches: list[list[Sequence]], loss_of: LossOf) -> 
     return totals, norm
 
 
-def _stop_before_step(run: Run, micro_batches: list[list[Sequence]], loss: float, norm: float) -> None:
+def _stop_before_step(run: Run, micro_batches: list[list[TrainedSequence]], loss: float, norm: float) -> None:
     rank = run.accelerator.process_index
     path = run.folder / f"nonfinite_rank_{rank}.pt"
     torch.save([[asdict(s) for s in micro_batch] for micro_batch in micro_batches], path)

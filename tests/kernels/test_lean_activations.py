@@ -19,9 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grpo.kernels import lean_activations
 from grpo.kernels.lean_activations import install
-from grpo.model.scored_lm import ScoredLM
+from grpo.model.logprob_lm import LogprobLM
 from grpo.packing import collate
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 from grpo.update.micro_batch_size import kept_per_token
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
@@ -72,7 +72,7 @@ class Alive(TorchDispatchMode):
         return sum(size for storage, size in self.made.values() if not storage.expired())
 
 
-def pair(config: Any, lora: bool = False) -> tuple[ScoredLM, ScoredLM]:
+def pair(config: Any, lora: bool = False) -> tuple[LogprobLM, LogprobLM]:
     """A model in training, and the same that keeps less."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -84,17 +84,17 @@ def pair(config: Any, lora: bool = False) -> tuple[ScoredLM, ScoredLM]:
         inject_adapter_in_model(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), plain)
     lean = copy.deepcopy(plain)
     install(lean)
-    return ScoredLM(plain).train(), ScoredLM(lean).train()
+    return LogprobLM(plain).train(), LogprobLM(lean).train()
 
 
-def loss(scored: ScoredLM, batch: list[Sequence], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def loss(scored: LogprobLM, batch: list[TrainedSequence], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A sum of log-probabilities in which every one has another weight."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logps_BT = scored(collate(batch, pad_token_id=0, packed=False), 0.9)[0]
     return (logps_BT * torch.arange(logps_BT.numel()).view_as(logps_BT).cos()).sum()
 
 
-def gradient(scored: ScoredLM) -> torch.Tensor:
+def gradient(scored: LogprobLM) -> torch.Tensor:
     found = torch.cat([p.grad.flatten() for p in scored.parameters() if p.grad is not None])
     scored.zero_grad()
     return found
@@ -150,7 +150,7 @@ def test_a_token_keeps_half_as_much(
         policy = make_policy(tiny_model, dtype=dtype, **section)
         alive = []
         for tokens in (64, 192):
-            batch = policy.collate([Sequence([1] * (tokens - 4), [2] * 4, [0.0] * 4, 1.0)])
+            batch = policy.collate([TrainedSequence([1] * (tokens - 4), [2] * 4, [0.0] * 4, 1.0)])
             with Alive() as found:
                 logps_BT = policy.logprobs(batch, 1.0)[0]
                 alive.append(found.bytes())
@@ -255,8 +255,8 @@ def test_an_mlp_of_other_mathematics_is_left_alone() -> None:
     install(lean)
     assert not any("forward" in vars(layer.mlp) for layer in lean.base_model.layers)
     for causal_lm in (plain, lean):
-        loss(ScoredLM(causal_lm).train(), sequences()).backward()
-    assert_same(gradient(ScoredLM(lean)), gradient(ScoredLM(plain)))
+        loss(LogprobLM(causal_lm).train(), sequences()).backward()
+    assert_same(gradient(LogprobLM(lean)), gradient(LogprobLM(plain)))
 
 
 def test_only_training_with_gradients_is_different(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,10 @@ from transformers.models.llama import modeling_llama
 
 from grpo.kernels.packed_attention import attention, register
 from grpo.model import packed_check
+from grpo.model.logprob_lm import LogprobLM
 from grpo.model.packed_check import made_up, why_padded
-from grpo.model.scored_lm import ScoredLM
 from grpo.packing import collate, packed_tokens
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
 
@@ -59,16 +59,16 @@ CAN = {
 }
 
 
-def model(config: Any, **keywords: Any) -> ScoredLM:
+def model(config: Any, **keywords: Any) -> LogprobLM:
     torch.manual_seed(0)
     causal_lm = AutoModelForCausalLM.from_config(config, **keywords)
     register()
     if causal_lm.config._attn_implementation == "sdpa":  # by hand, so that it is done without a compiler too
         causal_lm.set_attn_implementation("grpo_packed")
-    return ScoredLM(causal_lm)
+    return LogprobLM(causal_lm)
 
 
-def gradients(scored: ScoredLM, batch: list[Sequence], packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(scored: LogprobLM, batch: list[TrainedSequence], packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities, and the gradient of a sum in which every one has another weight."""
     scored.zero_grad()
     logps_BT = scored(collate(batch, pad_token_id=0, packed=packed), 0.9)[0]

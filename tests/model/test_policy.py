@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.errors import RunError, UserError
+from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy
-from grpo.model.scored_lm import ScoredLM
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
 
@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
 def test_a_model_that_makes_logits_another_way_is_refused(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     plain = model.lm_head.forward
-    scored = ScoredLM(model)
+    scored = LogprobLM(model)
     scored.check_head()
     model.forward = lambda **kw: type(model).forward(model, **kw) | {"logits": 2 * plain(torch.ones(1, 4, 128))}
     with pytest.raises(RunError, match="LlamaForCausalLM"):

@@ -17,7 +17,7 @@ from grpo.model.policy import Policy
 from grpo.packing import packed_tokens
 from grpo.run.run import Run
 from grpo.run.state import Progress, restore_state, save_state
-from grpo.types import Batch, Sequence
+from grpo.types import Batch, TrainedSequence
 from grpo.update import micro_batch_size
 from grpo.update.forward import precompute_logprobs
 from grpo.update.micro_batch_size import automatic_size, is_out_of_memory, kept_per_token, within_memory
@@ -53,7 +53,7 @@ def holding(policy: Policy, tokens: int, error: Exception) -> Policy:
     return policy
 
 
-def step(run: Run, batch: list[Sequence] | None = None) -> tuple[dict, list]:
+def step(run: Run, batch: list[TrainedSequence] | None = None) -> tuple[dict, list]:
     """Metrics of an optimizer step, and the gradient that it steps by."""
     gradients: list[torch.Tensor] = []
     parameters = list(run.policy.model.parameters())
@@ -172,12 +172,13 @@ import logging, resource, sys
 from pathlib import Path
 from tests.conftest import make_policy, make_recipe, make_run
 from grpo.kernels import prepare_process
-from grpo.types import Sequence
+from grpo.types import TrainedSequence
 from tests.update.test_micro_batch_size import run_of, step
 logging.basicConfig(level=logging.WARNING)
 prepare_process()
 policy = make_policy(Path(sys.argv[1]))
-batch = [Sequence([1, 2, 3], [7 + i * (g + 1) % 90 for i in range(300)], [-5.0] * 300, (-1.0) ** g) for g in range(16)]
+ids = [[7 + i * (g + 1) % 90 for i in range(300)] for g in range(16)]
+batch = [TrainedSequence([1, 2, 3], row, [-5.0] * 300, (-1.0) ** g) for g, row in enumerate(ids)]
 if sys.argv[2] != "all":
     step(run_of(policy, Path("."), micro_batch_tokens=500), batch)  # threads and buffers
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

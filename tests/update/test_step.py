@@ -18,7 +18,7 @@ from grpo.errors import RunError, UserError
 from grpo.losses import LOSSES, Counts
 from grpo.packing import to_sequences
 from grpo.run.same_run import check_same_run, run_identity
-from grpo.types import Batch, Completion, Group, Prompt, Sequence, Status
+from grpo.types import Batch, Completion, Group, Prompt, Status, TrainedSequence
 from grpo.update.forward import precompute_logprobs
 from grpo.update.loss import micro_batch_loss
 from grpo.update.metrics import RATIO, over_processes, step_metrics
@@ -166,7 +166,7 @@ def test_unscorable_and_masked_completions_are_not_valid() -> None:
     assert [s.valid for s in to_sequences([group], np.ones((1, 4)), masking)] == [True, False, False, False]
 
 
-def from_another_sampler() -> list[Sequence]:
+def from_another_sampler() -> list[TrainedSequence]:
     """``sequences()``, drawn from what is not quite the policy that the clip range is around."""
     draw = random.Random(1)
     return [
@@ -205,7 +205,9 @@ def test_without_correction_the_sampler_s_logprobs_change_no_bit(
     assert all(torch.equal(found[name], grad) for name, grad in whole["dapo"].items())
 
 
-def metrics_of_step(model: Path, batch: list[Sequence], out: Path, mode: str, micro_batch_size: int | None) -> dict:
+def metrics_of_step(
+    model: Path, batch: list[TrainedSequence], out: Path, mode: str, micro_batch_size: int | None
+) -> dict:
     algorithm = {
         "importance_sampling_mode": mode,
         "importance_sampling_clip_min": 0.7,
@@ -271,7 +273,7 @@ def test_padding_micro_batches_do_not_disturb_the_metrics(tiny_model: Path, tmp_
     batch = with_signal(from_another_sampler(), algorithm)
     filler = [replace(batch[0], weight=0.0)]
 
-    def totals(micro_batches: list[list[Sequence]]) -> dict[str, float]:
+    def totals(micro_batches: list[list[TrainedSequence]]) -> dict[str, float]:
         def loss_of(b: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             counts = Counts(100, 5, 2, 40)
             return micro_batch_loss(policy, b, counts, algorithm, temperature=TEMPERATURE, entropy_coef=0.0)

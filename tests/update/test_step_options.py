@@ -21,7 +21,7 @@ from grpo.losses import kl_estimate
 from grpo.model.truncation import truncate
 from grpo.run.folder import release_run_folder
 from grpo.run.run import Run
-from grpo.types import Completion, Group, Prompt, Sequence, Status
+from grpo.types import Completion, Group, Prompt, Status, TrainedSequence
 from grpo.update.forward import precompute_logprobs
 from grpo.update.kl_in_reward import less_kl
 from grpo.update.step import optimizer_step
@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def near_the_policy(model: Path) -> list[Sequence]:
+def near_the_policy(model: Path) -> list[TrainedSequence]:
     """``sequences()`` with what a policy not far from this one said of them: ratios inside of a clip range."""
     found = precompute_logprobs(make_run(make_policy(model), rollout=AS_DRAWN), sequences(), reference=False)
     draw = random.Random(2)
@@ -74,7 +74,7 @@ def test_micro_batches_do_not_matter(
         assert distance(found(8, {}), whole) > 1e-3
 
 
-def step(run: Run, batch: list[Sequence], learning_rate: float = 0.0) -> dict[str, float]:
+def step(run: Run, batch: list[TrainedSequence], learning_rate: float = 0.0) -> dict[str, float]:
     return optimizer_step(run, batch, learning_rate)
 
 

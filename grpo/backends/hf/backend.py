@@ -26,8 +26,8 @@ from grpo.backends.hf.step_compiled import why_not as why_not_compiled
 from grpo.backends.hf.step_graph import GraphStep, cuda_capture
 from grpo.errors import RunError
 from grpo.model.device_memory import total_memory
+from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy
-from grpo.model.scored_lm import ScoredLM
 from grpo.types import Completion, Status, VersionSpan
 
 log = logging.getLogger("grpo")
@@ -39,19 +39,19 @@ CACHE_SHARE = 0.25  # of the device's memory; a share of the free memory would d
 class Choice:
     """How a rollout's decoding steps are made."""
 
-    make_step: Callable[[ScoredLM], NextLogits]
+    make_step: Callable[[LogprobLM], NextLogits]
     description: str  # for the log
 
 
-def make_compiled_step(model: ScoredLM) -> NextLogits:
+def make_compiled_step(model: LogprobLM) -> NextLogits:
     return DecodeStep(model.causal_lm)
 
 
-def make_graph_step(model: ScoredLM) -> NextLogits:
+def make_graph_step(model: LogprobLM) -> NextLogits:
     return GraphStep(model, cuda_capture())
 
 
-def make_plain_step(model: ScoredLM) -> NextLogits:
+def make_plain_step(model: LogprobLM) -> NextLogits:
     return partial(step_through_transformers, model)
 
 
@@ -90,10 +90,10 @@ class HFBackend:
         self.autocast_dtype = policy.compute_dtype if casts else None
         check_attention(model)
         self.model = model
-        self.scored = ScoredLM(model)
+        self.logprob_lm = LogprobLM(model)
         with self._sampling_mode():
             choice = self._choose_step()
-            token_bytes = cache_bytes(self.scored, self.device)
+            token_bytes = cache_bytes(self.logprob_lm, self.device)
         self.make_step = choice.make_step
         if policy.accelerator.is_main_process:
             log.info("decoding: %s", choice.description)
@@ -113,7 +113,7 @@ class HFBackend:
 
     def close(self) -> None:
         """Let go of the weights. Nothing can be generated afterwards."""
-        for name in ("model", "scored", "policy"):
+        for name in ("model", "logprob_lm", "policy"):
             vars(self).pop(name, None)
 
     def generate(
@@ -141,14 +141,14 @@ class HFBackend:
 
     def _engine(self, requests: list[Request], sampling: Sampling) -> Engine:
         return Engine(
-            self.scored,
+            self.logprob_lm,
             requests,
             sampling,
             lambda key, tokens: self._ended(key, tokens, sampling.stop),
             max_sequences=self.max_batch_size,
             cache_tokens=self.cache_tokens,
             device=self.device,
-            step=self.make_step(self.scored),
+            step=self.make_step(self.logprob_lm),
         )
 
     def _choose_step(self) -> Choice:
@@ -163,12 +163,12 @@ class HFBackend:
             ways.append((make_graph_step, "one CUDA graph a step"))
         for make_step, what in ways:
             try:
-                check_decoding(self.scored, self.device, make_step(self.scored))
+                check_decoding(self.logprob_lm, self.device, make_step(self.logprob_lm))
                 return Choice(make_step, what)
             except (RuntimeError, RunError) as error:
                 log.warning("decoding: %s fails, so it goes through transformers: %s", what, error)
                 why = f"{what} fails"
-        check_decoding(self.scored, self.device, make_plain_step(self.scored))
+        check_decoding(self.logprob_lm, self.device, make_plain_step(self.logprob_lm))
         return Choice(make_plain_step, f"through transformers, slower: {why}")
 
     @contextmanager

@@ -12,7 +12,7 @@ from grpo.backends.hf.attention import decoding_into, implementation_of
 from grpo.backends.hf.engine import NextLogits
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape
 from grpo.errors import RunError, UserError
-from grpo.model.scored_lm import ScoredLM
+from grpo.model.logprob_lm import LogprobLM
 
 log = logging.getLogger("grpo")
 
@@ -49,7 +49,7 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_decoding(model: ScoredLM, device: torch.device, step: NextLogits) -> None:
+def check_decoding(model: LogprobLM, device: torch.device, step: NextLogits) -> None:
     """Compare the engine's logits with the model's own on a few made-up tokens.
 
     Raises:
@@ -76,7 +76,7 @@ def check_decoding(model: ScoredLM, device: torch.device, step: NextLogits) -> N
 
 
 @torch.no_grad()
-def cache_bytes(model: ScoredLM, device: torch.device) -> int:
+def cache_bytes(model: LogprobLM, device: torch.device) -> int:
     """Bytes of one token's keys and values, over all layers. A prompt of one token is computed to find out."""
     cache = DecodeCache(Shape(prompts=1, prompt_tokens=1, sequences=1, sequence_tokens=1), device)
     with decoding_into(model.causal_lm, cache):
@@ -85,7 +85,7 @@ def cache_bytes(model: ScoredLM, device: torch.device) -> int:
     return sum(layer.token_bytes() for layer in cache.layers.values())
 
 
-def _made_up_ids(model: ScoredLM, device: torch.device) -> torch.Tensor:
+def _made_up_ids(model: LogprobLM, device: torch.device) -> torch.Tensor:
     """Tokens (sequences, longest prompt + STEPS). Sequences of one prompt begin with the same."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(len(PROMPT_OF) * 64, device=device).view(len(PROMPT_OF), 64) * 7 % (vocab - 1)
@@ -98,7 +98,7 @@ def _ids_of(ids: torch.Tensor, place: int) -> torch.Tensor:
     return ids[place, : PROMPT_LENGTHS[PROMPT_OF[place]] + STEPS]
 
 
-def _prefill(model: ScoredLM, cache: DecodeCache, ids: torch.Tensor) -> None:
+def _prefill(model: LogprobLM, cache: DecodeCache, ids: torch.Tensor) -> None:
     cache.prefill = Prefill([(row, cache.add_prompt(length), length) for row, length in enumerate(PROMPT_LENGTHS)])
     first = [PROMPT_OF.index(prompt) for prompt in range(len(PROMPT_LENGTHS))]
     model.causal_lm.base_model(input_ids=ids[first, : max(PROMPT_LENGTHS)], use_cache=False)

@@ -21,7 +21,7 @@ from grpo.backends.hf.budget import Budget
 from grpo.backends.hf.draw import sample
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape, remove_entries
 from grpo.errors import RunError
-from grpo.model.scored_lm import ScoredLM
+from grpo.model.logprob_lm import LogprobLM
 from grpo.randomness import uniforms
 
 PREFILL_TOKENS = 16384  # padded tokens in one forward pass over prompts
@@ -34,7 +34,7 @@ BURST_ELSEWHERE = 16
 NextLogits = Callable[[torch.Tensor, DecodeCache], torch.Tensor]
 
 
-def step_through_transformers(model: ScoredLM, tokens_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
+def step_through_transformers(model: LogprobLM, tokens_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
     """``NextLogits`` by the model's own modules. Call it within ``decoding_into``."""
     step = cache.begin_step()
     hidden_B1H = model.causal_lm.base_model(
@@ -67,7 +67,7 @@ class Engine:
 
     def __init__(
         self,
-        model: ScoredLM,
+        model: LogprobLM,
         requests: list[Request],
         sampling: Sampling,
         ended: Callable[[int, list[int]], bool],

@@ -22,7 +22,7 @@ import torch
 
 from grpo.backends.hf.kv_cache import DecodeCache, Shape
 from grpo.backends.hf.step import PromptGroups, Step, mask_after
-from grpo.model.scored_lm import ScoredLM
+from grpo.model.logprob_lm import LogprobLM
 
 log = logging.getLogger("grpo")
 
@@ -82,7 +82,7 @@ class Size:
 class GraphStep:
     """``NextLogits`` for the engine. The next call overwrites the logits that it returned."""
 
-    def __init__(self, model: ScoredLM, capture: Capture):
+    def __init__(self, model: LogprobLM, capture: Capture):
         self.model, self.capture = model, capture
         self.cache: DecodeCache | None = None
         self.shape: Shape | None = None

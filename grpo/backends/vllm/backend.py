@@ -29,7 +29,7 @@ from grpo.config import Recipe
 from grpo.errors import BackendFailed, RunError, UserError
 from grpo.model.devices import DTYPES
 from grpo.model.policy import Policy
-from grpo.types import Completion, Sequence, Status, VersionSpan
+from grpo.types import Completion, Status, TrainedSequence, VersionSpan
 
 T = TypeVar("T")
 
@@ -191,7 +191,7 @@ class VLLMBackend:
     def _score(self, probes: list[trust.Probe], temperature: float) -> list[list[list[float]]]:
         """The policy's log-probabilities of the probes' tokens, at a temperature."""
         sequences = [
-            Sequence(p.prompt_ids, ids, given, advantage=0.0)
+            TrainedSequence(p.prompt_ids, ids, given, advantage=0.0)
             for p in probes
             for ids, given in zip(p.token_ids, p.logprobs, strict=True)
         ]

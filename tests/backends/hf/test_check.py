@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.backends.hf.check import cache_bytes, check_decoding
 from grpo.backends.hf.engine import step_through_transformers
 from grpo.errors import RunError
-from grpo.model.scored_lm import ScoredLM
+from grpo.model.logprob_lm import LogprobLM
 
 pytestmark = pytest.mark.usefixtures("both_layouts")
 
@@ -23,7 +23,7 @@ def test_a_model_that_decodes_otherwise_than_it_computes_is_refused() -> None:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    scored, cpu = ScoredLM(model), torch.device("cpu")
+    scored, cpu = LogprobLM(model), torch.device("cpu")
     step = partial(step_through_transformers, scored)
     check_decoding(scored, cpu, step)
     assert cache_bytes(scored, cpu) == 2 * 2 * 32 * 4

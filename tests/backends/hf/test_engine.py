@@ -13,8 +13,8 @@ from grpo.backends.hf.backend import HFBackend
 from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, step_through_transformers
 from grpo.backends.hf.step_compiled import DecodeStep, why_not
 from grpo.errors import RunError
+from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy
-from grpo.model.scored_lm import ScoredLM
 from grpo.randomness import key
 from grpo.types import Prompt
 from tests.conftest import make_policy
@@ -32,13 +32,13 @@ def requests(policy: Policy, prompts: int, G: int) -> list[Request]:
 def step_of(policy: Policy) -> NextLogits:
     if why_not(policy.causal_lm) is None:
         return DecodeStep(policy.causal_lm)
-    return partial(step_through_transformers, ScoredLM(policy.causal_lm))
+    return partial(step_through_transformers, LogprobLM(policy.causal_lm))
 
 
 def decode(policy: Policy, wanted: list[Request], *, sequences: int = 512, tokens: int = 10**6) -> tuple[dict, Engine]:
     """Completions by (request, sample), and what made them."""
     engine = Engine(
-        ScoredLM(policy.causal_lm),
+        LogprobLM(policy.causal_lm),
         wanted,
         Sampling(LIMIT),
         lambda key, ids: ids[-1] in policy.stop_token_ids,

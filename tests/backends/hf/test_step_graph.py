@@ -17,7 +17,7 @@ from grpo.backends.hf.check import check_decoding
 from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, step_through_transformers
 from grpo.backends.hf.step_graph import GraphStep, Size
 from grpo.errors import RunError
-from grpo.model.scored_lm import ScoredLM
+from grpo.model.logprob_lm import LogprobLM
 from grpo.randomness import key
 from grpo.types import Prompt
 
@@ -73,9 +73,9 @@ class Recorders:
         return self.made[-1].replay
 
 
-def make(kind: str) -> ScoredLM:
+def make(kind: str) -> LogprobLM:
     torch.manual_seed(0)
-    return ScoredLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind])).eval())
+    return LogprobLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind])).eval())
 
 
 def ends(key: int, ids: list[int]) -> bool:
@@ -84,7 +84,7 @@ def ends(key: int, ids: list[int]) -> bool:
 
 @torch.no_grad()
 def decode(
-    model: ScoredLM, step: NextLogits, *, sequences: int = 512, tokens: int = 10**6
+    model: LogprobLM, step: NextLogits, *, sequences: int = 512, tokens: int = 10**6
 ) -> dict[tuple[int, int], SampledSequence]:
     """Completions by (request, sample) of prompts of unequal lengths."""
     ids = [[5 + (7 * i + j) % 40 for j in range(3 + 3 * i)] for i in range(5)]

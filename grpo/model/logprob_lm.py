@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class ScoredLM(nn.Module):
+class LogprobLM(nn.Module):
     """A causal LM whose forward returns log-probabilities of given completion tokens instead of logits.
 
     Doing this inside one module's forward is what lets DDP, FSDP2 and ZeRO gather and synchronize its weights.
@@ -93,5 +93,5 @@ class ScoredLM(nn.Module):
         if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-2):
             raise RunError(
                 f"{type(self.causal_lm).__name__} turns hidden states into logits in a way that "
-                "scored_lm.ScoredLM.head does not know; add it there"
+                "logprob_lm.LogprobLM.head does not know; add it there"
             )
