@@ -1,6 +1,8 @@
-"""Rollout backends: one file each, chosen by ``rollout.backend``; ``own`` holds what loads one of the user's.
+"""Rollout backends: one file or folder each, chosen by ``rollout.backend``; ``own`` holds what loads one of the user's.
 
-Others take ``make_backend`` and, before anything heavy is loaded, ``find_backend``."""
+Others take ``make_backend`` and, before anything heavy is loaded, ``find_backend``; from ``base`` the protocol, and
+what a backend is asked for.
+"""
 
 from __future__ import annotations
 

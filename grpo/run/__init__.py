@@ -1,4 +1,5 @@
-"""A run's folder, its checkpoints and resume, its log, trackers and screen, and what every stage sets up.
+"""A run: its processes, its folder, its loop of steps, checkpoints and resume, its log, trackers and screen.
 
-Others take ``session``, ``state``, ``log.RunLog``, ``folder``, ``checkpoint``, ``read`` (a folder read back) and
-``whole.write_whole``."""
+Others take ``run.Run``, ``session``, ``state``, ``log.RunLog``, ``folder``, ``checkpoint``, ``read`` (a folder read
+back), ``whole.write_whole`` and of ``screen`` how times are written.
+"""

@@ -1,3 +1,5 @@
-"""One optimizer step from scored sequences, in micro-batches that memory holds.
+"""The optimizer steps made from a rollout, in micro-batches that memory holds.
 
-Others take ``step.optimizer_step``, ``step.backward`` and ``forward``."""
+Others take ``step.update`` and ``step.backward``, ``kl_in_reward.less_kl``, ``metrics.mean_over_updates``, and for
+passes of their own ``forward`` and ``micro_batch_size``.
+"""
