@@ -50,7 +50,7 @@ def clustered_interval(solved_PG: np.ndarray, questions_P: Sequence[str]) -> tup
     This is the cluster-robust variance of a mean (Liang & Zeger 1986; for evaluations of language models
     arXiv:2411.00640, eq. 4) with the usual factor for few clusters. Where no question repeats it is the variance of the
     prompts' means over P. One cluster alone says nothing of the spread: the interval is then the mean +- 1. Where every
-    question fares alike (all solved, none solved) the interval has no width.
+    question has the same outcome (all solved, none solved) the interval has no width.
     """
     P, _ = solved_PG.shape
     accuracy = float(solved_PG.mean())

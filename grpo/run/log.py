@@ -1,7 +1,7 @@
 """Where a run's numbers go: ``metrics.jsonl`` and ``rollouts/`` always, trackers where asked, progress on the screen.
 
 The files are the record: a disk that refuses them stops the run. Trackers are a convenience: one that is unreachable
-or crashes is dropped with a warning, and training goes on. ``trackers.py`` holds them, ``screen.py`` the screen.
+or crashes is dropped with a warning, and training goes on. They are in ``trackers.py``, the screen in ``screen.py``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ log = logging.getLogger("grpo")
 class RunLog:
     """Logs one run. Rank 0 alone constructs it; use it as a context manager or call ``close``.
 
-    ``resume_offset`` is the ``offset`` of the checkpoint that the run goes on from: what ``metrics.jsonl`` holds beyond
-    it will be written again, and is cut off. ``recipe_dict`` is the resolved recipe, for the trackers' configuration.
+    ``resume_offset`` is the ``offset`` in the checkpoint that the run goes on from. ``metrics.jsonl`` is cut there,
+    because the lines beyond will be written again. ``recipe_dict`` is the resolved recipe, for the trackers.
     Raises UserError for a tracker that is asked for but not installed.
     """
 
@@ -122,7 +122,7 @@ def _so_far(path: Path) -> tuple[int, float]:
 
 
 def _forget_rollouts(folder: Path, after: int) -> None:
-    """Remove rollouts of steps that the run has gone back behind: a report would mix them with what comes."""
+    """Remove rollouts of the steps that a resumed run will repeat: a report would mix the old with the new."""
     for file in folder.glob("*_*.jsonl"):
         number = file.stem.rpartition("_")[2]
         if number.isdigit() and int(number) > after:

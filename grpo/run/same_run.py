@@ -23,7 +23,7 @@ log = logging.getLogger("grpo")
 
 _ABSENT = object()
 
-# Keys of the manifest that a resumed run may change: they steer when to stop, save, watch and where to write.
+# Keys of the manifest that a resumed run may change: they say when to stop and save, what to watch, where to write.
 MAY_CHANGE = (
     "recipe.evaluation",
     "recipe.tracking",
