@@ -123,7 +123,7 @@ def _run_of(model: str) -> str:
 
 
 def _model_size(content: dict[str, Any], contents: dict[str, dict[str, Any]], maker: dict[str, str]) -> str:
-    """``0.5B`` or ``tiny``: from the model's name, or from that of the model which the run before it started from."""
+    """``0.5B`` or ``tiny``: from the model's name, or from that of the model that the recipe before it starts from."""
     model = content["model"]["name"]
     if before := maker.get(_run_of(model)):
         return _model_size(contents[before], contents, maker)

@@ -1,4 +1,4 @@
-"""Entropy: a bonus, an adaptive coefficient of it, and the selection of high-entropy tokens."""
+"""Entropy: a bonus, an adaptive coefficient for it, and the selection of high-entropy tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def entropy_bonus(
 ) -> torch.Tensor:
     """This micro-batch's share of the step's mean entropy, over all valid tokens (or those ``kept``), in nats.
 
-    The loss is policy_loss - coefficient * bonus, whatever the loss type divides by. (TRL's mean is over a micro-batch,
-    then over micro-batches; this one is over the step.)
+    The loss is policy_loss - coefficient * bonus, whatever the loss type divides by. (TRL averages over a micro-batch,
+    then over micro-batches; this mean is over the step.)
     """
     acting_BT = mask_BT if kept_BT is None else mask_BT * kept_BT
     return (entropy_BT * acting_BT).sum() / max(counts.tokens if counts.kept is None else counts.kept, 1)

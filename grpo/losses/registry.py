@@ -7,7 +7,7 @@ An objective's docstring has the formula for one token. The table has the rest; 
     dr_grpo       tokens                        sequences x max length  -
     dapo          tokens                        tokens                  tokens of the optimizer step, not of a group
     bnpo          tokens' mean, micro-batches   micro-batches           -
-    gspo          tokens' mean, sequences       sequences               epsilon is not the paper's 3e-4, 4e-4 by itself
+    gspo          tokens' mean, sequences       sequences               default epsilons are not the paper's 3e-4, 4e-4
     luspo         tokens                        sequences               -
     cispo         tokens                        tokens                  the bound is epsilon_high itself, as in TRL
     sapo          tokens' mean, sequences       sequences               -

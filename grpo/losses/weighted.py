@@ -16,8 +16,8 @@ VESPO_LOWEST = math.log(1e-8)  # TRL's and the authors' floor of log w
 def reinforce_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """REINFORCE (Williams 1992), per token: -A log pi; (B,T).
 
-    It has no ratio and no clip, so only the first update of a rollout is the policy gradient: later ones are off-policy
-    and uncorrected.
+    It has no ratio and no clip, so only the first update of a rollout follows the policy gradient. Later ones are
+    off-policy and uncorrected.
     """
     return -tokens.advantages_B1 * tokens.logps_BT
 

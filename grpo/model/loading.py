@@ -23,7 +23,7 @@ transformers_logging.disable_progress_bar()  # a loading bar would fill the scre
 
 
 def _locate(name: str) -> str:
-    """``name``, or, where it is not here but ships with the package (``data/tiny_base``), its path there."""
+    """``name``, or, if the working directory lacks one that ships with grpo (``data/tiny_base``), its path there."""
     shipped = Path(__file__).parents[2] / name
     return str(shipped) if not Path(name).exists() and name.startswith("data/") and shipped.exists() else name
 

@@ -95,7 +95,7 @@ def _time(ax: Axes, run: RunRecord, c: Colours) -> None:
 
 
 def _verdicts(ax: Axes, run: RunRecord, c: Colours) -> None:
-    """Shares of why completions got what they got, for the reward function with the most verdicts."""
+    """Shares of the verdicts of the reward function that has the most kinds of them."""
     names = run.names("verdicts/")
     functions = {name.split("/")[1] for name in names}
     function = max(sorted(functions), key=lambda f: sum(name.startswith(f"verdicts/{f}/") for name in names))

@@ -94,7 +94,7 @@ class RunLog:
     def close(self) -> None:
         self._display.close()
         self._trackers.close()
-        with contextlib.suppress(OSError):  # what could not be written was said by log()
+        with contextlib.suppress(OSError):  # log() has reported what could not be written
             self._file.close()
 
 
@@ -115,7 +115,7 @@ def _open_at(path: Path, offset: int | None) -> BinaryIO:
 
 
 def _so_far(path: Path) -> tuple[int, float]:
-    """Last step and seconds in steps of what an earlier start of this run logged; (0, 0.0) for a new run."""
+    """Last step, and seconds spent in steps, that earlier starts of this run logged; (0, 0.0) for a new run."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
     seconds = sum(row.get("step_time") or 0.0 for row in rows)
     return max((row["step"] for row in rows), default=0), seconds

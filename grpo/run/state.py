@@ -38,7 +38,7 @@ class Progress:
     entropy_control: tuple[float, float] | None = None
     """The adaptive entropy bonus: its coefficient, and the entropy that the last update measured."""
     extra_prompts: int = 0
-    """Prompts drawn so far beyond ``prompts_per_step`` in each step."""
+    """Prompts that the steps so far drew beyond ``prompts_per_step`` each."""
     pass_rates: dict[int, float] = field(default_factory=dict)
     """Pass rates of the rows seen so far, by row id, for the curriculum."""
     replay: list[dict[str, Any]] = field(default_factory=list)

@@ -118,7 +118,7 @@ def automatic_size(policy: Policy) -> int:
 
 
 def kept_per_token(policy: Policy) -> float:
-    """Bytes per token that a forward pass keeps for the backward pass. The weights cancel in the difference."""
+    """Bytes per token that a forward pass keeps for the backward pass. Two lengths are compared: the weights cancel."""
     few, many = (_kept(policy, tokens) for tokens in MEASURED_TOKENS)
     return max(many - few, 1) / (MEASURED_TOKENS[1] - MEASURED_TOKENS[0])
 

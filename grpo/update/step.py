@@ -33,7 +33,7 @@ def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_ra
     """``num_iterations`` passes over the rollout in ``num_minibatches`` optimizer steps each; metrics of every step.
 
     With a single optimizer step the policy that sampled is the policy being updated: its old log-probabilities are the
-    current ones, and no forward pass is spent on them. A replayed group's are always those it was sampled with.
+    current ones, and no forward pass is spent on them. Those of a replayed group are always the sampler's.
     """
     algorithm = run.recipe.algorithm
     sequences = to_sequences(groups, advantages_PG, algorithm)
