@@ -20,8 +20,8 @@ STD_OFFSET = 1e-4  # TRL's; keeps a nearly constant group from exploding
 def step_advantages(
     rewards_PG: np.ndarray, groups: list[Group], weights_F: list[float], algorithm: AlgorithmConfig
 ) -> np.ndarray:
-    """Advantages (P,G) of scored groups. ``rewards_PG`` are the groups' (``rewards_array``), ``weights_F`` those of the
-    reward functions, in the recipe's order."""
+    """Advantages (P,G) of scored groups. ``rewards_PG`` are the groups' rewards (``rewards_array``), ``weights_F`` the
+    weights of the reward functions, in the recipe's order."""
     if algorithm.multi_objective_aggregation == "normalize_then_sum":
         return normalize_then_sum(rewards_by_function(groups), weights_F)
     how = {"scale_rewards": algorithm.scale_rewards, "baseline": algorithm.baseline}
@@ -49,12 +49,12 @@ def group_advantages(rewards_PG: np.ndarray, *, scale_rewards: str = "group", ba
     (REINFORCE++, arXiv:2501.03262); ``none`` nothing (REINFORCE).
     ``scale_rewards``: ``group`` divides by the group's standard deviation (GRPO), ``batch`` by that of all rewards of
     the step (arXiv:2508.08221; with ``baseline: group`` also REINFORCE++-baseline), ``none`` by nothing (Dr. GRPO,
-    arXiv:2503.20783). Deviations are over n - 1, and STD_OFFSET is added to them. Where equal rewards are not 0 after
-    the baseline they must not be divided by their deviation: a group's goes with a baseline of the group, a step's with
-    any but ``none``.
+    arXiv:2503.20783). Deviations are over n - 1, and STD_OFFSET is added to them. Equal rewards have no deviation, so
+    they must be 0 after the baseline where one divides by it: ``scale_rewards: group`` needs the baseline ``group`` or
+    ``leave_one_out``, ``batch`` any but ``none``.
 
-    A group whose rewards are all equal gets exactly 0 with the baselines of its group, whatever the rounding of its
-    mean; with ``batch`` only a step whose rewards are all equal.
+    A group whose rewards are all equal gets exactly 0 with the baselines ``group`` and ``leave_one_out``, whatever the
+    rounding of its mean. With ``batch``, only a step whose rewards are all equal does.
     """
     rewards_PG = np.asarray(rewards_PG, dtype=np.float64)
     scored_PG = ~np.isnan(rewards_PG)
@@ -91,8 +91,8 @@ def normalize_then_sum(rewards_PGF: np.ndarray, weights_F: list[float]) -> np.nd
 
     Each function is normalized within its group, so that none drowns another: a_f = (r_f - mean(r_f)) / std(r_f) over
     the group's completions that it scored. Then A = (s - mean(s)) / std(s) of the sums s = sum_f w_f a_f, over all
-    scored completions of the step. TRL's formula, deviations over n - 1 plus STD_OFFSET. A function without a spread in
-    a group adds exactly 0 there; a group with no sum that differs from another's gets exactly 0.
+    scored completions of the step. This is TRL's formula: deviations are over n - 1, plus STD_OFFSET. A function whose
+    rewards in a group are all equal adds exactly 0 there; a group whose sums are all equal gets exactly 0.
     """
     P, G, F = rewards_PGF.shape
     rewards_KG = np.moveaxis(np.asarray(rewards_PGF, dtype=np.float64), 2, 1).reshape(P * F, G)
@@ -109,15 +109,16 @@ def pass_at_k_advantages(
     """Advantages (P,G) for the best of k completions instead of their mean (Pass@k Training, arXiv:2508.10751).
 
     Over all subsets S of k of a group's n scored completions, with f(S) the best reward in S: A_i = (mean of f over the
-    S with i in it - mean of f) / std of f, both counted out, not sampled. With rewards of 0 and 1, m of them 0, these
-    are the paper's analytic advantages (eq. 14, 15): mean f is 1 - C(m, k) / C(n, k), over the S with an i of reward 1
-    it is 1, and over those with an i of reward 0 it is 1 - C(m - 1, k - 1) / C(n - 1, k - 1). Deviations: rewards need
-    not be 0 or 1; STD_OFFSET is added to std f; k = 1 divides by the deviation over n, where GRPO's is over n - 1.
+    S that contain i - mean of f) / std of f. Means and std are computed exactly, not sampled. With rewards of 0 and 1,
+    m of them 0, these are the paper's analytic advantages (eq. 14, 15): mean f is 1 - C(m, k) / C(n, k); over the S
+    that contain an i of reward 1 it is 1, and over those with an i of reward 0 it is
+    1 - C(m - 1, k - 1) / C(n - 1, k - 1). Differences from the paper: rewards need not be 0 or 1; STD_OFFSET is added
+    to std f; k = 1 divides by the deviation over n, where GRPO's is over n - 1.
 
     ``scale_rewards``: ``group``, or ``none`` not to divide. ``baseline``: ``group``, or ``leave_one_out``, the mean of
-    f over the S *without* i, which is the same times n / (n - k): unscaled, mean_i(A_i grad log pi_i) then has the
-    expectation grad E[f] / k, and with ``group`` (1 - k / n) times that. A group of k scored completions or fewer says
-    nothing, and gets 0.
+    f over the S *without* i, which is the same times n / (n - k). Unscaled, mean_i(A_i grad log pi_i) then has the
+    expectation grad E[f] / k; with ``group`` it is (1 - k / n) times that. A group of k scored completions or fewer has
+    no signal, and gets 0.
     """
     if scale_rewards not in ("group", "none"):
         raise ValueError(f"scale_rewards with pass_at_k is 'group' or 'none', not {scale_rewards!r}")
@@ -137,9 +138,10 @@ def pass_at_k_advantages(
 
 
 def _best_of_k(rewards_n: np.ndarray, k: int) -> tuple[np.ndarray, float]:
-    """For each of n rewards the mean best of the k-subsets with it, less that of all; and the deviation of the best.
+    """For each of n rewards: the mean best of the k-subsets that contain it, minus that of all k-subsets. And the
+    standard deviation of the best.
 
-    Relative to the highest reward, so that what cannot matter (rewards that k always beat) adds exact zeros.
+    Rewards are taken relative to the highest, so that a group whose every k-subset contains it gets exact zeros.
     """
     n = len(rewards_n)
     below_n = rewards_n - rewards_n.max()

@@ -1,4 +1,4 @@
-"""The kinds of ending that a person is meant to read; anything else is a bug and keeps its traceback."""
+"""Errors whose message is meant for a person; any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class RunError(Exception):
 
 
 class Preempted(Exception):
-    """The machine asked for itself back (SIGTERM); the run has saved a checkpoint and stops. Exit 143."""
+    """The machine is needed elsewhere (SIGTERM); the run has saved a checkpoint and stops. Exit 143."""
 
 
 class BackendFailed(RunError):
-    """What generates is gone for good, or does not hold the policy. The trainer saves a checkpoint before it ends."""
+    """The backend is gone for good, or does not hold the policy. The trainer saves a checkpoint before it ends."""

@@ -49,8 +49,8 @@ def clustered_interval(solved_PG: np.ndarray, questions_P: Sequence[str]) -> tup
 
     This is the cluster-robust variance of a mean (Liang & Zeger 1986; for evaluations of language models
     arXiv:2411.00640, eq. 4) with the usual factor for few clusters. Where no question repeats it is the variance of the
-    prompts' means over P. One cluster alone says nothing of the spread: the interval is then the mean +- 1. Where every
-    question fares alike (all solved, none solved) the interval has no width.
+    prompts' means over P. One cluster alone says nothing about the spread: the interval is then the mean +- 1. Where
+    every question has the same outcome (all solved, none solved) the interval has no width.
     """
     P, _ = solved_PG.shape
     accuracy = float(solved_PG.mean())
@@ -115,7 +115,7 @@ def evaluate(
     groups = sorted(gather_object(groups), key=lambda group: group.prompt.id)
 
     name = evaluation.reward or next(iter(groups[0].rewards_by_function))
-    # A prompt with a completion that could not be scored says nothing of the model (all unscored: nobody solved any).
+    # A prompt with an unscored completion says nothing about the model. If all have one, unscored counts as unsolved.
     scored = [group for group in groups if None not in group.rewards_by_function[name]] or groups
     solved_PG = np.array([[r is not None and r >= 1 for r in group.rewards_by_function[name]] for group in scored])
     metrics = accuracy_metrics(solved_PG, [str(group.prompt.prompt) for group in scored])

@@ -1,4 +1,4 @@
-"""What a step's rollouts say, under TRL's metric names, and how long its parts took."""
+"""Metrics of a step's rollouts, under TRL's names, and the times of its parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def completion_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def reward_metrics(groups: list[Group]) -> dict[str, float]:
-    """Mean reward, spread within groups, share of groups without signal, each function's part, verdicts, users' own."""
+    """Mean reward, spread within groups, share of groups without signal, each function's part, verdicts, and metrics
+    that reward functions logged."""
     rewards_PG = rewards_array(groups)
     scored_PG = ~np.isnan(rewards_PG)
     metrics = {"frac_reward_zero_std": float(zero_std(rewards_PG).mean())}
@@ -57,7 +58,7 @@ def reward_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def rollout_rows(groups: list[Group], step: int, advantages_PG: np.ndarray | None = None) -> list[dict]:
-    """One JSON object a completion, for ``rollouts/``."""
+    """One JSON object per completion, for ``rollouts/``."""
     rows = []
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):

@@ -1,11 +1,10 @@
-"""Scored groups into sequences, and those into micro-batches: by token budget, the same number on every process, the
-same plan everywhere.
+"""Scored groups become sequences, and these micro-batches: within a token budget, the same number on every process.
 
-Every process knows all sequences of the optimizer step (the trainer gathers them: a few megabytes of integers),
-computes the same plan from them and takes its own share: nothing about the split has to be communicated.
+Every process knows all sequences of the optimizer step (``rollout/groups.py`` gathers them: a few megabytes of
+integers), computes the same plan from them and takes its own share. So nothing about the split has to be communicated.
 
 A micro-batch is either *packed*, one row in which a prompt stands once for all its completions, or *padded*, a row for
-each sequence, for models that can't compute packed rows (``policy.packed`` says which).
+each sequence, for models that can't compute packed rows (``Policy.packed`` says which).
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ import torch
 from grpo.config import AlgorithmConfig
 from grpo.types import Batch, Completion, Group, Layout, Status, TrainedSequence
 
-# A group that does not fit into what is left of a micro-batch starts another if the one is this full already, else it
-# is split and its prompt computed twice. Both are tried: the first repeats less, the second balances processes better.
+# For a group that does not fit into the rest of a micro-batch: if the micro-batch is at least this full, the group
+# starts another one; else the group is split, and its prompt computed twice. Both values are tried: the first repeats
+# fewer prompts, the second balances processes better.
 FULL = (0.5, 0.95)
 
 MicroBatch = list[TrainedSequence]
-Sized = tuple[int, MicroBatch]  # with its tokens
+Sized = tuple[int, MicroBatch]  # with its number of tokens
 
 
 def to_sequences(groups: list[Group], advantages_PG: np.ndarray, algorithm: AlgorithmConfig) -> list[TrainedSequence]:
@@ -45,8 +45,8 @@ def to_sequences(groups: list[Group], advantages_PG: np.ndarray, algorithm: Algo
 
 
 def counts_in_loss(completion: Completion, reward: float | None, algorithm: AlgorithmConfig) -> bool:
-    """Whether a completion counts in the loss and its denominators: not where it could not be scored, nor where it was
-    truncated and the recipe masks such ones."""
+    """Whether a completion counts in the loss and its denominators. It does not if it could not be scored, or if it was
+    truncated and the recipe masks truncated ones."""
     masked = algorithm.mask_truncated_completions and completion.status is Status.LENGTH
     return reward is not None and not masked and completion.status is not Status.ERROR
 
@@ -62,13 +62,13 @@ def plan_micro_batches(
     """For every process its micro-batches: ``plan[rank][i]`` is a list of sequences.
 
     No micro-batch has more than ``max_tokens`` tokens (``packed_tokens`` or ``padded_tokens``), unless a single
-    sequence does. Of the ways to fill them that are tried, the one is taken that leaves the busiest process the least
-    tokens, then the fewest micro-batches. Where these do not divide by processes, some get one of zero weight,
-    because unequal counts hang FSDP.
+    sequence does. Of several ways to fill them, the one with the fewest tokens on the busiest process is taken; on a
+    tie, the one with the fewest micro-batches. If these do not divide by the processes, some processes get one more, of
+    zero weight, because unequal counts hang FSDP.
     """
     if not sequences:
         return [[] for _ in range(world_size)]
-    # Several processes want at least one micro-batch each, or all but one would only pad.
+    # Few enough sequences in each that every process gets a micro-batch; else some would compute only padding.
     most = min(max_sequences or len(sequences), -(-len(sequences) // world_size))
     if packed:
         groups = by_prompt(sequences)
@@ -106,7 +106,7 @@ def _read(sequence: TrainedSequence) -> int:
 
 
 def _smaller_and_smaller(fill: Callable[[int], list[Sized]], limit: int, world_size: int) -> Iterator[list[Sized]]:
-    """Fillings by ever smaller limits, as long as they take no more rounds: processes share what one could hold."""
+    """Fillings with ever smaller limits, while they take no more rounds: work that fits on one process is shared."""
     made = fill(limit)
     rounds = -(-len(made) // world_size)
     while -(-len(made) // world_size) <= rounds:
@@ -139,7 +139,7 @@ def _fill_packed(groups: list[list[TrainedSequence]], limit: int, *, most: int, 
 
 
 def _fill_padded(rows: list[TrainedSequence], limit: int, *, most: int) -> list[Sized]:
-    """Longest first, so that those padded together are of like length."""
+    """Longest first, so that sequences padded together have similar lengths."""
     made: list[MicroBatch] = []
     for sequence in rows:
         if made and len(made[-1]) < most and (len(made[-1]) + 1) * len(made[-1][0]) <= limit:
@@ -150,7 +150,7 @@ def _fill_padded(rows: list[TrainedSequence], limit: int, *, most: int) -> list[
 
 
 def _deal(micro_batches: list[Sized], world_size: int) -> list[list[Sized]]:
-    """To each process its own: the largest first, to the process with the least work that has not its number yet."""
+    """Shares of the processes: the largest first, each to the least busy process that does not have its number yet."""
     shares: list[list[Sized]] = [[] for _ in range(world_size)]
     rounds = -(-len(micro_batches) // world_size)
     work = [0] * world_size
@@ -166,8 +166,8 @@ def collate(
 ) -> Batch:
     """A micro-batch as tensors: a packed row, or padded ones.
 
-    All of (B,T) describe the completion's token at that position; those of an invalid or zero-weight sequence are still
-    computed (the shapes stay the same on every process) but do not count.
+    All (B,T) tensors describe the completion's token at that position. Invalid or zero-weight sequences are still
+    computed (shapes stay the same on every process) but do not count.
     """
     if packed:
         input_ids_RN, layout, first_B, rest_B = _packed_row(micro_batch, device)
@@ -211,8 +211,8 @@ def collate(
 def _packed_row(
     micro_batch: MicroBatch, device: torch.device | str
 ) -> tuple[torch.Tensor, Layout, list[int], list[int]]:
-    """(1,N) tokens and their layout; for each sequence the place that predicts its completion's first token (the end of
-    its prompt), and the place that predicts its second, from which on they follow each other."""
+    """(1,N) tokens and their layout; for each sequence the position that predicts its completion's first token (the end
+    of its prompt) and the one that predicts its second. Those of later tokens follow the second one."""
     rows: dict[tuple[int, ...], list[int]] = {}
     for i, s in enumerate(micro_batch):
         rows.setdefault(tuple(s.prompt_ids), []).append(i)

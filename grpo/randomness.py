@@ -1,4 +1,4 @@
-"""Every random draw as a pure function of its key: no generator has a state that a restart could lose.
+"""Every random draw is a pure function of its key: no generator has a state that a restart could lose.
 
 A token of a completion is drawn with one uniform number that depends on (seed, stream, step, prompt id, sample index,
 token position) and on nothing else: not on the batch it shared, the process that made it, or what was drawn before.

@@ -1,7 +1,7 @@
 """The supervised stage: cold start, distillation, rejection-sampled data. Loss on the completion's tokens only.
 
-The loop is the trainer's without rollouts: examples in, token-mean cross-entropy; the same update machinery, run
-folder, checkpoints and resume.
+The loop is the trainer's without rollouts: examples in, mean cross-entropy over tokens. The update machinery, run
+folder, checkpoints and resume are the same.
 """
 
 from __future__ import annotations

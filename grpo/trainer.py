@@ -35,7 +35,7 @@ from grpo.update.step import update
 
 def train(recipe: Recipe, resume: bool | str = False) -> None:
     """Run a ``stage: grpo`` recipe to its end, or from a checkpoint on (``resume``: True for the newest, or a path)."""
-    find_loss(recipe.algorithm.loss_type)  # files of the user's own: their mistakes come before any waiting
+    find_loss(recipe.algorithm.loss_type)  # user's own code: its mistakes are found before any waiting
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_dtype(recipe, accelerator)
@@ -51,7 +51,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
             try:
                 for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer), ahead=rollouts.state):
                     train_step(run, rollouts, scorer)
-            except BackendFailed as failure:  # the policy is whole
+            except BackendFailed as failure:  # the policy itself is intact
                 run.save()
                 raise BackendFailed(f"{failure}\n{run.saved()}") from None
         run.policy.save_pretrained(run.folder / "final")
@@ -99,7 +99,7 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
 
 
 def learn_of_prompts(run: Run, drawn: Drawn, *, rows: int) -> dict[str, float]:
-    """What the step's groups say about prompts, for the steps to come: moves the progress on; metrics of it."""
+    """Record in the progress what the step's groups say about prompts, for later steps. Returns metrics of it."""
     recipe, progress, config = run.recipe, run.progress, run.recipe.prompts
     progress.extra_prompts += len(drawn.sampled) - recipe.training.prompts_per_step
     progress.replay = remembered(

@@ -4,7 +4,7 @@ Tensor and array names end in the dimensions they have, in order:
 
     P  prompts in a step            B  sequences in a micro-batch     V  vocabulary
     G  completions a prompt         T  tokens of a completion         H  hidden size
-                                    N  tokens the model reads
+    R  rows the model reads         N  tokens of a row
 
 ``rewards_PG`` is prompts by completions; ``logps_BT`` is sequences by tokens of their completions: position ``t``
 describes the completion's token ``t`` itself (its logprob given its prompt and the tokens before it).
@@ -94,8 +94,8 @@ class Group:
     """A prompt with its G completions and, after scoring, their rewards.
 
     ``rewards[g]`` is the weighted sum over reward functions, or None where no function could score the completion.
-    ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts why, where the function says so.
-    ``replayed``: an earlier step's policy made it, so that the update needs a ratio to that one.
+    ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts the reasons that the function gave.
+    ``replayed``: an earlier step's policy sampled it, so the update needs a ratio to that policy.
     """
 
     prompt: Prompt
@@ -122,8 +122,8 @@ class TrainedSequence:
     valid: bool = True  # False: left out of loss and denominators (truncated and masked, or unscorable)
     old_logprobs: list[float] | None = None
     ref_logprobs: list[float] | None = None
-    kept: list[float] | None = None  # 0 at tokens that a selection took out, else 1; None without one
-    log_left: list[float] | None = None  # log of the probability that truncation left, as of ``old_logprobs``
+    kept: list[float] | None = None  # 0 at tokens that a selection excludes, else 1; None without one
+    log_left: list[float] | None = None  # log of what truncation leaves of the old policy's probability
     weight: float = 1.0
 
     def __len__(self) -> int:
@@ -135,9 +135,9 @@ class Layout:
     """What is where in a row of N packed tokens: first every prompt, once; then the completions, prompt by prompt.
 
     ``segments`` are the bounds of prompts and completions (P + B + 1 numbers, from 0 to N), ``groups`` those of each
-    prompt's completions taken together (P + 1 numbers, from where the completions start to N). Kernels of a GPU want
-    them as int32 tensors, and those of ``groups`` counted from the first completion. Positions restart at 0 with every
-    prompt, and behind its prompt with every completion.
+    prompt's completions taken together (P + 1 numbers, from where the completions start to N). GPU kernels need both as
+    int32 tensors, with ``groups`` counted from the first completion. The positions of a prompt start at 0; those of a
+    completion go on from the end of its prompt.
     """
 
     segments: list[int]
@@ -151,11 +151,11 @@ class Layout:
 class Batch:
     """A micro-batch of B completions, T the longest, and the tokens that the model reads for them.
 
-    Those are R rows of N: one row of packed tokens as ``layout`` describes it, or, where there is none, B padded rows
-    of a prompt and a completion each. ``predicts_BT`` says behind which of the R x N tokens a completion's token is
-    predicted: the one before it. ``mask_BT`` is 1.0 at tokens that count, else 0.0. ``old_logps_BT`` is None when
-    on-policy (the current logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0, ``kept_BT``
-    where no selection of tokens was made, ``log_left_BT`` where there is no truncated sampling, or no old policy.
+    Those tokens are R rows of N: one packed row as ``layout`` describes it, or, without a layout, B padded rows of a
+    prompt and a completion each. ``predicts_BT`` is, for each token of a completion, the index among the R x N tokens
+    of the one before it, which predicts it. ``mask_BT`` is 1.0 at tokens that count, else 0.0. ``old_logps_BT`` is None
+    when on-policy (the current logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0,
+    ``kept_BT`` where no selection of tokens was made, ``log_left_BT`` without truncated sampling or old policy.
     """
 
     input_ids_RN: torch.Tensor

@@ -1,4 +1,4 @@
-"""What several commands are given: a recipe, overrides of it, a run folder."""
+"""Arguments that several commands share: a recipe, overrides of it, a run folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Overrides = Annotated[
 
 
 def inside(run: Path, name: str, complaint: str) -> Path:
-    """``run/name``; UserError if ``run`` is no folder, or ``complaint`` if that is not in it."""
+    """``run/name``. Raises UserError if ``run`` is no folder, and with ``complaint`` if ``name`` is not in it."""
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder")
     if not (run / name).exists():

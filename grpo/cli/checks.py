@@ -1,4 +1,4 @@
-"""``grpo validate`` and ``grpo audit``: what can be known of a recipe, its rows and its rewards before a run."""
+"""``grpo validate`` and ``grpo audit``: what can be checked of a recipe, its rows and its rewards before a run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def audit(
     with exit_codes():
         resolved = load_recipe(recipe, overrides or [])
         if not resolved.data.hub:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # the tokenizer is used if it is here, and not worth a wait
+            os.environ["HF_HUB_OFFLINE"] = "1"  # a tokenizer is used if it is on this machine, and not downloaded
         from grpo.audit.audit import audit as audit_rewards
 
         findings = audit_rewards(resolved, rows, gold, typer.echo)
@@ -76,9 +76,9 @@ def audit(
 
 
 def check_offline(recipe: Recipe) -> str:
-    """Check reward functions, rows and prompts with what is on this machine; says what there is and what is left.
+    """Check reward functions, rows and prompts with what is on this machine.
 
-    Raises UserError with everything found.
+    Returns a note on what there is and what remains to be checked. Raises UserError with all problems found.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
     from grpo.audit.rows import check_data

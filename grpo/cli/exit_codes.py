@@ -82,7 +82,7 @@ def _advice(error: BaseException) -> str:
 
 
 def is_first_of_node() -> bool:
-    """Whether this is the process of its machine that speaks: the only one, or the first that a launcher started."""
+    """Whether this process writes the messages of its machine: the only one, or the first that a launcher started."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 

@@ -75,7 +75,7 @@ def start(
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to what ``sys.stderr`` is now: a progress display replaces it while it is on the screen."""
+    """Writes to the current ``sys.stderr``: a progress display replaces it while it is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

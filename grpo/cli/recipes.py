@@ -1,4 +1,4 @@
-"""``grpo recipes``: the recipes that grpo ships, as a list, one by one, or as a file of one's own."""
+"""``grpo recipes``: the recipes that grpo ships, as a list, one by one, or copied to a file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NameArgument = Annotated[
 
 @dataclass(frozen=True)
 class Summary:
-    """A recipe in a line. ``about`` is the first line of its file; ``base`` the run that has to be made before it."""
+    """A recipe in a line. ``about`` is the first line of its file; ``base`` the recipe to run before it, if any."""
 
     name: str
     stage: str
@@ -55,7 +55,7 @@ def list_recipes() -> None:
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for summary, *cells in zip(summaries, *columns, strict=True):
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        typer.echo(_cut(f"{line}  {summary.about}", room))  # not in exit_codes: `| head` ends it, which is no mistake
+        typer.echo(_cut(f"{line}  {summary.about}", room))  # not in exit_codes: `| head` closes the pipe
     typer.echo("grpo recipes show NAME, grpo recipes copy NAME [TO], grpo train NAME", err=True)
 
 
@@ -123,7 +123,7 @@ def _run_of(model: str) -> str:
 
 
 def _model_size(content: dict[str, Any], contents: dict[str, dict[str, Any]], maker: dict[str, str]) -> str:
-    """``0.5B`` or ``tiny``: from the model's name, or from the name of what the run before it started from."""
+    """``0.5B`` or ``tiny``: from the model's name, or from that of the model that the recipe before it starts from."""
     model = content["model"]["name"]
     if before := maker.get(_run_of(model)):
         return _model_size(contents[before], contents, maker)

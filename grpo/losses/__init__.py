@@ -1,12 +1,13 @@
-"""Policy losses: pure functions of tensors, a file a family.
+"""Policy losses: pure functions of tensors, one file per family.
 
 A loss type is three small functions: what each token contributes (``objective``), how contributions are summed over a
-micro-batch (``reduce``), and what the sum is divided by (``denominator``), counted over the *whole* optimizer step, all
-micro-batches and processes, before the first backward. So the gradient does not depend on how sequences were split
-(``bnpo`` alone is defined per micro-batch). ``registry.LOSSES`` is the list of them, ``policy_loss`` the one entrance.
+micro-batch (``reduce``), and what the sum is divided by (``denominator``). Denominators are counted over the *whole*
+optimizer step, all micro-batches and processes, before the first backward. So the gradient does not depend on how
+sequences were split; ``bnpo`` alone is defined per micro-batch. ``registry.LOSSES`` lists the loss types;
+``policy_loss`` computes any of them.
 
 Signs: everything here is a loss to be minimized. Shapes are (B,T) with a float mask that is 1 at tokens that count;
-(B,1) where a number belongs to a sequence. Logarithms are natural.
+(B,1) for one number per sequence. Logarithms are natural.
 """
 
 from grpo.losses.assembly import policy_loss

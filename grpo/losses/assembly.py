@@ -13,12 +13,12 @@ from grpo.types import Batch
 
 
 def policy_ratio(log_ratio_BT: torch.Tensor, mask_BT: torch.Tensor, *, level: str) -> torch.Tensor:
-    """The ratio pi / pi_old that surrogates are made of, (B,T), with gradient.
+    """The ratio pi / pi_old of the surrogates, (B,T), with gradient.
 
     token            exp(log_ratio) of each token
     sequence         s = exp(mean of log_ratio over the sequence's tokens), at each of them (GSPO, arXiv:2507.18071,
                      eq. 7)
-    sequence_token   sg(s) pi / sg(pi): s in value, its gradient that of the token alone (GSPO-token, eq. 14)
+    sequence_token   sg(s) pi / sg(pi): the value is s, the gradient that of the token alone (GSPO-token, eq. 14)
     """
     if level != "token":
         mean_B1 = (log_ratio_BT * mask_BT).sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1.0)
@@ -42,14 +42,14 @@ def policy_loss(
 
     Args:
         logps_BT: log-probabilities of the tokens under the policy being trained, with gradient; nats.
-        batch: of it ``mask_BT``, ``advantages_B`` and, where they are needed: ``old_logps_BT``, what the policy said
-            that the clip range is around (None: on-policy, the ratio is 1 and its gradient that of the
-            log-probability); ``ref_logps_BT``, what the reference says; ``kept_BT``, 0 at tokens that a selection took
-            out of the surrogate; ``sampler_logps_BT``, for ``off_policy_mask_threshold``.
-        counts: what the whole optimizer step holds.
-        algorithm: the loss and its numbers.
-        weights_BT: factors of the surrogate (not of the KL penalty, nor in the denominator), finite everywhere:
-            ``importance_weights``. None means 1.
+        batch: always ``mask_BT`` and ``advantages_B``. Where needed, ``old_logps_BT``, under the policy that the clip
+            range is centred on (None: on-policy, so the ratio is 1 and its gradient is that of the log-probability);
+            ``ref_logps_BT``, under the reference; ``kept_BT``, 0 at tokens that a selection excludes from the
+            surrogate; ``sampler_logps_BT``, for ``off_policy_mask_threshold``.
+        counts: tokens and sequences of the whole optimizer step.
+        algorithm: the loss type and its hyperparameters.
+        weights_BT: factors on the surrogate, not on the KL penalty, and not counted in the denominator; finite
+            everywhere. They come from ``importance_weights``. None means 1.
 
     Returns:
         The loss (a scalar; summed over micro-batches and processes it is the step's loss) and, detached, sums over this

@@ -19,11 +19,11 @@ def clipped_surrogate(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
 
 
 def completion_surrogate(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
-    """The same bound with one ratio a completion, the product over its tokens, at each of them; (B,T).
+    """The same bound with one ratio per completion, the product over its tokens, repeated at each of them; (B,T).
 
-    REINFORCE leave-one-out (arXiv:2402.14740) takes a completion for one action: on-policy the gradient is
-    -A grad log pi(completion). The clip, for several updates a rollout, is TRL's RLOOTrainer's. The ratio is not that
-    of ``importance_sampling_level``, which is a geometric mean.
+    REINFORCE leave-one-out (arXiv:2402.14740) treats a completion as one action: on-policy the gradient is
+    -A grad log pi(completion). The clip, for several updates per rollout, is that of TRL's RLOOTrainer. This is not the
+    sequence ratio of ``importance_sampling_level``, which is a geometric mean.
     """
     return _pessimistic(_completion_ratio(tokens), tokens.advantages_B1, options).expand_as(tokens.ratio_BT)
 
@@ -53,12 +53,12 @@ def sapo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
 
 
 def clip_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
-    """How many tokens the clip took the gradient from: below (A < 0), above (A > 0), and either."""
+    """Tokens whose gradient the clip removed: ratio below the range (A < 0), above it (A > 0), and both together."""
     return _clipped(tokens.ratio_BT.detach(), tokens, options)
 
 
 def completion_clip_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
-    """The same for the ratio of the completion, still counted in tokens."""
+    """The same for the completion's ratio, still counted in tokens."""
     return _clipped(_completion_ratio(tokens).detach(), tokens, options)
 
 

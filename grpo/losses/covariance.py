@@ -1,8 +1,8 @@
-"""Losses that hold back the tokens whose log-probability and advantage vary together most, which drive the entropy
-down (Cui et al., arXiv:2505.22617).
+"""Clip-Cov and KL-Cov: losses that restrain the tokens with the highest covariance of log-probability and advantage.
 
-Which tokens those are is decided over all valid tokens of the optimizer step, before its first backward pass, so that
-micro-batches and processes do not matter. (The authors' code does it within a micro-batch.)
+Those tokens drive the entropy down (Cui et al., arXiv:2505.22617). They are chosen among all valid tokens of the
+optimizer step, before its first backward pass, so that micro-batches and processes do not matter. (The authors' code
+chooses within a micro-batch.)
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ def covariances(step: StepTokens) -> torch.Tensor:
 
 
 def clip_cov_selection(step: StepTokens, options: AlgorithmConfig, generator: torch.Generator) -> torch.Tensor:
-    """0 at tokens whose gradient is taken, 1 elsewhere: ``clip_cov_ratio`` of all tokens, drawn among those
-    with a covariance between ``clip_cov_lb`` and ``clip_cov_ub`` which the ratio's clip left their gradient."""
+    """0 at tokens that lose their gradient, 1 elsewhere.
+
+    As many as ``clip_cov_ratio`` of all tokens are drawn. They come from the tokens that have a covariance between
+    ``clip_cov_lb`` and ``clip_cov_ub`` and are not already clipped by their ratio.
+    """
     ratio_M, positive_M = step.log_ratio_M.exp(), step.advantages_M > 0
     clipped_M = torch.where(positive_M, ratio_M > 1 + options.high, ratio_M < 1 - options.epsilon)
     cov_M = covariances(step)
@@ -32,7 +35,7 @@ def clip_cov_selection(step: StepTokens, options: AlgorithmConfig, generator: to
 
 
 def kl_cov_selection(step: StepTokens, options: AlgorithmConfig, generator: torch.Generator) -> torch.Tensor:
-    """0 at the ``kl_cov_ratio`` of all tokens with the largest covariance, at least one; 1 elsewhere."""
+    """0 at the tokens with the largest covariance (``kl_cov_ratio`` of all, at least one), 1 elsewhere."""
     cov_M = covariances(step)
     kept_M = torch.ones_like(cov_M)
     kept_M[cov_M.topk(min(max(int(options.kl_cov_ratio * len(cov_M)), 1), len(cov_M))).indices] = 0.0
@@ -42,8 +45,8 @@ def kl_cov_selection(step: StepTokens, options: AlgorithmConfig, generator: torc
 def kl_cov_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """KL-Cov (arXiv:2505.22617), per token: -r A, plus ``ppo_kl_coef`` |log pi - log pi_old| at those selected; (B,T).
 
-    Nothing is clipped. The penalty, as in the authors' code the absolute log-ratio, has no gradient where the policy is
-    still the old one: it acts from the second update of a rollout on.
+    Nothing is clipped. The penalty is the absolute log-ratio, as in the authors' code. It has no gradient while the
+    policy is still the old one, so it acts from the second update of a rollout on.
     """
     selected_BT = 1.0 - tokens.kept_BT if tokens.kept_BT is not None else torch.zeros_like(tokens.mask_BT)
     penalty_BT = options.ppo_kl_coef * tokens.log_ratio_BT.abs()

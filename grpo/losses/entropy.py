@@ -1,4 +1,4 @@
-"""Entropy: a bonus for it, a coefficient that follows it, and learning from uncertain tokens alone."""
+"""Entropy: a bonus, an adaptive coefficient for it, and the selection of high-entropy tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def entropy_bonus(
 ) -> torch.Tensor:
     """This micro-batch's share of the step's mean entropy, over all valid tokens (or those ``kept``), in nats.
 
-    The loss is policy_loss - coefficient * bonus, whatever the loss type divides by. (TRL's mean is over a micro-batch,
-    then over micro-batches; this one is over the step.)
+    The loss is policy_loss - coefficient * bonus, whatever the loss type divides by. (TRL averages over a micro-batch,
+    then over micro-batches; this mean is over the step.)
     """
     acting_BT = mask_BT if kept_BT is None else mask_BT * kept_BT
     return (entropy_BT * acting_BT).sum() / max(counts.tokens if counts.kept is None else counts.kept, 1)
@@ -38,8 +38,11 @@ class EntropyControl:
 def next_entropy_control(
     control: EntropyControl, entropy: float, *, target: float, delta: float, low: float, high: float
 ) -> EntropyControl:
-    """After an update whose mean entropy was ``entropy``: the coefficient is up by ``delta`` where that is at or below
-    its ``target``, else down, within [``low``, ``high``] (Skywork-OR1, arXiv:2505.22312)."""
+    """The control after an update with mean entropy ``entropy`` (Skywork-OR1, arXiv:2505.22312).
+
+    The coefficient rises by ``delta`` if the entropy is at or below ``target``, else it falls by ``delta``. It stays
+    within [``low``, ``high``].
+    """
     moved = control.coef + delta if entropy <= target else control.coef - delta
     return EntropyControl(min(max(moved, low), high), entropy)
 

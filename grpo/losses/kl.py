@@ -14,7 +14,7 @@ def kl_estimate(logps_BT: torch.Tensor, ref_logps_BT: torch.Tensor, *, estimator
         k2  d^2 / 2          biased, never < 0
         k3  exp(d) - d - 1   no bias, never < 0
 
-    That is the bias of the value. The gradients, on-policy and for a token given those before it:
+    "Bias" here is that of the value. The gradients, on-policy, for a token given the tokens before it:
 
         in the loss                          k1: 0          k2: grad KL(pi || ref)    k3: grad KL(ref || pi)
         in the loss, times the ratio         k1, k3: grad KL(pi || ref)               k2: grad E[k2]

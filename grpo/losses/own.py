@@ -1,4 +1,4 @@
-"""A loss of the user's own: checked when it is loaded, and what its functions return at every call of them."""
+"""A user's own loss: checked when it is loaded, and its functions' results at every call."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LEVELS = ("token", "sequence", "sequence_token")
 
 
 def checked(found: Any, place: str) -> LossType:
-    """The loss type, whose functions refuse wrong results: by a UserError at their first call, by a RunError later.
+    """The loss type, with functions that check their results: UserError at a wrong first one, RunError later.
 
     Raises:
-        UserError: it is no loss, or one of its functions takes other arguments.
+        UserError: ``found`` is no loss, or one of its functions takes other arguments.
     """
     what = f"algorithm.loss_type: {place}"
     if not isinstance(found, LossType):
@@ -49,7 +49,7 @@ def checked(found: Any, place: str) -> LossType:
 def _watched(
     function: Callable[..., Any], calls: user_code.Calls, problem_with: Callable[..., str | None]
 ) -> Callable[..., Any]:
-    """The same function; where ``problem_with`` its result and arguments there is one, that is raised."""
+    """``function``, which now raises what ``problem_with(result, *arguments)`` finds wrong, if anything."""
 
     @wraps(function)
     def watched(*arguments: Any) -> Any:
@@ -72,7 +72,7 @@ def _wrong(loss_BT: Any, tokens: Tokens, first: bool) -> str | None:
         return f"it returned a tensor of {loss_BT.dtype}; {expected}"
     if tokens.logps_BT.requires_grad and not loss_BT.requires_grad:
         return "it returned a tensor without gradient; compute it from logps_BT, log_ratio_BT or ratio_BT, not detached"
-    if first and not loss_BT.isfinite().all():  # later the step's loss and gradient norm tell; this waits for a GPU
+    if first and not loss_BT.isfinite().all():  # waits for a GPU; later the step's loss and gradient norm show it
         count = int((~loss_BT.isfinite()).sum())
         return (
             f"it returned nan or inf at {count} of {loss_BT.numel()} positions; expected finite numbers, and where "

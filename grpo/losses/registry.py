@@ -1,13 +1,13 @@
-"""Every loss type by its name, and the way to one in a file of the user's own.
+"""Every loss type by its name, and how one in a user's own file is found.
 
-An entry's objective has the formula of a token in its docstring. Around it, over valid tokens and sequences alone:
+An objective's docstring has the formula for one token. The table has the rest; only valid tokens and sequences count:
 
     name          sum over                      divided by the step's   deviates from its source in
     grpo          tokens' mean, sequences       sequences               no KL unless beta is set (0.04 in the paper)
     dr_grpo       tokens                        sequences x max length  -
     dapo          tokens                        tokens                  tokens of the optimizer step, not of a group
     bnpo          tokens' mean, micro-batches   micro-batches           -
-    gspo          tokens' mean, sequences       sequences               epsilon is not the paper's 3e-4, 4e-4 by itself
+    gspo          tokens' mean, sequences       sequences               default epsilons are not the paper's 3e-4, 4e-4
     luspo         tokens                        sequences               -
     cispo         tokens                        tokens                  the bound is epsilon_high itself, as in TRL
     sapo          tokens' mean, sequences       sequences               -
@@ -111,7 +111,7 @@ LOSSES: dict[str, LossType] = {
 
 
 def loss(**parts: Any) -> Callable[[Objective], LossType]:
-    """Decorator that makes a loss type of an objective, for a file of the user's own (``loss_type: file.py:name``)::
+    """Decorator that turns an objective into a loss type, for a user's own file (``loss_type: file.py:name``)::
 
         from grpo.losses import loss
         from grpo.losses.tokens import by_tokens, token_sum
@@ -121,14 +121,14 @@ def loss(**parts: Any) -> Callable[[Objective], LossType]:
             return -tokens.ratio_BT.clamp(max=2.0) * tokens.advantages_B1
 
     ``parts`` are ``LossType``'s other fields. The objective takes ``Tokens`` and the recipe's ``algorithm`` section and
-    gives (B,T).
+    returns (B,T).
     """
     return lambda objective: LossType(objective, **({"source": "the user's own"} | parts))
 
 
 @cache
 def find_loss(name: str) -> LossType:
-    """The loss type of that name, or of that place: ``file.py:name`` or ``package.module:name``.
+    """The loss type with that name, or at that place: ``file.py:name`` or ``package.module:name``.
 
     Raises:
         UserError: there is none; the message has the nearest name.

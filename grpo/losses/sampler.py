@@ -1,4 +1,4 @@
-"""What is done about completions that the policy, as the trainer computes it, would not quite have sampled."""
+"""Corrections for completions whose sampling probabilities differ from those that the trainer computes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from grpo.losses.tokens import MAX_LOG_RATIO
 def importance_ratio(
     old_logps_BT: torch.Tensor, sampler_logps_BT: torch.Tensor, mask_BT: torch.Tensor, *, mode: str
 ) -> torch.Tensor:
-    """How much likelier what was sampled is to the trainer than it was to the sampler, (B,T), without gradient.
+    """The importance ratio, trainer's probability over sampler's, (B,T), without gradient.
 
-    ``token_*`` modes: exp(old - sampler) of each token; ``sequence_*``: that of the whole completion, the product over
-    its tokens that count, at every position. Where the mask is 0 the inputs may hold anything, inf and nan included.
+    ``token_*`` modes: exp(old - sampler) of each token. ``sequence_*`` modes: the product over the completion's tokens
+    that count, repeated at every position. Where the mask is 0 the inputs may hold anything, inf and nan included.
     """
     log_ratio_BT = torch.where(mask_BT > 0, old_logps_BT.detach() - sampler_logps_BT, 0.0)
     if mode.startswith("sequence_"):
@@ -30,11 +30,11 @@ def importance_weights(
     clip_min: float | None,
     clip_max: float,
 ) -> torch.Tensor:
-    """Factors of the surrogate that make up for a sampler which is not quite the policy; without gradient. (B,T), or
-    (B,1) with ``sequence_*`` modes.
+    """Factors on the surrogate that correct for the mismatch of sampler and trainer, without gradient; (B,T), or (B,1)
+    with ``sequence_*`` modes.
 
     Outside [``clip_min``, ``clip_max``] ``importance_ratio`` is clamped (``*_truncate``; Yao et al. 2025) or replaced
-    by 0 (``*_mask``; Liu et al. 2025; of tokens and with both bounds, IcePop, arXiv:2510.18855).
+    by 0 (``*_mask``; Liu et al. 2025). ``token_mask`` with both bounds is IcePop (arXiv:2510.18855).
     """
     ratio = importance_ratio(old_logps_BT, sampler_logps_BT, mask_BT, mode=mode)
     if mode.startswith("sequence_"):
@@ -49,8 +49,8 @@ def importance_weights(
 def importance_metrics(
     ratio_BT: torch.Tensor, weights: torch.Tensor, mask_BT: torch.Tensor, *, mode: str
 ) -> dict[str, torch.Tensor]:
-    """Smallest, largest and sums of the raw ratios and of their squares (one a token, or one a sequence: ``count`` says
-    how many), and how many tokens got another weight than their ratio."""
+    """Minimum, maximum, sum and sum of squares of the raw ratios, and how many tokens have a weight other than their
+    ratio. There is one ratio per token, or one per sequence with ``sequence_*`` modes; ``count`` is their number."""
     unit_BT = mask_BT > 0
     if mode.startswith("sequence_"):  # the first token that counts stands for its sequence
         unit_BT = unit_BT & (unit_BT.cumsum(1) == 1)
@@ -74,10 +74,10 @@ def off_policy_kept(
     *,
     threshold: float,
 ) -> torch.Tensor:
-    """0 for sequences that are both bad and no longer the policy's, 1 for others; (B,1), without gradient.
+    """0 for sequences that are both bad and off-policy, 1 for others; (B,1), without gradient.
 
     Off-policy sequence masking (DeepSeek-V3.2, arXiv:2512.02556, eq. 9): 0 where A < 0 and the mean over tokens of
-    log mu - log pi, mu what the sampler said, is above ``threshold``.
+    log mu - log pi is above ``threshold``. mu is the sampler's probability.
     """
     difference_BT = torch.where(mask_BT > 0, sampler_logps_BT - logps_BT.detach(), 0.0)
     drift_B = difference_BT.sum(1) / mask_BT.sum(1).clamp(min=1.0)

@@ -1,6 +1,6 @@
-"""What a loss is made of: the tokens it sees, what it is divided by, and its entry in the registry.
+"""The parts of a loss: the tokens it sees, what it is divided by, and its entry in the registry.
 
-An objective's ``options`` are the recipe's ``algorithm`` section, which has the numbers of its formula.
+An objective's ``options`` are the recipe's ``algorithm`` section, which has the hyperparameters of its formula.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range and far inside f
 
 @dataclass(frozen=True)
 class Counts:
-    """What an optimizer step holds, over all micro-batches and processes; truncated-and-masked or unscorable ones and
-    padding are not counted, groups without signal are. ``kept`` are the tokens that a selection leaves (all of them,
-    where None): the entropy bonus is divided by it."""
+    """Sizes of an optimizer step, over all micro-batches and processes.
+
+    Groups without signal are counted. Padding is not, nor are completions that could not be scored, or were truncated
+    where the recipe masks those. ``kept`` is the number of tokens that a selection leaves (None: all), by which the
+    entropy bonus is divided.
+    """
 
     tokens: int
     sequences: int
@@ -31,13 +34,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A micro-batch as an objective sees it; finite everywhere, whatever lay under the mask.
+    """A micro-batch as an objective sees it; finite everywhere, also where the mask is 0.
 
-    ``log_ratio_BT`` is log pi - log pi_old of each token; ``ratio_BT`` its exponential at the recipe's
-    ``importance_sampling_level``, with gradient. On-policy both old and current are the same numbers: the ratio is 1
-    and its gradient that of the log-probability. ``sampler_weights`` (B,T) or (B,1) make up for the sampler
-    (``policy_loss`` applies them, unless the loss type says it does so itself); ``kept_BT`` is 0 at tokens that a
-    selection took out, None without one.
+    ``log_ratio_BT`` is log pi - log pi_old of each token. ``ratio_BT`` is its exponential at the recipe's
+    ``importance_sampling_level``, with gradient. On-policy, old and current are the same numbers: the ratio is 1 and
+    its gradient is that of the log-probability. ``sampler_weights``, (B,T) or (B,1), correct for the sampler's
+    mismatch; ``policy_loss`` applies them unless the loss type has ``weighs_sampler``. ``kept_BT`` is 0 at tokens that
+    a selection excludes, and None without a selection.
     """
 
     logps_BT: torch.Tensor
@@ -50,7 +53,7 @@ class Tokens:
 
 
 class StepTokens(NamedTuple):
-    """All valid tokens of an optimizer step in a row (M of them), without gradient: what selections choose among."""
+    """All M valid tokens of an optimizer step, without gradient: what selections choose from."""
 
     logps_M: torch.Tensor
     log_ratio_M: torch.Tensor
@@ -70,13 +73,13 @@ def nothing_measured(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torc
 
 @dataclass(frozen=True)
 class LossType:
-    """One entry of the registry: the three functions of the package's docstring, and where they come from.
+    """One entry of the registry: the three functions that ``grpo.losses`` describes, and their source.
 
-    ``level`` is the importance ratio's level where the recipe names none; ``measure`` gives sums over the micro-batch
-    for the metrics; ``select`` chooses tokens of the whole step beforehand (1 kept, 0 selected), which costs a forward
+    ``level`` is the importance ratio's level where the recipe names none. ``measure`` gives sums over the micro-batch
+    for the metrics. ``select`` chooses tokens of the whole step beforehand (1 kept, 0 selected), which costs a forward
     pass. ``weighs_sampler``: the objective applies ``sampler_weights`` itself. ``applies_kept``: the objective
-    multiplies by ``kept_BT`` itself. ``without_advantage``: sequences of advantage 0 have a
-    gradient, so they are not left out.
+    multiplies by ``kept_BT`` itself. ``without_advantage``: sequences of advantage 0 have a gradient too, so they are
+    not left out.
     """
 
     objective: Objective

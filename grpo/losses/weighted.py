@@ -14,17 +14,20 @@ VESPO_LOWEST = math.log(1e-8)  # TRL's and the authors' floor of log w
 
 
 def reinforce_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
-    """REINFORCE (Williams 1992), per token: -A log pi; (B,T). No ratio and no clip, so it is the policy gradient for
-    one update a rollout alone; with several the later ones are off-policy, uncorrected."""
+    """REINFORCE (Williams 1992), per token: -A log pi; (B,T).
+
+    It has no ratio and no clip, so only the first update of a rollout follows the policy gradient. Later ones are
+    off-policy and uncorrected.
+    """
     return -tokens.advantages_B1 * tokens.logps_BT
 
 
 def cispo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4), per token: -sg(min(r, epsilon_high)) A log pi; (B,T).
 
-    The clip bounds the weight, so no token loses its gradient. As in TRL and ScaleRL (arXiv:2510.13786)
-    ``epsilon_high`` is the bound itself, not its distance from 1, and there is none below; where it is None it is
-    ScaleRL's 5 (TRL takes ``epsilon``, 0.2, which scales every token by 0.2).
+    The clip bounds the weight, so no token loses its gradient. As in TRL and ScaleRL (arXiv:2510.13786),
+    ``epsilon_high`` is the upper bound itself, not its distance from 1, and there is no lower bound. None means
+    ScaleRL's 5. (TRL then takes ``epsilon``, 0.2, which scales every token by 0.2.)
     """
     return -_cispo_weight(tokens, options) * tokens.advantages_B1 * tokens.logps_BT
 
@@ -35,7 +38,7 @@ def _cispo_weight(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
 
 
 def cispo_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
-    """Tokens of A > 0 whose weight was cut."""
+    """Tokens with A > 0 whose weight was cut."""
     cut_BT = (_cispo_weight(tokens, options) < tokens.ratio_BT.detach()) & (tokens.advantages_B1 > 0)
     return {"cispo_clip_ratio": (cut_BT * tokens.mask_BT).sum()}
 
@@ -43,9 +46,9 @@ def cispo_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.T
 def vespo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """VESPO (arXiv:2602.10693), per token: -phi(w) A log pi, phi(w) = e^lambda w^k e^(-lambda w), phi(1) = 1; (B,T).
 
-    w is the ratio of the whole completion, pi(completion) over the sampler's: the product of its tokens' ratios and of
-    the sampler's weights, which are therefore not applied a second time. k and lambda are ``vespo_k_pos``,
-    ``vespo_lambda_pos`` where A >= 0 and ``_neg`` elsewhere. As in TRL, log w is cut to [log 1e-8, 20].
+    w is the ratio of the whole completion, policy over sampler: the product of its tokens' ratios and of the sampler
+    weights, which are therefore not applied a second time. k and lambda are ``vespo_k_pos`` and ``vespo_lambda_pos``
+    where A >= 0, the ``_neg`` ones elsewhere. As in TRL, log w is cut to [log 1e-8, 20].
     """
     return -_vespo_phi(tokens, options) * tokens.advantages_B1 * tokens.logps_BT
 

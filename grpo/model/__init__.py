@@ -1,4 +1,4 @@
-"""The policy: the model that learns, as the update computes it, where its weights come from, its optimizer.
+"""The policy: the model that learns, its log-probabilities, where its weights come from, and its optimizer.
 
 Others take ``policy.Policy``, ``loading``, ``optimizer``, ``logprob_lm``, ``truncation``, ``devices`` and
 ``device_memory``.

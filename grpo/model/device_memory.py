@@ -1,4 +1,4 @@
-"""How much memory there is, of an accelerator or of the machine as this process may use it."""
+"""Total and free memory of an accelerator, or of the machine as far as this process may use it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.us
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes the device has; of a CPU the machine's, or the control group's limit where that is lower."""
+    """Bytes of the device. For a CPU: of the machine, or the control group's limit if that is lower."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -23,8 +23,8 @@ def total_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have: of the device; of a CPU what the machine and the control group have left,
-    shared with the other processes of the launch on this machine."""
+    """Bytes that this process can still get from the device. For a CPU: its share of what the machine and the control
+    group have left; the processes of the launch on this machine share equally."""
     if device.type == "cuda":
         kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept_by_torch

@@ -1,6 +1,6 @@
-"""What suits a device: the type to compute in, and the sizes of pieces of work.
+"""What suits a device: the type to compute in, and the sizes of chunks of work.
 
-The type is read from what the device says of itself, never measured: one recipe gives one type on one machine.
+The type follows from what the device reports, never from a measurement: one recipe gives one type on one machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What a CPU calls its instructions for bfloat16: x86's, then ARM's.
+# Names of a CPU's instructions for bfloat16: x86's, then ARM's.
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
 
 
@@ -22,7 +22,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 numbers by instructions of its own. False where it can't be told."""
+    """Whether the device has instructions for bfloat16. False where that is not known."""
     if device.type == "cpu":
         return any(cpu_capabilities().get(name) for name in INSTRUCTIONS)
     if device.type == "cuda":
@@ -32,7 +32,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def cpu_capabilities() -> dict[str, bool]:
-    """Instructions of this CPU by name. torch tells them since 2.10; before, /proc/cpuinfo does on Linux."""
+    """Instructions of this CPU by name. torch reports them since 2.10; before, on Linux, /proc/cpuinfo does."""
     if (query := getattr(torch.cpu, "get_capabilities", None)) is not None:
         return query()
     try:
@@ -51,15 +51,15 @@ class LogitSizes(NamedTuple):
     kept: int
 
 
-# A CPU's chunk is 32 MB in float32: with half as much, products are slower. On an accelerator a product wants thousands
-# of rows, and a tile fewer calls.
+# A CPU's chunk is 32 MB in float32: with half as much, products are slower. On an accelerator, products need thousands
+# of rows to be fast, and larger tiles take fewer calls.
 LOGITS = {
     "cpu": LogitSizes(chunk=8 << 20, tile=1 << 19, kept=8 << 20),
     "accelerator": LogitSizes(chunk=256 << 20, tile=64 << 20, kept=256 << 20),
 }
-# Tokens and bytes kept for the backward pass beyond which a larger micro-batch gained nothing. On a CPU, 1,024 tokens
-# of a model of 135 M parameters were as fast as 2,048 in float32 (in bfloat16 a seventh slower, for 290 MB less), and
-# 4,096 of one of 0.85 M as 16,384 (docs/performance.md).
+# Tokens, and bytes kept for the backward pass, beyond which a larger micro-batch gained nothing. On a CPU, a model of
+# 135 M parameters was as fast with 1,024 tokens as with 2,048 in float32 (in bfloat16 a seventh slower, for 290 MB
+# less), and one of 0.85 M as fast with 4,096 as with 16,384 (docs/performance.md).
 LARGEST = {"cpu": (8192, 0.75e9), "accelerator": (32768, float("inf"))}
 
 
@@ -68,7 +68,7 @@ def logit_sizes(device: torch.device) -> LogitSizes:
 
 
 def largest_micro_batch(device: torch.device, kept: float) -> int:
-    """Tokens of the largest micro-batch that is of use, where a token keeps ``kept`` bytes."""
+    """Tokens beyond which a larger micro-batch is not faster, where a token keeps ``kept`` bytes."""
     tokens, kept_in_all = LARGEST[_kind(device)]
     return int(min(tokens, max(1, kept_in_all / kept)))
 

@@ -1,8 +1,8 @@
 """Models from a GGUF file: weights de-quantized into an ordinary trainable model.
 
 ``python -m grpo.model.gguf FILE FOLDER`` writes such a model as a folder that ``from_pretrained`` loads, and checks it.
-A recipe needs no conversion, its ``model.name`` may be the file itself; the folder loads faster, and tools that know no
-GGUF read it too.
+A recipe needs no conversion: its ``model.name`` may be the GGUF file itself. The folder loads faster, and tools that do
+not know GGUF can read it too.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32, **keywords: Any) -
 
     Raises OSError, ValueError or ImportError, as ``from_pretrained`` does.
     """
-    if hasattr(transformers, "GgufConfig"):  # since it exists, packed weights, which can't be trained, are the default
+    if hasattr(transformers, "GgufConfig"):  # where it exists, the default is packed weights, which can't be trained
         keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype, **keywords)
-    # Nothing of it is quantized any more, but save_pretrained would refuse while these say so.
+    # Nothing is quantized any more, but save_pretrained would refuse while these attributes say so.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -43,7 +43,7 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32, **keywords: Any) -
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write model (float32) and tokenizer of a GGUF file to ``folder``, replacing it whole once all is checked.
+    """Write a GGUF file's model (float32) and tokenizer to ``folder``, which is replaced once all checks pass.
 
     Raises UserError where something did not survive saving and loading.
     """
@@ -68,7 +68,7 @@ def check_weights(model: PreTrainedModel, saved: PreTrainedModel) -> None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase) -> None:
-    """Raise UserError unless texts come back from their tokens, equal before and after saving, and there is an end."""
+    """Raise UserError unless texts survive encoding and decoding, the same after saving, and an end token is named."""
     for text in ROUND_TRIPS:
         ids = saved.encode(text, add_special_tokens=False)
         if ids != tokenizer.encode(text, add_special_tokens=False) or saved.decode(ids) != text:

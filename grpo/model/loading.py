@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-transformers_logging.disable_progress_bar()  # a bar for loading takes a screen of its own in a log of one line a step
+transformers_logging.disable_progress_bar()  # a loading bar would fill the screen, in a log of one line per step
 
 
 def _locate(name: str) -> str:
-    """``data/tiny_base`` is shipped with the package: where the working directory has none, it is found beside it."""
+    """``name``, or, if the working directory lacks one that ships with grpo (``data/tiny_base``), its path there."""
     shipped = Path(__file__).parents[2] / name
     return str(shipped) if not Path(name).exists() and name.startswith("data/") and shipped.exists() else name
 
 
 def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` wants to hear: a folder or id, and keywords."""
+    """Arguments of ``from_pretrained``: a folder or hub id, and keywords."""
     name = _locate(name)
     keywords: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if name.endswith(".gguf"):
@@ -70,7 +70,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig]:
-    """The model's and its generation configuration (made from the former where the source has none)."""
+    """The model configuration and the generation configuration (made from the former where the source has none)."""
     source, keywords = _source(model.name, model)
     with _named("configuration", model.name):
         config = AutoConfig.from_pretrained(source, **keywords)

@@ -1,4 +1,4 @@
-"""A causal LM as the update wants it: log-probabilities of completions out, no logits."""
+"""A causal LM as the update uses it: its output is log-probabilities of completions, not logits."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LogprobLM(nn.Module):
         """The last hidden states of the batch's tokens, (R,N,H)."""
         rows: dict[str, Any] = {"input_ids": batch.input_ids_RN, "use_cache": False}
         if batch.layout is not None:
-            # A mask of four dimensions is passed on as it is, so none is made; attention over a packed row ignores it.
+            # transformers makes no mask if it gets one of four dimensions; attention over a packed row ignores it.
             no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=batch.input_ids_RN.device)
             rows |= {"layout": batch.layout, "position_ids": batch.layout.position_ids_1N, "attention_mask": no_mask}
         return self.causal_lm.base_model(**rows).last_hidden_state

@@ -1,14 +1,13 @@
-"""Log-probabilities and entropies of given tokens, from hidden states, never holding (N,V).
+"""Log-probabilities and entropies of given tokens, from hidden states, without ever holding (N,V) logits.
 
 Logits are the largest tensor of a language model's update: 16 sequences of 1,024 tokens over 152,000 words are 10 GB in
-float32, before their gradient. Here they exist for one chunk of positions at a time, in the forward and, computed
-again, in the backward pass, where they are overwritten by their gradient, g (onehot - p) / temperature. The first few
-chunks, or all of them as one where they are that few, are kept instead of computed again: a constant amount, so memory
-does not grow with tokens x vocabulary. The gradient of the entropies, -p (log p + H) / temperature, is added in the
-same pass where it is wanted.
+float32, before their gradient. Here they exist for one chunk of positions at a time. The backward pass computes each
+chunk again and overwrites it by its gradient, g (onehot - p) / temperature. The first few chunks are kept instead of
+computed again (all of them, as one, where they are that few). That is a constant amount, so memory does not grow with
+tokens x vocabulary. Where entropies need a gradient, -p (log p + H) / temperature is added in the same pass.
 
 Beside the matrix products, time goes into reading and writing memory. So each chunk is read once in the forward pass
-and overwritten once in the backward pass, tile by tile, with all that is computed of a tile in the cache.
+and overwritten once in the backward pass, in tiles small enough that all work on a tile stays in the cache.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ def token_statistics(
     entropy_gradient: bool = False,
     truncation: Truncation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each target: its log-probability, the entropy of the distribution it is judged under, and the log of the
-    probability that ``truncation`` leaves of that; float32 (N,), nats.
+    """For each target: its log-probability, the entropy of its distribution, and the log of the probability that
+    ``truncation`` leaves of that distribution; float32 (N,), nats.
 
     ``hidden_NH`` are the last hidden states at the N positions that *predict* the targets (the position before each).
-    ``head`` maps (n,H) to logits (n,V), row by row; ``parameters`` are those that it uses, which get gradients if they
-    require them. Logits are divided by ``temperature``, so that the result describes the distribution that sampling at
+    ``head`` maps (n,H) to logits (n,V), row by row; ``parameters`` are those that ``head`` uses, which get gradients if
+    they require them. Logits are divided by ``temperature``: the results describe the distribution that sampling at
     that temperature draws from. Entropies carry a gradient if ``entropy_gradient``. The third result has no gradient,
-    and is 0 without truncation: a sampler that draws from what is left gives a token the first less the third.
+    and is 0 without truncation. A token's log-probability under truncated sampling is the first result minus the third.
     """
     trained = [p for p in parameters if p.requires_grad]
     learns = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(trained))
@@ -69,7 +68,7 @@ class _TokenStatistics(torch.autograd.Function):
         rows = max(1, N if learns and N * vocab_size <= sizes.kept else sizes.chunk // vocab_size)
         logps_N, entropy_N, normalizer_N = (hidden_NH.new_empty(N, dtype=torch.float32) for _ in range(3))
         log_left_N = hidden_NH.new_zeros(N, dtype=torch.float32)
-        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by its first position, a chunk's input and logits
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a chunk's input and logits, by its first position
         for start in range(0, N, rows):
             piece = slice(start, min(start + rows, N))
             keeps = learns and piece.stop * vocab_size <= sizes.kept
@@ -122,7 +121,7 @@ class _TokenStatistics(torch.autograd.Function):
                     buffer_rV.exp_().mul_(factor_rV.add_(scale_N[at, None]).neg_())
                 buffer_rV.scatter_add_(1, targets_N[at, None], scale_N[at, None])
                 overwritten_nV[tile] = buffer_rV
-            # None for a parameter whose layer adds its gradient itself (grads_in_place).
+            # None for a parameter whose layer adds its gradient itself (kernels/grads_in_place.py).
             found = torch.autograd.grad(logits_nV, [hidden_nH, *trained], overwritten_nV, allow_unused=True)
             grad_hidden_NH[piece] = found[0]
             for i, grad in enumerate(found[1:]):
@@ -145,7 +144,7 @@ def _measure(logits_rV: torch.Tensor, targets_r: torch.Tensor) -> tuple[torch.Te
 
 
 def _tiles(logits_nV: torch.Tensor, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The rows of a chunk in tiles, each with room for its numbers in float32."""
+    """The rows of a chunk in tiles, each with a float32 buffer of its size."""
     n, V = logits_nV.shape
     rows = min(n, max(1, size // V))
     buffer_rV = torch.empty((rows, V), dtype=torch.float32, device=logits_nV.device)

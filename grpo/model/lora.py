@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv:2106.09685): added to a model, and taken off or merged in a copy of its state."""
+"""LoRA adapters (arXiv:2106.09685): added to a model, and removed from or merged into a copy of its state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:
 
 
 def base_of(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names and tensors of a LoRA model as they were before adapters were added."""
+    """A LoRA model's ``state`` without its adapters, by the names from before they were added."""
     layers = _lora_layers(causal_lm)
     base = {}
     for name, tensor in state.items():
@@ -50,7 +50,7 @@ def base_of(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, t
 
 
 def merged_state(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same as if the adapters had been merged: base + scaling * B A, computed in float32."""
+    """The same with the adapters merged: base + scaling * B A, computed in float32."""
     merged = base_of(causal_lm, state)
     for owner, layer in _lora_layers(causal_lm).items():
         weight = merged[f"{owner}.weight"]

@@ -1,4 +1,4 @@
-"""AdamW in its forms, and the learning rate's schedule."""
+"""Variants of AdamW, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from grpo.errors import UserError
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, *, several_processes: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over what is trained; weight decay on matrices only.
+    """AdamW (arXiv:1711.05101) over the trained parameters; weight decay on matrices only.
 
     Raises:
-        UserError: ``optim`` needs bitsandbytes, which is not installed, or is not for several processes.
+        UserError: ``optim`` is for one process only, or needs bitsandbytes, which is not installed.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -37,8 +37,8 @@ def make_optimizer(
 
 def _adamw(name: str, several_processes: bool) -> Callable[..., torch.optim.Optimizer]:
     if name == "adamw_torch":
-        return partial(torch.optim.AdamW, fused=True)  # one pass over memory, without copies of what it computes
-    if several_processes:  # its state is not sharded, and FSDP's weights would be
+        return partial(torch.optim.AdamW, fused=True)  # one pass over memory, without temporary tensors
+    if several_processes:  # its state is not sharded, while FSDP's weights are
         raise UserError(f"optimizer.optim: {name} is for one process; with several, shard the state with FSDP2 instead")
     try:
         import bitsandbytes
@@ -46,13 +46,13 @@ def _adamw(name: str, several_processes: bool) -> Callable[..., torch.optim.Opti
         raise UserError(
             f"optimizer.optim: {name} needs bitsandbytes, which is not installed: pip install 'grpo-train[8bit]'"
         ) from None
-    # On a CPU the paged form is the plain one; that is what its warning says at every tensor.
+    # On a CPU the paged optimizer works as the plain one, and warns of that at every tensor.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     return {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """The rate of step ``step`` (counted from 0): a function of the step alone, so that nothing has to be saved."""
+    """The rate of step ``step`` (counted from 0): a function of the step alone, so nothing has to be saved."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_scheduler_type == "constant":

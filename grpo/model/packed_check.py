@@ -1,8 +1,8 @@
-"""Can this model compute packed rows? Found out once, at the start, by comparing with padded ones.
+"""Can this model compute packed rows? This is tried once, at the start, by comparing with padded rows.
 
-A model is believed only after its log-probabilities on a made-up micro-batch agree, and after two mistakes (positions
-that do not restart, the other prompt) were seen to move them by far more than they disagree: a model that does not look
-at ``position_ids``, or whose layers never hear of the layout, fails one or the other.
+On a made-up micro-batch, packed and padded rows must give the same log-probabilities. Besides, two deliberate mistakes
+(positions that do not restart, the other prompt) must change them by far more than packed and padded rows differ. A
+model that ignores ``position_ids``, or whose layers do not get the layout, fails one of the two.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TOLERANCE_BELOW_FLOAT32 = 0.3
 def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch.dtype) -> str | None:
     """None if the model can compute packed rows on ``device``, else why it can't.
 
-    ``kernels.install`` gave it the attention for them. The model is still on the CPU, whole, whatever it will be
-    trained on; kernels of another device are compared apart.
+    ``kernels.install`` has given it the attention for them. The model is still whole and on the CPU, whatever it will
+    be trained on; another device's kernels are compared separately.
     """
     config = logprob_lm.config.get_text_config(decoder=True)
     if others := {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}:
@@ -41,7 +41,7 @@ def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch
             _check_kernels(device, compute_dtype, logprob_lm.config)
     except CannotPack as reason:
         return str(reason)
-    except Exception as error:  # whatever a model of someone's own does with keyword arguments that it does not know
+    except Exception as error:  # a user's own model may raise anything at keyword arguments that it does not know
         return f"it failed on one ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     finally:
         logprob_lm.train(was_training)
@@ -51,7 +51,7 @@ def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch
 def _check_model(logprob_lm: LogprobLM) -> None:
     sequences, swapped = made_up(logprob_lm.vocab_size)
     right = collate(sequences, pad_token_id=0)
-    logprob_lm.train()(right, 1.0)  # what is asked of attention only in training: dropout
+    logprob_lm.train()(right, 1.0)  # attention gets its dropout in training mode only
     logprob_lm.eval()
     packed_BT = logprob_lm(right, 1.0)[0]
     padded_BT = logprob_lm(collate(sequences, pad_token_id=0, packed=False), 1.0)[0]
@@ -70,7 +70,7 @@ def _check_model(logprob_lm: LogprobLM) -> None:
 
 
 def made_up(vocab_size: int) -> tuple[list[TrainedSequence], list[TrainedSequence]]:
-    """Five completions of two prompts, of unlike lengths; and the same with the prompts exchanged."""
+    """Five completions of two prompts, of different lengths; and the same with the prompts exchanged."""
 
     def tokens(length: int, seed: int) -> list[int]:
         return [(seed + 7919 * i * i) % vocab_size for i in range(1, length + 1)]
@@ -89,7 +89,7 @@ def _without_restarts(batch: Batch) -> Batch:
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, whole_config: Any) -> None:
-    """The device's kernels against the CPU's in float32, forward and backward, on random numbers of the model's
+    """Compare the device's kernels with the CPU's in float32, forward and backward, on random numbers of the model's
     shape."""
     attention = ALL_ATTENTION_FUNCTIONS[whole_config._attn_implementation]
     config = whole_config.get_text_config(decoder=True)

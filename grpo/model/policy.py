@@ -1,4 +1,4 @@
-"""The policy: the model that learns, its reference, its optimizer, and what accelerate wraps of them."""
+"""The policy: the model that learns, its reference and its optimizer, as accelerate wraps them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Policy:
 
     ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
     ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones.
-    Trained weights are float32; ``compute_dtype`` bfloat16 computes under autocast. With LoRA the frozen weights are
-    held in the compute type and the adapters in float32.
+    Trained weights are float32; if ``compute_dtype`` is bfloat16, passes run under autocast. With LoRA the frozen
+    weights are held in the compute type and the adapters in float32.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Policy:
         twin = AutoModelForCausalLM.from_config(
             self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
         )
-        # Its linear layers and the policy's compute alike, to the bit.
+        # Its linear layers then compute as the policy's do, to the bit.
         kernels.install(twin, self.device, trains=False, alone=self._alone())
         return twin.to(self.device).eval().requires_grad_(False)
 
@@ -124,8 +124,8 @@ class Policy:
     def statistics(
         self, batch: Batch, temperature: float, *, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same, entropies with gradient if asked to, and the log of the probability that the rollout's top-k, top-p
-        and min-p leave of each distribution."""
+        """The same, the entropies with gradient if ``entropy_gradient``, and the log of the probability that the
+        rollout's top-k, top-p and min-p leave of each distribution."""
         with self.autocast():
             return self.model(batch, temperature, entropy_gradient, self.truncation)
 
@@ -140,7 +140,7 @@ class Policy:
             return self.reference(batch, temperature)[0]
 
     def no_sync(self) -> AbstractContextManager:
-        """Within it, backward passes keep gradients to this process (all but the last micro-batch of a step)."""
+        """Within it, backward passes do not synchronize gradients (for all but the last micro-batch of a step)."""
         return self.accelerator.no_sync(self.model)
 
     def clip_gradients(self) -> float:
@@ -153,7 +153,7 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        # Fused optimizers write weights without autograd's knowing; casts and copies of weights tell by its count.
+        # Fused optimizers do not raise the weights' versions, by which casts and copies of weights notice a change.
         torch.autograd.graph.increment_version([p for group in self.optimizer.param_groups for p in group["params"]])
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -167,8 +167,8 @@ class Policy:
 
     @torch.no_grad()
     def full_state(self) -> dict[str, torch.Tensor]:
-        """The causal LM's whole state by name, as ``from_pretrained`` knows it, gathered from every process and with
-        LoRA adapters merged (computed aside: the policy's own weights are not touched). Called by all processes."""
+        """The causal LM's whole state by ``from_pretrained``'s names, gathered from every process, LoRA adapters merged
+        (in a copy: the policy's own weights are not touched). Called by all processes."""
         named = self.accelerator.unwrap_model(self.model).state_dict().items()
         state = {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named}
         if self.peft_model is None:
@@ -194,7 +194,7 @@ class Policy:
         return {name: _whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of the model: all weights, or with LoRA the adapters, whose base does not change."""
+        """The part of the model that a checkpoint holds: all weights, or with LoRA the adapters (the base is fixed)."""
         named = self.accelerator.unwrap_model(self.model).named_parameters()
         if self.peft_model is not None:
             return {name: _whole(p.detach()) for name, p in named if p.requires_grad}
@@ -226,7 +226,8 @@ class Policy:
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
 
     def save_pretrained(self, folder: Path) -> None:
-        """What ``from_pretrained`` loads, in the compute type, merged; with LoRA the adapters beside it in adapter/.
+        """Write a folder that ``from_pretrained`` loads: weights in the compute type, LoRA adapters merged. The
+        adapters alone go into its adapter/.
 
         Called by all processes; the first one writes.
         """

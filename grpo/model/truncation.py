@@ -9,7 +9,7 @@ import torch
 
 
 class Truncation(NamedTuple):
-    """The rollout's settings of that name."""
+    """The settings of the recipe's ``rollout`` section with these names."""
 
     top_k: int = 0
     top_p: float = 1.0

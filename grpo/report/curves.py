@@ -1,4 +1,4 @@
-"""The curves of a run: one panel a question, drawn once for ``curves.png`` and once as themed SVG for the page.
+"""The curves of a run: one panel per question, drawn once for ``curves.png`` and once as themed SVG for the page.
 
 matplotlib's ``Figure`` is used directly: no global state, no display.
 """
@@ -50,7 +50,7 @@ def _accuracy(ax: Axes, run: RunRecord, c: Colours) -> None:
         ax.plot(*run.series(name), "o--", color=c.series[3], markersize=3, linewidth=1.2, label=name[5:])
     if len(steps):
         rising = accuracy[-1] >= accuracy[0]
-        for i in {0, len(steps) - 1}:  # the first value stands where the curve does not go
+        for i in {0, len(steps) - 1}:  # the first label stands where the curve does not go
             offset = (0, 9) if i else (7, -12 if rising and accuracy[0] > 0.05 else 6)
             label = ax.annotate(f"{accuracy[i]:.2f}", (steps[i], accuracy[i]), offset, textcoords="offset points")
             label.set(color=c.ink, fontweight="bold", ha="right" if i else "left")
@@ -95,7 +95,7 @@ def _time(ax: Axes, run: RunRecord, c: Colours) -> None:
 
 
 def _verdicts(ax: Axes, run: RunRecord, c: Colours) -> None:
-    """Shares of why completions got what they got, for the reward function with the most verdicts."""
+    """Shares of the verdicts of the reward function that has the most kinds of them."""
     names = run.names("verdicts/")
     functions = {name.split("/")[1] for name in names}
     function = max(sorted(functions), key=lambda f: sum(name.startswith(f"verdicts/{f}/") for name in names))
@@ -208,7 +208,7 @@ def curves_png(run: RunRecord, facts: dict[str, float]) -> bytes:
         figure = Figure(figsize=size, dpi=140, layout=layout, facecolor=LIGHT.paper)
         figure.suptitle(summary(run, facts), x=0.01, ha="left", fontsize=12, color=LIGHT.ink)
         axes = figure.subplots(rows, columns, squeeze=False).flat
-        for panel, ax in zip(shown, axes, strict=False):  # in this order zip takes no axes it does not use
+        for panel, ax in zip(shown, axes, strict=False):  # panels first, so that zip takes no axes that stay unused
             dress(ax, LIGHT)
             panel.draw(ax, run, LIGHT)
             finish(ax, LIGHT)
@@ -240,7 +240,7 @@ def summary(run: RunRecord, facts: dict[str, float]) -> str:
 
 
 def _svg(panel: Panel, run: RunRecord) -> str:
-    # the salt makes the ids inside the picture its own, and the same on every drawing
+    # the salt makes the ids in the SVG unique to this panel, and the same at every drawing
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         figure.patch.set_alpha(0.0)

@@ -1,4 +1,4 @@
-"""How the curves of a run look: colours, smoothing, lines and areas, axes. What they show is ``curves.py``."""
+"""How the curves of a run look: colours, smoothing, lines and areas, axes. What they show is in ``curves.py``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LIGHT = Colours(
     grid="#e6e9ef",
     series=("#2563eb", "#ea6a1a", "#0f9d76", "#8b5cf6", "#d6336c", "#98a2b3", "#b58900", "#0891b2"),
 )
-# Placeholders in the SVG, replaced by CSS variables: the page decides what they look like, by light and by dark.
+# Placeholders in the SVG, replaced by CSS variables: the page sets the colours of its light and its dark theme.
 THEMED = Colours(
     paper="#fe0000",
     ink="#fe0001",
@@ -75,7 +75,7 @@ def thinned(values: np.ndarray, most: int = 500) -> np.ndarray:
 
 
 def noisy(ax: Axes, run: RunRecord, name: str, colour: str, label: str | None = None) -> None:
-    """The smoothed metric over its faint self."""
+    """The smoothed metric, over the raw one drawn faintly."""
     steps, values = run.series(name)
     if not len(steps):
         return

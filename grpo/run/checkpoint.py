@@ -1,10 +1,10 @@
-"""Atomic, verified checkpoints: files and folders only, nothing of models.
+"""Atomic, verified checkpoints. Here are files and folders only; ``state.py`` knows what is in them.
 
 A checkpoint is a folder ``step_000100/`` with one ``.safetensors`` file per dictionary of tensors, one ``.pt`` file per
 other state, and ``manifest.json``, which holds the sha256 of every file and of itself. It is written aside
 (``step_000100.tmp/``), the manifest last, synced to the disk, and renamed, so a folder that bears the final name is
-whole. What the disk does to it later is found by the hashes: neither ``torch.load`` nor safetensors notices a flipped
-bit. There is no pointer file: the latest checkpoint is the newest folder that verifies.
+whole. The hashes find what happens to it later: neither ``torch.load`` nor safetensors notices a flipped bit. There is
+no pointer file: the latest checkpoint is the newest folder that verifies.
 
 One process writes. Folder names beside ``step_N``: ``.tmp`` is an unfinished write; ``.old`` is a checkpoint while its
 replacement moves in; ``.abandoned`` is newer than the checkpoint a run went back to (see ``set_aside_newer``).
@@ -37,7 +37,7 @@ FORMAT = 1
 _FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
 
 # numpy.random.get_state() holds one array; these globals let weights_only loading rebuild it.
-# The function that does so is asked for by pickle's protocol: its name in numpy is private, and has changed.
+# The function that does so is taken from pickle's protocol, because its name in numpy is private and has changed.
 _REBUILD: Any = np.empty(0, np.uint32).__reduce__()[0]
 _NUMPY_GLOBALS = [_REBUILD, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
@@ -100,7 +100,7 @@ def save_checkpoint(
         _write_manifest(aside, {**manifest, "step": step})
         _move_in(aside, final)
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save raises RuntimeError and safetensors its own error where a write fails; none is always an OSError.
+        # Where a write fails, torch.save may raise RuntimeError and safetensors its own error, instead of OSError.
         raise RunError(_explain(final, error, needed=_nbytes([tensors, states]))) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -240,10 +240,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def set_aside_newer(root: Path, step: int) -> list[Path]:
-    """Call when a run goes on from ``step``: newer checkpoints in ``root`` belong to a course that is now left.
+    """Rename the checkpoints in ``root`` newer than ``step``. Call when a run goes on from ``step``.
 
-    They are renamed to ``step_N.abandoned``, so that ``latest_checkpoint`` does not return to them, and deleted after
-    the next successful save. Returns their new paths.
+    They become ``step_N.abandoned``, so that ``latest_checkpoint`` does not return to them, and are deleted after the
+    next successful save. Returns their new paths.
     """
     aside = []
     for newer in (folder for folder in _folders(root) if _step(folder) > step):
@@ -256,7 +256,7 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
 
 
 def _verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file has the size and hash that it names."""
+    """The manifest, once every file has the size and hash that it names. Raises DamagedCheckpoint otherwise."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
         files, checksum = manifest["files"], manifest.pop("checksum")

@@ -1,4 +1,4 @@
-"""The run folder before training starts: refuse, lock, and write down what the run is and where it runs.
+"""The run folder before training starts: refuse it or lock it, and record what the run is and where it runs.
 
 Everything here happens before the model loads and touches nothing of an earlier run. One process of a run (rank 0)
 calls it. The lock is the kernel's (``flock``): it vanishes with the process that holds it, however that dies.
@@ -52,10 +52,12 @@ _held: dict[Path, TextIO] = {}  # open lock files: closing one releases its lock
 def prepare_run_folder(recipe: Recipe, resume: bool | str) -> Path:
     """Make ``training.output_dir`` this run's, and write ``recipe.yaml`` and ``environment.json`` into it.
 
-    Raises UserError, having changed nothing, where the folder holds another run's results and ``resume`` is False,
-    where a live run has locked it, where it cannot be written, where a tracker that the recipe asks for is not
-    installed, and where a resumed run's recipe differs in a key that may not change. What it replaces on resume is kept
-    as ``recipe.previous.yaml`` and ``environment.previous.json``.
+    On resume, files that it replaces are kept as ``recipe.previous.yaml`` and ``environment.previous.json``. Raises
+    UserError, having changed nothing, where
+    - the folder holds another run's results and ``resume`` is False;
+    - a live run has locked the folder, or it cannot be written;
+    - a tracker that the recipe asks for is not installed;
+    - a resumed run's recipe differs in a key that may not change.
     """
     check_installed(recipe.tracking)
     folder = Path(recipe.training.output_dir)
@@ -74,7 +76,7 @@ def prepare_run_folder(recipe: Recipe, resume: bool | str) -> Path:
 
 
 def release_run_folder(folder: Path) -> None:
-    """Give up the lock, for a process that goes on after its run. Without it the lock ends with the process."""
+    """Give up the lock, for a process that goes on after its run. Without this call it ends with the process."""
     if lock := _held.pop(folder.resolve(), None):
         lock.close()
 
@@ -98,7 +100,7 @@ def _refuse_used(folder: Path) -> None:
 def _make_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # the only honest test: permissions say nothing to root or NFS
+        with tempfile.TemporaryFile(dir=folder):  # the only reliable test: permissions say nothing to root or NFS
             pass
     except OSError as error:
         raise _not_writable(folder, error) from error

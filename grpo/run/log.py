@@ -1,7 +1,7 @@
 """Where a run's numbers go: ``metrics.jsonl`` and ``rollouts/`` always, trackers where asked, progress on the screen.
 
 The files are the record: a disk that refuses them stops the run. Trackers are a convenience: one that is unreachable
-or crashes is dropped with a warning, and training goes on. ``trackers.py`` holds them, ``screen.py`` the screen.
+or crashes is dropped with a warning, and training goes on. They are in ``trackers.py``, the screen in ``screen.py``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ log = logging.getLogger("grpo")
 class RunLog:
     """Logs one run. Rank 0 alone constructs it; use it as a context manager or call ``close``.
 
-    ``resume_offset`` is the ``offset`` of the checkpoint that the run goes on from: what ``metrics.jsonl`` holds beyond
-    it will be written again, and is cut off. ``recipe_dict`` is the resolved recipe, for the trackers' configuration.
+    ``resume_offset`` is the ``offset`` in the checkpoint that the run goes on from. ``metrics.jsonl`` is cut there,
+    because the lines beyond will be written again. ``recipe_dict`` is the resolved recipe, for the trackers.
     Raises UserError for a tracker that is asked for but not installed.
     """
 
@@ -94,7 +94,7 @@ class RunLog:
     def close(self) -> None:
         self._display.close()
         self._trackers.close()
-        with contextlib.suppress(OSError):  # what could not be written was said by log()
+        with contextlib.suppress(OSError):  # log() has reported what could not be written
             self._file.close()
 
 
@@ -115,14 +115,14 @@ def _open_at(path: Path, offset: int | None) -> BinaryIO:
 
 
 def _so_far(path: Path) -> tuple[int, float]:
-    """Last step and seconds in steps of what an earlier start of this run logged; (0, 0.0) for a new run."""
+    """Last step, and seconds spent in steps, that earlier starts of this run logged; (0, 0.0) for a new run."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
     seconds = sum(row.get("step_time") or 0.0 for row in rows)
     return max((row["step"] for row in rows), default=0), seconds
 
 
 def _forget_rollouts(folder: Path, after: int) -> None:
-    """Remove rollouts of steps that the run has gone back behind: a report would mix them with what comes."""
+    """Remove rollouts of the steps that a resumed run will repeat: a report would mix the old with the new."""
     for file in folder.glob("*_*.jsonl"):
         number = file.stem.rpartition("_")[2]
         if number.isdigit() and int(number) > after:

@@ -72,7 +72,7 @@ def read_run(folder: Path) -> RunRecord:
     evaluation: dict[int, dict[str, Any]] = {}
     for row in read_jsonl(metrics):
         kind = evaluation if any(name.startswith("eval/") for name in row) else training
-        kind[row["step"]] = row  # a line that comes again (a copied log, an older resume) counts once, the last time
+        kind[row["step"]] = row  # of lines with the same step (a copied log, an older resume) the last counts
     if not training and not evaluation:
         raise UserError(f"{metrics} is empty: the run has not finished its first step")
     recipe_text = _text(folder / "recipe.yaml")
@@ -114,7 +114,7 @@ def _runs_inside(folder: Path) -> str:
 
 
 def headline(run: RunRecord) -> dict[str, float]:
-    """The numbers of a run in one line: before and after, seconds, tokens. Absent where they were not measured.
+    """The main numbers of a run: before and after, seconds, tokens. Absent where they were not measured.
 
     Accuracy and length are those of the held-out tasks at the first and the last evaluation; a run without any has the
     training length instead. ``seconds`` are those spent in training steps; evaluation and saving are not in it.

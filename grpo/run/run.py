@@ -61,11 +61,11 @@ class Run:
         )
 
     def steps(self, evaluate: Callable[[], None], ahead: Callable[[], Any] = lambda: None) -> Iterator[int]:
-        """The number of each step that is to be made, until steps or seconds are used up or the run shall stop.
+        """The number of each step to make, until steps or seconds are used up or the run is asked to stop.
 
         The body of the loop makes the step and moves ``progress`` on by one. Between two steps ``evaluate`` is called
-        and a checkpoint written where the recipe says so; ``ahead`` gives what is already sampled of the next step.
-        Raises Preempted, after a checkpoint, where a process was asked to stop.
+        and a checkpoint written where the recipe says so; ``ahead`` returns what is already sampled of the next step,
+        for the checkpoint. Raises Preempted, after a checkpoint, where a process was asked to stop.
         """
         training = self.recipe.training
         if self.progress.step == 0 and self.recipe.evaluation.at_start:
@@ -83,15 +83,14 @@ class Run:
                 raise Preempted(f"asked to stop: {self.saved()}")
 
     def finished(self) -> bool:
-        """Whether steps or seconds are used up; the same answer on every process (the first one's watch counts)."""
+        """Whether steps or seconds are used up; the same answer on every process (the first one's clock counts)."""
         if self.progress.step >= self.recipe.training.max_steps:
             return True
         limit = self.recipe.training.max_seconds
         return limit is not None and on_main(self.accelerator, lambda: self.progress.seconds >= limit)
 
     def _seed_step(self) -> None:
-        """Torch's global generator (dropout alone draws from it) is a function of the step, so nothing has to be
-        saved."""
+        """Seed torch's global generator, from which only dropout draws, by the step: so its state is never saved."""
         seed, step, rank = self.recipe.training.seed, self.progress.step, self.accelerator.process_index
         torch.manual_seed(key(seed, Stream.DROPOUT.value, step, rank) >> 1)
 
@@ -101,7 +100,7 @@ class Run:
         save_state(self.folder, self.recipe, self.policy, self.progress)
 
     def saved(self) -> str:
-        """What a run that ends early says last."""
+        """The last message of a run that ends early."""
         checkpoint = self.folder / "checkpoints" / f"step_{self.progress.step:06d}"
         return f"saved {checkpoint}; start again with --resume"
 
@@ -115,8 +114,8 @@ def start_run(
     *,
     needs_reference: bool = False,
 ) -> Run:
-    """Claim the run's folder, load the policy, and go to where ``resume`` says: True for the newest checkpoint, or a
-    path. The folder comes first: a mistake about it costs nothing."""
+    """Claim the run's folder, load the policy, and restore the checkpoint of ``resume``: True for the newest, or a
+    path. The folder comes first, so that a mistake about it is found before weights load."""
     folder = on_main(accelerator, lambda: prepare_run_folder(recipe, resume))
     policy = Policy(recipe, accelerator, tokenizer, stop_token_ids, needs_reference)
     checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))

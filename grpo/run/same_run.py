@@ -1,4 +1,4 @@
-"""Is a resumed run the one that wrote the checkpoint? Otherwise it is refused, by the keys that differ.
+"""Is a resumed run the one that wrote the checkpoint? If not, it is refused, with the keys that differ.
 
 Exact resume replays the same draws in the same shapes on the same number of threads and processes, so a run that goes
 on under another seed, model or thread count would be neither the old run nor a new one.
@@ -23,7 +23,7 @@ log = logging.getLogger("grpo")
 
 _ABSENT = object()
 
-# Keys of the manifest that a resumed run may change: they steer when to stop, save, watch and where to write.
+# Keys of the manifest that a resumed run may change: they say when to stop and save, what to watch, where to write.
 MAY_CHANGE = (
     "recipe.evaluation",
     "recipe.tracking",
@@ -67,8 +67,8 @@ def run_identity(recipe: Recipe, *, world_size: int, threads: int) -> dict[str, 
 def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to resume as another run: raises UserError that lists each differing key of ``now``, old -> new.
 
-    Keys under MAY_CHANGE pass; those under ROUNDS_DIFFERENTLY pass with a warning, as the run will then not be equal to
-    the bit. Keys of the manifest that ``now`` does not name are not compared.
+    Keys under MAY_CHANGE pass; those under ROUNDS_DIFFERENTLY pass with a warning that the run will not be equal to the
+    bit. Keys of the manifest that ``now`` does not name are not compared.
     """
     shared = {key: manifest[key] for key in now.keys() & manifest.keys()}
     found = _differences(shared, json.loads(json.dumps(now)), "")

@@ -15,7 +15,7 @@ Metrics = Mapping[str, float | None]
 
 
 class Shown(NamedTuple):
-    """A metric on the screen: its label, its key, how its value reads."""
+    """A metric on the screen: its label, its key, and how its value is formatted."""
 
     label: str
     key: str

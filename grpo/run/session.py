@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """accelerate as ``accelerate launch`` configured it; accumulation stays at 1 (``step.py`` does its own)."""
+    """accelerate as ``accelerate launch`` configured it; accumulation stays at 1 (``update/step.py`` does its own)."""
     if recipe.training.num_threads:
         torch.set_num_threads(recipe.training.num_threads)
-    # Without an accelerator, say so: accelerate then joins the processes of a launch over gloo instead of not at all.
+    # cpu=True where there is no accelerator: otherwise accelerate would not join the processes of a launch (over gloo).
     on_cpu = not torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     precision = "bf16" if compute_dtype(recipe.model.dtype, device) == torch.bfloat16 else "no"
@@ -89,8 +89,8 @@ def resolve_dtype(recipe: Recipe, accelerator: Accelerator) -> Recipe:
 
 
 def _patience(recipe: Recipe) -> InitProcessGroupKwargs:
-    """How long a process may wait for the others: longer than a backend may take to give up on a server, or the ones
-    that wait would be the first to fail."""
+    """How long a process may wait for the others: longer than a backend may take to give up on a server, or the waiting
+    processes would fail first."""
     rollout = recipe.rollout
     seconds = 600.0
     if rollout.backend == "vllm":
@@ -130,14 +130,14 @@ def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
     return tokenizer, stop_token_ids(tokenizer, config, generation_config), task
 
 
-_kept: list[Any] = []  # what holds a process group, to the end of the process
+_kept: list[Any] = []  # keeps what holds a process group alive, to the end of the process
 
 
 def leave(accelerator: Accelerator, policy: Any) -> None:
     """Leave the launch's processes; the last thing a stage does.
 
-    A gloo group that is destroyed waits for its thread while it holds the interpreter's lock, and the thread may want
-    that lock to let go of the last tensors it sent: a deadlock of a few in a thousand runs. So the thread gets a moment
+    When a gloo group is destroyed, it waits for its thread while holding the interpreter's lock. The thread may need
+    that lock to free the last tensors it sent: a deadlock, in a few of a thousand runs. So the thread gets a moment
     first, and what holds the group (DDP's model) is never destroyed.
     """
     if accelerator.num_processes > 1:

@@ -1,4 +1,4 @@
-"""What a run is between two steps, and its way into a checkpoint and back.
+"""The state of a run between two steps, and how a checkpoint saves and restores it.
 
 Because every random draw is a function of its key, this is short: weights, optimizer, a moving reference, and counters.
 """
@@ -26,23 +26,23 @@ class Progress:
 
     step: int = 0
     num_tokens: int = 0
-    """Tokens of prompts and completions that were sampled, or imitated."""
+    """Tokens of prompts and completions, sampled or (in the supervised stage) imitated."""
     seconds: float = 0.0
     """Time spent in steps; evaluation and saving are not in it."""
     metrics_offset: int = 0
-    """Bytes of metrics.jsonl."""
+    """Bytes of metrics.jsonl when the checkpoint was written."""
     rollout_ahead: list[dict[str, Any]] | None = None
     """Completions of the next step, where they were sampled before the checkpoint."""
     micro_batch_limit: int | None = None
-    """How many tokens were found to fit in a micro-batch; None while only the recipe says so."""
+    """Tokens found to fit in a micro-batch; None while the recipe's number alone counts."""
     entropy_control: tuple[float, float] | None = None
     """The adaptive entropy bonus: its coefficient, and the entropy that the last update measured."""
     extra_prompts: int = 0
-    """Prompts drawn beyond ``prompts_per_step`` a step."""
+    """Prompts that the steps so far drew beyond ``prompts_per_step`` each."""
     pass_rates: dict[int, float] = field(default_factory=dict)
-    """Of rows, by id."""
+    """Pass rates of the rows seen so far, by row id, for the curriculum."""
     replay: list[dict[str, Any]] = field(default_factory=list)
-    """Groups with a signal of earlier steps, oldest first."""
+    """Groups with signal from earlier steps, oldest first."""
 
 
 def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:

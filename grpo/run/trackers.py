@@ -1,7 +1,7 @@
 """wandb, TensorBoard and trackio behind one rule: nothing a tracker does may disturb training.
 
-A tracker that the recipe asks for and that is not installed is a mistake in the recipe, said before the model loads.
-Everything later (no network, a full quota, a crash of theirs) costs one warning and that tracker.
+If the recipe asks for a tracker that is not installed, that is an error before the model loads. Any later failure (no
+network, a full quota, a crash in the tracker) costs one warning and that tracker.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Trackers:
 
 
 def check_installed(tracking: TrackingConfig) -> None:
-    """Raise UserError, with the command that cures it, for each tracker that is asked for and not installed."""
+    """Raise UserError, with the commands to run, where trackers that the recipe asks for are not installed."""
     if missing := [name for name in _asked_for(tracking) if find_spec(name) is None]:
         cures = "; ".join(f"tracking.{name}: not installed here, run: {INSTALL[name]}" for name in missing)
         raise UserError(f"{cures} (or switch it off in the recipe)")

@@ -1,4 +1,4 @@
-"""Forward passes before an update: what the policy says of tokens now, and which of them are chosen by that."""
+"""Forward passes before an update: statistics of tokens under the current policy, and selections based on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grpo.update.micro_batch_size import fitting, within_memory
 
 
 class TokenStatistics(NamedTuple):
-    """Of one completion's tokens. ``log_left`` is the log of the probability that top-k, top-p and min-p leave."""
+    """One completion's tokens. ``log_left`` is the log of the probability that top-k, top-p and min-p leave."""
 
     logprobs: list[float]
     entropies: list[float]
@@ -42,9 +42,9 @@ def plan_for(
 
 @torch.no_grad()
 def sequence_statistics(run: Run, sequences: list[TrainedSequence], *, reference: bool) -> list[TokenStatistics]:
-    """What the policy (and the reference) says of each sequence's tokens.
+    """Statistics of each sequence's tokens under the policy (and the reference).
 
-    Work is split over processes like an update; every process gets all results back.
+    Work is split over processes as in an update; every process gets all results.
     """
     policy, temperature = run.policy, run.recipe.rollout.temperature
     place_of = {id(s): i for i, s in enumerate(sequences)}
@@ -70,8 +70,8 @@ def sequence_statistics(run: Run, sequences: list[TrainedSequence], *, reference
 
 
 def precompute_logprobs(run: Run, sequences: list[TrainedSequence], *, reference: bool) -> list[TrainedSequence]:
-    """The sequences with the rollout policy's log-probabilities (and the reference's), for several updates a rollout;
-    with truncated sampling, also with what that leaves of the rollout policy's distributions."""
+    """The sequences with the rollout policy's log-probabilities (and the reference's), for several updates per rollout.
+    With truncated sampling, ``log_left`` is set too."""
     statistics = sequence_statistics(run, sequences, reference=reference)
     return [
         replace(
@@ -85,7 +85,7 @@ def precompute_logprobs(run: Run, sequences: list[TrainedSequence], *, reference
 
 
 def with_sampler_as_old(sequences: list[TrainedSequence], groups: list[Group]) -> list[TrainedSequence]:
-    """The sequences of ``groups``, G each; old log-probabilities of replayed ones are those they were drawn with."""
+    """The sequences of ``groups``, G each. In replayed groups the sampler's log-probabilities become the old ones."""
     G = len(sequences) // len(groups)
     return [
         replace(sequence, old_logprobs=sequence.sampler_logprobs) if groups[i // G].replayed else sequence
@@ -99,9 +99,9 @@ def selects_tokens(algorithm: AlgorithmConfig) -> bool:
 
 
 def select_tokens(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSequence]:
-    """The sequences, all of them valid, with ``kept`` set, by one more forward pass over all of the step.
+    """``sequences``, which must all be valid, with ``kept`` set. It costs one more forward pass over the whole step.
 
-    A selection that draws does so by the seed and the tokens, so that it is the same on every process and on resume.
+    A random selection is keyed by the seed and the tokens, so it is the same on every process and on resume.
     """
     algorithm, seed = run.recipe.algorithm, run.recipe.training.seed
     statistics = sequence_statistics(run, sequences, reference=False)

@@ -1,4 +1,4 @@
-"""A KL penalty taken off the rewards, before the advantage (``algorithm.kl_in_reward``)."""
+"""A KL penalty subtracted from the rewards, before advantages are computed (``algorithm.kl_in_reward``)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from grpo.update.forward import sequence_statistics
 
 
 def less_kl(run: Run, rewards_PG: np.ndarray, groups: list[Group]) -> tuple[np.ndarray, dict[str, float]]:
-    """With ``kl_in_reward``: the rewards less beta times the completion's KL, and the mean KL of a token.
+    """With ``kl_in_reward``: the rewards minus beta times the completion's KL, and the mean KL per token.
 
-    The KL is the sum over the completion's tokens of ``kl_estimate``, of the policy before the update
-    (arXiv:2402.14740, and TRL's RLOOTrainer). REINFORCE++ (arXiv:2501.03262) gives a token only the KL of those
-    after it: the same expected gradient, with less variance. Without ``kl_in_reward`` the rewards are as they were.
+    The KL is the sum of ``kl_estimate`` over the completion's tokens, under the policy before the update
+    (arXiv:2402.14740, and TRL's RLOOTrainer). REINFORCE++ (arXiv:2501.03262) gives a token only the KL of the tokens
+    after it: the same expected gradient, with less variance. Without ``kl_in_reward`` the rewards are unchanged.
     """
     algorithm = run.recipe.algorithm
     if not (algorithm.kl_in_reward and algorithm.beta > 0):

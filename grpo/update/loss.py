@@ -1,4 +1,4 @@
-"""The loss of one micro-batch, from what policy, reference and sampler say of its tokens."""
+"""The loss of one micro-batch, from its log-probabilities under policy, reference and sampler."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def micro_batch_loss(
 
 
 def comparable(batch: Batch, log_left_BT: torch.Tensor) -> torch.Tensor:
-    """The sampler's log-probabilities under truncated sampling, as they compare with the trainer's, (B,T).
+    """The sampler's log-probabilities under truncated sampling, made comparable with the trainer's, (B,T).
 
-    With top-k, top-p or min-p the sampler's are of what those leave, renormalized; the trainer's of the whole
-    distribution. Adding the log of what the trainer's own distribution leaves makes both of the whole one, so that the
-    ratio is that of the renormalized ones: 1 where engine and trainer agree. The distribution is the old policy's
-    (``batch.log_left_BT``); on-policy that is the current one, whose ``log_left_BT`` is given.
+    With top-k, top-p or min-p the sampler's log-probabilities belong to the truncated, renormalized distribution, the
+    trainer's to the full one. So this adds the log of the probability that truncation leaves of the trainer's
+    distribution. Their ratio is then that of the renormalized distributions: 1 where engine and trainer agree. The
+    trainer's distribution is the old policy's (``batch.log_left_BT``), or on-policy the current one (``log_left_BT``).
     """
     left_BT = log_left_BT.detach() if batch.log_left_BT is None else batch.log_left_BT
     return batch.sampler_logps_BT + left_BT
@@ -67,9 +67,9 @@ def comparable(batch: Batch, log_left_BT: torch.Tensor) -> torch.Tensor:
 def _importance_sampling(
     batch: Batch, logps_BT: torch.Tensor, algorithm: AlgorithmConfig
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """The surrogate's weights (B,T) against the mismatch of sampler and trainer, and their metrics; None without."""
+    """The surrogate's weights that correct for the mismatch of sampler and trainer, and their metrics; None without."""
     mode = algorithm.importance_sampling_mode
-    if mode is None or mode == "none":  # a recipe's is never None: Recipe fills it in
+    if mode is None or mode == "none":  # never None in a recipe: Recipe fills it in
         return None, {}
     old_logps_BT = logps_BT if batch.old_logps_BT is None else batch.old_logps_BT
     compared = (old_logps_BT, batch.sampler_logps_BT, batch.mask_BT)

@@ -1,4 +1,4 @@
-"""What an optimizer step measured: sums of micro-batches into those of the step, and these into means."""
+"""Metrics of an optimizer step: sums over micro-batches become sums over the step, and these become means."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ RATIO = "sampling/importance_sampling_ratio"
 
 
 def combined(name: str, values_N: torch.Tensor) -> torch.Tensor:
-    """One value of a metric from those of N parts of the step: by its name's end the smallest, the largest, or the sum.
+    """Combine a metric's values from N parts of the step: minimum if its name ends in ``/min``, maximum if in ``/max``,
+    else sum.
 
-    A part with nothing to measure (padding) gives inf, 0 and 0.
+    A part with nothing to measure (padding) has inf, 0 and 0 there.
     """
     return {"min": torch.amin, "max": torch.amax}.get(name.rpartition("/")[2], torch.sum)(values_N)
 
@@ -27,7 +28,7 @@ def over_processes(accelerator: Accelerator, sums: dict[str, torch.Tensor]) -> d
 
 
 def step_metrics(totals: dict[str, float], norm: float) -> dict[str, float]:
-    """Means over tokens of what was summed over tokens; what brings a ``/count`` is over that."""
+    """Means from sums: each is divided by its own ``/count`` if it has one, else by the number of tokens."""
     tokens = max(totals.pop("tokens"), 1.0)
     counts = {name.removesuffix("/count"): totals.pop(name) for name in list(totals) if name.endswith("/count")}
     metrics = {"loss": totals.pop("loss"), "grad_norm": norm}
@@ -47,7 +48,7 @@ def step_metrics(totals: dict[str, float], norm: float) -> dict[str, float]:
 
 
 def mean_over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over a step's optimizer updates; ``sampling/`` compares sampler and trainer, so it is the first one's."""
+    """Means over a step's optimizer updates. ``sampling/`` compares sampler and trainer: it is the first update's."""
     done = [u for u in updates if "skipped" not in u]
     metrics = {"updates_skipped": float(len(updates) - len(done))}
     if done:

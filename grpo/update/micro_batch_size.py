@@ -1,8 +1,8 @@
 """How many tokens one forward and backward pass may have: as the recipe says, or as memory allows.
 
-Without ``training.micro_batch_tokens`` the size is found before the first update: what a token keeps for the backward
-pass is measured on made-up sequences, and a share of the free memory divided by it. Where memory runs out all the same,
-the size is halved and the step done again: denominators are those of the whole step, so its gradient is the same.
+Without ``training.micro_batch_tokens`` the size is found before the first update: a share of the free memory, divided
+by the bytes that a token keeps for the backward pass, as measured on made-up sequences. If memory runs out all the
+same, the size is halved and the step repeated. Denominators are those of the whole step, so its gradient is the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger("grpo")
 Result = TypeVar("Result")
 
 SMALLEST = 256
-SHARE = 0.5  # of free memory: what else the backward pass makes and frees is as large again at most
+SHARE = 0.5  # of free memory: the backward pass's temporary tensors are at most as large again
 MEASURED_TOKENS = (128, 384)
 
 
@@ -43,8 +43,8 @@ class DoesNotFit(Exception):
 def within_memory(run: Run, attempt: Callable[[int], Result]) -> Result:
     """``attempt(max_tokens)``; on DoesNotFit, halve ``max_tokens`` and retry.
 
-    Raises RunError where a single sequence does not fit, or there are several processes: the others of them wait in
-    the middle of a collective operation, from which nothing calls them back.
+    Raises RunError where a single sequence does not fit. It also does where there are several processes: the others
+    wait inside a collective operation, from which nothing calls them back.
     """
     policy, progress, given = run.policy, run.progress, run.recipe.training.micro_batch_tokens
     if given is None and progress.micro_batch_limit is None:
@@ -55,7 +55,7 @@ def within_memory(run: Run, attempt: Callable[[int], Result]) -> Result:
             return attempt(tokens)
         except DoesNotFit as error:
             what, sequences, halved = str(error), error.sequences, min(tokens, error.tokens) // 2
-        # Out of the except clause, whose traceback holds the tensors that did not fit.
+        # Outside the except clause: its traceback holds the tensors that did not fit.
         policy.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if policy.device.type == "cuda":
@@ -90,7 +90,7 @@ def fitting(policy: Policy, micro_batch: MicroBatch) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has an error of its own for accelerators, and a RuntimeError with a message for the main memory."""
+    """torch raises an error of its own for accelerators, and for main memory a RuntimeError with a message."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -99,7 +99,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def automatic_size(policy: Policy) -> int:
-    """A power of two, the same on every process, and a line in the log. Called by all processes."""
+    """The size that memory allows: a power of two, the same on every process, logged. Called by all processes."""
     kept = kept_per_token(policy)
     free = free_memory(policy.device) - _still_to_come(policy)
     fits = SHARE * free / kept
@@ -118,7 +118,7 @@ def automatic_size(policy: Policy) -> int:
 
 
 def kept_per_token(policy: Policy) -> float:
-    """Bytes that a token adds to what a forward pass keeps for the backward pass: weights are the same for both."""
+    """Bytes per token that a forward pass keeps for the backward pass. Two lengths are compared: the weights cancel."""
     few, many = (_kept(policy, tokens) for tokens in MEASURED_TOKENS)
     return max(many - few, 1) / (MEASURED_TOKENS[1] - MEASURED_TOKENS[0])
 

@@ -33,7 +33,7 @@ def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_ra
     """``num_iterations`` passes over the rollout in ``num_minibatches`` optimizer steps each; metrics of every step.
 
     With a single optimizer step the policy that sampled is the policy being updated: its old log-probabilities are the
-    current ones, and no forward pass is spent on them. A replayed group's are always those it was sampled with.
+    current ones, and no forward pass is spent on them. Those of a replayed group are always the sampler's.
     """
     algorithm = run.recipe.algorithm
     sequences = to_sequences(groups, advantages_PG, algorithm)
@@ -99,10 +99,9 @@ def with_signal(sequences: list[TrainedSequence], algorithm: AlgorithmConfig) ->
 def backward(run: Run, micro_batches: list[list[TrainedSequence]], loss_of: LossOf) -> tuple[dict[str, float], float]:
     """Accumulate the gradient of the sum of ``loss_of`` over all processes' micro-batches, and clip it.
 
-    ``loss_of`` gives a micro-batch's share of the step's loss and its sums for the metrics. Returns those summed over
-    micro-batches and processes (the smallest of names that end in ``/min``, the largest of ``/max``), ``loss`` among
-    them, and the gradient's norm before clipping. Raises RunError on every process where either is not finite, and
-    DoesNotFit where memory runs out.
+    ``loss_of`` gives a micro-batch's share of the step's loss and its sums for the metrics. Returns these combined over
+    micro-batches and processes (see ``metrics.combined``), ``loss`` among them, and the gradient norm before clipping.
+    Raises RunError on every process where loss or norm is not finite, and DoesNotFit where memory runs out.
     """
     policy, accelerator = run.policy, run.accelerator
     sums: dict[str, torch.Tensor] = {}
@@ -141,7 +140,7 @@ def _entropy_control(run: Run) -> EntropyControl:
 
 
 def _entropy_coef(run: Run) -> float:
-    """What the entropy bonus counts in this update."""
+    """The coefficient of the entropy bonus in this update."""
     algorithm = run.recipe.algorithm
     if algorithm.use_adaptive_entropy:
         return _entropy_control(run).applied(algorithm.entropy_target)
@@ -149,7 +148,7 @@ def _entropy_coef(run: Run) -> float:
 
 
 def _move_entropy_control(run: Run, entropy: float) -> float:
-    """After an update: the adaptive coefficient for the next one; the fixed one stays."""
+    """After an update, move the adaptive coefficient for the next one (a fixed one stays), and return it."""
     algorithm = run.recipe.algorithm
     if not algorithm.use_adaptive_entropy:
         return algorithm.entropy_coef

@@ -1,8 +1,8 @@
-"""Code of the user's own by its place: ``file.py:name`` or ``package.module:name``. Standard library only.
+"""The user's own code, named by its place: ``file.py:name`` or ``package.module:name``. Standard library only.
 
-Rewards, losses, tasks and backends all come through here, so that their mistakes are told in the same words.
-``imports.py`` says what their imports mean. Others take what ``__all__`` lists; of a process that runs our packages,
-``import_ours`` is the first call.
+Rewards, losses, tasks and backends all come through here, so that their mistakes are reported in the same words.
+``imports.py`` defines what their imports mean. Others take what ``__all__`` lists; a process that runs our packages
+calls ``import_ours`` first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def is_place(text: str) -> bool:
-    """Whether ``text`` names code of the user's own rather than something of ours: it has a colon."""
+    """Whether ``text`` names the user's own code rather than something of ours: it has a colon."""
     return ":" in text
 
 
@@ -48,7 +48,7 @@ def split_place(place: str, key: str = "") -> tuple[str, str]:
 
 
 def file_of(where: str, key: str = "") -> Path | None:
-    """The file that ``where`` means, absolute; None where it is a dotted name. Raises UserError where there is none."""
+    """The absolute path of the file ``where``; None for a dotted name. Raises UserError where there is no such file."""
     if not where.endswith(".py") and "/" not in where:
         return None
     file = Path(where).expanduser().resolve()
@@ -61,9 +61,9 @@ def file_of(where: str, key: str = "") -> Path | None:
 def load(place: str, key: str = "") -> Any:
     """What ``file.py:name`` or ``package.module:name`` names.
 
-    What lies beside the file, or in the working directory, can be imported from it. Raises UserError, with the recipe's
-    ``key`` in front: there is no such file, it does not import (with file, line and cause), or it has no such name
-    (with the nearest one).
+    The file can import what lies beside it or in the working directory. Raises UserError, with the recipe's ``key`` in
+    front: there is no such file, it does not import (with file, line and cause), or it has no such name (with the
+    nearest one).
     """
     where, name = split_place(place, key)
     module = load_module(where, key)
@@ -74,7 +74,7 @@ def load(place: str, key: str = "") -> Any:
 
 
 def load_module(where: str, key: str = "") -> ModuleType:
-    """The module of a file's path or of a dotted name. Raises UserError as ``load`` does."""
+    """The module of a file or of a dotted name. Raises UserError as ``load`` does."""
     file = file_of(where, key)
     try:
         return import_user_module(where, file.parent if file else Path.cwd().resolve(), file)
@@ -98,8 +98,8 @@ def _instead(module: ModuleType, name: str) -> str:
 
 
 def stopped_at(why: BaseException) -> str:
-    """One line: where in the user's code an exception came about (the last line of it that was run, or else the last of
-    any), and what it is."""
+    """One line: file and line at which an exception stopped the user's code (or any code, if none of the user's ran),
+    and the exception."""
     lines = "".join(traceback.format_exception_only(type(why), why)).strip().splitlines()
     what = in_plain_names(lines[-1] if isinstance(why, SyntaxError) else lines[0])
     if isinstance(why, SyntaxError) and why.filename and Path(why.filename).is_file():
@@ -113,15 +113,15 @@ def stopped_at(why: BaseException) -> str:
 
 
 def _is_machinery(filename: str) -> bool:
-    """Whether a line in there says how something was imported, rather than what."""
+    """Whether a file belongs to the machinery of imports, Python's or ours, rather than to what was imported."""
     return "importlib" in filename or Path(filename).parent == Path(__file__).parent
 
 
 class Calls:
-    """Calls of a function of the user's own. What goes wrong in them is told in one line that begins with ``what``.
+    """Calls of a user's function. An error in one is reported in one line that begins with ``what``.
 
-    At the first call it is a mistake in the code: UserError. Later it depends on the data, and may be so on one process
-    alone: RunError.
+    At the first call it counts as a mistake in the code: UserError. Later it depends on the data, and may happen on one
+    process only: RunError.
     """
 
     def __init__(self, what: str) -> None:
@@ -129,13 +129,14 @@ class Calls:
         self.first = True
 
     def error(self, text: str) -> UserError | RunError:
-        """The error to raise where what it returned is wrong."""
+        """The error to raise for a wrong result."""
         return (UserError if self.first else RunError)(f"{self.what}: {text}")
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Around a call and the checks of its result. An exception is told by its text and the user's line that raised
-        it. Running out of memory passes: the trainer may know what to do. So do errors that are for people already."""
+        """Around a call and the checks of its result. An exception becomes an ``error`` with its text and the user's
+        line that raised it. UserError and RunError pass unchanged, and so does running out of memory, which the trainer
+        may handle."""
         try:
             yield
         except (UserError, RunError):
@@ -150,12 +151,12 @@ class Calls:
 
 
 def must_take(function: Callable[..., Any], arguments: tuple[str, ...], what: str) -> None:
-    """Raise UserError, beginning with ``what``, where a function cannot be called with so many arguments."""
+    """Raise UserError, beginning with ``what``, where ``function`` cannot be called with as many ``arguments``."""
     if not callable(function):
         raise UserError(f"{what} is {brief(function)}; expected a function of ({', '.join(arguments)})")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions of C have none
+    except (TypeError, ValueError):  # some C functions have none
         return
     try:
         signature.bind(*arguments)
@@ -164,6 +165,6 @@ def must_take(function: Callable[..., Any], arguments: tuple[str, ...], what: st
 
 
 def brief(value: Any) -> str:
-    """A value by its type and, as far as it is short, its text."""
+    """A value's type, and its text cut to 60 characters."""
     text = " ".join(repr(value).split())
     return "None" if value is None else f"a {type(value).__name__}: {text if len(text) <= 60 else text[:57] + '...'}"

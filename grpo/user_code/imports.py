@@ -1,13 +1,13 @@
 """What an import in the user's own code means. Standard library only.
 
-Our packages ``data``, ``rewards`` and ``recipes`` have names that a project folder has too. Both must work: our code
-gets ours, whatever lies in the working directory (``import_ours``); the user's code gets the user's own module of that
-name, where there is one, and ours where there is none.
+Our packages ``data``, ``rewards`` and ``recipes`` have common names, which a user's project folder may use too. Both
+must work. Our code gets ours, whatever lies in the working directory (``import_ours``). The user's code gets the user's
+own module of that name if there is one, else ours.
 
-Python asks ``sys.modules`` by name alone, so the user's module of a taken name goes by another one there, and each of
-the user's modules runs with an ``__import__`` that knows it (Python looks ``__import__`` up in a module's
-``__builtins__``). ``_Finder`` gives it to them: to files that a recipe names, to their neighbours, and to the modules
-of packages among those.
+Python looks modules up in ``sys.modules`` by name alone. So a user's module whose name is taken is stored there under a
+new name, and each of the user's modules runs with an ``__import__`` that knows the new names (Python looks
+``__import__`` up in a module's ``__builtins__``). ``_Finder`` gives it to files that a recipe names, to their
+neighbours, and to the modules of packages among those.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ MARK = "__user_folder__"  # in the builtins of the user's modules: the folder th
 
 
 def import_ours() -> None:
-    """Import our packages of common names from beside ``grpo``, so that none in the working directory is taken instead.
+    """Import our packages (OURS) from beside ``grpo``, so that none in the working directory is taken instead.
 
-    For the start of a process, before anything imports them. Raises UserError where one is not there.
+    Call at the start of a process, before anything imports them. Raises UserError where one is not there.
     """
     sys.path.insert(0, str(ROOT))
     try:
@@ -50,8 +50,8 @@ def import_ours() -> None:
 
 
 def import_user_module(where: str, folder: Path, file: Path | None = None) -> ModuleType:
-    """Import the user's module: a ``file``, or one of the dotted name ``where``; its neighbours in ``folder`` and what
-    lies in the working directory can be imported from it. A file is executed once a process."""
+    """Import the user's module: ``file``, or the dotted name ``where``. It can import its neighbours in ``folder`` and
+    what lies in the working directory. A file is executed once per process."""
     for place in (folder, Path.cwd().resolve()):
         finder.watch(place)
     if file is not None:
@@ -61,7 +61,7 @@ def import_user_module(where: str, folder: Path, file: Path | None = None) -> Mo
 
 
 def in_plain_names(text: str) -> str:
-    """Python's message with the user's modules by the names that the user gave them."""
+    """Python's message, with the user's modules under the names that the user gave them."""
     return re.sub(r"\b_user_(\w+)_[0-9a-f]{8}\b", r"\1", text)
 
 
@@ -70,11 +70,11 @@ class _Finder:
 
     def __init__(self) -> None:
         self.folders: list[Path] = []  # where the user's modules and packages lie
-        self.places: dict[str, Path] = {}  # file or package of the modules that go by another name, by that name
-        self.folder_of: dict[str, Path] = {}  # by module: the folder that it, or the package around it, lies in
+        self.places: dict[str, Path] = {}  # file or package of each renamed module, by its new name
+        self.folder_of: dict[str, Path] = {}  # the folder of each user's module, or of the package around it
 
     def watch(self, folder: Path) -> None:
-        """From now on what is imported from ``folder`` is the user's."""
+        """From now on, modules imported from ``folder`` are the user's."""
         if self not in sys.meta_path:
             at = sys.meta_path.index(PathFinder) if PathFinder in sys.meta_path else len(sys.meta_path)
             sys.meta_path.insert(at, self)
@@ -84,7 +84,7 @@ class _Finder:
             sys.path.append(str(folder))  # last: what lies there shadows nothing
 
     def name_for(self, place: Path) -> str:
-        """The name in ``sys.modules`` of a file or package, which no other has; a package's file is a part of it."""
+        """A name in ``sys.modules`` that only this file or package has; a package's file is named as a part of it."""
         own = re.sub(r"[^0-9a-zA-Z]", "_", place.stem)
         if (place.parent / "__init__.py").is_file():
             name = f"{self.name_for(place.parent)}.{own}"
@@ -94,8 +94,11 @@ class _Finder:
         return name
 
     def own(self, top: str, wanted: Iterable[str], folder: Path) -> str | None:
-        """The name for the user's own module ``top``, where that is what the user's code in ``folder`` means by it and
-        ``sys.modules`` has, or would get, another one. ``wanted`` are what is asked of it, where it is a package."""
+        """The new name of the user's module that code in ``folder`` means by ``top``; None if it needs none.
+
+        It needs one where ``sys.modules`` has, or would get, another module as ``top``. ``wanted`` are the names that
+        are imported from ``top``, in case it is a package.
+        """
         if top in OURS:
             if any(folder.is_relative_to(ROOT / name) for name in OURS):
                 return None
@@ -131,7 +134,7 @@ class _Finder:
 
 
 class _Loader(SourceFileLoader):
-    """Executes a module of the user's with the builtins of its folder, which its functions keep."""
+    """Executes a user's module with the builtins of its folder, which its functions keep."""
 
     def __init__(self, name: str, path: str, folder: Path) -> None:
         super().__init__(name, path)
@@ -163,8 +166,8 @@ def _builtins_for(folder: Path) -> dict[str, Any]:
 def _beside(top: str, wanted: Iterable[str], folder: Path) -> Path | None:
     """The file or package ``top`` in ``folder``, unless it is ours.
 
-    A folder without ``__init__.py`` may as well hold something else than code (rows, say): it is a package where it has
-    one of the modules ``wanted`` of it, or, where none is named, any.
+    A folder without ``__init__.py`` may hold something other than code (rows, say). It counts as a package if it has
+    one of the ``wanted`` modules, or, where none is named, any module.
     """
     spec = PathFinder.find_spec(top, [str(folder)])
     if spec is None or folder == ROOT:
