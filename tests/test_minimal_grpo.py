@@ -14,6 +14,7 @@ import torch
 
 from data import countdown
 from grpo.advantages import group_advantages
+from grpo.run.run import Run
 from grpo.types import TrainedSequence
 from grpo.update.step import optimizer_step
 from rewards.countdown import countdown_reward
@@ -158,16 +159,7 @@ def test_its_gradient_is_the_trainers(batch: dict[str, Any], tmp_path: Path) -> 
         found.update({name: p.grad.clone() for name, p in policy.causal_lm.named_parameters() if p.grad is not None})
 
     policy.step = capture  # type: ignore[method-assign]
-    metrics = optimizer_step(
-        policy,
-        sequences,
-        recipe.algorithm,
-        recipe.training,
-        temperature=1.0,
-        learning_rate=1.0,
-        max_completion_length=64,
-        dump_to=tmp_path,
-    )
+    metrics = optimizer_step(Run(recipe, policy, tmp_path), sequences, 1.0)
     assert ours.keys() == found.keys()
     a, b = (torch.cat([grads[name].flatten().double() for name in ours]) for grads in (ours, found))
     assert float((a - b).norm() / a.norm()) < 1e-5

@@ -13,6 +13,7 @@ import pytest
 
 from grpo.errors import UserError
 from grpo.scoring.call import Call, FunctionSpec, RewardFunction
+from grpo.scoring.messages import Answer, Request
 from grpo.types import REWARD_KEYWORDS
 from tests.prompts.small_rows import load, questions, write_rows
 
@@ -264,11 +265,12 @@ def test_a_column_that_the_trainer_gives_to_reward_functions_itself_is_refused(t
 
 def test_the_reserved_columns_are_what_a_reward_function_is_really_given():
     """A function of ``**kwargs`` alone gets the row's columns, its args, and the reserved names; nothing else."""
-    spec = FunctionSpec("f", "here", "given", module="tests.prompts.test_rows")
+    spec = FunctionSpec("f", "here", module="tests.prompts.test_rows", attribute="given")
     row = pickle.dumps(("a question", {"answer": "1"}))
-    payload = {"row": row, "completions": ["x"], "completion_ids": [[1]], "status": ["stop"], "prefill": ""}
-    answer = Call(RewardFunction(spec), payload, SimpleNamespace()).run()
-    assert answer["columns"]["names"] == [sorted({*TRL_GIVES, *WE_GIVE, "answer"})]
+    request = Request(row=row, completions=["x"], completion_ids=[[1]], status=["stop"], prefill="")
+    answer = Call(RewardFunction(spec), request, SimpleNamespace()).run()
+    assert isinstance(answer, Answer)
+    assert answer.columns["names"] == [sorted({*TRL_GIVES, *WE_GIVE, "answer"})]
     assert {*TRL_GIVES, *WE_GIVE} == REWARD_KEYWORDS
 
 

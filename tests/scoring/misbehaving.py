@@ -29,7 +29,10 @@ def raises(completions, **kwargs):
 
 
 def system_exit(completions, **kwargs):
-    return _each(completions, lambda c: sys.exit())
+    def leave(c):
+        raise SystemExit  # not sys.exit(), which wandb replaces
+
+    return _each(completions, leave)
 
 
 def interrupts(completions, **kwargs):
