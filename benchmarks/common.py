@@ -29,7 +29,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory, threads and, where there is one, the accelerator."""
+    """Processor, cores, memory, threads and the accelerator, if there is one."""
     import torch
 
     cpuinfo = Path("/proc/cpuinfo").read_text()

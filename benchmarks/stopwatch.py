@@ -136,7 +136,7 @@ def _watch_model(model: Any, spans: Spans) -> None:
 
 
 def _watch_head(head: nn.Module, spans: Spans, state: dict[str, str]) -> None:
-    """The output head, where it runs as a module of its own: in a rollout."""
+    """The output head as a part of a rollout. In the update it does not run as a module."""
 
     def counts() -> bool:
         return bool(spans.open) and spans.open[-1] == "bookkeeping"

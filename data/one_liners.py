@@ -26,7 +26,7 @@ from data.splits import held_out
 Split = Literal["train", "eval"]
 
 DEFAULT_SIZE = {"train": 16_384, "eval": 1_024}
-EVAL_SHARE = 8  # one description in so many is held out
+EVAL_SHARE = 8  # one description in 8 is held out
 GIVE_UP_AFTER = 10_000  # draws in a row without a new description
 
 INPUTS = (-7, -2, 0, 1, 3, 10)

@@ -28,7 +28,7 @@ from data.splits import held_out
 Split = Literal["train", "eval"]
 
 DEFAULT_SIZE = {"train": 4_096, "eval": 256}
-EVAL_SHARE = 4  # one question in so many is held out
+EVAL_SHARE = 4  # one question in 4 is held out
 GIVE_UP_AFTER = 5_000  # draws in a row without a new question
 SEEDS_APART = 2**24  # in reasoning-gym, item i of seed s is item 0 of seed s + i
 

@@ -21,7 +21,7 @@ from data.splits import held_out
 Split = Literal["train", "eval"]
 
 DEFAULT_SIZE = {"train": 16_384, "eval": 1_024}
-EVAL_SHARE = 8  # one sum in so many is held out
+EVAL_SHARE = 8  # one sum in 8 is held out
 GIVE_UP_AFTER = 10_000  # draws in a row without a new story
 
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Kim", "Leo", "Max", "Sam", "Tom", "Zoe")

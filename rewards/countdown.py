@@ -26,7 +26,7 @@ TOKEN = re.compile(r"[ \t]*(0|[1-9][0-9]*|[-+*/()])")
 
 
 class Unparseable(ValueError):
-    """The answer is not in the grammar; the message says where it leaves it."""
+    """The answer is not in the grammar; the message says why."""
 
 
 def verify(nums: Sequence[int], target: int, completion: str, *, prefill: str = "", status: str = "stop") -> Verdict:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
-ROOT = str(Path(__file__).resolve().parents[1])  # holds rewards, and grpo where it is installed
+ROOT = str(Path(__file__).resolve().parents[1])  # holds rewards, and grpo if it is installed
 # ROOT comes first during this import, so that a user's own `rewards` or `grpo` is not taken for ours.
 BOOT = "import sys; sys.path[:] = sys.argv[{n}:]; from {module} import serve; sys.path.pop(0); "
 BOOT += "serve(*map(int, sys.argv[1:{n}]))"

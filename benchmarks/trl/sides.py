@@ -210,7 +210,7 @@ def trl_trainer(case: Case, folder: Path, callbacks: list[Any]) -> Any:
     if settings.get("use_transformers_continuous_batching") and case.row == "same work":
         assert case.mean_length == case.max_length, "its continuous batching can only be made to go on to the limit"
         settings["generation_kwargs"] = {"eos_token_id": -1}
-    if case.device == "cpu":  # where it would take half of the machine's memory for its cache
+    if case.device == "cpu":  # otherwise its cache would take half of the machine's memory
         pages = case.prompts * case.generations * -(-(RECIPE["data"]["max_prompt_length"] + case.max_length) // 64)
         cache = {"page_size": 64, "num_blocks": pages, "max_batch_tokens": 4096}
         settings["transformers_continuous_batching_config"] = cache

@@ -186,7 +186,7 @@ def _scaled(quantity: units.Quantity) -> str:
 
 
 def _same_digits(gold: str, answer: str) -> bool:
-    """``1011`` for ``1011_2``: the base may be left out where it was asked for."""
+    """``1011`` for ``1011_2``: an answer may leave out the base that the gold has."""
     digits, _, base = as_written(gold).partition("_")
     return bool(base) and digits.isdigit() and as_written(answer) == digits
 

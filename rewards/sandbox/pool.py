@@ -203,7 +203,7 @@ class Place:
             raise SandboxUnavailable("the sandbox was closed")
         if self.process is not None and self.process.poll() is None and self._is_ready():
             return
-        self._kill()  # what is left of one that has died
+        self._kill()  # the remains of one that has died
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = _start(_command(self.level, theirs.fileno()), theirs.fileno())
@@ -297,7 +297,7 @@ def _status(message: bytes) -> int:
 
 
 def _command(level: str, control_fd: int) -> list[str]:
-    """The zygote's command line. ``-S``: no site-packages; the environment is empty but for a fixed hash seed."""
+    """The zygote's command line. ``-S``: no site-packages; the environment is empty except for a fixed hash seed."""
     source = str(Path(__file__).resolve().parents[2])
     python = [os.path.realpath(sys.executable), "-S", "-c", BOOT, source, str(control_fd), str(os.getpid()), level]
     if level != "bubblewrap":
