@@ -110,7 +110,7 @@ def _become_namespaced(was_root: bool) -> None:
 
 
 def _end_with(child: int) -> None:
-    """Outside the namespaces: hold nothing, wait for process 1, and end as it ends. It dies with this process."""
+    """Outside the namespaces: hold nothing, wait for process 1, and end as it does. Process 1 dies with this one."""
     os.closerange(3, 1024)
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)

@@ -2,8 +2,8 @@
 
 None, bool, int, float, str, list, tuple, dict, set, frozenset, bytes and complex; an instance of any other class, a
 subclass included, is written as foreign and equals nothing. Two values are the same, in type and value all the way
-down, if and only if their lines are. So answers are compared as bytes, and a judge never decodes what a hostile process
-sends. (-0.0 is written as 0.0, which it equals. The order of a dictionary does not count.)
+down, if and only if their lines are. So answers are compared as bytes, and whoever compares them never decodes what a
+hostile process sends. (-0.0 is written as 0.0, which it equals. The order of a dictionary does not count.)
 """
 
 from __future__ import annotations
