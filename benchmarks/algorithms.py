@@ -1,18 +1,18 @@
-"""The demo's recipe under one policy-gradient variant after the other: held-out accuracy over time and over samples.
+"""The demo's recipe under each policy-gradient variant in turn: held-out accuracy over time and over samples.
 
     python -m benchmarks.algorithms [--variants grpo dapo dapo+dynamic] [--seeds 0 1] [--seconds 240]
 
-Trains `recipes/demo_cpu.yaml` from the committed base, a process a run, one at a time, all variants of a seed before
-the next seed's. A finished run is not made again, one that was interrupted is: start the command again to go on, or
-with `--report` to write the page of what there is. A variant is a loss, or a loss and what is added to it, such as
-`dapo+dynamic`: see LOSSES and MORE. Writes `docs/results/algorithms.md`, where only what stands between the two markers
-is replaced, and `docs/results/algorithms.png`.
+Trains `recipes/demo_cpu.yaml` from the committed base. Each run is a process, one at a time, all variants of one seed
+before the next seed. Start the command again after an interruption: finished runs are kept, an interrupted run starts
+over. `--report` only writes the page, from the runs that there are. A variant is a loss, alone or with additions, such
+as `dapo+dynamic`: see LOSSES and MORE. Writes `docs/results/algorithms.md`, replacing only the text between the two
+markers, and `docs/results/algorithms.png`.
 
 Every run makes `--minibatches` optimizer steps a rollout. With one, every ratio is 1 and no clip binds, so that `gspo`
 would be `grpo` and `cispo` `dapo`.
 
-Time is that of training steps alone (rollout, scoring, update, hand-over of weights), not of evaluation. Samples are
-completions that were sampled, those of groups thrown away included.
+Time counts training steps alone (rollout, scoring, update, hand-over of weights), not evaluation. Samples count all
+completions, also of groups that were thrown away.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MORE = {
     "curriculum": ["prompts.curriculum=true"],
     "replay": ["prompts.replay_groups=32"],
     "pass4": ["algorithm.pass_at_k=4"],
-    "few": ["data.train_size=128"],  # so that prompts come back, which the demo's 1,309 hardly do
+    "few": ["data.train_size=128"],  # so that prompts come back; the demo's 1,309 hardly do
 }
 
 
@@ -71,7 +71,7 @@ class Curve:
 
 
 def overrides(variant: str) -> list[str]:
-    """What a variant changes in the recipe; raises SystemExit for one that is not known."""
+    """A variant's changes to the recipe. Raises SystemExit for an unknown variant."""
     loss, *more = variant.split("+")
     unknown = [name for name, known in [(loss, LOSSES), *((m, MORE) for m in more)] if name not in known]
     if unknown:
@@ -93,7 +93,7 @@ def command(variant: str, seed: int, folder: Path, options: argparse.Namespace) 
 
 
 def train(variant: str, seed: int, options: argparse.Namespace) -> None:
-    """One run, unless it is finished already; what is left of an interrupted one is removed first."""
+    """One run, unless it is finished already. The files of an interrupted run are removed first."""
     folder = options.folder / f"{variant}_seed{seed}"
     if (folder / "final/model.safetensors").exists():
         print(f"{folder}: finished before", flush=True)
@@ -107,7 +107,7 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> None:
 
 
 def curve(variant: str, seed: int, run: RunRecord) -> Curve:
-    """Seconds and samples are summed over steps; an evaluation stands behind its step."""
+    """Seconds and samples are summed over steps, up to each evaluation's own step."""
     steps, seconds = run.series("step_time")
     groups = np.full(len(steps), float(run.setting("training.prompts_per_step")))
     drawn_at, drawn = run.series("dynamic_sampling/groups_drawn")
@@ -172,7 +172,7 @@ def by_variant(curves: list[Curve]) -> Iterator[tuple[str, list[Curve]]]:
 
 
 def draw(curves: list[Curve], path: Path) -> None:
-    """Accuracy over seconds and over samples: every run thin, the mean of a variant's runs over their common range."""
+    """Accuracy over seconds and samples: a thin line for every run, and each variant's mean over the common range."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -204,7 +204,7 @@ def draw(curves: list[Curve], path: Path) -> None:
 
 
 def report(curves: list[Curve], runs: list[RunRecord], options: argparse.Namespace) -> None:
-    """Write the page's table and picture; what people wrote around them stays."""
+    """Write the page's table and picture. Text around them, which people wrote, stays."""
     draw(curves, options.page.with_suffix(".png"))
     environments = [run.environment for run in runs]
     packages = environments[0]["packages"]

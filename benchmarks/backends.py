@@ -1,13 +1,14 @@
-"""The rollout backends side by side: tokens/s, seconds of a sync, memory, and how far sampler and trainer are apart.
+"""The rollout backends side by side: tokens/s, seconds of a sync, memory, and how far sampler and trainer differ.
 
     python -m benchmarks.backends [--model models/smollm2-135m] [--vllm-python .venv-vllm/bin/python]
 
 hf, a colocated vLLM engine and a vLLM server generate the same prompts in turn, round after round, from the same
-policy; medians are compared. Each sync hands over all weights and (vLLM) checks them. Memory is what generating holds
-besides the trainer: an engine's processes, in proportion to what they share (PSS), its cache included; the hf backend's
+policy; medians are compared. Each sync hands over all weights and, for vLLM, checks them. Memory is the rollout's own,
+without the trainer's: the proportional set size (PSS) of an engine's processes, its cache included, or the hf backend's
 copy of the weights. Then, for each compute type, the trainer computes every sampled token's log-probability as the
-update does: differences, the importance ratios that they make, and what weighting by them changes in the gradient.
-``--stale`` first trains the policy on them by one step of that learning rate, as overlap does. The last line is JSON.
+update does. Reported are the differences, their importance ratios, and how weighting by these changes the gradient.
+``--stale`` first trains the policy on the samples, by one step of that learning rate, as overlap does. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def speed(options: argparse.Namespace, dtype: str, folder: Path) -> dict[str, di
             start = time.perf_counter()
             backend.sync(policy, round_ + 1)
             if round_ == 0:
-                continue  # the first is for caches and threads to warm up
+                continue  # the first round warms up caches and threads
             found[name]["sync_s"].append(time.perf_counter() - start)
             found[name]["tokens_per_s"].append(sum(len(c.token_ids) for g in completions for c in g) / seconds)
     medians = {name: {what: statistics.median(values) for what, values in row.items()} for name, row in found.items()}
@@ -170,14 +171,14 @@ def speed(options: argparse.Namespace, dtype: str, folder: Path) -> dict[str, di
 
 
 def weights_mb(backend: Any) -> float:
-    """What the hf backend holds besides the trainer in a rollout: its copy of the weights, where it needs one."""
+    """MB of the hf backend's own copy of the weights in a rollout; 0 if it needs none."""
     if backend.shares_weights:
         return 0.0
     return sum(p.nbytes for p in backend.model.parameters()) / 2**20
 
 
 def mismatch(options: argparse.Namespace, dtype: str, backend_name: str) -> dict[str, float]:
-    """Differences between the sampler's and the trainer's log-probabilities, and what importance weights do."""
+    """Differences between the sampler's and the trainer's log-probabilities, and the effect of importance weights."""
     python = str(Path(options.vllm_python).absolute())
     vllm = {"backend": "vllm", "vllm_python": python, "vllm_args": [f"--kv-cache-memory-bytes={CACHE}"]}
     recipe = recipe_for(options, dtype, **(vllm if backend_name == "vllm" else {}))
@@ -194,7 +195,7 @@ def mismatch(options: argparse.Namespace, dtype: str, backend_name: str) -> dict
 
 
 def sequences_of(requests: list[Request], groups: list[list[Completion]]) -> list[TrainedSequence]:
-    """With advantages of +1 and -1 in turn: what is compared is the sampler, not a reward."""
+    """The completions with advantages of +1 and -1 in turn: samplers are compared, not rewards."""
     return [
         TrainedSequence(r.prompt.token_ids, c.token_ids, c.sampler_logprobs, advantage=(-1.0) ** i)
         for r, group in zip(requests, groups, strict=True)
@@ -209,7 +210,7 @@ def take_a_step(policy: Policy, sequences: list[TrainedSequence], rate: float) -
 
 
 def gradient(policy: Policy, sequences: list[TrainedSequence], mode: str) -> torch.Tensor:
-    """The policy gradient of all sequences under ``mode``, flat; it stays in ``grad`` too."""
+    """The policy gradient of all sequences under ``mode``, flat. It is left in ``grad`` too."""
     policy.model.zero_grad(set_to_none=True)
     tokens = sum(len(s.completion_ids) for s in sequences)
     counts = Counts(tokens=tokens, sequences=len(sequences), micro_batches=1, max_completion_length=0)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine and versions in words, memory, turns on a shared machine, tables."""
+"""Shared by the benchmarks: names of machine and versions, memory, turns on a shared machine, tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and the packages named (and those that every benchmark runs on), where they are installed."""
+    """Versions of Python, of the packages named, and of those that every benchmark uses, if they are installed."""
     found = {"python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", *packages):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -29,7 +29,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory, threads and, where there is one, the accelerator."""
+    """Processor, cores, memory, threads and the accelerator, if there is one."""
     import torch
 
     cpuinfo = Path("/proc/cpuinfo").read_text()
@@ -47,7 +47,7 @@ def hardware() -> dict[str, Any]:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all that it started, as far as they still run."""
+    """A process and its descendants that still run."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -62,12 +62,12 @@ def descendants(pid: int) -> list[int]:
 
 
 def end_in_order() -> None:
-    """SIGTERM leaves as Ctrl-C does, through every ``finally``: a benchmark's servers and processes end with it."""
+    """Make SIGTERM run every ``finally``, as Ctrl-C does, so that a benchmark's servers and processes end with it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def peak_memory_mb() -> float:
-    """The most that this process and those it started each held (VmHWM); where a GPU is used, its memory instead."""
+    """The sum of the peaks (VmHWM) of this process and those it started; with a GPU, the peak of its memory instead."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
@@ -81,19 +81,19 @@ def peak_memory_mb() -> float:
 
 @contextlib.contextmanager
 def turn(lock: str | None) -> Iterator[None]:
-    """Within it this job has the machine to itself, among those that take the same file's lock."""
+    """Within it, this job runs alone among the jobs that take the same file's lock."""
     if lock is None:
         yield
         return
     with open(lock, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    time.sleep(2)  # or who waits would never be faster than a loop that takes it again
+    time.sleep(2)  # or a loop that takes the lock again would always beat whoever waits
 
 
 @contextlib.contextmanager
 def timed(functions: Mapping[str, Callable[..., Any]], package: str, device: Any = "cpu") -> Iterator[dict[str, float]]:
-    """Within it the seconds spent in each of these functions, wherever a module of ``package`` holds it by its name."""
+    """Within it, counts the seconds in each of these functions, in all modules of ``package`` that have it by name."""
     seconds = dict.fromkeys(functions, 0.0)
     wait = _synchronizer(device)
     replaced: list[tuple[Any, str, Any]] = []

@@ -4,12 +4,13 @@
 #   [WHEELS=folder] [OUT=folder] benchmarks/gpu_suite.sh [--device cuda|cpu] [--shapes "0.5b 1.5b 3b"] [--minutes 9]
 #                                                        [--parts "machine rollout update trl"]
 #
-# Needs torch, transformers, accelerate and what grpo itself imports (pydantic first of all). Wheels of what is missing are
-# installed from $WHEELS into a folder of their own: pydantic pydantic-core typing-inspection annotated-types, and for the
-# part against TRL also trl datasets dill multiprocess. Nothing is fetched: models are random weights of Qwen2.5's shapes.
+# Needs torch, transformers, accelerate and grpo's own dependencies (pydantic first of all). Missing ones are installed
+# into a folder of their own, from the wheels in $WHEELS: pydantic pydantic-core typing-inspection annotated-types, and
+# for the part against TRL also trl datasets dill multiprocess. Nothing is fetched: models are random weights in the
+# shapes of Qwen2.5.
 #
-# Every part has a time limit and none needs another: one that fails is reported with its error, and the rest goes on.
-# Writes gpu.json and gpu.txt to $OUT (docs/results where it is not set). --device cpu --shapes tiny tries it out.
+# Parts have time limits and do not need each other: if one fails, its error is reported and the rest goes on.
+# Writes gpu.json and gpu.txt to $OUT (by default docs/results). --device cpu --shapes tiny tries it out.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,11 +1,11 @@
-r"""How fast and how right the math reward is, beside math-verify alone on the same texts.
+r"""Speed and correctness of the math reward, beside math-verify alone on the same texts.
 
     python -m benchmarks.math_rewards [--rounds 5]
 
 Speed: 200 pairs as in training, 50 problems (GSM8K's and MATH's kinds) with 4 completions each. Ours is one call of
 ``math_reward``; math-verify's is its documented use, ``parse(gold)``, ``parse(completion)``, ``verify``, pair by pair.
-Both take turns; nothing is remembered from one round to the next (new workers, empty caches), and medians are compared.
-Rightness: the labelled pairs of the tests. The last line is one JSON object.
+Both take turns. Nothing is kept from one round to the next (new workers, empty caches). Medians are compared.
+Correctness: the labelled pairs of the tests. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rewards.math import text as math_text
 
 LABELLED = Path(__file__).parents[1] / "tests" / "rewards" / "math_labelled.jsonl"
 
-# A gold answer and what four completions say.
+# A gold answer and the answers of four completions.
 PROBLEMS = r"""
 72 | 72 | 72 | 70 | 144
 18 | 18 | \$18 | 18 | 26
@@ -151,7 +151,7 @@ def speed(rounds: int) -> dict[str, Any]:
 
 
 def rightness() -> dict[str, Any]:
-    """Wrong answers accepted (FP) and right ones refused (FN): of all labelled pairs, and of those that are one box."""
+    """Wrong answers accepted (FP) and right ones refused (FN), among all labelled pairs and among one-box answers."""
     rows = [json.loads(line) for line in LABELLED.read_text().splitlines()]
     in_box = [row for row in rows if row["completion"].startswith("The answer is $\\boxed{")]
     result: dict[str, Any] = {}

@@ -1,11 +1,11 @@
-"""How cost grows, drawn from what other benchmarks printed.
+"""How cost grows, drawn from the output of other benchmarks.
 
     python -m benchmarks.update --lengths 64 128 256 512 > docs/results/cost/time.txt
     python -m benchmarks.update --vocabularies 8 32 128 --lengths 1000 4000 16000 > docs/results/cost/memory.txt
     python -m benchmarks.rollout --groups 1 2 4 8 16 32 > docs/results/cost/groups.txt
     python -m benchmarks.plots docs/results/cost/*.txt --to docs/results/cost.png
 
-Each file's last line is one JSON object; what it holds says which picture it becomes.
+Each file's last line is one JSON object. Its keys decide which picture is drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo.report.drawing import LIGHT, STYLE
 
 
 def time_against_tokens(ax: Any, found: dict[str, Any]) -> None:
-    """Seconds of an update; the line has the mean seconds a token of all sizes."""
+    """Seconds of an update. The line's slope is the seconds of all sizes over their tokens."""
     rows = found["rows"].values()
     tokens, seconds = [r["packed_tokens"] for r in rows], [r["seconds"] for r in rows]
     slope = sum(seconds) / sum(tokens)
@@ -30,7 +30,7 @@ def time_against_tokens(ax: Any, found: dict[str, Any]) -> None:
 
 
 def memory_against_vocabulary(ax: Any, found: dict[str, Any]) -> None:
-    """Peak memory of head and loss; dashed, what the logits alone would be."""
+    """Peak memory of head and loss. Dashed: the size of the logits alone."""
     for i, (vocabulary, by_tokens) in enumerate(found["rows"].items()):
         tokens, colour = [int(n) for n in by_tokens], LIGHT.series[i]
         ax.plot(tokens, by_tokens.values(), "o-", color=colour, label=f"vocabulary {vocabulary}")
@@ -42,7 +42,7 @@ def memory_against_vocabulary(ax: Any, found: dict[str, Any]) -> None:
 
 
 def throughput_against_group(ax: Any, found: dict[str, Any]) -> None:
-    """Sampled tokens a second of the same number of completions, by completions a prompt."""
+    """Sampled tokens a second by completions a prompt, for the same number of completions."""
     rows = found["tokens_per_s_by_group_size"]
     for i, way in enumerate(next(iter(rows.values()))):
         rates = [row[way] for row in rows.values()]

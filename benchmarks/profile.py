@@ -2,12 +2,18 @@
 
     python -m benchmarks.profile [RECIPE ...] [--steps 3] [--set KEY=VALUE ...]
 
-Runs each recipe (by default the case of ``vs_trl`` with its natural lengths, and the demo) through the trainer for a
-few steps after one to warm up, with a stopwatch around the parts: rollout (prefill; decoding: a compiled step, or its
-attention, linear layers, output head and the rest of the model; sampling; bookkeeping), score, train (the model's
-forward pass, head and loss, backward pass of each, clipping and optimizer), sync. What a part contains of another is
-not counted twice. On an accelerator each part waits for it, so that shares are right and the sum is slower than
-without. A table and, on the last line, one JSON object.
+Runs each recipe through the trainer for a few steps, after one to warm up. By default these are the case of ``vs_trl``
+with its natural lengths, and the demo. A stopwatch times the parts:
+
+    rollout   prefill; decoding (a compiled step, or attention, linear layers, output head and the rest of the model);
+              sampling; bookkeeping
+    score
+    train     the model's forward pass, head and loss, backward pass of each, clipping and optimizer
+    sync
+
+A second that lies in two nested parts counts for the inner one alone. On an accelerator each part is synchronized:
+shares are right, but the sum is slower than without the stopwatch. Prints a table and, on the last line, one JSON
+object.
 """
 
 from __future__ import annotations
@@ -73,7 +79,7 @@ def profile(connection: Connection, name: str, steps: int, overrides: list[str])
 
         def step(*args: Any, **kwargs: Any) -> None:
             if len(started) == 1:
-                watch.clear()  # the first was to warm up
+                watch.clear()  # the first step was to warm up
             started.append(None)
             inner(*args, **kwargs)
 

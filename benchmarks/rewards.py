@@ -1,4 +1,4 @@
-"""How fast rewards are: sandboxed programs a second, beside plain subprocesses; math verdicts, beside math-verify.
+"""Speed of rewards: sandboxed programs a second beside plain subprocesses, and math verdicts beside math-verify's.
 
     python -m benchmarks.rewards [--rounds 5]
 
@@ -46,7 +46,7 @@ def per_second(act: Callable[[int], None], runs: int, threads: ThreadPoolExecuto
 
 
 def programs(rounds: int, workers: int) -> dict[str, float | str]:
-    """Whole verdicts of the code reward against subprocesses that only run the same program, ``workers`` at a time."""
+    """Full verdicts of the code reward, against subprocesses that only run the same program. ``workers`` at a time."""
     sides = {"sandboxed": (sandboxed, 400), "python -c": (plain, 40), "python -I -S -c": (bare, 80)}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     code.start(workers)

@@ -2,14 +2,15 @@
 
     python -m benchmarks.rollout [--dtype bfloat16] [--length 128] [--groups 1 2 4 8 16]
 
-Each way samples the same prompts at temperature 1 to their natural ends, in turn, round after round, after a short one
-to warm up; medians of completion tokens a second. ``generate`` is transformers' with a dynamic and a static cache,
-``generate_batch`` its continuous batching, vLLM a server of its own (one for each number of threads given), stopped
-while others run. What cannot run is reported and left out.
+Each way samples the same prompts at temperature 1 to their natural ends, in turn, round after round, after a short
+round to warm up. Reported are medians of completion tokens a second. ``generate`` is transformers' own, with a dynamic
+and a static cache; ``generate_batch`` is its continuous batching. vLLM is a server of its own, one for each number of
+threads given, and is stopped while others run. A way that cannot run is reported and left out.
 
-Agreement, in float32: the log-probability of every sampled token beside the model's own forward pass, and completions
-sampled again alone, a batch of one, with their keys. Where the two part, the uniform number must lie within rounding of
-the boundary between the two tokens: the largest distance is reported. The last line is one JSON object.
+Agreement, in float32: every sampled token's log-probability is compared with the model's own forward pass, and
+completions are sampled again alone, a batch of one, with their keys. Where two such completions part, the uniform
+number must lie within rounding of the boundary between the two tokens: the largest distance is reported. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Prompt
 
-Way = Callable[[list[Request], int], list[int]]  # requests and longest length to the completions' lengths
+Way = Callable[[list[Request], int], list[int]]  # from requests and longest length to the completions' lengths
 
 
 def make_policy(model: str, dtype: str) -> tuple[Policy, Recipe]:
@@ -105,7 +106,7 @@ def transformers_generate(model: Any, tokenizer: Any, cache: str | None) -> Way:
 
 
 def transformers_generate_batch(model: Any, tokenizer: Any) -> Way:
-    """Its continuous batching. It sizes its cache by the device's free memory; on a CPU that is given here."""
+    """transformers' continuous batching. It sizes its cache by the device's free memory, which is given on a CPU."""
     from transformers import GenerationConfig
     from transformers.generation import ContinuousBatchingConfig
 
@@ -143,7 +144,7 @@ def _until_eos(tokens: list[int], eos: int) -> int:
 
 
 def measure(ways: dict[str, Way], requests_of: Callable[[int], list[Request]], options: Any) -> dict[str, Any]:
-    """Tokens a second of each way, all in turn; a way that fails is left out from there on."""
+    """Tokens a second of each way, all in turn. A way that fails is left out from then on."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, list[float]] = {name: [] for name in ways}
     errors: dict[str, str] = {}
@@ -196,7 +197,7 @@ def all_ways(options: argparse.Namespace, backend: HFBackend, tokenizer: Any, st
 
 
 def against_group_size(options: argparse.Namespace, ways: dict[str, Way], tokenizer: Any) -> dict[str, Any]:
-    """Tokens a second of the same number of completions, of ever fewer prompts."""
+    """Tokens a second for the same number of completions from fewer and fewer prompts."""
     total = options.prompts * options.completions
     found: dict[str, Any] = {}
     for G in options.groups:
@@ -207,7 +208,7 @@ def against_group_size(options: argparse.Namespace, ways: dict[str, Way], tokeni
 
 
 def share_of_sampling(options: argparse.Namespace, backend: HFBackend, tokenizer: Any) -> float:
-    """Of a rollout's time, what turning logits into tokens takes."""
+    """The share of a rollout's time that turning logits into tokens takes."""
     with turn(options.lock), timed({"sample": sample}, "grpo.backends", backend.device) as seconds:
         begun = time.perf_counter()
         backend.generate(make_requests(tokenizer, options.prompts, options.completions, 1), Sampling(options.length), 0)

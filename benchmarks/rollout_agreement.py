@@ -1,4 +1,4 @@
-"""Whether a completion depends on its batch: beside the model's own forward pass, and beside itself sampled alone."""
+"""Whether a completion depends on its batch: compared with the model's own forward pass and with sampling it alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from grpo.randomness import uniforms
 
 
 def agreement(backend: HFBackend, requests: list[Request], length: int, checked: int) -> dict[str, float]:
-    """Of a rollout: the largest difference of a sampled token's log-probability from the model's own forward pass, in
-    nats; how many of the first ``checked`` completions come out otherwise when sampled alone with the same key; and at
-    the first such token how far, in probability, its uniform number lies outside of one of the two tokens' shares."""
+    """Three figures of a rollout. (1) The largest difference, in nats, of a sampled token's log-probability from the
+    model's own forward pass. (2) How many of the first ``checked`` completions differ when sampled alone with the same
+    key. (3) The largest ``boundary_distance`` of these."""
     groups = backend.generate(requests, Sampling(length), 0)
     samples = [
         (request, key, c) for request, group in zip(requests, groups, strict=True)
@@ -50,10 +50,14 @@ def forced_logprobs(backend: HFBackend, request: Request, token_ids: list[int]) 
 
 
 def boundary_distance(backend: HFBackend, request: Request, key: int, together: list[int], alone: list[int]) -> float:
-    """Where the two part: a token's share of [0, 1) is from the sum of the probabilities before it to that with it."""
+    """At the first token that differs, how far its uniform number lies outside of one of the two tokens' shares.
+
+    A token's share of [0, 1) starts at the summed probabilities of the tokens before it in the vocabulary, and is as
+    long as its own probability.
+    """
     t = next((i for i, (a, b) in enumerate(zip(together, alone, strict=False)) if a != b), None)
     if t is None:
-        return 1.0  # one goes on where the other ends, behind the same tokens: no rounding explains that
+        return 1.0  # one ends where the other goes on, after equal tokens: no rounding explains that
     u = float(uniforms([key], np.array([t]))[0, 0])
     after_V = forced_logprobs(backend, request, together[: t + 1])[t].exp().cumsum(0)
     after_V = after_V / after_V[-1]

@@ -1,4 +1,4 @@
-"""A vLLM server for ``rollout``: started as a user would, asked over HTTP, stopped while it is not its turn."""
+"""A vLLM server for ``rollout``: started as a user would, asked over HTTP, stopped while others have their turn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ START = 240.0  # seconds
 def vllm_server(
     options: Any, threads: int, folder: Path, eos: int
 ) -> Iterator[Callable[[list[Request], int], list[int]]]:
-    """Yields what samples completions and gives their lengths. Between two calls the server's processes are stopped."""
+    """Yields a function that samples completions and returns their lengths. Between calls, the server is stopped."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -81,7 +81,7 @@ def _wait_until_up(process: subprocess.Popen, port: int, log: Path) -> None:
 
 
 async def _sample(url: str, requests: list[Request], length: int, eos: int) -> list[int]:
-    """All completions asked for at once, one request each, as the vllm backend asks for them."""
+    """Asks for all completions at once, one request each, as the vllm backend does."""
     payloads = [
         generate_payload(r.prompt.token_ids, key, Sampling(length), [eos], version=0, model=None)
         for r in requests

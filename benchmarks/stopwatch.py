@@ -1,4 +1,4 @@
-"""Hooks into model, sampler and update that time the parts of a training step; for ``profile``."""
+"""Hooks into model, sampler and update that time the parts of a training step, for ``profile``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Spans:
 
 @contextmanager
 def watched() -> Iterator[Counter[str]]:
-    """Within it, seconds of the parts of the steps that this process makes. Wraps what the trainer calls."""
+    """Yields the seconds of each part of this process's training steps. Wraps what the trainer calls, for good."""
     from grpo import trainer
     from grpo.backends.hf import backend, draw, step_compiled
     from grpo.model.policy import Policy
@@ -94,8 +94,8 @@ def _wrap_everywhere(function: Callable[..., Any], part: Callable[[], str], span
 
 
 def _watch_model(model: Any, spans: Spans) -> None:
-    """Parts within the model: while weights learn one part, while prompts are read another, and while tokens are
-    decoded, one a sequence, by kind of layer."""
+    """Parts within the model: one in the update, one while prompts are read, and one for each kind of layer while
+    tokens are decoded, one a sequence."""
     state = {"within": ""}
 
     def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -109,7 +109,7 @@ def _watch_model(model: Any, spans: Spans) -> None:
         spans.leave()
         state["within"] = ""
         hidden = output[0]
-        if hidden.requires_grad:  # its gradient comes when the head's backward pass is over
+        if hidden.requires_grad:  # its gradient comes once the head's backward pass is over
             hidden.register_hook(lambda _: _turn_to(spans, "backward: model"))
 
     def layer(part: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -136,7 +136,7 @@ def _watch_model(model: Any, spans: Spans) -> None:
 
 
 def _watch_head(head: nn.Module, spans: Spans, state: dict[str, str]) -> None:
-    """The output head, where it runs as a module of its own: in a rollout."""
+    """The output head as a part of a rollout. In the update it does not run as a module."""
 
     def counts() -> bool:
         return bool(spans.open) and spans.open[-1] == "bookkeeping"
@@ -170,6 +170,6 @@ def _watch_backward(spans: Spans) -> None:
 
 
 def _turn_to(spans: Spans, part: str) -> None:
-    """What is open goes on under another name."""
+    """From here on, count for ``part`` instead of the open one."""
     spans.leave()
     spans.enter(part)

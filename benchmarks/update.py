@@ -2,10 +2,11 @@
 
     python -m benchmarks.update [--model models/smollm2-135m] [--dtype float32]
 
-The work is a step's: prompts of about 100 tokens with 8 completions each, of 64 to 128 tokens, every one with an
-advantage; forward, backward, clipping and the optimizer's step. Ways take turns and medians are compared. ``mfu`` is
-what the update needs (each prompt once, nothing twice) over a large product in the same type, measured in the same run.
-Peak memory is that of a process of its own, without what it had before the update.
+The work is one step's: prompts of about 100 tokens with 8 completions each, of 64 to 128 tokens, every one with an
+advantage; forward, backward, clipping and the optimizer's step. Ways take turns and medians are compared. ``mfu``
+divides the operations a second that the update needs (each prompt once, nothing twice) by those of a large product in
+the same type, measured in the same run. Peak memory is measured in a process of its own, less its memory before the
+update.
 
     --sizes 512 1024 2048     the packed way by ``training.micro_batch_tokens``
     --lengths 64 128 256      by completion length: seconds against tokens
@@ -40,7 +41,7 @@ from grpo.update.step import optimizer_step
 
 
 def make_sequences(vocab_size: int, prompts: int, completions: int, length: int) -> list[TrainedSequence]:
-    """Made-up tokens; completions of half the longest ``length`` or more, two thirds of it in the mean."""
+    """Made-up tokens. Completions are half of ``length``, the longest, or more; two thirds of it in the mean."""
     draw = random.Random(0)
 
     def tokens(n: int) -> list[int]:
@@ -73,8 +74,8 @@ def seconds_of_step(policy: Policy, recipe: Recipe, sequences: list[TrainedSeque
 
 
 def operations(policy: Policy, sequences: list[TrainedSequence]) -> float:
-    """Of the products with weights, forward and backward (6 a weight and token): each prompt once, the head at
-    completions. Attention is left out (a few per cent at these lengths)."""
+    """Floating-point operations of the products with weights, forward and backward (6 a weight and token): each prompt
+    once, the head at completions. Attention is left out (a few per cent at these lengths)."""
     head = policy.causal_lm.get_output_embeddings().weight.numel()
     embeddings = policy.causal_lm.get_input_embeddings().weight
     body = sum(p.numel() for p in policy.causal_lm.parameters()) - embeddings.numel()
@@ -83,7 +84,7 @@ def operations(policy: Policy, sequences: list[TrainedSequence]) -> float:
 
 
 def matrix_peak(policy: Policy) -> float:
-    """Operations a second of the shapes of an MLP, in the compute type."""
+    """Operations a second of products with an MLP's shapes, in the compute type."""
     a, b = (torch.randn(2048, 2048, device=policy.device).to(policy.compute_dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
@@ -96,7 +97,7 @@ def matrix_peak(policy: Policy) -> float:
 
 
 def compare(options: argparse.Namespace, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each way's median over the rounds, in turns; ``packed``, ``size`` and ``length`` say what a way is."""
+    """Each way's median over the rounds, in turns. ``packed``, ``size`` and ``length`` define a way."""
     policy, recipe = make_policy(options.model, options.dtype)
     taken: dict[str, list[float]] = {name: [] for name in ways}
     work = {
@@ -126,7 +127,7 @@ def compare(options: argparse.Namespace, ways: dict[str, dict[str, Any]]) -> dic
 
 
 def peak_of(options: argparse.Namespace) -> float:
-    """MB that one update adds to the peak of a fresh process; gradients and moments, which any way needs, included."""
+    """MB that one update adds to the peak of a fresh process. This includes gradients and moments, as any way needs."""
     way = json.loads(options.peak_of)
     policy, recipe = make_policy(options.model, options.dtype)
     sequences = make_sequences(vocabulary(policy), options.prompts, options.completions, way["length"])

@@ -1,19 +1,20 @@
-"""A GRPO step of ours against one of TRL's: samples a second, peak memory, where the time goes, and equal gradients.
+"""A GRPO step of ours against one of TRL's: samples a second, peak memory, time by part, and equal gradients.
 
     python -m benchmarks.vs_trl [--dtype bfloat16] [--steps 5] [--rows "same work" natural]
 
-Both sides run their own trainer in a process of its own, in turn, a step each: same weights, prompts, lengths, compute
-type and threads, float32 master weights, AdamW, one update a rollout, no KL penalty, the dapo loss. Medians of the
-steps after the first. Rows:
+Each side runs its own trainer in a process of its own, in turn, a step each: same weights, prompts, lengths, compute
+type and threads, float32 master weights, AdamW, one update a rollout, no KL penalty, the dapo loss. Results are medians
+of the steps after the first. Rows:
 
-- same work: both sides make completions of the same lengths (``Case.lengths``), every completion has an advantage.
+- same work: both sides make completions of the same lengths (``Case.lengths``), and every completion has an advantage.
   On TRL's side a logits processor allows the end-of-sequence token at that length alone; on ours the stop decision is
   replaced. The lengths that were trained on are compared.
-- natural: completions end where they end, and the reward is sparse. Where all of a group have the same reward there is
-  no gradient; ours skips those, TRL computes their zeros.
+- natural: completions end by themselves, and the reward is sparse. A group with equal rewards has no gradient: ours
+  skips it, TRL computes its zeros.
 
-Then the gradient of one step's samples and advantages, taken from TRL's trainer, by TRL's loss and by our update, in
-float32: ``gradient_difference`` is the norm of the difference over the norm. The last line is one JSON object.
+Then samples and advantages of one step are taken from TRL's trainer, and their gradient is computed by TRL's loss and
+by our update, in float32. ``gradient_difference`` is the norm of the difference over the norm. The last line is one
+JSON object.
 
 ``--sweep`` measures TRL's side alone under the settings in SWEEP: ``BEST`` is the fastest of them.
 """
@@ -42,9 +43,9 @@ BEST: dict[str, Any] = {
     "gradient_checkpointing": False,
     "optim": "adamw_torch_fused",
 }
-# What else was tried, over BEST. Seconds a step (rollout, train) and peak memory of TRL 1.16.0, `--sweep --steps 1
-# --rows "same work"`, float32, torch 2.13.0, transformers 5.19.0, two cores of a Xeon at 2.8 GHz that others used in
-# turn: equal work varied by 15%.
+# Other settings that were tried, each changing BEST. Seconds a step (rollout, train) and peak memory of TRL 1.16.0,
+# `--sweep --steps 1 --rows "same work"`, float32, torch 2.13.0, transformers 5.19.0, on two cores of a Xeon at 2.8 GHz
+# that were shared: equal work varied by 15%.
 #
 #     best (batch of 2)   80 (39, 41)   4.2 GB      checkpointing   101 (45, 56)   3.5 GB
 #     batch of 1          96 (45, 50)   3.5 GB      static cache    109 (55, 54)   4.2 GB
@@ -62,7 +63,7 @@ SWEEP: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "adamw_torch": {"optim": "adamw_torch"},
     "static cache": {"cache_implementation": "static"},
-    # With bfloat16 it casts the weights that are trained; its lengths can't be forced but to the limit.
+    # With bfloat16 it casts the weights that are trained. Its completions can only be forced to the limit.
     "continuous batching": {"use_transformers_continuous_batching": True},
     # Not the same work: no float32 master weights.
     "bfloat16 weights": {"model_init_kwargs": {"dtype": "bfloat16"}},
@@ -77,7 +78,7 @@ Step = Callable[[], dict[str, Any]]
 
 @contextmanager
 def process(name: str, case: Case, log: str, lock: str | None) -> Iterator[Step]:
-    """A side's process, ready to make its first step; yields what makes it do one and gives its notes."""
+    """A side's process, ready for its first step. Yields a function that makes it do a step and returns its notes."""
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
     worker = context.Process(target=run_side, args=(SIDES[name], other, case, log))
@@ -92,7 +93,7 @@ def process(name: str, case: Case, log: str, lock: str | None) -> Iterator[Step]
         return found
 
     def step() -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # ``notes`` says it
+        with contextlib.suppress(BrokenPipeError):  # ``notes`` reports it
             connection.send("step")
         return notes()
 
@@ -114,7 +115,7 @@ def process(name: str, case: Case, log: str, lock: str | None) -> Iterator[Step]
 
 
 def compare(case: Case, steps: int, lock: str | None, names: tuple[str, ...] = ("ours", "trl")) -> dict[str, Any]:
-    """Medians of each side; one step of each first, to warm up, then ``steps`` of each in turn."""
+    """Medians of each side: first one step of each to warm up, then ``steps`` of each in turn."""
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         both = [process(name, case, f"{folder}/{name}.log", lock) for name in names]
@@ -148,7 +149,7 @@ def side_medians(case: Case, notes: list[dict[str, Any]]) -> dict[str, Any]:
         "groups_with_signal": sum(n["groups_with_signal"] for n in notes) / len(notes),
         "steps": [round(n["seconds"], 2) for n in notes],
     }
-    if "rollout and score_s" in found:  # TRL's: what it is not must be its update
+    if "rollout and score_s" in found:  # TRL's: the rest of the step is its update
         found["score_s"] = found.pop("rollout and score_s") - found["rollout_s"]
         found["train_s"] = seconds - found["rollout_s"] - found["score_s"]
     return found
@@ -163,7 +164,7 @@ def show(title: str, sides: dict[str, dict[str, Any]]) -> None:
 
 
 def sweep(case: Case, steps: int, lock: str | None, only: list[str]) -> dict[str, Any]:
-    """TRL's side under each of SWEEP's settings; what does not run says why."""
+    """TRL's side under each of SWEEP's settings. A setting that does not run gets the reason instead."""
     found: dict[str, Any] = {}
     fixed = case.mean_length == case.max_length or case.row == "natural"
     for name in only or [name for name in SWEEP if fixed or name != "continuous batching"]:

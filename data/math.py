@@ -1,15 +1,15 @@
-r"""MATH, its hard subset, and what is used to evaluate on: MATH-500 and AIME.
+r"""MATH and its hard subset to train on, MATH-500 and AIME to evaluate on.
 
 ``train`` is one of
-    math      MATH (Hendrycks et al., arXiv:2103.03874), its 7500 training and 5000 test problems less MATH-500: 12,000
+    math      MATH (Hendrycks et al., arXiv:2103.03874): its 7500 training and 5000 test problems less MATH-500, 12,000
     math8k    the 8,523 problems of levels 3 to 5 that SimpleRL-Zoo trains Qwen2.5 on (arXiv:2503.18892)
 and ``eval`` one of
     math500   500 of MATH's test problems (Lightman et al., arXiv:2305.20050)
     aime2024, aime2025    30 problems each
 
-``answer`` is the row's answer column or, where there is none, what the last ``\boxed{}`` of its solution holds. No
-problem of MATH-500, nor of the chosen ``eval``, is trained on, whatever the source says: texts are compared without
-regard to spacing.
+``answer`` is the row's answer column or, if there is none, the content of the last ``\boxed{}`` in its solution. No
+problem of MATH-500 or of the chosen ``eval`` is trained on, whatever the source: texts are compared without regard to
+spacing.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def build(
 ) -> Dataset:
     """Rows of ``prompt`` and ``answer``: ``size`` of them that the seed picks, in the order of the source.
 
-    ``path`` takes the place of the hub: a folder with ``train`` (or a file of that source's name) and ``test`` (or one
-    of that source's), as .jsonl or .parquet; or the file to train on, with ``eval_path`` the file held out. Their
-    columns are ``problem`` (or ``question``) and ``answer`` or ``solution``. Of the training problems, ``levels`` keeps
-    those of these levels and ``max_characters`` those that are no longer. ``question`` is ``plain``, for a template
-    that says where the answer goes, or ``boxed``. ``skip_unsound`` leaves out rows without an answer, with a warning,
-    instead of refusing them all: two of math8k have none.
+    ``path`` takes the place of the hub. It is a folder whose .jsonl or .parquet files are named ``train`` and ``test``,
+    or by their sources; or it is the file to train on, with ``eval_path`` the file held out. Columns are ``problem``
+    (or ``question``) and ``answer`` or ``solution``. Of the training problems, ``levels`` keeps these levels and
+    ``max_characters`` keeps problems of at most that length. ``question`` is ``plain``, for a template that says where
+    the answer goes, or ``boxed``. ``skip_unsound`` leaves out rows without an answer, with a warning, instead of
+    refusing them all: two of math8k have none.
 
-    Raises ValueError where there are no rows, or naming those that can't be used.
+    Raises ValueError if there are no rows, or naming the rows that can't be used.
     """
     for name, value, known in (("split", split, ("train", "eval")), ("train", train, TRAIN), ("eval", eval, EVAL)):
         if value not in known:
@@ -135,9 +135,9 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_boxed(solution: str) -> str:
-    r"""What the last ``\boxed{}`` holds, by matching braces (``\{`` is none), or the word after ``\boxed``.
+    r"""The content of the last ``\boxed{}``, by matching braces (``\{`` is none), or the word after ``\boxed``.
 
-    Raises ValueError where there is no box, or it is not closed.
+    Raises ValueError if there is no box, or it is not closed.
     """
     start = max(solution.rfind(command) for command in ("\\boxed", "\\fbox"))
     if start < 0:
@@ -148,7 +148,7 @@ def last_boxed(solution: str) -> str:
     depth, place = 0, 0
     while place < len(content):
         if content[place] == "\\":
-            place += 1  # whatever it escapes
+            place += 1  # skips the escaped character
         elif content[place] in "{}":
             depth += 1 if content[place] == "{" else -1
             if depth == 0:
@@ -166,7 +166,7 @@ def _of_levels(rows: list[dict[str, Any]], levels: Sequence[int]) -> list[dict[s
 
 
 def _math500(eval: str, path: str | None) -> list[dict[str, Any]]:
-    """MATH-500, which is not trained on even if something else is held out; in a folder, if it is there."""
+    """MATH-500, which is never trained on, even if something else is held out. From a folder, only if it is there."""
     if eval == "math500":
         return []
     if path is None:

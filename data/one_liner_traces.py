@@ -1,12 +1,11 @@
-"""Answers to one-liners for the supervised start, of mixed quality: most are written in haste, some step by step.
+"""Answers to one-liners for the supervised start. Their quality is mixed: most are hasty, some go step by step.
 
     f ( x ) : add 3 , double
       ->  <think> easy </think> ... return x + 3 * 2       hasty: no parentheses, right where none are needed
       or  <think> easy </think> ... return x * 2           careless: an operation is forgotten as well
       or  <think> x + 3 , ( x + 3 ) * 2 </think> ... return ( x + 3 ) * 2                spelled out: right
 
-Which of the three a trace is, is drawn at random, whatever the description. That it pays to spell the steps out, the
-tests can teach.
+One of the three is drawn at random, whatever the description. The tests can teach that spelling the steps out pays.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def build(
 ) -> Dataset:
     """Rows of ``prompt`` and ``completion`` for the descriptions of one split of ``data/one_liners.py``.
 
-    Where there are fewer descriptions than rows, one comes again with another trace. ``haste`` is that of ``trace``,
-    the rest those of ``one_liners.build``; raises ValueError where they make no sense.
+    If there are fewer descriptions than rows, they come again with other traces. ``haste`` is explained at ``trace``,
+    the rest at ``one_liners.build``. Raises ValueError if they make no sense.
     """
     wanted = DEFAULT_SIZE.get(split) if size is None else size
     descriptions = islice(one_liners(split, seed, operations=operations, largest=largest), wanted)
@@ -47,9 +46,9 @@ def build(
 
 
 def trace(row: Sequence[Operation], draw: random.Random, *, haste: Sequence[float] = HASTE) -> str:
-    """One trace. ``haste`` has the chances of a hasty and of a careless one; what is left to 1 is spelled out.
+    """One trace. ``haste`` has the probabilities of a hasty and of a careless one; otherwise it is spelled out.
 
-    Raises ValueError where ``haste`` makes no sense.
+    Raises ValueError if ``haste`` makes no sense.
     """
     if len(haste) != 2 or min(haste) < 0 or sum(haste) > 1:
         raise ValueError(f"haste: {list(haste)} are not two chances that sum to at most 1")

@@ -5,10 +5,10 @@
           def f ( x ) : return ( x + 3 ) * 2 - 4
           ```
 
-The operations are meant in the order told, each on all that is there before it, so what matters is where parentheses
-are needed. ``data/tiny.py`` gives each of the ``WORDS`` a token, the line break among them, so that decoded text holds
-a fenced block. The reward is ``code``; ``data/one_liner_traces.py`` holds the answers to imitate. A description belongs
-to the held-out split or to the training split by its own hash alone.
+Each operation applies to the whole result of those before it, so the difficulty is where parentheses are needed.
+``data/tiny.py`` gives each of the ``WORDS`` a token, the line break among them, so that decoded text holds a fenced
+block. The reward is ``code``; ``data/one_liner_traces.py`` holds the answers to imitate. A description's own hash alone
+decides its split.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from data.splits import held_out
 Split = Literal["train", "eval"]
 
 DEFAULT_SIZE = {"train": 16_384, "eval": 1_024}
-EVAL_SHARE = 8  # one description in so many is held out
+EVAL_SHARE = 8  # one description in 8 is held out
 GIVE_UP_AFTER = 10_000  # draws in a row without a new description
 
 INPUTS = (-7, -2, 0, 1, 3, 10)
@@ -40,7 +40,7 @@ _SUM, _PRODUCT, _SIGN, _POWER, _ATOM = range(1, 6)  # how tightly an expression 
 
 
 class Operation(NamedTuple):
-    """What is told, what is written around the operand, how tightly the result binds, and the operand must."""
+    """Its words, the text around its operand, how tightly the result binds, and how tightly the operand must bind."""
 
     told: str
     written: str
@@ -53,10 +53,10 @@ def build(
 ) -> Dataset:
     """Rows of ``prompt`` (a description) and ``tests``, no description twice.
 
-    ``tests`` is the JSON text of ``{"fn_name": "f", "inputs": [[-7], …], "outputs": […]}``. ``operations`` is how many
-    a description has, each number equally often while it lasts; their numbers are 2 to ``largest``. Row ``i`` does not
-    depend on ``size`` (None is ``DEFAULT_SIZE``). Raises ValueError for arguments that make no sense, or that allow
-    fewer descriptions than asked for.
+    ``tests`` is the JSON text of ``{"fn_name": "f", "inputs": [[-7], …], "outputs": […]}``. ``operations`` lists how
+    many a description may have; these counts are equally frequent until one has no more descriptions. Numbers are 2 to
+    ``largest``. Row ``i`` does not depend on ``size`` (None is ``DEFAULT_SIZE``). Raises ValueError for arguments that
+    make no sense, or that allow fewer descriptions than asked for.
     """
     wanted = DEFAULT_SIZE[split] if size is None and split in DEFAULT_SIZE else size
     rows = list(islice(one_liners(split, seed, operations=operations, largest=largest), wanted))
@@ -74,7 +74,7 @@ def build(
 def one_liners(
     split: Split, seed: int, *, operations: Sequence[int] = (3,), largest: int = 9
 ) -> Iterator[tuple[Operation, ...]]:
-    """The distinct descriptions of a split in an order that the seed decides; arguments and errors as of ``build``."""
+    """The distinct descriptions of a split in an order set by the seed. Arguments and errors are those of ``build``."""
     if split not in DEFAULT_SIZE:
         raise ValueError(f"split is train or eval, not {split!r}")
     if not operations or not all(isinstance(n, int) and 1 <= n <= 5 for n in operations):
@@ -88,7 +88,7 @@ def one_liners(
         barren += 1
         if (
             told not in seen
-            and sum(op.told == "square" for op in row) < 2  # two soon make numbers of a dozen digits
+            and sum(op.told == "square" for op in row) < 2  # two can make numbers of a dozen digits
             and held_out(told, EVAL_SHARE) == (split == "eval")
         ):
             seen.add(told)
@@ -126,7 +126,7 @@ def steps(row: Sequence[Operation]) -> list[str]:
 
 
 def program(expression: str) -> str:
-    """The answer that a completion ends in, spaced as ``data/tiny.py`` decodes it."""
+    """The answer at the end of a completion, spaced as ``data/tiny.py`` decodes it."""
     return f"{FENCE} {LINE_BREAK} def f ( x ) : return {expression} {LINE_BREAK} {END_FENCE}"
 
 

@@ -1,15 +1,15 @@
 """Tasks of reasoning-gym's generators (package ``reasoning-gym``, 0.1.25): as many as wanted, of any difficulty.
 
-Only generators that our rewards can score are taken. Their own ``score_answer`` is never called: some of them evaluate
-what a model wrote. What a row has besides ``prompt``, and the reward that it is for:
+Only generators that our rewards can score are taken. Their own ``score_answer`` is never called, because some evaluate
+what a model wrote. The columns besides ``prompt``, and the reward that they are for:
 
     NUMBERS     ``answer`` is ``#### 42``: reward ``gsm8k``, which takes a number and nothing else. Reward ``math``
-                reads it too, but takes ``4 - 1 - 7`` for the -4 that it is, and such a question can be copied
+                reads it too, but it takes ``4 - 1 - 7`` for -4, so a policy could copy such a question
     TEXTS       ``answer`` is a word, a name, True or False, a reduced fraction: reward ``math``
     COUNTDOWN   ``nums`` and ``target``: reward ``countdown``
 
-That an answer is read, equal to itself and to no other was measured with these rewards. For the others ``REFUSED`` says
-why not.
+For these, it was measured that the reward reads each answer and finds it equal to itself and to no other. ``REFUSED``
+has the other generators, with the reason.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from data.splits import held_out
 Split = Literal["train", "eval"]
 
 DEFAULT_SIZE = {"train": 4_096, "eval": 256}
-EVAL_SHARE = 4  # one question in so many is held out
+EVAL_SHARE = 4  # one question in 4 is held out
 GIVE_UP_AFTER = 5_000  # draws in a row without a new question
-SEEDS_APART = 2**24  # item i of seed s is item 0 of seed s + i there
+SEEDS_APART = 2**24  # in reasoning-gym, item i of seed s is item 0 of seed s + i
 
 NUMBERS = (
     "aiw", "basic_arithmetic", "binary_alternation", "chain_sum", "circuit_logic", "count_bits", "count_primes",
@@ -73,12 +73,11 @@ REFUSED = {
 
 
 def build(split: Split, size: int | None = None, seed: int = 0, *, generator: str, **config: Any) -> Dataset:
-    """Rows of ``prompt`` (the generator's question) and what its reward needs, no question twice.
+    """Rows of ``prompt`` (the generator's question) and the columns that its reward needs, no question twice.
 
-    ``config`` are the generator's own settings (``min_terms`` of ``chain_sum``). A question belongs to one split by its
-    own hash alone; row ``i`` does not depend on ``size`` (None is ``DEFAULT_SIZE``, or all that are found). Raises
-    ValueError where the package is missing, the generator is refused or its settings are wrong, or it has too few
-    questions.
+    ``config`` are the generator's own settings (``min_terms`` of ``chain_sum``). A question's own hash alone decides
+    its split. Row ``i`` does not depend on ``size`` (None is ``DEFAULT_SIZE``, or all that are found). Raises
+    ValueError if the package is missing, the generator is refused, its settings are wrong, or it has too few questions.
     """
     if split not in DEFAULT_SIZE:
         raise ValueError(f"split is train or eval, not {split!r}")

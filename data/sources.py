@@ -1,7 +1,7 @@
-"""Published data sets, from the hub or from files of the same columns, and their rows as ours.
+"""Published data sets, from the hub or from files with the same columns, turned into our rows.
 
-A row that can't be used is never dropped in silence: all of them are counted, the first ones named as ``file:line``,
-and either nothing is loaded or, where the caller asks for it, they are left out with a warning that says so.
+Rows that can't be used are never dropped in silence. All of them are counted, and the first are named as ``file:line``.
+Either nothing is loaded or, if the caller asks for it, they are left out with a warning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class _AnyColumns(files.Columns):
-    """Which columns a row needs is for ``row_of`` of ``convert`` to say: publishers differ in their names."""
+    """Accepts any columns. Publishers name theirs differently, so ``row_of`` of ``convert`` checks them."""
 
     def required(self) -> list[str]:
         return []
@@ -30,17 +30,17 @@ class _AnyColumns(files.Columns):
 
 @dataclass(frozen=True)
 class Hub:
-    """Where rows are on the hub: what ``datasets.load_dataset`` takes."""
+    """Where rows are on the hub: the arguments of ``datasets.load_dataset``."""
 
     id: str
     split: str
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def load(self, instead: str) -> files.Rows:
-        """The rows. Raises ValueError, which says what to give ``instead``, where the hub gives none."""
+        """The rows. If the hub gives none, raises ValueError, which says what to give ``instead``."""
         try:
             dataset = datasets.load_dataset(self.id, split=self.split, **self.arguments)
-        except Exception as error:  # a hub fails in many ways, and each is the person's to know
+        except Exception as error:  # a hub fails in many ways; the message passes any of them on
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"can't load split {self.split!r} of {self.id}: {reason}. Without a network, {instead}"
@@ -51,7 +51,7 @@ class Hub:
 def find_files(path: str | Path, names: Sequence[str]) -> list[Path]:
     """The files in folder ``path`` for the first of ``names`` that has any: ``train.jsonl``, ``train-0-of-2.parquet``.
 
-    Raises ValueError where there is no such folder, or none of the names has a file.
+    Raises ValueError if there is no such folder, or none of the names has a file.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -65,12 +65,12 @@ def find_files(path: str | Path, names: Sequence[str]) -> list[Path]:
 
 
 def read(paths: Iterable[str | Path]) -> list[files.Rows]:
-    """Rows of files with their places. Raises ValueError like ``files.read_file``, but for columns that are missing."""
+    """Rows of files. Raises ValueError like ``files.read_file``, except for missing columns."""
     return [files.read_file(path, _AnyColumns()) for path in paths]
 
 
 def text(row: dict[str, Any], *names: str) -> str:
-    """The first of these columns that the row has. Raises ValueError where it has none, or it is no text or empty."""
+    """The first of these columns that the row has. Raises ValueError if it has none, or if it is empty or no text."""
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         raise ValueError(f"no column {' or '.join(map(repr, names))} (there are {', '.join(map(repr, row)) or 'none'})")
@@ -82,10 +82,10 @@ def text(row: dict[str, Any], *names: str) -> str:
 
 
 def convert(parts: Sequence[files.Rows], row_of: Callable[[dict[str, Any]], T], skip_unsound: bool = False) -> list[T]:
-    """``row_of`` of every row. What it raises as ValueError makes the row an unsound one.
+    """``row_of`` of every row. A row for which it raises ValueError is unsound.
 
-    Raises ValueError with their places and their number, or with ``skip_unsound`` warns so and leaves them out; raises
-    too where no row is left.
+    Raises ValueError with the places and number of unsound rows. With ``skip_unsound``, warns and leaves them out
+    instead. Raises ValueError too if no row is left.
     """
     sound: list[T] = []
     unsound: list[str] = []
@@ -109,7 +109,7 @@ def convert(parts: Sequence[files.Rows], row_of: Callable[[dict[str, Any]], T], 
 
 
 def sample(rows: list[T], size: int | None, seed: int) -> list[T]:
-    """``size`` rows that the seed picks, in the order they came in; all of them for None or where there are no more.
+    """``size`` rows that the seed picks, in their original order; all rows if ``size`` is None or there are no more.
 
     A smaller sample is part of a larger one.
     """

@@ -1,4 +1,4 @@
-"""Which split a task belongs to, for tasks that are made and not read."""
+"""Which split a task belongs to, for tasks that are generated."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 
 
 def held_out(task: str, share: int) -> bool:
-    """Whether a task is in the held-out split: one in ``share`` is, by a hash of ``task`` alone.
+    """Whether a task is in the held-out split. One in ``share`` is, by a hash of ``task`` alone.
 
-    ``task`` is what makes two tasks the same, so that neither seed, size nor wording moves one to the other split.
+    ``task`` identifies the task, so that neither seed, size nor wording moves it to the other split.
     """
     return int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "big") % share == 0

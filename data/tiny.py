@@ -1,9 +1,9 @@
 """A tokenizer and a Llama-shaped model of under a million parameters, for runs without a model hub or a GPU.
 
-Numbers, operators and a few words are single tokens, so that a small model can learn to search instead of to spell.
-Anything else in ASCII falls back to letters and digits, so any such text can be encoded. ``data/tiny_base/`` holds
-the weights after a supervised start on ``data/traces.py``; ``python -m data.tiny FOLDER`` writes an untrained one, and
-with ``--words word_sums`` one whose tokenizer also has the words of that task.
+Numbers, operators and a few words are single tokens, so that a small model can learn to search instead of to spell. Any
+other ASCII text falls back to letters and digits. ``data/tiny_base/`` holds the weights after a supervised start on
+``data/traces.py``. ``python -m data.tiny FOLDER`` writes an untrained model; with ``--words word_sums``, its tokenizer
+also has the words of that task.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = ("yes", "no", "so", "then", "try", "wait", "check", "target", "give", "up", "answer")
-LARGEST_WHOLE_NUMBER = 299  # larger numbers take a token more per further digit: 729 is 72 ##9
+LARGEST_WHOLE_NUMBER = 299  # larger numbers take one more token for each further digit: 729 is 72 ##9
 CONTEXT = 512
-TASKS_WITH_WORDS = ("word_sums", "one_liners")  # modules of data/ whose WORDS a tokenizer may have besides
+TASKS_WITH_WORDS = ("word_sums", "one_liners")  # modules of data/ whose WORDS a tokenizer may have too
 
 
 def build_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -32,8 +32,8 @@ def build_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     ``(6+3)*3`` comes back as ``( 6 + 3 ) * 3``, ``1234`` as ``1234``. The tags are ordinary tokens and stay in decoded
     text; only padding, end of sequence and unknown are special. A character outside ASCII becomes ``<unk>``.
 
-    ``extra`` pieces become single tokens behind all others, whose ids stay what they are. A piece need not be a word:
-    ``**`` and a line break are kept whole like one (the line break then survives, with a space on either side).
+    ``extra`` pieces become single tokens behind all others, whose ids do not change. A piece need not be a word: ``**``
+    and a line break become tokens too (the line break then survives decoding, with a space on either side).
     """
     pieces = [PAD, EOS, UNKNOWN, *TAGS, *string.punctuation]
     pieces += [str(n) for n in range(LARGEST_WHOLE_NUMBER + 1)]
@@ -74,7 +74,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def make_tiny_model(seed: int = 0, extra: Sequence[str] = ()) -> LlamaForCausalLM:
-    """An untrained model for ``build_tokenizer(extra)``; its weights are a function of the arguments alone."""
+    """An untrained model for ``build_tokenizer(extra)``. Its weights depend on the arguments alone."""
     tokenizer = build_tokenizer(extra)
     set_seed(seed)
     model = LlamaForCausalLM(tiny_config(tokenizer))

@@ -6,11 +6,11 @@ small, too large, yes), and ends in an answer:
     6 3 9 = 27  ->  <think> 6 + 3 = 9 , 9 + 9 = 18 ? 27 < 6 * 3 = 18 , 18 + 9 = 27 ? 27 yes </think>
                     <answer> ( 6 * 3 ) + 9 </answer>
 
-The target is repeated beside each result, and a miss says in which direction, because a small model learns that much
-sooner than to look up the target and say yes or no.
+The target is repeated beside each result, and a miss says in which direction. A small model learns this much sooner
+than to look up the target and say yes or no.
 
-How long a trace goes on is drawn at random, whatever the task: most give up after an attempt or two and answer with
-what they have, which is wrong; some search on. That it pays to search on, the rule reward can teach.
+The length of a trace is drawn at random, whatever the task. Most give up after an attempt or two and answer with what
+they have, which is wrong; some search on. The rule reward can teach that searching on pays.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def build(
 ) -> Dataset:
     """Traces for the tasks in one split of ``data/countdown.py``: rows of ``prompt`` (compact form) and ``completion``.
 
-    Where there are fewer tasks than rows, a task comes again with its numbers in another order and another trace. The
-    other arguments are those of ``trace`` and of ``countdown.build``; raises ValueError where they make no sense.
+    If there are fewer tasks than rows, tasks come again with their numbers in another order and another trace. The
+    other arguments are those of ``trace`` and of ``countdown.build``. Raises ValueError if they make no sense.
     """
     limits = {"min_number": min_number, "max_number": max_number, "min_target": min_target, "max_target": max_target}
     tasks = countdown.build(split, None, seed, min_numbers=min_numbers, max_numbers=max_numbers, **limits)
@@ -73,11 +73,11 @@ def trace(
     longest: int = LONGEST,
     spread: float = SPREAD,
 ) -> str:
-    """One trace. It stops at the first attempt that hits the target, or when its patience is at an end.
+    """One trace. It stops at the first attempt that hits the target, or after a random number of attempts.
 
-    ``give_up[k]`` is the chance of a patience of ``k + 1`` attempts; what is left to 1 is that of ``longest`` attempts.
-    No attempt is made twice, and each is picked with probability proportional to exp(-|value - target| / ``spread``):
-    a small spread makes good guesses, an infinite one blind ones. Raises ValueError where the arguments make no sense.
+    That number is ``k + 1`` with probability ``give_up[k]``, otherwise ``longest``. No attempt is made twice. Each is
+    picked with probability proportional to exp(-|value - target| / ``spread``): a small spread makes good guesses, an
+    infinite one blind ones. Raises ValueError if the arguments make no sense.
     """
     chances = [*give_up, max(0.0, 1 - sum(give_up))]
     if min(chances) < 0 or sum(chances) > 1 + 1e-9:
@@ -131,7 +131,7 @@ def _attempts(terms: list[_Term], steps: list[str]) -> Iterator[Attempt]:
 
 
 def _join(a: _Term, b: _Term) -> Iterator[tuple[str, _Term]]:
-    """Every step on two terms, as written and as a term; the larger operand comes first."""
+    """Every step on two terms: its text and the term that it makes. The larger operand comes first."""
     (large, left), (small, right) = (a, b) if a[0] >= b[0] else (b, a)
     results = {"+": large + small, "-": large - small, "*": large * small}
     if small and large % small == 0:

@@ -1,12 +1,11 @@
-"""Answers to word sums for the supervised start, of mixed diligence: most are rough guesses, some are worked out.
+"""Answers to word sums for the supervised start. Their diligence is mixed: most are rough guesses, some are worked out.
 
     Tom has 12 apples , buys 3 boxes of 4 , gives away 5 . how many ?
       ->  <think> about 23 </think> <answer> 23 </answer>                                         a guess, mostly wrong
       or  <think> 3 * 4 = 12 , about 17 </think> <answer> 17 </answer>                            begun, then guessed
       or  <think> 3 * 4 = 12 , 12 + 12 = 24 , 24 - 5 = 19 </think> <answer> 19 </answer>          worked out
 
-Which of the three a trace is, is drawn at random, whatever the story. That it pays to work it out, the rule reward can
-teach.
+One of the three is drawn at random, whatever the story. The rule reward can teach that working it out pays.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def build(
 ) -> Dataset:
     """Rows of ``prompt`` and ``completion`` for the stories of one split of ``data/word_sums.py``.
 
-    Where there are fewer stories than rows, a story comes again with another trace. ``haste`` and ``spread`` are those
-    of ``trace``, the rest those of ``word_sums.build``; raises ValueError where they make no sense.
+    If there are fewer stories than rows, stories come again with other traces. ``haste`` and ``spread`` are explained
+    at ``trace``, the rest at ``word_sums.build``. Raises ValueError if they make no sense.
     """
     wanted = DEFAULT_SIZE.get(split) if size is None else size
     stories = islice(word_sums(split, seed, events=events, largest=largest, most=most), wanted)
@@ -50,10 +49,10 @@ def build(
 
 
 def trace(story: WordSum, draw: random.Random, *, haste: Sequence[float] = HASTE, spread: float = SPREAD) -> str:
-    """One trace. ``haste`` has the chances of a guess at once and of one after half the steps; else it is worked out.
+    """One trace. ``haste`` has the probabilities of a guess at once and after half the steps; else it is worked out.
 
-    A guess is the answer with normal noise of standard deviation ``spread`` (half of it after half the steps). Raises
-    ValueError where the arguments make no sense.
+    A guess is the answer with normal noise of standard deviation ``spread`` (half of that after half the steps). Raises
+    ValueError if the arguments make no sense.
     """
     if len(haste) != 2 or min(haste) < 0 or sum(haste) > 1:
         raise ValueError(f"haste: {list(haste)} are not two chances that sum to at most 1")

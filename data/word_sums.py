@@ -1,10 +1,10 @@
-"""Word sums for the tiny model: small stories about how many, in a vocabulary of fifty words.
+"""Word sums for the tiny model: small stories that ask how many, in a vocabulary of fifty words.
 
     Tom has 9 apples , buys 3 boxes of 4 , gives away 5 . how many ?  ->  16
 
 ``data/tiny.py`` gives each of the ``WORDS`` a token. ``data/word_sum_traces.py`` holds the answers to imitate; the
-reward is ``math``. What makes two stories the same sum is their numbers and operations alone, whoever owns what: a sum
-belongs to the held-out split or to the training split by a hash of those.
+reward is ``math``. Two stories are the same sum if their numbers and operations are, whoever owns what. A hash of these
+decides a sum's split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data.splits import held_out
 Split = Literal["train", "eval"]
 
 DEFAULT_SIZE = {"train": 16_384, "eval": 1_024}
-EVAL_SHARE = 8  # one sum in so many is held out
+EVAL_SHARE = 8  # one sum in 8 is held out
 GIVE_UP_AFTER = 10_000  # draws in a row without a new story
 
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Kim", "Leo", "Max", "Sam", "Tom", "Zoe")
@@ -36,7 +36,7 @@ WORDS = (
 
 
 class WordSum(NamedTuple):
-    """A story, how it is worked out one operation at a time, and what comes out."""
+    """A story, its solution one operation at a time, and the result."""
 
     question: str
     steps: tuple[str, ...]
@@ -64,7 +64,7 @@ def build(
 
 
 def word_sums(split: Split, seed: int, *, events: int = 2, largest: int = 9, most: int = 30) -> Iterator[WordSum]:
-    """The distinct stories of a split in an order that the seed decides; arguments and errors as of ``build``."""
+    """The distinct stories of a split in an order set by the seed. Arguments and errors are those of ``build``."""
     if split not in DEFAULT_SIZE:
         raise ValueError(f"split is train or eval, not {split!r}")
     for name, value, low, high in (("events", events, 1, 5), ("largest", largest, 3, 99), ("most", most, largest, 999)):

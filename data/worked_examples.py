@@ -1,12 +1,12 @@
-"""Countdown worked in plain text, for a pretrained model: the search traces of ``data/traces.py``, spelled its way.
+"""Countdown worked in plain text, for a pretrained model: the search traces of ``data/traces.py``, respelled.
 
     6 3 9 = 27  ->  <think>6+3=9, 9+9=18, 27? low
                     6*3=18, 18+9=27, 27? yes
                     </think>
                     <answer>(6*3)+9</answer>
 
-A tokenizer made for text spends a token on the space before a digit, so none stands there; one attempt is one line.
-The examples are of the same mixed diligence: most give up after an attempt or two and answer with what they have.
+A tokenizer made for text spends a token on the space before a digit, so there is none. One attempt is one line. The
+examples are as mixed in diligence: most give up after an attempt or two and answer with what they have.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build(
 ) -> Dataset:
     """Rows of ``prompt`` (compact form) and ``completion`` for one split; the arguments are those of ``traces.build``.
 
-    Raises ValueError where they make no sense.
+    Raises ValueError if they make no sense.
     """
     rows = traces.build(
         split,

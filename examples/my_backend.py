@@ -23,7 +23,7 @@ class PlainBackend:
         self.policy, self.version = policy, -1
 
     def sync(self, policy, version):
-        """The weights are the trainer's own: there is nothing to copy, but the version they are of."""
+        """The weights are the trainer's own: there is nothing to copy, only their version to note."""
         self.version = version
         return {}
 
@@ -51,7 +51,7 @@ class PlainBackend:
                 logprobs[b].append(0.0 if greedy else float(logps_BV[b, pick]))
                 if tokens[b][-1] in self.policy.stop_token_ids or len(tokens[b]) == sampling.max_completion_length:
                     open_.remove(b)
-            ids_BN = torch.tensor([[row[-1]] for row in tokens])  # ended rows go along, unread
+            ids_BN = torch.tensor([[row[-1]] for row in tokens])  # ended rows go along; their tokens are not used
         return [self.completion(ids, logps) for ids, logps in zip(tokens, logprobs, strict=True)]
 
     def completion(self, ids, logps):

@@ -1,4 +1,4 @@
-"""A loss of your own: REINFORCE with an importance weight that is cut at 2, and none that is cut below.
+"""A loss of your own: REINFORCE with an importance weight that is capped at 2 and not bounded below.
 
     grpo train smoke_cpu algorithm.loss_type=examples/my_loss.py:capped training.output_dir=runs/my_loss
 
@@ -16,7 +16,7 @@ CAP = 2.0
 
 
 def cut_tokens(tokens, options):
-    """Metrics of one's own: sums over the micro-batch, which the trainer divides by its tokens."""
+    """Metrics of your own: sums over the micro-batch, which the trainer divides by its tokens."""
     return {"capped_ratio": ((tokens.ratio_BT.detach() > CAP) * tokens.mask_BT).sum()}
 
 

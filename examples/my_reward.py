@@ -4,9 +4,9 @@
 
 or, in a recipe, ``rewards: [{path: my_reward.py:near_target, args: {within: 5}}]``. Seconds on a CPU.
 
-A reward function is called once a group: every argument is a list with one entry a completion. Columns of the rows come
-by their names (``nums``, ``target``), keywords of ``args`` as they are. It returns a number for each completion, or
-None where it could not say. It runs in a process of its own, which may hang or crash without harm to the run.
+A reward function is called once a group. Lists have one entry a completion. Columns of the rows are passed by their
+names (``nums``, ``target``), keywords of ``args`` as they are. It returns a number for each completion, or None if it
+could not say. It runs in a process of its own, which may hang or crash without harm to the run.
 """
 
 from rewards.countdown import Unparseable, evaluate, verify
@@ -25,7 +25,7 @@ def near_target(prompts, completions, nums, target, status, within=10, log_metri
 
 
 def score(completion, nums, target, status, within):
-    """1 where it is right; up to 1/2 where the right numbers give something else, the nearer the more; else 0."""
+    """1 if it is right. If the right numbers give something else, up to 1/2: the nearer, the more. Else 0."""
     if verify(nums, target, completion, status=status).outcome is Outcome.CORRECT:
         return 1.0
     try:

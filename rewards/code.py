@@ -1,7 +1,7 @@
-"""Code: model-written Python against tests, in the sandbox, judged outside of it.
+"""Code: model-written Python against tests. It runs in the sandbox and is judged outside of it.
 
-The program is the last fenced Python block after the thinking. It is run (``rewards/sandbox``), it answers, and the
-answers are compared here, with their exact types; it never meets the expected ones. How it exits does not count, only
+The program is the last fenced Python block after the thinking. ``rewards/sandbox`` runs it, and its answers are
+compared here, with their exact types. The program never sees the expected answers. How it exits does not count, only
 that every test has its answer.
 """
 
@@ -79,7 +79,7 @@ def code_reward(
             tests, completions, prefill or [""] * n, status or ["stop"] * n, strict=True
         )
     ]
-    programs = {_key(task): task for task in tasks if not isinstance(task, Verdict)}  # what several wrote runs once
+    programs = {_key(task): task for task in tasks if not isinstance(task, Verdict)}  # equal programs run once
     judge = partial(_judge, partial_credit=partial_credit, limits=Limits(timeout, memory_mb))
     with ThreadPoolExecutor(max(1, min(len(programs), _settings["workers"]))) as threads:
         judged = dict(zip(programs, threads.map(lambda task: judge(*task), programs.values()), strict=True))
@@ -109,13 +109,13 @@ def _read(tests: Any, text: str, status: str) -> Verdict | tuple[Tests, str]:
 
 def _judge(tests: Tests, program: str, partial_credit: bool, limits: Limits) -> Verdict:
     results = run_tests(tests, program, limits, every=partial_credit)
-    if any(result.outcome is Outcome.ERROR for result in results):  # the sandbox was lost under it: once may be chance
+    if any(result.outcome is Outcome.ERROR for result in results):  # the sandbox died: once may be chance
         results = run_tests(tests, program, limits, every=partial_credit)
     return _summary(results, partial_credit)
 
 
 def check_row(row: dict[str, Any]) -> str | None:
-    """Why no completion could be right for a row, None where one could."""
+    """Why no completion could be right for this row, or None."""
     try:
         parse_tests(row.get("tests"))
     except BrokenTests as why:
@@ -127,11 +127,11 @@ def check_row(row: dict[str, Any]) -> str | None:
 
 
 def extract_program(text: str) -> str:
-    """The last fenced Python block after the thinking, without the indentation that all of it shares.
+    """The last fenced Python block after the thinking, dedented.
 
-    A fence is a line that begins with three backticks; the one that opens a block says ``python``, ``py`` or nothing
-    behind them, the one that closes it nothing. Raises NoAnswer where there is no closed block, or where the program is
-    empty or longer than MAX_PROGRAM.
+    A fence is a line that begins with three backticks. After them, an opening fence says ``python``, ``py`` or nothing,
+    and a closing one says nothing. Raises NoAnswer if no block is closed, or if the program is empty or longer than
+    MAX_PROGRAM.
     """
     block: list[str] | None = None  # lines of the block that is open
     program: list[str] | None = None
@@ -161,7 +161,7 @@ def extract_program(text: str) -> str:
 
 
 def run_tests(tests: Tests, program: str, limits: Limits, every: bool = False) -> list[Verdict]:
-    """Verdicts of the tests in order, up to the first that is not correct or, with ``every``, of all."""
+    """Verdicts of the tests in order. Without ``every``, none need run after the first that is not correct."""
     if isinstance(tests, Calls):
         return _run_calls(tests, program, limits)
     if isinstance(tests, Script):
@@ -190,7 +190,7 @@ def _run_calls(tests: Calls, program: str, limits: Limits) -> list[Verdict]:
 
 
 def _compared(answer: bytes, expected: str) -> Verdict:
-    """Whether an answer is the line that it should be; it is not read, for it may be anything."""
+    """Compare an answer with the expected line, as bytes. It is never parsed, since it may be anything."""
     if answer == expected.encode():
         return Verdict(Outcome.CORRECT)
     if answer.startswith(b"value "):
@@ -199,7 +199,7 @@ def _compared(answer: bytes, expected: str) -> Verdict:
 
 
 def _run_scripts(tests: Script, program: str, limits: Limits, every: bool) -> list[Verdict]:
-    """One run an input, within four times the seconds of one; after a run that was too slow there is no further one."""
+    """One run per input. All of them get four times the seconds of one, and none follows a run that timed out."""
     results: list[Verdict] = []
     end = time.monotonic() + 4 * limits.seconds
     for given, expected in zip(tests.inputs, tests.outputs, strict=True):
@@ -227,18 +227,18 @@ def _run_script(program: str, given: str, expected: str, limits: Limits) -> Verd
 
 
 def _lines(text: str) -> list[str]:
-    """Output as it is compared: without blanks at the ends of lines and empty lines at the end."""
+    """Output for comparison: without blanks at line ends and empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def _run_check(tests: Check, program: str, limits: Limits) -> Verdict:
-    """The data set's test in a run of its own, in the sandbox too; the program answers it from another.
+    """Run the data set's test and the program as two sandboxed runs: the test's calls go to the program.
 
-    Lines are handed on from one to the other as they are. Both places are taken before either clock starts, and there
-    are as many for judges as for programs, so that nobody waits with a clock ticking.
+    Lines are passed on unchanged. Both places are taken before either clock starts, and judges have as many places as
+    programs, so no run waits while its clock ticks.
     """
     limits = _room_for(1 << 18, limits)
-    failure = None  # the program's last, which its test may have expected
+    failure = None  # of the program's last call; its test may have expected it
     with (
         _sandbox().place() as place,
         _judges().place() as judges_place,
@@ -263,7 +263,7 @@ def _run_check(tests: Check, program: str, limits: Limits) -> Verdict:
 
 
 def _failed(line: bytes) -> Verdict:
-    """What a program says of its own failure; NO_RESULT where it says nothing that makes sense."""
+    """The verdict on a failure that a program reports; NO_RESULT if its line makes no sense."""
     what, _, rest = line[: 8 * MAX_MESSAGE].decode("ascii", "replace").partition(" ")
     kind, _, message = rest.partition(" ")
     if what != "failed":
@@ -279,7 +279,7 @@ def _ending(run: Run) -> Verdict:
         return Verdict(Outcome.LIMIT, "too much output")
     if run.ended is Ended.LOST:
         return Verdict(Outcome.ERROR, "the sandbox lost the run")
-    if run.status in (-9, -24):  # SIGXCPU, or the kernel's hand
+    if run.status in (-9, -24):  # SIGKILL from the kernel, or SIGXCPU
         return Verdict(Outcome.LIMIT, f"killed by signal {-run.status}")
     return Verdict(Outcome.NO_RESULT, f"ended with status {run.status} and without an answer")
 
@@ -289,14 +289,14 @@ def _summary(results: list[Verdict], partial_credit: bool) -> Verdict:
     if passed == len(results):
         return Verdict(Outcome.CORRECT)
     first = next(result for result in results if result.outcome is not Outcome.CORRECT)
-    if first.outcome is Outcome.ERROR:  # the sandbox was lost under it twice: that is the program's doing
+    if first.outcome is Outcome.ERROR:  # the sandbox died twice: the program's doing
         first = Verdict(Outcome.NO_RESULT, first.detail)
     detail = f"{passed} of {len(results)} tests passed; the first that did not: {first.detail}"
     return Verdict(first.outcome, detail, passed / len(results) if partial_credit else None)
 
 
 def _room_for(size: int, limits: Limits) -> Limits:
-    """Limits whose output leaves room for the answers that are expected, and says little of how long they are."""
+    """Limits with room for the expected answers. Rounding up to a power of 2 hides how long those are."""
     return Limits(limits.seconds, limits.memory_mb, max(limits.max_output, 1 << (4 * size + 1).bit_length()))
 
 
@@ -338,7 +338,7 @@ def _sandbox() -> Sandbox:
 
 
 def _judges() -> Sandbox:
-    """Where the tests of data sets run, apart, so that a program that waits for its judge never waits for a place."""
+    """Where the tests of data sets run. It has places of its own, so that no program waits for its judge's place."""
     return _opened(_judges, _settings["workers"])
 
 

@@ -51,7 +51,7 @@ def parse_tests(tests: Any) -> Tests:
     """The tests of a row.
 
     Raises:
-        BrokenTests: they have none of the forms, or there are none.
+        BrokenTests: they have none of these forms, or are empty.
     """
     if isinstance(tests, str):
         return _parse_text(tests)
@@ -86,7 +86,7 @@ def _parse(tests: Any) -> Tests:
         return Script(inputs, outputs)
     if not all(isinstance(entry, list) for entry in inputs):
         raise BrokenTests("each of inputs must be the list of the function's arguments")
-    for output in outputs:  # the form that answers come in: what does not survive it could never be matched
+    for output in outputs:  # answers are encoded like this: a value that cannot be could never be matched
         if values.decode(values.encode(output)) != output:
             raise BrokenTests(f"this output equals nothing, itself included: {output!r}"[:200])
     return Calls(fn_name, inputs, outputs)

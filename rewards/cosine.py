@@ -1,7 +1,7 @@
 """Cosine: what a right or wrong answer is worth changes with its length (Demystifying Long CoT, arXiv:2502.03373).
 
-Right answers are worth more the shorter they are, wrong ones less: while it fails, the policy is pushed to think
-longer, once it succeeds, to be brief. With L the length in tokens and CosFn a half cosine,
+A right answer is worth more the shorter it is, a wrong one less. So the policy is pushed to think longer while it
+fails, and to be brief once it succeeds. With L the length in tokens and CosFn a half cosine,
 
     right      CosFn(L) from max_value_correct (L = 0) to min_value_correct (L = max_completion_length)
     wrong      CosFn(L) from min_value_wrong to max_value_wrong
@@ -41,7 +41,7 @@ def score(
 ) -> float:
     """The reward of a right or wrong completion of ``length`` tokens, its end-of-sequence token included.
 
-    A completion longer than ``max_completion_length`` is as good as cut off.
+    A completion longer than ``max_completion_length`` counts as cut off.
 
     Raises:
         ValueError: a wrong or unfinished answer could be worth as much as a right one, or a range is upside down.
@@ -80,8 +80,8 @@ def cosine_reward(
 ) -> list[float | None]:
     """The cosine length reward; ``verifier`` names the built-in that says what is right (``countdown``, ``math``, …).
 
-    The verifier gets all that this function gets, and ``verifier_args``; what it pays 1 for is right, and what it could
-    not score has no reward here either. TRL's signature: lists with one entry a completion.
+    The verifier gets this function's arguments and ``verifier_args``. A completion that it pays 1 is right; one that it
+    cannot score has no reward here either. TRL's signature: lists with one entry a completion.
     """
     told: list[Verdict] = []
     statuses: Sequence[str | None] = status or [None] * len(completion_ids)
@@ -110,7 +110,7 @@ def cosine_reward(
 
 
 def start(workers: int | None = None, *, verifier: str = "", verifier_args: dict[str, Any] | None = None) -> None:
-    """Start the verifier's own workers, if it has some: a trainer does it early."""
+    """Start the verifier's own workers, if it has any. A trainer does it early."""
     module = _module(verifier)
     if hasattr(module, "start"):
         accepted = inspect.signature(module.start).parameters

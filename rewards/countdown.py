@@ -1,8 +1,8 @@
 """Countdown: reach ``target`` from ``nums`` with + - * / and parentheses, every number exactly once.
 
-The answer is model output, so it is never executed: an own grammar of integers, four operators and parentheses, at most
-200 ASCII characters, computed in exact fractions. Powers, ``//``, decimals, unary minus, leading zeros, ``_``, hex and
-comments are not in the grammar; ``99**98**97`` is refused like any other typo.
+The answer is model output, so it is never executed. It is parsed by a grammar of integers, four operators and
+parentheses, at most 200 ASCII characters long, and computed in exact fractions. Powers, ``//``, decimals, unary minus,
+leading zeros, ``_``, hex and comments are not in the grammar; ``99**98**97`` is refused like any other typo.
 
     answer := sum [ "=" target ]        product := atom { ("*" | "/") atom }
     sum    := product { ("+" | "-") product }     atom := integer | "(" sum ")"
@@ -26,7 +26,7 @@ TOKEN = re.compile(r"[ \t]*(0|[1-9][0-9]*|[-+*/()])")
 
 
 class Unparseable(ValueError):
-    """The answer is not in the grammar; the message says where it leaves it."""
+    """The answer is not in the grammar; the message says why."""
 
 
 def verify(nums: Sequence[int], target: int, completion: str, *, prefill: str = "", status: str = "stop") -> Verdict:
@@ -79,7 +79,7 @@ def countdown_reward(
 
 
 def check_row(row: dict[str, Any]) -> str | None:
-    """Why no completion could be right for a row, None where one could."""
+    """Why no completion could be right for this row, or None."""
     try:
         _gold(row.get("nums"), row.get("target"))
     except (TypeError, ValueError) as broken:
@@ -102,7 +102,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
 
 
 def _gold(nums: Any, target: Any) -> tuple[list[int], int]:
-    """The row's columns as ints (numpy's count), or TypeError/ValueError that says what is wrong with them."""
+    """The row's columns as ints (numpy's are accepted). Raises TypeError or ValueError that says what is wrong."""
     if isinstance(nums, (str, bytes)) or not hasattr(nums, "__iter__"):
         raise TypeError(f"nums must be a list of integers, got {nums!r}")
     for value in (*nums, target):

@@ -1,9 +1,10 @@
 """R1-Zero's format: ``<think>…</think><answer>…</answer>``, exactly one of each tag, in order, nothing around them.
 
-Strict on purpose: whatever else passes (a second answer, junk after ``</answer>``, an empty block, a nested
-``<think>``) is found and repeated by the policy. The format says nothing about the answer being right.
+Strict on purpose: the policy finds and repeats whatever else passes (a second answer, junk after ``</answer>``, an
+empty block, a nested ``<think>``). The format says nothing about the answer being right.
 
-``verify`` pays for the whole form or nothing; ``graded`` for parts of it, for models that never write it by chance.
+``verify`` pays for the whole form or nothing. ``graded`` pays for parts of it, for models that never write all of it by
+chance.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ def graded(completion: str, *, prefill: str = "", status: str = "stop") -> Verdi
     """The form of one completion in tenths: 1 exactly where ``verify`` says correct, less by every fault.
 
         1/10   for each of the four tags that is there exactly once
-        1/10   for all four, once each and in order; what follows is only looked at then
+        1/10   for all four, once each and in order; only then can the rest be earned
         2/10   for thinking that is not empty
         2/10   for an answer that is not empty
         1/10   for nothing around the tags
 
-    A repeated tag loses its own tenth and all that follows, so tags by the dozen earn less than one of each; no text
-    earns more by repeating one. Tags of the prefill are the prompt's work: they earn nothing, and what the others are
-    worth is scaled up to 1. The bare tags in order, with nothing in them, earn 0.6; a completion without tags 0.
+    A repeated tag loses its own tenth and the rest of the list. So no text earns more by repeating a tag, and dozens of
+    tags earn less than one of each. Tags of the prefill are the prompt's work: they earn nothing, and the other parts
+    are scaled up to 1. The bare tags in order, with nothing in them, earn 0.6; a completion without tags 0.
     """
     strict = verify(completion, prefill=prefill, status=status)
     if strict.outcome is not Outcome.WRONG:

@@ -1,7 +1,7 @@
 """GSM8K: the answer block holds one number, equal to the one after ``####`` in the row's ``answer`` column.
 
 A number may be written as people write it (``72``, ``$1,234.50``, ``-3 degrees``, ``72.0``), never as a sum, a fraction
-or two candidates: what is compared is read in full, in exact decimals, so nothing can be hidden beside it.
+or two candidates. The whole block is read, in exact decimals, so nothing can hide beside the number.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from rewards.tags import NoAnswer, single_answer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
 MAX_LENGTH = 100
-# A currency sign before, a percent sign or up to two words of a unit after; thousands in groups of three or not at all.
-# A word that would change the number ("2 dozen") is no unit.
+# A currency sign may stand before, a percent sign or a unit of up to two words after. Thousands are in groups of three
+# or not grouped. A word that would change the number ("2 dozen") is no unit.
 NUMBER = re.compile(
     r"(?P<sign>[+-]?)\$?[ ]?(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)[ ]?%?"
     r"(?:[ ](?!(?:dozen|hundred|thousand|million|billion)s?\b)[a-z]+){0,2}\.?",
@@ -77,7 +77,7 @@ def gsm8k_reward(
 
 
 def check_row(row: dict[str, Any]) -> str | None:
-    """Why no completion could be right for a row, None where one could."""
+    """Why no completion could be right for this row, or None."""
     verdict = verify(row.get("answer"), "")
     return verdict.detail if verdict.outcome is Outcome.GOLD_UNPARSEABLE else None
 

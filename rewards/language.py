@@ -2,7 +2,7 @@
 
     reward = number of words in the target language / number of words
 
-R1 takes the words of the thinking alone; here the answer counts too, since what is moved out of the tags would escape.
+R1 counts the words of the thinking alone. Here the answer counts too, or words moved out of the tags would escape.
 
 A word is a run of letters of one script; in scripts without spaces (Han, kana, Thai, …) every character is one. A word
 belongs to the target language where its script does. Hence the limits:
@@ -10,9 +10,9 @@ belongs to the target language where its script does. Hence the limits:
 - Languages of one script are not told apart: French passes for English, Chinese for Japanese (not the reverse).
 - It says nothing about sense. ``the the the`` is good English; put ``repetition`` and an answer's reward beside it.
 - Signs, digits and emoji are no words. In code (backticks) and formulas (``$…$``, ``\\(…\\)``, ``\\[…\\]``,
-  ``\\command``) Latin letters are notation and do not count; other scripts do, everywhere. Single Greek letters are
-  notation too.
-- A text without words has no share and is paid 0: where thinking is digits alone this reward does not fit.
+  ``\\command``) Latin letters are notation and do not count. Letters of other scripts count everywhere, except single
+  Greek letters, which are notation too.
+- A text without words is paid 0, so this reward does not fit thinking in digits alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCRIPTS = {
     "ka": frozenset({"GEORGIAN"}),
     "hy": frozenset({"ARMENIAN"}),
 }
-"""The scripts of a language, as Unicode's names of letters begin."""
+"""The scripts of each language, by the words with which Unicode's names of their letters begin."""
 
 SPACELESS = frozenset({"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"})
 TAGS = re.compile("|".join((THINK, END_THINK, ANSWER, END_ANSWER)))
@@ -54,7 +54,7 @@ LATIN_LETTERS = re.compile(r"[A-Za-z]+")
 
 
 def verify(completion: str, language: str = "en", *, prefill: str = "", status: str = "stop") -> Verdict:
-    """Judge one completion by its share of words in ``language``: an ISO 639-1 code of SCRIPTS, or a script there.
+    """Judge one completion by its share of words in ``language``: an ISO 639-1 code or a script that SCRIPTS lists.
 
     One cut off at ``"length"`` is worth 0, one that ended in ``"error"`` has no reward. Never raises on any text.
 
@@ -112,7 +112,7 @@ def scripts_of_words(text: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1 << 16)
 def _script(character: str) -> str | None:
-    """``LATIN``, ``CJK``, …; "" for what is no letter, None for what only marks a letter."""
+    """``LATIN``, ``CJK``, …; "" if it is no letter, None for a mark on a letter."""
     category = unicodedata.category(character)
     if category[0] == "M" or category == "Cf":
         return None

@@ -1,7 +1,7 @@
-"""Shaping by length and repetition: pure functions of lengths and n-grams; the rewards around them are one file each.
+"""Shaping by length and repetition: pure functions of lengths and n-grams.
 
-``rewards/overlong.py``, ``rewards/cosine.py`` and ``rewards/repetition.py`` are what recipes name. Lengths are in
-tokens, the end-of-sequence token included.
+``rewards/overlong.py``, ``rewards/cosine.py`` and ``rewards/repetition.py`` hold the rewards that recipes name. Lengths
+are in tokens, the end-of-sequence token included.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def soft_overlong_punishment(length: int, max_completion_length: int, soft_punis
         (L_max - L_cache - length) / L_cache   in between
         -1                                     length > L_max
 
-    ``max_completion_length`` is L_max, ``soft_punish_cache`` L_cache: the stretch before it in which the punishment
-    grows.
+    ``max_completion_length`` is L_max. ``soft_punish_cache`` is L_cache, the tokens before L_max over which the
+    punishment grows.
 
     Raises:
         ValueError: not 0 < L_cache <= L_max.

@@ -1,7 +1,7 @@
 """Overlong: DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), from 0 to -1 over the last tokens before L_max.
 
-It pays nothing, it only takes: add it to a reward for the answer. Without it a truncated completion is worth what a
-wrong one is, and nothing says that another was nearly too long.
+It never pays, so add it to a reward for the answer. Without it a truncated completion is worth as much as a wrong one,
+and nothing says that another was nearly too long.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rewards.verdict import Outcome, Verdict, rewards_of
 def verify(length: int, *, max_completion_length: int, soft_punish_cache: int, status: str | None = "stop") -> Verdict:
     """Judge a completion of ``length`` tokens, its end-of-sequence token included.
 
-    One cut off (``status`` ``"length"``) is punished in full whatever its length: L_max may be set above what the
-    rollout allows, but a text without an end was too long for it. One that ended in ``"error"`` has no reward.
+    One cut off (``status`` ``"length"``) is punished in full whatever its length, because L_max may be above the
+    rollout's own limit. One that ended in ``"error"`` has no reward.
     """
     score = soft_overlong_punishment(length, max_completion_length, soft_punish_cache)
     if status == "error":

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
-ROOT = str(Path(__file__).resolve().parents[1])  # holds rewards, and grpo where it is installed
-# ROOT comes first for a moment, lest a user's own `rewards` or `grpo` be taken for ours.
+ROOT = str(Path(__file__).resolve().parents[1])  # holds rewards, and grpo if it is installed
+# ROOT comes first during this import, so that a user's own `rewards` or `grpo` is not taken for ours.
 BOOT = "import sys; sys.path[:] = sys.argv[{n}:]; from {module} import serve; sys.path.pop(0); "
 BOOT += "serve(*map(int, sys.argv[1:{n}]))"
 
@@ -35,7 +35,7 @@ def die_with_parent(parent_pid: int) -> None:
     """Let the kernel kill this process when its parent ends; end at once if that has happened already.
 
     The kernel does so even while C code holds the interpreter. A change of user undoes it. The kernel watches the
-    *thread* that started this process: see ``on_staying_thread``. On other systems than Linux, a thread of this process
+    *thread* that started this process: see ``on_staying_thread``. On systems other than Linux, a thread of this process
     watches instead.
     """
     bound = False
@@ -55,7 +55,7 @@ def _watch(parent_pid: int) -> None:
 
 
 def limit_memory(memory_bytes: int | None) -> None:
-    """Limit this process's address space, never above the limit that it has already. It leaves no core file."""
+    """Limit this process's address space, never above its present limit. Core files are turned off too."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_bytes is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -94,7 +94,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def how_it_ended(process: subprocess.Popen[bytes], patience: float) -> str:
-    """How a process ended by itself, in words. It has closed its pipe and gets ``patience`` seconds for the rest."""
+    """How a process ended by itself, in words. It has closed its pipe; its end is awaited for ``patience`` seconds."""
     try:
         code = process.wait(patience)
     except subprocess.TimeoutExpired:

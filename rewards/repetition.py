@@ -1,7 +1,7 @@
 """Repetition: a penalty by the share of n-grams that repeat earlier ones.
 
 The n-gram penalty of Demystifying Long CoT (arXiv:2502.03373) in the form that open-r1 and others use: one
-number for the completion instead of one for each token. It pays nothing, it only takes.
+number for the completion instead of one for each token. It never pays.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def verify(
 ) -> Verdict:
     """``max_penalty`` times the share of n-grams of ``units`` (token ids, or words) that have occurred before.
 
-    A truncated completion is judged like any other: loops are mostly what runs into the limit. One that ended in
-    ``"error"`` has no reward.
+    A truncated completion is judged like any other, because most of those are loops. One that ended in ``"error"`` has
+    no reward.
 
     Raises:
         ValueError: ``ngram_size`` is below 1, or ``max_penalty`` above 0 (repeating would be paid).
@@ -47,8 +47,8 @@ def repetition_reward(
 ) -> list[float | None]:
     """From 0 (no n-gram twice) to ``max_penalty`` (all the same). TRL's signature: lists with one entry a completion.
 
-    n-grams are of tokens where there are ``completion_ids`` (trainers give them), since a text without spaces has no
-    words to count; else of words.
+    n-grams are of tokens if ``completion_ids`` are given (trainers give them), because a text without spaces has no
+    words to count. Otherwise they are of words.
     """
     units: list[Sequence[Hashable]] = (
         list(completion_ids) if completion_ids is not None else [units_of(text_of(c)) for c in completions]

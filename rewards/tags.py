@@ -1,4 +1,4 @@
-"""Reading ``<think>…</think><answer>…</answer>`` so that no arrangement of tags earns what an answer would not.
+"""Reading ``<think>…</think><answer>…</answer>`` strictly: no trick with tags earns what the answer alone would not.
 
 The text that is read is the model's own: the prompt's prefill (``<think>``, say) followed by the completion, never the
 rest of the prompt, whose examples may contain tags. Tags are matched exactly and in lower case.
@@ -25,8 +25,9 @@ def text_of(completion: str | list[dict[str, Any]]) -> str:
 def after_thinking(text: str) -> str:
     """What follows the thinking, the only place where an answer counts.
 
-    A text without think tags is all answer. One with them must close its thinking exactly once (the opening tag may be
-    the prompt's, so it may be missing, but not repeated): whoever thinks again after answering has not answered.
+    A text without think tags is all answer. One with them must close its thinking exactly once, since whoever thinks
+    again after answering has not answered. The opening tag may be missing, because it may be the prompt's, but not
+    repeated.
 
     Raises:
         NoAnswer: thinking that never ends, or is opened or closed more than once.

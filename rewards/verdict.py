@@ -14,11 +14,11 @@ class Outcome(str, Enum):
     CORRECT = "correct"
     WRONG = "wrong"  # an answer was read, and it is not right
     NO_ANSWER = "no_answer"  # not exactly one answer where answers are looked for
-    UNPARSEABLE = "unparseable"  # an answer, but not in the language that is allowed
+    UNPARSEABLE = "unparseable"  # an answer, but not in the grammar that is allowed
     TRUNCATED = "truncated"  # max_completion_length came first
     TIMEOUT = "timeout"  # the answer (a program, a huge expression) took too long
     LIMIT = "limit"  # a program wanted more memory, stack or output than it may have
-    DENIED = "denied"  # a program reached for something that is not there for it: files, network, processes
+    DENIED = "denied"  # a program reached for something it may not have: files, network, processes
     NO_RESULT = "no_result"  # a program ended, or said nonsense, before it had answered
     GOLD_UNPARSEABLE = "gold_unparseable"  # the row's own columns are broken: nobody could be right
     ERROR = "error"  # the completion was never finished, or the verifier broke

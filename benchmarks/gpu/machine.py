@@ -1,8 +1,8 @@
-"""What the machine can do at most: bytes moved and floating-point operations a second, measured.
+"""The machine's measured limits: bytes moved and floating-point operations a second.
 
     python -m benchmarks.gpu.machine [--device cpu]
 
-The other parts of ``gpu_suite.sh`` measure themselves against it.
+The other parts of ``gpu_suite.sh`` are compared with them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the parts of ``gpu_suite.sh`` left in a folder, as one JSON file and a table.
+"""The results that the parts of ``gpu_suite.sh`` left in a folder, as one JSON file and a table.
 
     python -m benchmarks.gpu.report WORK OUT
 
-A part whose output ends in no JSON is reported with the end of what it said.
+If a part's output does not end in JSON, its last lines are reported.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ COLUMNS = {
 
 
 def result_of(part: Path) -> dict[str, Any]:
-    """The last line of a part's output, or why there is none and the end of what it said."""
+    """The last line of a part's output, or why there is none and its last lines."""
     lines = part.with_suffix(".out").read_text().splitlines() if part.with_suffix(".out").exists() else []
     failed = part.with_suffix(".failed")
-    if lines and lines[-1].startswith("{"):  # one that ran out of time may have said what it had
+    if lines and lines[-1].startswith("{"):  # a part that ran out of time may have printed what it had
         return json.loads(lines[-1]) | ({"unfinished": failed.read_text().strip()} if failed.exists() else {})
     said = part.with_suffix(".err").read_text()[-2000:] if part.with_suffix(".err").exists() else ""
     return {"error": failed.read_text().strip() if failed.exists() else "said nothing", "output": said}

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.rollout 0.5b [--device cpu]
 
-Completions have the lengths that are asked of them (random weights do not end): all the longest, and evenly spread. A
-decoding step's time is the difference of two rollouts whose completions differ in length alone; the floor is what
-reading the weights once takes at the machine's measured bandwidth, and with each completion's keys and values as well.
+Lengths of completions are forced, because random weights do not end: all the longest, or evenly spread. A decoding
+step's time is the difference between two rollouts that differ in length alone, per token. The floor is the time to read
+the weights once at the machine's measured bandwidth; a second figure adds each completion's keys and values.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def measure(backend: HFBackend, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plain_step_seconds(backend: HFBackend, options: argparse.Namespace) -> float:
-    """A decoding step through transformers, a kernel at a time: what one graph a step (``graph_step``) is beside."""
+    """A decoding step through transformers, a kernel at a time, to compare with one graph a step."""
     requests, wanted = make_requests(options), {}
     force_lengths(wanted)
     B, T = options.prompts * options.completions, min(64, options.length)

@@ -1,4 +1,4 @@
-"""Models of the sizes that people train, with random weights: made on the spot, no hub is asked for anything."""
+"""Models of the sizes that people train, with random weights: made on the spot, without a hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.common import ROOT
 
 QWEN = {"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936}
-SHAPES: dict[str, dict[str, Any]] = {  # those of Qwen2.5
+SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -47,8 +47,8 @@ SHAPES: dict[str, dict[str, Any]] = {  # those of Qwen2.5
 
 @contextmanager
 def model_folder(shape: str, device: str) -> Iterator[Path]:
-    """A folder that ``from_pretrained`` loads: random weights in bfloat16, and the tiny model's tokenizer (its ids are
-    fewer than the vocabulary's: nobody reads what is sampled here)."""
+    """A folder that ``from_pretrained`` loads: random weights in bfloat16, and the tiny model's tokenizer. It has fewer
+    ids than the model, but nobody reads the samples."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
@@ -85,11 +85,11 @@ def cache_bytes_per_token(shape: str, size: int = 2) -> int:
 
 
 def training_flops(shape: str, prompts: list[int], completions: list[list[int]]) -> tuple[float, float]:
-    """Floating-point operations of forward and backward pass, without anything computed twice: with each prompt once
-    for all its completions, and with it once for each. The head sees completion tokens alone; attention is causal."""
+    """Floating-point operations of forward and backward pass, nothing computed twice: with each prompt once, and with
+    it once for each completion. The head sees completion tokens alone; attention is causal."""
     n, s = counts(shape), SHAPES[shape]
 
-    def attention(before: int, tokens: int) -> float:  # scores and their use: 2 products over what stands before
+    def attention(before: int, tokens: int) -> float:  # scores and their use: 2 products over the tokens before
         return 4 * s["num_hidden_layers"] * s["hidden_size"] * (before * tokens + tokens * (tokens + 1) / 2)
 
     def forward(prompt: int, group: list[int], copies: int) -> float:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.trl 0.5b [--device cpu]
 
-Those keep no float32 master weights (``bfloat16 weights``) or cast them away (its ``continuous batching``): they are
-shown beside its ``best``, all completions at the limit, and count for nothing.
+These ways keep no float32 master weights (``bfloat16 weights``) or cast them away (``continuous batching``). They are
+shown beside TRL's ``best``, with all completions at the limit, and are not part of the comparison.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from benchmarks import vs_trl
 from benchmarks.gpu.shapes import model_folder
 
-# Nearly all of TRL's step is generation on a GPU: its batch in the update matters little, as long as it fits.
+# On a GPU, nearly all of TRL's step is generation. Its batch in the update matters little, as long as it fits.
 ON_GPU = ["--prompts=8", "--generations=8", '--trl={"per_device_train_batch_size": 16}']
 ON_CPU = ["--prompts=2", "--generations=2"]
 LENGTHS = {"cuda": (240, 384), "cpu": (10, 16)}  # mean, longest
@@ -32,7 +32,7 @@ def main() -> None:
         fixed += ["--rows", "same work", *(ON_CPU if options.device == "cpu" else ON_GPU)]
         steps = 1 if options.device == "cpu" else 3
         result = vs_trl.measure(vs_trl.parse([*fixed, f"--mean-length={mean}", f"--steps={steps}", "--no-gradients"]))
-        print(json.dumps(result), flush=True)  # should the rest take too long
+        print(json.dumps(result), flush=True)  # in case the rest takes too long
         others = [*fixed, f"--mean-length={longest}", "--steps=1", "--sweep", *OTHER_WAYS]
         result["TRL otherwise"] = vs_trl.measure(vs_trl.parse(others))["sweep, same work"]
         print(json.dumps(result))

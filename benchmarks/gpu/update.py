@@ -1,10 +1,11 @@
-"""An update at a size: seconds, peak memory, and the share of the machine's matrix peak that the model's work is (MFU).
+"""An update at a size: seconds, peak memory, and the model's share of the machine's matrix peak (MFU).
 
     python -m benchmarks.gpu.update 0.5b [--device cpu]
 
-Counts what forward and backward pass need (``shapes.training_flops``), nothing that is computed twice to save
-memory: ``mfu`` with each prompt once for all its completions, ``mfu_prompts_repeated`` as trainers count that pad.
-Completions are evenly spread up to the longest; every one has an advantage. The optimizer's step is part of the time.
+Counts the operations that forward and backward pass need (``shapes.training_flops``), not the ones repeated to save
+memory. ``mfu`` counts each prompt once; ``mfu_prompts_repeated`` counts it for each completion, as trainers that pad
+do. Completions' lengths are evenly spread up to the longest, and every one has an advantage. The time includes the
+optimizer's step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from grpo.run.run import Run
 from grpo.types import TrainedSequence
 from grpo.update.step import optimizer_step
 
-# Whether activations are computed again in the backward pass, and micro_batch_tokens: what fits 80 GB, by the shape.
+# For each shape: whether activations are computed again in the backward pass, and micro_batch_tokens. All fit 80 GB.
 VARIANTS = {
     "tiny": [(False, 64), (True, 64)],
     "0.5b": [(False, 16384), (False, 8192), (True, 32768)],
@@ -38,7 +39,7 @@ VARIANTS = {
 
 
 def make_sequences(options: argparse.Namespace) -> list[list[TrainedSequence]]:
-    """By prompt; lengths are spread within each group."""
+    """Sequences by prompt. Lengths are spread within each group."""
     draw = random.Random(0)
     groups = []
     for _ in range(options.prompts):

@@ -18,14 +18,14 @@ QUESTION = (
     "(+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And return the "
     "final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>."
 )
-TURN = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"  # as the model's chat template writes it
+TURN = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"  # the model's chat template
 REWARDS = {"same work": "alternating", "natural": "names_the_target"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the comparison. ``trl`` are settings of TRL's GRPOConfig, ``ours`` sections of our recipe, both over
-    what this file sets."""
+    """One row of the comparison. ``trl`` holds settings of TRL's GRPOConfig, ``ours`` sections of our recipe. Both
+    override this file's settings."""
 
     model: str = "models/smollm2-135m"
     dtype: str = "float32"
@@ -35,13 +35,13 @@ class Case:
     generations: int = 8
     mean_length: int = 85
     max_length: int = 128
-    steps: int = 64  # rows are made for so many; the controller stops earlier
+    steps: int = 64  # rows are made for this many; the controller stops earlier
     learning_rate: float = 1e-6
     trl: dict[str, Any] = field(default_factory=dict)
     ours: dict[str, Any] = field(default_factory=dict)
 
     def lengths(self, step: int) -> list[int]:
-        """Completion lengths of a step, prompt by prompt: evenly spread around their mean, in an order of its own."""
+        """Completion lengths of a step, prompt by prompt: evenly spread around their mean, shuffled anew each step."""
         samples = self.prompts * self.generations
         shortest = max(1, 2 * self.mean_length - self.max_length)
         spread = (self.max_length - shortest) / max(1, samples - 1)
@@ -70,7 +70,7 @@ def alternating(completions: Sequence[str], **_: Any) -> list[float]:
 
 
 def names_the_target(completions: Sequence[str], target: Sequence[int], **_: Any) -> list[float]:
-    """1 where the number that was asked for stands in the completion: rare for an untrained model, not too rare."""
+    """1 if the completion contains the number that was asked for: rare for an untrained model, but not too rare."""
     return [
         float(re.search(rf"(?<!\d){t}(?!\d)", text) is not None) for text, t in zip(completions, target, strict=True)
     ]

@@ -67,7 +67,7 @@ def trl_gradient(case: Case, folder: Path) -> tuple[list[dict[str, Any]], dict[s
 
 
 def our_gradient(case: Case, samples: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """The gradient that one update of ours makes of them; the optimizer's step itself is intercepted."""
+    """The gradient of the samples by one update of ours. The optimizer's step itself is intercepted."""
     from accelerate.state import AcceleratorState
 
     from benchmarks.trl.sides import our_recipe

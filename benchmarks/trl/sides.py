@@ -1,7 +1,7 @@
-"""The two sides of ``vs_trl``, each a process that makes one training step whenever it is told to.
+"""The two sides of ``vs_trl``, each a process that makes one training step at a time when told to.
 
 Both run their trainer's own loop (``grpo.trainer.train``, ``GRPOTrainer.train``), which waits at the start of each step
-for the word to go on: what is timed is from there to the start of the next step, everything included.
+until it is told to go on. The time is from there to the start of the next step, everything included.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ TRL: dict[str, Any] = {
 
 
 class Stopped(BaseException):
-    """The controller wants no further step."""
+    """Raised when the controller wants no further step."""
 
 
 class Gate:
-    """Where a side waits at the start of each step; what it notes meanwhile goes out with the step's seconds."""
+    """Where a side waits at the start of each step. The side's notes go out with the step's seconds."""
 
     def __init__(self, connection: Connection):
         self.connection = connection
@@ -74,7 +74,7 @@ class Gate:
 
 
 def run_side(side: Callable[[Gate, Case, Path], None], connection: Connection, case: Case, log: str) -> None:
-    """Body of a side's process: its output goes to ``log``, an error to the controller."""
+    """Body of a side's process. Its output goes to ``log``, an error to the controller."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
@@ -134,7 +134,7 @@ def our_recipe(case: Case, folder: Path) -> Any:
 
 
 def note_groups(gate: Gate) -> None:
-    """Lengths of prompts and completions of each step, as the trainer gets them; and how many groups have signal."""
+    """Note the lengths of each step's prompts and completions, as the trainer gets them, and the groups with signal."""
     from grpo import trainer
 
     take, advantages = trainer.Rollouts.take, trainer.step_advantages
@@ -155,7 +155,7 @@ def note_groups(gate: Gate) -> None:
 
 
 def force_our_lengths(case: Case) -> None:
-    """A completion ends where the case says, and nowhere else."""
+    """End each completion at the case's length, and nowhere else."""
     from grpo.backends.hf.backend import HFBackend
 
     wanted: dict[int, int] = {}
@@ -210,7 +210,7 @@ def trl_trainer(case: Case, folder: Path, callbacks: list[Any]) -> Any:
     if settings.get("use_transformers_continuous_batching") and case.row == "same work":
         assert case.mean_length == case.max_length, "its continuous batching can only be made to go on to the limit"
         settings["generation_kwargs"] = {"eos_token_id": -1}
-    if case.device == "cpu":  # where it would take half of the machine's memory for its cache
+    if case.device == "cpu":  # otherwise its cache would take half of the machine's memory
         pages = case.prompts * case.generations * -(-(RECIPE["data"]["max_prompt_length"] + case.max_length) // 64)
         cache = {"page_size": 64, "num_blocks": pages, "max_batch_tokens": 4096}
         settings["transformers_continuous_batching_config"] = cache
@@ -227,7 +227,7 @@ def trl_trainer(case: Case, folder: Path, callbacks: list[Any]) -> Any:
 
 
 def note_trl(gate: Gate, trainer: Any) -> None:
-    """The same notes of TRL's side; what is neither generation nor scoring is its update."""
+    """The same notes on TRL's side. Time that is neither generation nor scoring is its update."""
     generate, make = trainer._generate_single_turn, trainer._generate_and_score_completions
 
     def timed_generate(*args: Any, **kwargs: Any) -> Any:
@@ -247,7 +247,7 @@ def note_trl(gate: Gate, trainer: Any) -> None:
 
 
 def force_trl_lengths(trainer: Any, case: Case) -> None:
-    """End-of-sequence is impossible before a completion's wanted length and the only possible token there."""
+    """Forbid end-of-sequence before a completion's wanted length, and force it there."""
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -265,7 +265,7 @@ def force_trl_lengths(trainer: Any, case: Case) -> None:
             return scores
 
     if trainer.use_transformers_continuous_batching:
-        return  # it takes no processor; ``trl_trainer`` has seen to it
+        return  # continuous batching takes no processor; ``trl_trainer`` handles it
     generate = trainer.model.generate
 
     def forced_generate(input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:

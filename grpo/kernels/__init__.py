@@ -29,9 +29,9 @@ def install(causal_lm: Any, device: torch.device, *, trains: bool, alone: bool) 
 
     ``trains`` is False for a copy that is a reference or generates. ``alone`` is False where DDP or FSDP listen to the
     gradients of the model's weights. A part that needs a private name which torch no longer has is left out, with a
-    line in the log. Returns why the model can't compute packed rows on ``device``, or None where it may.
+    line in the log. Returns why the model can't compute packed rows on ``device``, or None if it can.
     """
-    # Checkpointing makes whole layers again: nothing within them is kept anyway.
+    # Checkpointing computes whole layers again, so nothing within them is kept anyway.
     keeps_less = trains and not causal_lm.is_gradient_checkpointing
     if keeps_less and _has_all("keeping fewer activations", lean_activations.missing(), trains):
         lean_activations.install(causal_lm)

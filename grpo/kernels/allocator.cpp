@@ -1,9 +1,10 @@
 // Memory of torch's CPU tensors: the best fit among freed blocks, which are joined with their neighbours again. Before
-// more is taken from the system, it gets back all that lies free: the process holds what is used and little else.
+// more is taken from the system, all free memory goes back to it, so the process holds little more than it uses.
 //
 // glibc aligns a block by cutting it out of a larger one and, before 2.38, does not use the gap again for an aligned
-// block of the same size: what a model's layers allocate and free in turn leaves holes of a third of what is used.
-// Blocks under SMALL, and what the system has no pages for, go to torch's own allocator with its own error.
+// block of the same size. The blocks that a model's layers allocate and free in turn leave holes of a third of the
+// memory in use. Blocks under SMALL, and blocks that the system has no pages for, go to torch's own allocator, with its
+// own error.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -63,7 +64,7 @@ struct Arena {
   bool grow(size_t size) {
     if (bytes_used + size > most) {
       most = bytes_used + size;
-      malloc_trim(0);  // what loading left among smaller blocks; milliseconds, and no more of them once it is known
+      malloc_trim(0);  // returns what loading left among smaller blocks; takes milliseconds, and only at new peaks
     }
     trim();
     void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -103,7 +104,7 @@ struct Arena {
 
 Arena& arena = *new Arena;  // never destroyed: tensors may outlive what a process destroys at its end
 
-// Of every block, whoever's it is: raw_deleter has to be one and the same.
+// For every block, whichever allocator it is from: raw_deleter has to be a single function.
 void release(void* block) {
   const bool at_page = reinterpret_cast<uintptr_t>(block) % PAGE == 0;
   if (at_page && arena.give_back(block))
@@ -140,7 +141,7 @@ void trim() {
   arena.trim();
 }
 
-// Of use to tests alone, like bytes_free.
+// For tests alone, like bytes_free.
 size_t bytes_used() {
   const std::lock_guard<std::mutex> lock(arena.mutex);
   return arena.bytes_used;

@@ -31,7 +31,7 @@ static void norm(const float *x, const float *weight, float eps, int64_t N, int 
   }
 }
 
-// With s = sum(g w x): dx = r (g w - x r^2 s / H), dw = sum over rows of g x r; of dw every thread adds up its own row.
+// With s = sum(g w x): dx = r (g w - x r^2 s / H), dw = sum over rows of g x r. Each thread sums dw into its own row.
 static void norm_gradient(const float *x, const float *weight, const float *grad, float eps, int64_t N, int H,
                           float *dx, float *dw, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -56,7 +56,7 @@ static void norm_gradient(const float *x, const float *weight, const float *grad
   }
 }
 
-// As T holds it: torch rounds what each of its kernels makes, and so do these.
+// Rounded to T: torch rounds the output of each of its kernels, and so do these.
 template <typename T>
 static inline V as(V v) {
   T held[W];

@@ -21,7 +21,7 @@ from grpo.kernels import native
 
 log = logging.getLogger("grpo")
 SOURCE = Path(__file__).with_name("elementwise.cpp")
-CLOSE = 1e-5  # to a module's own output; other formulas differ in the first digit
+CLOSE = 1e-5  # tolerance against a module's own output; other formulas differ in the first digit
 
 
 @lru_cache(maxsize=1)
@@ -94,7 +94,7 @@ def norm_of(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Norm | N
 
 
 def gated_of(forward: Callable[..., torch.Tensor], device: torch.device) -> Gated | None:
-    """The compiled form of ``forward(gate, up)``, if it is that."""
+    """The compiled form of ``forward(gate, up)``, if it is this product on a CPU."""
     if device.type != "cpu" or library() is None:
         return None
     gate = torch.linspace(-9, 9, 35)

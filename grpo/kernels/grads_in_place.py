@@ -1,9 +1,9 @@
 """Backward passes of linear layers and embeddings that add their weight's gradient to ``weight.grad`` themselves.
 
-Autograd makes the gradient of a micro-batch beside the sum of those before it, and adds it in a pass of its own. With
-tied weights the head's, V x H numbers, is made when the most is held and kept until the embedding's, as large and all
-zeros but for the rows of a few hundred tokens, joins it at the end. Here the product is added as it is computed, and
-only rows of tokens that were seen are touched. Gradients are the same, to rounding.
+Autograd makes a micro-batch's gradient beside the sum of the earlier ones, and adds it in a pass of its own. With tied
+weights, the head's gradient of V x H numbers is made at the peak of memory, and is kept until the embedding's joins it
+at the end. That one is as large, and zero except in the rows of a few hundred tokens. Here the product is added as it
+is computed, and only rows of tokens that were seen are touched. Gradients are the same, to rounding.
 
 Under autocast a weight is cast for its product, forward and again backward, and only the last cast is kept. Passes
 without gradients do the same, so that both give the same numbers.
@@ -23,7 +23,7 @@ from torch import nn
 
 # Private names of torch: what waits for a weight's gradient.
 HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-BLOCK = 4096  # rows of a weight whose gradient is made at once where it has to be added in another type
+BLOCK = 4096  # if gradients have to be added in another type, this many rows of a weight at once
 
 
 def missing() -> str | None:
@@ -52,7 +52,7 @@ def _linear_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _embedding_forward(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    # Rows come in any order; on an accelerator they would be added in another one each time.
+    # Rows come in any order. An accelerator would add them in a different order each time.
     learns = torch.is_grad_enabled() and self.weight.requires_grad and not _is_watched(self.weight)
     if not (learns and self.weight.device.type == "cpu"):
         return nn.Embedding.forward(self, ids)
@@ -75,7 +75,7 @@ def _linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | Non
 
 class _Last(NamedTuple):
     weight: weakref.ref[torch.Tensor]
-    key: tuple[int, torch.dtype, torch.device]  # how often it was written to, and what was asked for
+    key: tuple[int, torch.dtype, torch.device]  # the weight's version, and the type and device asked for
     cast: torch.Tensor
 
 
@@ -96,7 +96,7 @@ def _cast(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return weight_OI.detach().to(dtype)
     key = weight_OI._version, dtype, weight_OI.device
     if _last is None or _last.weight() is not weight_OI or _last.key != key:
-        _last = None  # before there is another
+        _last = None  # freed before the next is made
         _last = _Last(weakref.ref(weight_OI), key, weight_OI.detach().to(dtype))
     return _last.cast
 

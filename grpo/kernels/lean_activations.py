@@ -4,14 +4,14 @@ Of a layer of a Llama, autograd keeps the input of each norm, its value before t
 attention's output; and four tensors of the MLP's width: gate, act(gate), up and their product. Here norms and the
 product of gated MLPs keep their inputs alone (``Recomputed``), and a layer that keeps their *output* as its own input
 (q, k, v, gate, up, down, a LoRA adapter) keeps a note of how to make it again (``_pack``). In floats a token, H hidden,
-K of keys, M of the MLP: 8 H + 2 K + 4 M become 4 H + 2 K + 2 M. The price is one more pass over each of them, made once
-in a backward pass for all who want it: no matrix product is done again. Under autocast, the copy that each linear layer
-casts for itself is not kept either.
+K of keys, M of the MLP: 8 H + 2 K + 4 M become 4 H + 2 K + 2 M. The price is to compute each of them once more in a
+backward pass, for all layers that need it. No matrix product is done again. Under autocast, the copy that each linear
+layer casts for itself is not kept either.
 
 The second pass calls what the first one called, on the same numbers, so gradients are the same, whatever the norm does.
-An output is known by its node in autograd's graph, not by its address: memory may be given to another tensor, and a
-tensor that was overwritten has another node. Without gradients nothing is kept. On a CPU the usual norm and product are
-compiled ones (``elementwise.py``), with and without gradients, so that both give the same numbers.
+An output is identified by its node in autograd's graph, not by its address: memory may be given to another tensor, and
+a tensor that was overwritten has another node. Without gradients nothing is kept. On a CPU the usual norm and product
+are compiled (``elementwise.py``), with and without gradients, so that both give the same numbers.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def install(causal_lm: Any) -> None:
 
 @contextmanager
 def watching(see: Callable[[torch.Tensor], object]) -> Iterator[None]:
-    """Within it, ``see`` is called with each tensor that the model keeps: hooks set outside of it are not."""
+    """Within it, ``see`` is called with each tensor that the model keeps. Hooks set outside of the model are not."""
     _watchers.append(see)
     try:
         yield
@@ -114,7 +114,7 @@ def _is_gated_mlp(mlp: Any) -> bool:
 
 
 def _learns(module: nn.Module) -> bool:
-    """Asked of nothing but the module and the mode, so that gradient checkpointing's second pass finds the same."""
+    """This asks the module and the mode alone, so that gradient checkpointing's second pass finds the same."""
     return module.training and torch.is_grad_enabled()
 
 
@@ -139,19 +139,19 @@ def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _compiled_alone(module: Any) -> bool:
-    """Without gradients too it is the faster one, and gives the same numbers as in training."""
+    """Whether compiled code runs without gradients. It is faster, and gives the same numbers as in training."""
     return module.compiled is not None and not torch.is_grad_enabled()
 
 
 def _made(module: Any, function: Callable, inputs: tuple) -> torch.Tensor:
-    """``function(*inputs)`` by compiled code where that takes them, and such that its output need not be kept."""
+    """``function(*inputs)``, by compiled code if that takes them. In training its output need not be kept."""
     if module.compiled is not None and module.compiled.takes(*inputs):
         function = module.compiled
     return Recomputed.apply(function, *inputs) if _learns(module) else function(*inputs)
 
 
 def _norm(norm: nn.Module, x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
-    """The norm's own forward with other parameters than it has."""
+    """The norm's own forward with ``parameters`` in place of its own."""
     twin = copy.copy(norm)
     twin._parameters = dict(zip(norm._parameters, parameters, strict=True))
     return type(norm).forward(twin, x)
@@ -167,7 +167,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function: Callable, *inputs: torch.Tensor | None):
         out = function(*inputs)
-        # Of parameters a copy, they are small: where they are sharded, by the backward pass they may be gone.
+        # Parameters are copied, because sharded ones may be gone by the backward pass. They are small.
         ctx.save_for_backward(*(x.detach().clone() if isinstance(x, nn.Parameter) else x for x in inputs))
         ctx.device, ctx.contiguous, device = out.device, out.is_contiguous(), out.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -181,7 +181,7 @@ class Recomputed(torch.autograd.Function):
             ctx.second = None
             return None, *ctx.function.gradients(grad, *ctx.saved_tensors)
         leaves, out = _second_pass(ctx)
-        ctx.second = None  # all others that wanted it came before
+        ctx.second = None  # all others that needed it came before
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
         return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
@@ -200,7 +200,7 @@ def _second_pass(node: Any) -> tuple[list[torch.Tensor | None], torch.Tensor]:
 
 
 class _Again(NamedTuple):
-    """What is kept in place of a view of a ``Recomputed``'s output, or of a copy of it in other types one by one."""
+    """Kept in place of a view of a ``Recomputed``'s output, or of a copy that was cast to ``dtypes`` in turn."""
 
     node: Any  # a Recomputed's
     dtypes: tuple[torch.dtype, ...]
@@ -214,7 +214,7 @@ def _pack(tensor: torch.Tensor) -> _Again | tuple[torch.Tensor, int]:
         return again
     for see in _watchers:
         see(tensor)
-    # Detached: a node that keeps its own output would be kept by it. Parameters as they are: ZeRO swaps their data.
+    # Detached, or a node and the output that it keeps would keep each other. Parameters are not: ZeRO swaps their data.
     return (tensor if tensor.is_leaf else tensor.detach()), tensor._version
 
 
@@ -227,7 +227,7 @@ def _again(tensor: torch.Tensor) -> _Again | None:
         node = node.next_functions[0][0]
     if not isinstance(node, Recomputed._backward_cls):  # type: ignore[attr-defined]
         return None
-    same_layout = base.is_contiguous() and node.contiguous  # or sizes and strides would not say what is where
+    same_layout = base.is_contiguous() and node.contiguous  # or sizes and strides would not locate elements
     if not (same_layout and tensor.requires_grad and tensor.dtype == base.dtype and tensor.device == node.device):
         return None
     return _Again(node, dtypes, tensor.size(), tensor.stride(), tensor.storage_offset())
@@ -241,7 +241,7 @@ def _unpack(kept: _Again | tuple[torch.Tensor, int]) -> torch.Tensor:
             out = out.to(dtype)
         return out.as_strided(kept.size, kept.stride, kept.offset)
     tensor, version = kept
-    if tensor._version != version:  # with hooks, autograd leaves this to them
+    if tensor._version != version:  # autograd leaves this check to hooks
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
             f"{tuple(tensor.shape)}, {tensor.dtype}, is at version {tensor._version}; expected version {version}"

@@ -32,6 +32,6 @@ def install() -> CDLL | None:
 
 
 def trim() -> None:
-    """Give back to the system now what is free, so that it counts among what the machine has left."""
+    """Give free memory back to the system now, so that it counts as the machine's free memory."""
     if install.cache_info().currsize and (compiled := install()):
         compiled.trim()

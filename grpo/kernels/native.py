@@ -1,7 +1,7 @@
-"""C++ for CPUs, compiled at first use into the user's cache folder: one call for what takes torch many.
+"""C++ for CPUs, compiled at first use into the user's cache folder: one call in place of many of torch's.
 
 The sources use the OpenMP threads that torch has loaded, and no header of Python. Only the allocator's uses headers of
-torch. Whoever calls ``library`` goes on without it where there is no compiler.
+torch. Callers of ``library`` go on without it if there is no compiler.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ HEADER = Path(__file__).with_name("vectors.h")
 
 
 class CannotCompile(Exception):
-    """Why there is no compiled code: ends up in one line of the log."""
+    """Why there is no compiled code. It ends up as one line of the log."""
 
 
 @cache
 def library(source: Path, with_torch: bool = False) -> ctypes.CDLL:
-    """The compiled source, from the cache folder where it is there already. Raises CannotCompile.
+    """The compiled source, from the cache folder if it is there already. Raises CannotCompile.
 
     ``with_torch`` for a source that includes headers of torch's core, c10.
     """

@@ -3,10 +3,9 @@
 //
 // A task is a segment (a prompt, or a completion with its prompt before it) and a kv head with all of its query heads.
 // Its keys stand in columns: the prompt's, up to a whole panel; then the segment's own. All products are by one tile of
-// ROWS x PANEL sums. A thread takes tasks that stand side by side, so that it lays out a prompt once for several
-// completions; what they add to the gradients of prompts every thread sums on its own, and those sums are added in
-// order: with as many threads the result is the same to the bit. Compiled by native.py; packed_attention.py
-// mirrors the structure.
+// ROWS x PANEL sums. A thread takes neighbouring tasks, so that it lays out a prompt once for several completions. Each
+// thread sums its share of the prompts' gradients, and these sums are added in order: with the same number of threads,
+// the result is the same to the bit. Compiled by native.py; packed_attention.py mirrors the structure.
 
 #include "vectors.h"
 
@@ -41,7 +40,7 @@ struct Problem {
 
 static inline int whole(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
-// y (M, PANEL) = or += x (M,n) w (n,PANEL), of which rows and columns are so far apart.
+// y (M, PANEL) = or += x (M,n) w (n,PANEL). ``row``, ``column``, ``w_row`` and ``y_row`` are strides.
 template <int M>
 static void tile(const float *x, int64_t row, int64_t column, const float *w, int64_t w_row, int n, float *y,
                  int64_t y_row, bool add) {
@@ -70,7 +69,7 @@ static void tile_of(int rows, const float *x, int64_t row, int64_t column, const
   tile<M>(x, row, column, w, w_row, n, y, y_row, add);
 }
 
-// y (M,N) = or += x (M,n) w (n,N) for whole panels; ``w_panel`` apart.
+// y (M,N) = or += x (M,n) w (n,N) for whole panels, which are ``w_panel`` apart in w.
 static void product(int M, int N, int n, const float *x, int64_t row, int64_t column, const float *w, int64_t w_panel,
                     int64_t w_row, float *y, int64_t y_row, bool add) {
   const int blocks = (M + ROWS - 1) / ROWS;
@@ -126,7 +125,7 @@ static Task task_of(const Problem &p, int i) {
   return t;
 }
 
-// Where the tasks of a thread begin: all have about as much to do.
+// Where the tasks of a thread begin. All threads have about equal work.
 static int first_of(const Problem &p, int thread, int threads) {
   const int n = p.tasks * p.kv_heads;
   double total = 0, until = 0;
@@ -142,7 +141,7 @@ static int first_of(const Problem &p, int thread, int threads) {
   return n;
 }
 
-// Keys and values of a task, in rows and columns; those of a prompt are there where the task before had it too.
+// Keys and values of a task, in rows and columns. With ``has_prompt``, the task before has laid out its prompt.
 template <typename T>
 static void lay_out(const Problem &p, const Task &t, bool has_prompt, bool backward, const Work &w) {
   const int D = p.D;
@@ -164,7 +163,7 @@ static void hide(const Task &t, int r, int columns, float *scores) {
   for (int i = t.own + r + 1; i < columns; i++) scores[i] = UNSEEN;
 }
 
-// exp(score - by), and nothing where a score is hidden. What is not a number stays that.
+// exp(score - by), and 0 for hidden scores. NaN stays NaN.
 static inline V share_of(V score, float by) {
   V e = exp_of(score - by);
   return score == UNSEEN ? V{} : e;
@@ -240,7 +239,7 @@ static void backward(const Problem &p, const Task &t, const Work &w) {
     }
 }
 
-// Adds what a thread has of the gradients of n tokens of a prompt to its own sums.
+// Adds a thread's gradients of n tokens of a prompt to its own sums.
 static void add_partial(const Problem &p, int thread, int64_t start, int n, int kv, const float *dk, const float *dv) {
   const int64_t size = static_cast<int64_t>(p.prompt_tokens) * p.kv_heads * p.D;
   for (int which = 0; which < 2; which++) {

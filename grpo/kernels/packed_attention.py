@@ -1,14 +1,14 @@
-"""Causal attention over a packed row in which completions of a prompt share it: the prompt is there once.
+"""Causal attention over a packed row that holds a prompt once, for all of its completions.
 
-A completion's token sees its prompt and its own past. That is two parts, each by torch's flash kernels: (a) every
-prompt and every completion attends causally to itself; (b) the completions of a prompt, side by side, attend to all of
-the prompt. Softmax over both is the two outputs weighted by their log-sum-exps. In the backward pass each part is given
-the *merged* output and log-sum-exp, and its gradient is then exactly its share of the whole: P = exp(QK - lse) and
+A completion's token sees its prompt and its own past. Torch's flash kernels compute two parts: (a) every prompt and
+every completion attends causally to itself; (b) the completions of a prompt, side by side, attend to all of the prompt.
+Softmax over both is the two outputs weighted by their log-sum-exps. In the backward pass each part is given the
+*merged* output and log-sum-exp, and its gradient is then exactly its share of the whole: P = exp(QK - lse) and
 dS = P * (dP - rowsum(dO * O)) hold element by element (as in ring attention, arXiv:2310.01889). No mask, no padding,
 and nothing of size N x N is ever kept. On a CPU the two parts are one compiled call (``packed_attention_compiled.py``).
 
 transformers knows it as ``grpo_packed``. ``install`` gives it to one model. With a ``layout`` among the model's keyword
-arguments it is what is here; without one it is transformers' own ``sdpa``, mask included.
+arguments, this attention runs. Without one, transformers' own ``sdpa`` does, mask included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Private functions of torch, for accelerators. They take ragged batches.
 FLASH = ("_flash_attention_forward", "_flash_attention_backward")
-# What other models ask of attention; none of it is here.
+# Features that other models ask of attention. None of them is supported here.
 NOT_HERE = {
     "sliding_window": "a sliding window",
     "softcap": "soft-capped attention",
@@ -58,7 +58,7 @@ def install(causal_lm: Any, device: torch.device) -> str | None:
 
 
 def register() -> None:
-    """Tell transformers the name. It is imported here: a process that needs the allocator alone starts without it."""
+    """Tell transformers the name. Imported only here, so that a process can use the allocator without transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -90,7 +90,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface: query (1, h, N, D), key and value (1, kv heads, N, D) to (1, N, h, D).
 
-    Raises CannotPack where the model asks for what is not here.
+    Raises CannotPack if the model asks for a feature that is not supported here.
     """
     if layout is None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -118,7 +118,7 @@ def attention(
 def _under_a_mask(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float | None
 ) -> torch.Tensor:
-    """The definition, with a mask of N x N, for the few tokens of ``packed_check`` where a CPU has no compiled call."""
+    """The definition, with an N x N mask: for the few tokens of ``packed_check`` on a CPU without a compiled call."""
     sees_NN = torch.zeros((query.shape[2],) * 2, dtype=torch.bool)
     for start, end in pairwise(layout.segments):
         sees_NN[start:end, start:end] = torch.ones((end - start,) * 2, dtype=torch.bool).tril()
@@ -196,7 +196,7 @@ def _over_prompts_backward(saved: Saved, layout: Layout, scale: float) -> Gradie
 
 
 def _prompt_bounds(layout: Layout) -> tuple[list[int], list[int]]:
-    """Of each prompt's completions, counted from the first, and of the prompts."""
+    """Bounds of each prompt's completions, counted from the first completion, and of the prompts."""
     return [bound - layout.groups[0] for bound in layout.groups], layout.segments[: len(layout.groups)]
 
 

@@ -115,7 +115,7 @@ def _attend(segments: tuple[int, ...], groups: tuple[int, ...], scale: float, ls
 
 @lru_cache(maxsize=8)  # the same for every layer of a micro-batch
 def _tasks(segments: tuple[int, ...], groups: tuple[int, ...], panel: int) -> tuple[np.ndarray, int]:
-    """Start and length of every segment and of its prompt, prompts before their completions; columns of the longest."""
+    """Start and length of each segment and of its prompt, prompts before their completions; and the most columns."""
     prompts = list(pairwise(segments[: len(groups)]))
     found, keys = [], 0
     for (start, end), (first, last) in zip(prompts, pairwise(groups), strict=True):

@@ -46,7 +46,7 @@ static inline void store(bfloat16 *p, V v) {  // to the nearest, ties to even
   memcpy(p, &half, sizeof half);
 }
 
-// Lanes 2i + ``odd`` of a and b, one behind the other.
+// Lanes 2i + ``odd`` of a, then those of b.
 static inline V lanes(V a, V b, int odd) {
   Int which;
   for (int i = 0; i < W; i++) which[i] = 2 * i + odd;
@@ -68,7 +68,7 @@ static inline float sum_of(V v) {
   return v[0];
 }
 
-// Of n floats and those behind them up to a whole vector.
+// The largest of n floats and of the floats behind them up to a whole vector.
 static inline float largest_of(const float *x, int n) {
   V most = load(x);
   for (int i = W; i < n; i += W) {

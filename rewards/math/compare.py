@@ -1,13 +1,13 @@
-r"""Whether an answer's form is the gold answer's: the same shape, and the same values in it.
+r"""Whether an answer is the gold answer: the same shape, with the same values in it.
 
     gold                 also right
     a value, ``5``       ``x = 5``; with a unit
     ``42 cm``            without the unit, never with another one
-    ``42\%``             ``42`` and 0.42; while ``42\%`` is 0.42 wherever the gold has no percent sign
+    ``42\%``             ``42`` and 0.42; under a gold without a percent sign, ``42\%`` is 0.42 alone
     ``90^\circ``         ``90`` and ``\pi/2``
     ``x = 5``            ``5``, and the same equation in another form
     a list ``1, 2``      in any order, as a set, as ``x = 1, x = 2``
-    an interval          as inequality of one name, and the other way round
+    an interval          an inequality of one name, and the other way round
     ``1011_2``           ``1011``, never 11
 
 A tuple is no set, and no two brackets are the same.
@@ -48,7 +48,7 @@ def same_value(gold: str, answer: str) -> bool:
         return True
     if _infinity(gold) or _infinity(answer):
         return _infinity(gold) == _infinity(answer)
-    a, b = _value_or_none(gold), _value_or_none(answer)  # both are read: an answer that is no formula is no answer
+    a, b = _value_or_none(gold), _value_or_none(answer)  # both are read: an answer that is no formula raises
     same = functions.same(a, b) if a is not None and b is not None else None
     if same is None:
         for formula in (gold, answer):
@@ -175,18 +175,18 @@ def _same_quantity(gold_text: str, answer_text: str, same: Same) -> bool:
     if gold.mark:
         return same(gold.value, answer.value) or same(_scaled(gold), answer.value)
     if answer.mark == "degree" and expression.plain_number(gold.value) is not None:
-        return same(gold.value, answer.value)  # as any unit
+        return same(gold.value, answer.value)  # like a unit, the sign may be added
     return same(gold.value, _scaled(answer))
 
 
 def _scaled(quantity: units.Quantity) -> str:
-    """What a percent or degree sign makes of a formula."""
+    """The formula that a percent or degree sign makes of the value before it."""
     factor = r"\frac{1}{100}" if quantity.mark == "%" else r"\frac{\pi}{180}"
     return f"({quantity.value}) \\cdot {factor}"
 
 
 def _same_digits(gold: str, answer: str) -> bool:
-    """``1011`` for ``1011_2``: the base may be left out where it was asked for."""
+    """``1011`` for ``1011_2``: an answer may leave out the base that the gold has."""
     digits, _, base = as_written(gold).partition("_")
     return bool(base) and digits.isdigit() and as_written(answer) == digits
 

@@ -14,7 +14,7 @@ from typing import Any
 
 MAX_BITS = 1 << 15  # of a numerator or denominator; 2006! has 19,254
 MAX_TERMS = 300
-MAX_RADICAND = 10**15  # what is factored takes 10^5 divisions at most
+MAX_RADICAND = 10**15  # factoring it takes 10^5 divisions at most
 
 Monomial = tuple[int, tuple[tuple[Any, int], ...]]  # square-free radicand, powers of atoms in order of their names
 Polynomial = dict[Monomial, Fraction]
@@ -82,7 +82,7 @@ def equal(a: Exact, b: Exact) -> bool:
 
 
 def ratio(a: Exact, b: Exact) -> Fraction | None:
-    """The constant c, not zero, with a = c * b as equations ``a = 0`` and ``b = 0`` (denominators do not count)."""
+    """The constant c, not zero, with a = c * b, taken as equations ``a = 0`` and ``b = 0``: denominators drop out."""
     if not a.top or a.top.keys() != b.top.keys():
         return None
     ratios = {a.top[key] / b.top[key] for key in a.top}
@@ -130,7 +130,7 @@ def power(base: Exact, exponent: Exact) -> Exact:
 
 
 def root(value: Exact, degree: int) -> Exact:
-    """The real root of a rational number; for ``degree`` 2 of a negative one too.
+    """The real root of a rational number; for ``degree`` 2, the number may be negative.
 
     Raises:
         NotExact: the root is not a rational number, or, for degree 2, not a multiple of a square root.

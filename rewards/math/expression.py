@@ -1,11 +1,11 @@
-r"""Formulas read into exact values, by an own grammar: the model's text never meets a general parser here.
+r"""Formulas read into exact values by a grammar of our own: the model's text never meets a general parser here.
 
     sum      := [sign] product { ("+" | "-") product }
     product  := factor { ("*" | "\cdot" | "\times" | "/" | "\div") factor | factor }        left to right
     factor   := [sign] atom [ "!" ] [ "^" exponent ]
     atom     := number | variable | \frac | \binom | \sqrt | function | "(" sum ")" | "{" sum "}" | "[" sum "]"
 
-``3\frac{1}{2}`` and ``3 1/2`` are mixed numbers. Two numbers side by side are nothing at all. ``1/2x`` is x/2.
+``3\frac{1}{2}`` and ``3 1/2`` are mixed numbers. Other numbers side by side are refused. ``1/2x`` is x/2.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def value(text: str) -> Exact:
     """The exact value of a canonical formula.
 
     Raises:
-        NotExact: it has one, perhaps, but not of the kinds in ``math_exact``; the text may go to the worker.
-        Unreadable: it has none, or would be too large.
+        NotExact: ``exact.py`` cannot represent it, if it has one; the text may go to the worker.
+        Unreadable: it has none, or one that is too large.
     """
     plain = plain_number(text)
     if plain is not None:
@@ -97,7 +97,7 @@ class _Parser:
         self.depth = 0
 
     def _deeper(self) -> None:
-        """Count one more level on the way to where the parser is; what is inside of too many is no answer."""
+        """Enter one more level of nesting. Raises Unreadable beyond MAX_LEVELS."""
         self.depth += 1
         if self.depth > MAX_LEVELS:
             raise Unreadable(f"more than {MAX_LEVELS} levels of signs, brackets and commands")
@@ -131,7 +131,7 @@ class _Parser:
             self._unknown()
 
     def _unknown(self) -> NoReturn:
-        """Leave the grammar: what a computer algebra system may know has no place in it either."""
+        """Give up on text outside of the grammar."""
         check_for_worker(self.text)
         raise NotExact(f"not in the grammar: {self.text[self.position :][:20]!r}")
 
@@ -285,7 +285,7 @@ class _Parser:
         return result if exponent is None else functions.power(result, exponent)
 
     def _function_argument(self) -> Exact:
-        """A group, or what stands beside the function's name up to the next function or sum: ``\\sin 2x \\cos x``."""
+        """A group, or all that follows the function's name up to the next function or sum: ``\\sin 2x \\cos x``."""
         if self.peek() in ("(", "{"):
             return self.atom()
         self._deeper()
@@ -294,7 +294,7 @@ class _Parser:
             result = result * self._power()
         self.depth -= 1
         if self.peek() in ("*", "/") or (COMMAND.match(self.text, self.position) and not self._function_follows()):
-            self._unknown()  # does it go on behind the operator?
+            self._unknown()  # whether the argument goes on behind the operator is ambiguous
         return result
 
     def _function_follows(self) -> bool:

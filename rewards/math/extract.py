@@ -1,10 +1,10 @@
 r"""Where a math answer stands in a completion: one piece of text, or a reason why there is none.
 
-After the thinking, the first of these that is there at all decides, and nothing else is looked at when it is broken:
-the single ``<answer>`` block; the last ``\boxed{}`` (or ``\fbox{}``); ``#### x`` on the last line; and, where the task
-allows it, a plain number that ends the last line.
+Only text after the thinking counts. The first of these that occurs there decides, and if it is broken, nothing else is
+tried: the single ``<answer>`` block; the last ``\boxed{}`` (or ``\fbox{}``); ``#### x`` on the last line; and, where
+the task allows it, a plain number that ends the last line.
 
-Boxes that are joined by a comma, "or" or "and" are one answer, a list; it is right only if the list is.
+Boxes joined by a comma, "or" or "and" are one answer: a list, right only as a whole.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def find_gold(answer: str) -> str:
 
 
 def only_prose(text: str) -> bool:
-    """Whether text beside an answer is words that leave it as it is."""
+    """Whether the text beside an answer is words that do not change it."""
     return bool(PROSE.fullmatch(text)) and NOT_BESIDE.isdisjoint(re.findall(r"[a-z]+", text.lower()))
 
 
@@ -86,7 +86,7 @@ def _filled(piece: str, complaint: str) -> str:
 
 
 def _in_block(block: str) -> str:
-    """The piece of an answer block: all of it, or the one formula in it, with nothing but prose around that."""
+    """The piece of an answer block: its box, the one formula among its prose, or all of it."""
     if BOX.search(block):
         joined, start, end = _joined_boxes(block)
         return _alone(joined, block[:start], block[end:])
@@ -131,7 +131,7 @@ def _joined_boxes(text: str) -> tuple[str, int, int]:
 
 
 def _innermost(piece: str) -> str:
-    """Without boxes around all of it."""
+    """The piece without boxes around the whole of it."""
     piece = piece.strip()
     for _ in range(3):
         box = BOX.match(piece)
@@ -156,7 +156,7 @@ def _boxes(text: str) -> list[tuple[int, str, int]]:
     position, last_is_open = 0, False
     for box in BOX.finditer(text):
         if box.start() < position:
-            continue  # inside of the one before
+            continue  # inside of the box before
         opening = box.end()
         if opening in closing:
             position = closing[opening] + 1

@@ -1,7 +1,7 @@
 r"""The shape of an answer: one value, a list, a set, a tuple or interval, a union, a matrix, a relation, or words.
 
-Shapes are read and compared here; the values in them by a function that is passed in, so that both the exact path and
-the worker's computer algebra system use the same rules.
+Shapes are read and compared here. The values in them are compared by a function that is passed in, so that the exact
+path and the worker's computer algebra system use the same rules.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Form:
     text: str = ""
     items: tuple[Form, ...] = ()
     signs: tuple[str, ...] = ()
-    grouped: bool = False  # a value whose commas group thousands, or else separate
+    grouped: bool = False  # a value whose commas may group thousands or separate values
 
 
 def read(piece: str) -> Form:
@@ -103,12 +103,12 @@ def same_words(gold: str, answer: str) -> bool:
     if choices[0] and choices[1]:
         return choices[0][2].lower() == choices[1][2].lower()
     if not (WORD.search(gold) or TIME.fullmatch(gold) or gold.lower() in SHORT_WORDS):
-        return False  # the case of a letter may be what makes it another name
+        return False  # x and X may be two names
     return gold.casefold() == answer.casefold()
 
 
 def ungrouped(form: Form) -> Form:
-    """``100,200`` as two numbers, where it was read as one."""
+    """``100,200`` as two numbers, if it was read as one."""
     if form.kind == "value" and form.grouped:
         return Form("list", items=tuple(Form("value", part) for part in form.text.split(",")))
     return form
@@ -184,7 +184,7 @@ def _encloses(tokens: list[str]) -> bool:
 
 
 def _split(text: str, separators: set[str], in_brackets: bool = False) -> list[str]:
-    """Parts between separators outside of all brackets. ``1,000`` is one number, but in brackets two."""
+    """Parts between separators outside of all brackets. ``1,000`` is one number, or two if ``in_brackets``."""
     parts, depth, start, position = [], 0, 0, 0
     for token in TOKEN.findall(text):
         depth += (token in OPENING or token.startswith(r"\begin")) - (token in CLOSING or token.startswith(r"\end"))

@@ -1,8 +1,8 @@
 r"""Functions beyond quotients of polynomials: powers, roots, logarithms, sines. Exact where that is cheap, else opaque.
 
 An opaque value is an atom that stands for a function of exact arguments. Two formulas with the same atoms in the same
-places are equal. Two that are not may be equal still (sin 2x, 2 sin x cos x): they differ for sure only where numbers
-put into them say so clearly; what is left is for the computer algebra system.
+places are equal. Others may be equal too (sin 2x, 2 sin x cos x). They surely differ if their values differ clearly
+when numbers are put in for the variables; otherwise the computer algebra system decides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fractions import Fraction
 from rewards.math import exact
 from rewards.math.exact import Exact, NotExact, Polynomial
 
-MAX_FACTORED = 10**9  # an integer whose primes are looked for
+MAX_FACTORED = 10**9  # the largest integer that is factored
 MAX_TEXT = 4000  # characters that identify an atom
 CLEARLY = 1e-6  # relative; far above the error of floating point, so that no right answer is refused for it
 SEEDS = (b"1", b"2")
@@ -88,7 +88,7 @@ def log(of: Exact, base: Exact | None = None) -> Exact:
 
 
 def trigonometric(name: str, of: Exact) -> Exact:
-    """sin, cos and what is made of them; the inverse and hyperbolic ones."""
+    """sin, cos and their quotients; the inverse and hyperbolic functions."""
     if name in ("sin", "cos"):
         return opaque(name, of)
     sin, cos, one = opaque("sin", of), opaque("cos", of), exact.number(1)
@@ -108,7 +108,7 @@ def same(a: Exact, b: Exact) -> bool | None:
     for seed in SEEDS:
         try:
             x, y = _number(a, seed), _number(b, seed)
-        except (ArithmeticError, ValueError):  # no number there, or too large for one
+        except (ArithmeticError, ValueError):  # undefined there, or too large for a float
             continue
         if cmath.isfinite(x) and cmath.isfinite(y) and abs(x - y) > CLEARLY * (1 + abs(x) + abs(y)):
             return False
@@ -145,7 +145,7 @@ def _has_opaque(value: Exact) -> bool:
 
 
 def _number(value: Exact, seed: bytes) -> complex:
-    """The value where every variable has a number that follows from its name and ``seed``."""
+    """The value with a number in place of every variable, derived from its name and ``seed``."""
     return _of_polynomial(value.top, seed) / _of_polynomial(value.bottom, seed)
 
 

@@ -1,4 +1,4 @@
-"""What the computer algebra system never gets to see, however right it may be."""
+"""Text that never reaches the computer algebra system, even where it would be right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_for_worker(text: str) -> None:
     """Refuse what must not reach the computer algebra system: unknown commands, towers, huge factorials, other text.
 
     Raises:
-        Unreadable: it is such.
+        Unreadable: the text is one of these.
     """
     if not re.fullmatch(r"[A-Za-z0-9+\-*/^_()\[\]{}|!.\\ ]*", text):
         raise Unreadable("a character that no formula has")

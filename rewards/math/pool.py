@@ -1,4 +1,4 @@
-"""The parent's end of the math workers: start them, ask them, kill them when they are late, start them again.
+"""The parent's end of the math workers: start them, ask them, kill them when they are late, and start them again.
 
 Safe from many threads at once.
 """
@@ -24,7 +24,7 @@ START_TIMEOUT = 120.0  # seconds; sympy may come from a cold network disk
 
 
 class WorkerFailed(RuntimeError):
-    """A worker cannot be started: nothing to do with any answer."""
+    """A worker cannot be started. No answer is at fault."""
 
 
 class WorkerTimeout(Exception):
@@ -32,7 +32,7 @@ class WorkerTimeout(Exception):
 
 
 class WorkerDied(Exception):
-    """The worker ended under the request, twice; ``args[0]`` says how."""
+    """Two workers in turn ended during the request; ``args[0]`` says how."""
 
 
 class Pool:
@@ -92,7 +92,7 @@ class _Worker:
         self._pipes: list[int] = []  # where requests are written, where replies are read
         self._ready = False
         self._closed = False
-        self._lock = threading.Lock()  # held where a process is made or unmade
+        self._lock = threading.Lock()  # held while a process is started or ended
 
     def launch(self) -> None:
         with self._lock:
@@ -137,7 +137,7 @@ class _Worker:
             raise WorkerDied(how) from None
         except WorkerTimeout:
             self._end()
-            with contextlib.suppress(WorkerFailed):  # said by the next request, if it is still so
+            with contextlib.suppress(WorkerFailed):  # if it still fails, the next request says so
                 self.launch()  # ready by the time it is needed
             raise
 

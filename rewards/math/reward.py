@@ -1,6 +1,6 @@
 r"""Math: one answer (a number, formula, set, interval, ...) equal to the row's ``answer`` column.
 
-The answer is found by an own extractor, made canonical, and compared exactly: nearly every pair by rational arithmetic
+The answer is extracted (``extract.py``), made canonical, and compared exactly: nearly every pair by rational arithmetic
 in this process, the rest by math-verify's parser and sympy in a worker that is killed when it is late. No tolerance
 anywhere: 0.333 is not 1/3. Model text never meets ``eval``.
 
@@ -48,9 +48,9 @@ def verify(
 
     ``status`` is how the completion ended: one cut off at ``"length"`` is worth 0 whatever it says, one that ended in
     ``"error"`` has no reward. ``plain_number`` accepts a number that ends the last line where there is no block, box or
-    ``####``. ``evaluated`` refuses, where the gold is a number, an answer that has still to be worked out (``19 + 24``,
-    which the question may have said itself). ``timeout`` is in seconds, for what goes to a worker. Never raises on any
-    text.
+    ``####``. ``evaluated`` is for golds that are numbers: it refuses an answer that has still to be worked out
+    (``19 + 24``, which the question may have said itself). ``timeout`` is in seconds, for pairs that go to a worker.
+    Never raises on any text.
 
     Raises:
         rewards.math.pool.WorkerFailed: workers cannot be started here.
@@ -118,7 +118,7 @@ class _Gold:
 def _judge(
     answer: Any, text: str, status: str, plain_number: bool, evaluated: bool
 ) -> Verdict | Callable[[float], Verdict]:
-    """The verdict, or, where a worker is needed for it, a function of the timeout in seconds that gives it."""
+    """The verdict. If a worker must decide, a function from the timeout in seconds to the verdict instead."""
     gold = _gold(answer)
     if gold.form is None:
         return Verdict(Outcome.GOLD_UNPARSEABLE, f"answer {str(answer)[-40:]!r}: {gold.broken}")
@@ -150,7 +150,7 @@ def _compared(gold: Form, answer: Form) -> Verdict:
 
 
 def _is_number(form: Form) -> bool:
-    """Whether a form is a number written out, with a name or a unit perhaps: no operation is left, as in ``10/2``."""
+    """Whether a form is a plain number, perhaps with a name or a unit. ``10/2`` is not: it has to be worked out."""
     if rest := named(form):
         form = rest[1]
     value = units.split(form.text).value if form.kind == "value" else ""
@@ -160,7 +160,7 @@ def _is_number(form: Form) -> bool:
 
 @lru_cache(maxsize=MAX_CACHED)
 def _gold_of(answer: str) -> _Gold:
-    """What a row's answer is. Kept, so that one answer has one fate for the length of a run."""
+    """A row's gold answer. Cached, so that a run never judges the same gold in two ways."""
     try:
         piece = find_gold(answer)
         text = canonical(piece)
@@ -198,7 +198,7 @@ _known_lock = threading.Lock()
 
 
 def _ask_worker(gold: str, piece: str, timeout: float) -> Verdict:
-    """The worker's verdict, kept for completions that say the same; not a timeout, which may be the machine's."""
+    """The worker's verdict, cached for equal answers. A timeout is not cached: the machine may have been busy."""
     key = (gold, piece)
     with _known_lock:
         if key in _known:

@@ -1,7 +1,7 @@
-r"""An answer's text made canonical, so that what looks the same is the same: spacing, fractions, synonyms, Unicode.
+r"""An answer's text made canonical: texts that look the same become the same (spacing, fractions, synonyms, Unicode).
 
-Nothing is computed here. What a reader of the page would take for something else stays something else: ``1 2`` is not
-``12``, ``5\,000`` is ``5000``.
+Nothing is computed here. Texts that a reader would tell apart stay apart: ``1 2`` is not ``12``, but ``5\,000`` is
+``5000``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAX_DEPTH = 50  # braces and brackets
 
 
 class Unreadable(ValueError):
-    """The text is no answer in the language that is allowed; the message says why."""
+    """The text is no answer in the notation that is allowed; the message says why."""
 
 
 UNICODE = str.maketrans(
@@ -129,7 +129,7 @@ def canonical(piece: str) -> str:
     text = re.sub(r"\s+", " ", text).strip()
     whole = WHOLE_TEXT.fullmatch(text)
     text = whole[1].strip() if whole else text
-    text = re.sub(r"(?:\.|\\)+$", "", text).strip()  # a full stop, a space whose blank is gone
+    text = re.sub(r"(?:\.|\\)+$", "", text).strip()  # a full stop, or a "\ " whose blank was stripped
     if not text:
         raise Unreadable("the answer is empty")
     return text
@@ -137,7 +137,7 @@ def canonical(piece: str) -> str:
 
 @lru_cache(maxsize=4096)
 def as_written(text: str) -> str:
-    """What is compared letter by letter: canonical text without blanks that mean nothing, and markup of words."""
+    """Canonical text for comparison letter by letter: without blanks that mean nothing, and without markup of words."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"([\^_])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2", text)

@@ -70,7 +70,7 @@ def split(text: str) -> Quantity:
 
 
 def compatible(a: str, b: str) -> bool:
-    """Whether two units may be the same: equal ones, or things counted, which have many names."""
+    """Whether two units may be the same: one is left out, they are equal, or both are things counted (many names)."""
     return not a or not b or a == b or not (_known(a) or _known(b))
 
 
@@ -85,7 +85,7 @@ def _unit(match: re.Match[str]) -> str:
     if not NOT_BESIDE.isdisjoint(word.lower() for word in words) or not FUNCTIONS.isdisjoint(words):
         return ""
     if match["text"] is None and any(len(word) < 4 and word not in UNITS and word not in FILLERS for word in words):
-        return ""  # variables rather
+        return ""  # more likely variables
     if any(len(word) < 3 and word not in UNITS and word not in FILLERS for word in words):
         return ""  # "42 k", "42 M"
     if match["text"] is not None and re.search(r"[0-9]", re.sub(r"\^?[23]\b", "", found)):

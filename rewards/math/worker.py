@@ -1,9 +1,8 @@
 """The process in which a computer algebra system looks at what the exact path cannot decide.
 
 It reads one formula at a time with math-verify's LaTeX parser and compares two with sympy: exactly, never by rounding.
-It has no timeouts of its own: whoever started it kills it when it is late (``pool.py``). Lines of JSON in, lines
-of JSON out. No text ever meets ``eval``, ``sympify`` or ``parse_expr``: the parser is a grammar, and what comes out of
-it are sympy objects.
+It has no timeouts of its own: whoever started it kills it when it is late (``pool.py``). Lines of JSON in, lines of
+JSON out. No text ever meets ``eval``, ``sympify`` or ``parse_expr``: the parser is a grammar that builds sympy objects.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from rewards.math.text import Unreadable
 from rewards.processes import die_with_parent, limit_memory
 
 MEMORY = 2 << 30  # bytes of address space
-SMALL = 1e-60  # what is computed to 30 digits and is above this is not zero
+SMALL = 1e-60  # a value computed to 30 digits and above this is not zero
 WARM_UP = (
     (r"\sin x", r"\cos(\frac{\pi}{2}-x)"),
     (r"\cos 2x", r"1-2\sin^2 x"),
@@ -111,7 +110,7 @@ def parse(formula: str) -> Any:
 
 
 def same_expression(gold: Any, other: Any) -> bool:
-    """Whether two sympy expressions are equal. "Almost zero" is not: it takes a proof, which sympy may fail to find."""
+    """Whether sympy proves two expressions equal, which it may fail to. A difference of almost zero is no proof."""
     from sympy import exp, expand, fraction, simplify, together
 
     if gold == other:
@@ -122,14 +121,14 @@ def same_expression(gold: Any, other: Any) -> bool:
     difference = gold - other
     if _differs_somewhere(difference):
         return False
-    # Sines are sums of exponentials: what simplify looks for long, or in vain, is often a matter of expanding those.
+    # Sines become sums of exponentials. Expanding those often does what simplify takes long for, or fails at.
     if expand(fraction(together(difference.rewrite(exp)))[0]) == 0 or simplify(difference) == 0:
         return True
     return not difference.free_symbols and difference.equals(0) is True
 
 
 def _differs_somewhere(difference: Any) -> bool:
-    """Whether the difference is surely not zero at two points. Where it cannot be computed, nothing is known."""
+    """Whether the difference is surely not zero at one of two points. False also where it cannot be computed."""
     from sympy import Rational
 
     symbols = sorted(difference.free_symbols, key=lambda symbol: symbol.name)

@@ -8,8 +8,8 @@
     pool.py       the trainer's end: zygotes, deadlines, output limits, respawning
     probe.py      real attacks, tried before a level is trusted
 
-Expected outputs never enter it: a program returns values, and whoever asked compares them. So a program that takes over
-its whole process still can do no more than return values of its choice.
+Expected outputs never enter it: a program returns values, and whoever asked compares them. So even a program that takes
+over its whole process can only return values of its choice.
 """
 
 from rewards.sandbox.pool import Ended, Limits, Run, Sandbox, SandboxUnavailable

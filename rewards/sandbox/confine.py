@@ -1,4 +1,4 @@
-"""How a zygote shuts itself in, and with it every program that it will run.
+"""How a zygote shuts itself in, and every program that it will run with it.
 
 Three levels, the strongest that works is taken:
 
@@ -7,8 +7,8 @@ Three levels, the strongest that works is taken:
     landlock    the machine's own file tree and network, which Landlock and the system call filter keep shut
     bubblewrap  what `bwrap` can do where only it may make namespaces (some distributions allow it by name)
 
-Each of them ends in the same system call filter, put on every single run (``zygote.py``). All are set up once a zygote
-and inherited by its children, so that they cost a run nothing.
+At every level, each run also gets the same system call filter (``zygote.py``). A level is set up once per zygote and
+inherited by its children, so that it costs a run nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def readable_paths() -> list[str]:
 
 
 def hidden_paths() -> list[str]:
-    """Installed packages within them: no program needs them, and a data set with its solutions may be one."""
+    """Installed packages within ``readable_paths``: no program needs them, and one may hold a data set's solutions."""
     names = ("site-packages", "dist-packages")
     patterns = [f"{path}/{below}{name}" for path in readable_paths() for below in ("", "python*/") for name in names]
     return sorted({os.path.realpath(found) for pattern in patterns for found in glob.glob(pattern)})
@@ -64,9 +64,9 @@ def enter_namespaces() -> None:
     child = os.fork()
     if child:
         _end_with(child)
-    die_with_parent(0)  # seen from inside, the parent is no process at all: number 0
+    die_with_parent(0)  # from inside the namespace, the parent's number is 0
     _build_root(paths, links)
-    if was_root:  # the namespace's user 1 is nobody outside: not root, even should a wall fall
+    if was_root:  # user 1 of the namespace is nobody outside: not root, even if a wall falls
         os.setgroups([])
         os.setresgid(1, 1, 1)
         os.setresuid(1, 1, 1)
@@ -75,12 +75,12 @@ def enter_namespaces() -> None:
 
 
 def _become_namespaced(was_root: bool) -> None:
-    """New namespaces for this process and its children, with its user and, for root, nobody as their users."""
+    """New namespaces for this process and its children. Their users are its own user and, for root, nobody too."""
     me = os.getpid()
     uids = f"0 0 1\n1 {NOBODY} 1" if was_root else f"0 {os.geteuid()} 1"
     gids = f"0 0 1\n1 {NOBODY} 1" if was_root else f"0 {os.getegid()} 1"
     ready, go = os.pipe()
-    helper = os.fork() if was_root else 0  # a map of two users is for a process outside to write
+    helper = os.fork() if was_root else 0  # only a process outside may write a map of two users
     if was_root and helper == 0:
         status = 1
         try:
@@ -110,7 +110,7 @@ def _become_namespaced(was_root: bool) -> None:
 
 
 def _end_with(child: int) -> None:
-    """Outside the namespaces: hold nothing, wait for process 1, and end as it ends. Killed, we take it with us."""
+    """Outside the namespaces: hold nothing, wait for process 1, and end as it does. Process 1 dies with this one."""
     os.closerange(3, 1024)
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -138,7 +138,7 @@ def library_links() -> dict[str, str]:
 
 
 def enter_landlock() -> None:
-    """Without namespaces: another user than root, where Python stays readable for it, and Landlock.
+    """Without namespaces: Landlock, and a user other than root if Python stays readable for that user.
 
     Raises OSError where the kernel has no Landlock."""
     parent = os.getppid()

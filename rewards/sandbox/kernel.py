@@ -1,7 +1,7 @@
-"""What Linux offers a process that wants to be less: seccomp, Landlock, namespaces, read-only mounts, no capabilities.
+"""How a Linux process gives up rights: seccomp, Landlock, namespaces, read-only mounts, no capabilities.
 
 Thin over the system calls, through ctypes, since the standard library has none of them. Every function raises OSError
-with the call's name where the kernel, or whoever confines this process already, says no.
+with the call's name if the kernel, or a sandbox that this process is already in, says no.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def bind(source: str, target: str) -> None:
 
 
 def make_read_only(where: str) -> None:
-    """A mount and all below it: read-only, no set-user-id, no devices (mount_setattr, Linux 5.12)."""
+    """Make a mount and all below it read-only, without set-user-id and devices (mount_setattr, Linux 5.12)."""
     at_recursive, read_only_nosuid_nodev = 0x8000, 1 | 2 | 4
     attributes = struct.pack("4Q", read_only_nosuid_nodev, 0, 0, 0)
     at_fdcwd = ctypes.c_int(-100)
@@ -86,7 +86,7 @@ def pivot_root(new_root: str) -> None:
 
 # --- Landlock --------------------------------------------------------------------------------------------------------
 
-# Bits of the file system rights: all that there are by ABI version, and those that reading takes.
+# Bits of the file system rights: all of them, by ABI version, and the ones that reading takes.
 FS_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 BIND_TCP_CONNECT_TCP, SCOPE_ABSTRACT_UNIX_SIGNAL = 0b11, 0b11
@@ -142,10 +142,10 @@ epoll_pwait 281 22, eventfd2 290 19, epoll_create1 291 20, dup3 292 24, pipe2 29
 pwritev 296 70, getcpu 309 168, getrandom 318 278, membarrier 324 283, statx 332 291, rseq 334 293,
 close_range 436 436
 """
-# glibc asks for these first and does without where they do not exist.
+# glibc tries these first and does without them if they do not exist.
 ABSENT = {"clone3": (435, 435), "openat2": (437, 437), "faccessat2": (439, 439)}
-# Allowed with the right arguments: name, numbers, and of each argument that counts its index, a mask, and what it may
-# be under the mask.
+# Allowed with certain arguments: the call's name and numbers and, for each argument that is checked, its index, a mask,
+# and the values that it may have under the mask.
 WHOLE = 0xFFFFFFFF
 NULL = (0,)
 CONDITIONAL: list[tuple[str, tuple[int, int], list[tuple[int, int, tuple[int, ...]]]]] = [
@@ -189,11 +189,11 @@ def _check_argument(argument: int, mask: int, values: tuple[int, ...]) -> list[b
     low, high = ARGUMENTS + 8 * argument, ARGUMENTS + 8 * argument + 4
     refuse = _bpf(RET, 0, 0, ERRNO | EPERM)
     checks = []
-    if mask == WHOLE:  # then the upper half, which is part of a pointer, must be 0
+    if mask == WHOLE:  # the upper half, which is part of a pointer, must be 0
         checks += [_bpf(LD, 0, 0, high), _bpf(JEQ, 1, 0, 0), refuse]
     checks += [_bpf(LD, 0, 0, low), _bpf(AND, 0, 0, mask)]
     for left, value in zip(reversed(range(len(values))), values, strict=True):
-        checks.append(_bpf(JEQ, left + 1, 0, value))  # over the values that are left, and over the refusal
+        checks.append(_bpf(JEQ, left + 1, 0, value))  # jumps over the remaining values and the refusal
     return [*checks, refuse]
 
 

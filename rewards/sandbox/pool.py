@@ -1,7 +1,7 @@
 """The trainer's end of the sandbox: zygotes, one run at a time in each, deadlines, output limits, respawning.
 
-A run is a channel, one end of a socket whose other end is in the program's process. What comes out of it is hostile
-bytes; this file counts them and cuts them off, and leaves reading them to whoever asked for the run.
+A run is a channel: one end of a socket whose other end is in the program's process. What comes out of it is hostile
+bytes. This file counts them and cuts them off; whoever asked for the run reads them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("namespaces", "landlock", "bubblewrap")  # in the order they are tried
 START_TIMEOUT = 60.0
-BURIAL = 10.0  # seconds that a zygote gets to bury a killed child, before its next run; freeing memory takes a while
+BURIAL = 10.0  # seconds for a zygote to reap a killed child, before its next run; freeing memory takes a while
 BOOT = "import sys; sys.path[:0] = [sys.argv[1]]; from rewards.sandbox.zygote import main; "
 BOOT += "sys.path.pop(0); main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
 
@@ -44,7 +44,7 @@ class Ended(str, Enum):
     TIMEOUT = "timeout"
     OUTPUT = "output"  # more than ``max_output`` bytes
     STOPPED = "stopped"  # by the caller, who left the block without reading to the end
-    LOST = "lost"  # the zygote died under it; no fault of the program's is known
+    LOST = "lost"  # the zygote died during the run; whether the program did it is not known
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Run:
             self.channel.shutdown(socket.SHUT_WR)
 
     def line(self) -> bytes | None:
-        """The next line of output, without its end; None when there is none to come (``ended`` may say why).
+        """The next line of output, without its end; None if no more will come (``ended`` may say why).
 
         Hostile bytes: compare them, hand them on, but do not read values from them."""
         while b"\n" not in self._buffer:
@@ -137,7 +137,7 @@ class Run:
 class Sandbox:
     """Runs model-written Python in ``workers`` zygotes at once, shut in at ``level``. Safe from several threads.
 
-    ``probe.probed_sandbox`` chooses the level; ``"unsafe"`` is none but resource limits. Close it, or use ``with``.
+    ``probe.probed_sandbox`` chooses the level; ``"unsafe"`` has resource limits alone. Close it, or use ``with``.
 
     Raises:
         SandboxUnavailable: the level does not work here.
@@ -162,7 +162,7 @@ class Sandbox:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[Place]:
-        """The next free zygote, for one run after the other. Waits for it without a limit: no run's clock ticks yet."""
+        """The next free zygote, for runs one after the other. Waits without a limit: no run's clock ticks yet."""
         zygote = self._free.get()
         try:
             yield zygote
@@ -194,16 +194,16 @@ class Place:
         self.level = level
         self.process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._burying = False  # a child was killed, and the zygote has not yet said that it is gone
+        self._burying = False  # a child was killed, and the zygote has not yet said that it has reaped it
         self._closed = False
 
     def start(self) -> None:
-        """Start the process and wait until it has shut itself in; nothing to do where it runs already."""
+        """Start the process, unless it runs, and wait until it has shut itself in."""
         if self._closed:
             raise SandboxUnavailable("the sandbox was closed")
         if self.process is not None and self.process.poll() is None and self._is_ready():
             return
-        self._kill()  # what is left of one that has died
+        self._kill()  # the remains of one that has died
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = _start(_command(self.level, theirs.fileno()), theirs.fileno())
@@ -238,7 +238,7 @@ class Place:
                 self._finish(run)
 
     def _is_ready(self) -> bool:
-        """Whether the zygote is free for a run; waits for the burial of the last."""
+        """Whether the zygote is free for a run. Waits until the last child is reaped."""
         if not self._burying:
             return True
         assert self._control is not None
@@ -252,7 +252,7 @@ class Place:
         return True
 
     def _finish(self, run: Run) -> None:
-        """Wait for the child until the deadline where it is ending; have it killed where it is not."""
+        """If the child has closed its end, wait for it until the deadline; then, or otherwise, have it killed."""
         assert self._control is not None
         try:
             if run.ended is None and run.at_end and (status := self._wait_for_end(run.deadline)) is not None:
@@ -297,7 +297,7 @@ def _status(message: bytes) -> int:
 
 
 def _command(level: str, control_fd: int) -> list[str]:
-    """The zygote's command line. ``-S``: no site-packages; the environment is empty but for a fixed hash seed."""
+    """The zygote's command line. ``-S``: no site-packages; the environment is empty except for a fixed hash seed."""
     source = str(Path(__file__).resolve().parents[2])
     python = [os.path.realpath(sys.executable), "-S", "-c", BOOT, source, str(control_fd), str(os.getpid()), level]
     if level != "bubblewrap":

@@ -6,8 +6,8 @@ function that it tests behind the channel. Calls and answers are lines:
 
     call NAME ARGUMENTS   value VALUE   failed KIND MESSAGE   loaded   passed
 
-with ARGUMENTS and VALUE as ``values.py`` writes them. The child is lost territory once a program has started: it may
-change whatever is written here. So nothing here decides anything, and no expected output is in a program's memory.
+with ARGUMENTS and VALUE as ``values.py`` writes them. A program that has started owns the child and may change whatever
+is written here. So nothing here decides anything, and no expected output is in a program's memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rewards.sandbox import values
 HEADER = struct.Struct("=QQQ")  # sizes of mode, source and the mode's input
 LOADED, PASSED = "loaded", "passed"
 MAX_MESSAGE = 300
-# Names that LeetCode and its kin put before a solution, so that `List[int]` and `Counter` need no import here either.
+# Names that LeetCode and similar sites put before a solution: `List[int]` and `Counter` need no import here either.
 PRELUDE = """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
 from bisect import bisect_left, bisect_right
@@ -39,10 +39,10 @@ from math import ceil, comb, factorial, floor, gcd, inf, isqrt, sqrt
 from typing import *
 """
 
-# What an exception says of a program: it wanted too much, it wanted what is not here, it left, it is no Python; the
-# rest is an error like any other.
+# What an exception says of a program: it wanted too much, it wanted something that is not here, it exited, it is not
+# Python. All others are "error".
 KINDS = (("limit", (MemoryError, RecursionError)), ("denied", OSError), ("exit", SystemExit), ("syntax", SyntaxError))
-EXIT_STATUS = {"limit": 101, "denied": 102, "exit": 0, "syntax": 103, "error": 1}  # of a script, whose channel is taken
+EXIT_STATUS = {"limit": 101, "denied": 102, "exit": 0, "syntax": 103, "error": 1}  # of a script: its channel is in use
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _run_script(source: str) -> int:
 
 
 def _answer_calls(channel: int, lines: BinaryIO, source: str) -> None:
-    """The first line says whether the program could be loaded; then a line for every call."""
+    """Write a line that says whether the program could be loaded, then a line for every call."""
     namespace = _namespace("solution")
 
     def load() -> str:
@@ -112,7 +112,7 @@ def _answer_calls(channel: int, lines: BinaryIO, source: str) -> None:
 
 
 def _called(namespace: dict[str, Any], line: bytes) -> str:
-    """The answer to a call: of a plain function or, else, of a method of a class ``Solution``."""
+    """The answer to a call of a plain function or, if there is none, of a method of a class ``Solution``."""
     _, name, arguments = line.decode().split(" ", 2)
     positional, named = values.decode(arguments)
     if name in namespace:
@@ -145,7 +145,7 @@ def _judge(channel: int, lines: BinaryIO, request: Request) -> None:
 
 
 def _exception(message: str) -> BaseException:
-    """What a program raised, as far as it can be known here: a test may expect a ValueError."""
+    """The exception that a program raised, as far as its message tells: a test may expect a ValueError."""
     text = str(json.loads(message or '""'))
     kind = getattr(builtins, text.partition(":")[0], None)
     if isinstance(kind, type) and issubclass(kind, Exception):
@@ -155,7 +155,7 @@ def _exception(message: str) -> BaseException:
 
 @cache
 def prelude() -> dict[str, Any]:
-    """The names of PRELUDE. A zygote asks once, so that its children have them."""
+    """The names of PRELUDE. A zygote calls this once, so that its children have them."""
     namespace: dict[str, Any] = {}
     exec(PRELUDE, namespace)
     return namespace
@@ -166,7 +166,7 @@ def _namespace(name: str) -> dict[str, Any]:
 
 
 def _outcome(act: Callable[[], str]) -> str:
-    """The line that ``act`` gives, or one that tells how it failed."""
+    """The line that ``act`` returns, or one that tells how it failed."""
     try:
         return act()
     except BaseException as why:

@@ -2,9 +2,8 @@
 
 None, bool, int, float, str, list, tuple, dict, set, frozenset, bytes and complex; an instance of any other class, a
 subclass included, is written as foreign and equals nothing. Two values are the same, in type and value all the way
-down, if and only if their lines are: so answers are compared as bytes, and nothing that a hostile process sends is ever
-read as a value by those who judge it. (-0.0 is written as 0.0, whose equal it is. The order of a dictionary does not
-count.)
+down, if and only if their lines are. So answers are compared as bytes, and whoever compares them never decodes what a
+hostile process sends. (-0.0 is written as 0.0, which it equals. The order of a dictionary does not count.)
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ SMALL = 2**53  # larger integers travel in hexadecimal: Python refuses to read d
 
 
 class Foreign:
-    """A value that could not travel: its type's name is all that is known of it. Equals nothing, itself included."""
+    """A value that could not travel: only its type's name is known. Equals nothing, itself included."""
 
     def __init__(self, type_name: str) -> None:
         self.type_name = type_name
@@ -42,7 +41,7 @@ def encode(value: Any) -> str:
 
 
 def encode_in_order(value: Any) -> str:
-    """A value as one line, dictionaries in their own order, which a function may see in its arguments."""
+    """A value as one line, dictionaries in their own order: for arguments, whose order a function may see."""
     return json.dumps(_tag(value, 0, lambda items, key: list(items)))
 
 
@@ -54,7 +53,7 @@ def decode(line: str | bytes) -> Any:
     """
     try:
         return _untag(json.loads(line), 0)
-    except Exception as why:  # wrong types, huge numbers, no memory, endless nesting: whatever bytes can make of it
+    except Exception as why:  # wrong types, huge numbers, no memory, endless nesting: bytes can cause any of these
         raise Malformed(f"{type(why).__name__}: {why}"[:200]) from None
 
 

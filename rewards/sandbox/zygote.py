@@ -61,7 +61,7 @@ def main(control_fd: int, parent_pid: int, level: str) -> None:
         if not fds:
             continue  # a kill that came too late
         limits = json.loads(message)
-        fcntl.fcntl(null, fcntl.F_SETFL, os.O_RDWR)  # shared by all runs: what one may have set is undone
+        fcntl.fcntl(null, fcntl.F_SETFL, os.O_RDWR)  # shared by all runs: undo the flags that one may have set
         child = os.fork()
         if child == 0:
             _become_program(fds[0], null, limits | {"tasks": tasks}, filter_)
@@ -83,13 +83,13 @@ def _shut_in(level: str) -> None:
 
 
 def _volunteer_for_death() -> None:
-    """Where memory runs out, the kernel shall take this process and its children, not the trainer."""
+    """If memory runs out, the kernel shall kill this process and its children, not the trainer."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
 
 
 def _tasks_of_user() -> int:
-    """How many threads this user runs; in a user namespace of its own a limit counts only those in there."""
+    """How many threads this user runs. In a user namespace of its own, a limit counts only the threads in there."""
     total = 0
     for process in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def _limit(limits: dict[str, Any]) -> None:
     memory, seconds = limits["memory_bytes"], limits["cpu_seconds"]
     for what, limit in (
         (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, seconds),  # the trainer's clock comes first; this one counts for all threads
+        (resource.RLIMIT_CPU, seconds),  # the trainer's clock runs out first; this one sums over threads
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 64),
@@ -148,7 +148,7 @@ def _limit(limits: dict[str, Any]) -> None:
 
 
 def _reap(control: socket.socket, child: int) -> dict[str, int]:
-    """Wait for the child, or for the order to kill it; how it ended."""
+    """Wait for the child, or for the order to kill it. Returns how it ended."""
     end = os.pidfd_open(child)
     try:
         poll = select.poll()

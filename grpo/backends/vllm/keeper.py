@@ -227,7 +227,7 @@ class Keeper:
     # ---------------------------------------------------------------- trust
 
     def _fits(self, server: Server) -> bool:
-        """Whether a server that is new or back says how it runs; raises where that is not how training needs it."""
+        """Whether a server that is new or back tells its settings. Raises if training cannot use them."""
         if server.url not in self.pool.down:
             return True
 

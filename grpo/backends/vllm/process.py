@@ -69,7 +69,7 @@ class EngineProcess:
                 self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(SECONDS_TO_STOP)
-            with contextlib.suppress(ProcessLookupError):  # children that it left
+            with contextlib.suppress(ProcessLookupError):  # kills children that it left
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None

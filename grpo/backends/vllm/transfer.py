@@ -1,4 +1,4 @@
-"""Three ways of weights into an engine: a file that it reads, handles of GPU memory, a broadcast between GPUs.
+"""Three ways to hand weights to an engine: a file that it reads, handles of GPU memory, a broadcast between GPUs.
 
 Every training process calls a sender with the same state. ``servers`` are those that the process keeps, often none.
 On return the servers hold the weights.

@@ -17,11 +17,11 @@ from grpo.backends.vllm.serve import RANGE, supported
 
 PROBE_TEXT = "Let me think: 3 + 4 = 7, and 12 - 5 = 7. The answer is"
 PROBES = 4  # sequences
-PROBE_TOKENS = 16  # of each; none ends before, because a few tokens would say too little
+PROBE_TOKENS = 16  # of each; none ends earlier, because a few tokens would say too little
 # Largest mean difference in nats between engine and trainer over a probe; measured values are in docs/backends.md.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 SUM_TOLERANCE = 1e-12  # float64 sums in another order
-SQUARES_TOLERANCE = 1e-9  # torch's norms add one after the other
+SQUARES_TOLERANCE = 1e-9  # torch's norms add elements one after the other
 TEMPERATURES = [i / 10 for i in range(2, 21)]  # tried as explanations of a wrong probe
 
 

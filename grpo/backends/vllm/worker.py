@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-PACKED_COLUMNS = 256  # of a packed layer at most so many columns are read back
+PACKED_COLUMNS = 256  # columns of a packed layer that are read back, at most
 
 
 class _CpuGenerator(torch.Generator):
     """A generator that takes an offset and ignores it.
 
-    vLLM 0.32 resets a request's generator to an earlier offset when it throws a token away that was drawn too early.
-    It does so where a prompt came in pieces, and where a request was preempted, as all are when weights arrive. CPU
-    generators have no offset, and the engine would end. Ignoring it costs that request one draw.
+    vLLM 0.32 resets a request's generator to an earlier offset when it throws away a token that was drawn too early.
+    It does so when a prompt came in pieces, and when a request was preempted, as all are when weights arrive. CPU
+    generators have no offset, and the engine would end. Ignoring the offset costs that request one draw.
     """
 
     def get_offset(self) -> int:
