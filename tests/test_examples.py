@@ -55,6 +55,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_an_example_trains(tmp_path, name):
     copied(tmp_path, name)
@@ -92,6 +93,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_it_is_told_in_one_line(tmp_path, name):
     old, new, said = MISTAKES[name]

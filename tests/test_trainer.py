@@ -97,6 +97,7 @@ def saved(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "version", "steps"), [("generate", 2, 2), ("sync", 3, 3)])
 def test_a_backend_that_fails_costs_no_step_that_was_made(
     run: Callable[..., Path], tmp_path: Path, verb: str, version: int, steps: int

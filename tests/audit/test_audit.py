@@ -84,6 +84,7 @@ def report(*rewards: dict, rows: int = 200, gold: str | None = None, **data) -> 
 # --- the built-in rewards ---
 
 
+@pytest.mark.slow
 def test_built_in_rewards_are_sound():
     write("gsm8k.jsonl", [{"prompt": f"{i} plus 40?", "answer": f"so\n#### {i + 40}"} for i in range(6)])
     text, findings = report(
@@ -104,6 +105,7 @@ def test_built_in_rewards_are_sound():
     assert text.count("shapes and is not judged") == 3
 
 
+@pytest.mark.slow
 def test_math_is_sound_in_either_form():
     answers = ["42", "\\frac{1}{2}", "x+1", "(1,2)", "[3,\\infty)", "1,000", "0.5", "so $\\boxed{7}$", "so\n#### 8"]
     write("math.jsonl", [{"prompt": f"{i}?", "answer": answer} for i, answer in enumerate(answers)])
@@ -198,6 +200,7 @@ def test_a_function_that_looks_for_the_answer_anywhere():
         assert f"PAID 1 for {cheat} (6 rows), first sums.jsonl:1: " in text
 
 
+@pytest.mark.slow
 def test_a_function_that_runs_the_completion():
     text, findings = report({"path": "mine.py:evals"})
     assert "rewards[0] evals: it ran the text of a completion as a program (6 rows)" in findings
@@ -324,6 +327,7 @@ def test_command_exit_codes():
     assert "has no 'nothing'" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_command_as_a_process(tmp_path):
     done = python("-m", "grpo", "audit", "demo_cpu", "--rows", "3", "data.eval_size=8", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -99,12 +99,14 @@ def start(project: Path, command: list[str]) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_a_run_by_accelerate_launch(project):
     done = start(project, [*ACCELERATE, "train", "recipes/mine.yaml"])
     assert done.returncode == 0, done.stderr
     assert (project / "run" / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [GRPO, MODULE], ids=["grpo", "python -m grpo"])
 def test_the_same_files_by_the_command(project, way):
     done = start(project, [*way, "validate", "recipes/mine.yaml"])

@@ -77,6 +77,7 @@ def test_diligence_is_mixed_and_what_is_worked_out_is_right():
     assert 0.02 < guessed_right < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

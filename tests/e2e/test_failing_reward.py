@@ -28,6 +28,7 @@ def train(model: Path, folder: Path, function: str) -> Counter[str]:
     return counts
 
 
+@pytest.mark.slow
 def test_the_learning_signal_is_that_of_the_others(tiny_model: Path, tmp_path: Path) -> None:
     failing, calm = tmp_path / "failing", tmp_path / "calm"
     failures = train(tiny_model, failing, "failing")

@@ -90,6 +90,7 @@ def kill_after(process: subprocess.Popen[str], folder: Path, growths: int, secon
     process.stderr.close()
 
 
+@pytest.mark.slow
 def test_ten_sigkills_leave_no_trace(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Killed at ten random moments, start-up, rollouts, updates and saving among them: the same bits in the end."""
     draw = random.Random(0)
@@ -105,6 +106,7 @@ def test_ten_sigkills_leave_no_trace(undisturbed: Path, tiny_model: Path, tmp_pa
     assert weights(folder) == weights(undisturbed)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_143_and_resumes_to_the_same_bits(
     undisturbed: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_sigterm_saves_exits_143_and_resumes_to_the_same_bits(
     assert weights(folder) == weights(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_exits_0_and_changes_nothing(undisturbed: Path, tiny_model: Path) -> None:
     before = (undisturbed / "metrics.jsonl").read_bytes(), weights(undisturbed)
     done = run_python(*command(tiny_model, undisturbed, "--resume"))
@@ -130,6 +133,7 @@ def test_a_finished_run_resumed_exits_0_and_changes_nothing(undisturbed: Path, t
     assert ((undisturbed / "metrics.jsonl").read_bytes(), weights(undisturbed)) == before
 
 
+@pytest.mark.slow
 def test_a_used_folder_is_refused_without_resume(undisturbed: Path, tiny_model: Path) -> None:
     before = (undisturbed / "metrics.jsonl").read_bytes()
     done = run_python(*command(tiny_model, undisturbed))
@@ -139,6 +143,7 @@ def test_a_used_folder_is_refused_without_resume(undisturbed: Path, tiny_model: 
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(undisturbed: Path, tiny_model: Path) -> None:
     done = run_python(*command(tiny_model, undisturbed, "--resume", "training.seed=1"))
     assert done.returncode == 2
@@ -157,6 +162,7 @@ ALL_OF_IT = (  # what a checkpoint holds of prompts: where the order stands, pas
 )
 
 
+@pytest.mark.slow
 def test_sigkills_leave_no_trace_in_which_prompts_are_drawn(tiny_model: Path, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     done = run_python(*command(tiny_model, whole, *ALL_OF_IT))

@@ -25,6 +25,7 @@ TRL_NAMES = {
 SHORT = ("training.max_steps=3", "training.eval_every=0", "rollout.max_completion_length=8")
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run_python(*command(tiny_model, folder, *SHORT, "training.dollars_per_hour=3.6"))
@@ -44,6 +45,7 @@ def test_a_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path) -> None
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6]])).logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DDP, FSDP2], ids=["ddp", "fsdp2"])
 def test_two_processes_make_the_same_run_as_one(tiny_model: Path, tmp_path: Path, kind: list[str]) -> None:
     """The same completions are sampled (keys do not know of processes), and the weights agree to rounding."""
@@ -58,6 +60,7 @@ def test_two_processes_make_the_same_run_as_one(tiny_model: Path, tmp_path: Path
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_prompts_as_one(tiny_model: Path, tmp_path: Path) -> None:
     """Rounds whose prompts do not divide by the processes among them; what is learned of prompts is the same too."""
     more = (*SHORT, *ALL_OF_IT, "training.max_steps=5", "optimizer.learning_rate=1e-5")
@@ -80,6 +83,7 @@ def test_two_processes_draw_the_same_prompts_as_one(tiny_model: Path, tmp_path: 
         assert [json.loads(x)["completion"] for x in one] == [json.loads(x)["completion"] for x in two]
 
 
+@pytest.mark.slow
 def test_fsdp2_resumes_from_its_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     five = (*SHORT, "training.max_steps=5", "training.save_every=1")
@@ -94,6 +98,7 @@ def test_fsdp2_resumes_from_its_checkpoint(tiny_model: Path, tmp_path: Path) -> 
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -118,6 +123,7 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused_on_one_screen(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +133,7 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused_on_one_screen(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_corrupt_row_is_named_by_file_and_line(tiny_model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b'{"prompt": "1 2"}\n{"prompt": 3}\n{"prompt": "4 5"\n\xff\xfe\n{"question": "6"}\n')
@@ -142,6 +149,7 @@ def test_a_corrupt_row_is_named_by_file_and_line(tiny_model: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_to_nan_stops_on_both_processes(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = launch(DDP, *command(tiny_model, folder, *SHORT, "optimizer.learning_rate=1e38"))

@@ -33,6 +33,7 @@ def run(body: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_blocks_do_not_overlap_and_keep_what_is_written() -> None:
     """Ten thousand made and freed in a random order, each full of its own number; and one from before it was there."""
     run("""
@@ -55,6 +56,7 @@ assert torch.equal(before, torch.arange(100_000))
 """)
 
 
+@pytest.mark.slow
 def test_it_holds_little_more_than_is_used() -> None:
     """What a model's layers do: some blocks are kept, those beside them freed, the next ones are a little larger."""
     said = run("""
@@ -71,6 +73,7 @@ print((resident() - start) / used)
     assert float(said) < 1.15
 
 
+@pytest.mark.slow
 def test_freed_neighbours_are_one_block_again() -> None:
     run("""
 parts = [torch.empty(MB, dtype=torch.uint8) for _ in range(16)]
@@ -82,6 +85,7 @@ assert torch.empty(16 * MB, dtype=torch.uint8).data_ptr() == first
 """)
 
 
+@pytest.mark.slow
 def test_trim_gives_back_all_that_is_free() -> None:
     run("""
 start = resident()
@@ -94,6 +98,7 @@ assert (kept == 1).all() and (torch.ones(MB) == 1).all()
 """)
 
 
+@pytest.mark.slow
 def test_threads() -> None:
     run("""
 def work(number):
@@ -110,6 +115,7 @@ assert not wrong and allocator.bytes_used() == 0
 """)
 
 
+@pytest.mark.slow
 def test_a_forked_process_goes_on_with_it() -> None:
     run("""
 def churn():
@@ -126,6 +132,7 @@ stop.append(True); thread.join()
 """)
 
 
+@pytest.mark.slow
 def test_more_than_there_is_is_torchs_own_error() -> None:
     run("""
 try:
@@ -138,6 +145,7 @@ assert (torch.ones(MB) == 1).all()
 """)
 
 
+@pytest.mark.slow
 def test_onednn_which_asks_for_bare_pointers() -> None:
     """A product in bfloat16 takes its scratch memory so; and one larger than a page, one smaller."""
     run("""
@@ -152,6 +160,7 @@ del x, weight, found, expected, y
 """)
 
 
+@pytest.mark.slow
 def test_the_profiler_sees_its_blocks() -> None:
     run("""
 with torch.profiler.profile(profile_memory=True) as profile:
@@ -160,6 +169,7 @@ assert max(e.self_cpu_memory_usage for e in profile.key_averages()) == 3 * MB
 """)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_memory_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "none")
     done = subprocess.run(

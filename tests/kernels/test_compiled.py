@@ -206,6 +206,7 @@ def test_attention_in_bfloat16_is_as_near_as_it_allows() -> None:
     assert_close([x.float() for x in with_gradients(packed, q_NhD, k_NkD, v_NkD)], exact, 2**-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forgotten")
 def test_vectors_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CPU without AVX-512 compiles."""

@@ -136,6 +136,7 @@ def test_gradients_of_adapters_are_the_same(dtype: torch.dtype) -> None:
     assert_same(gradient(lean), gradient(plain), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "lora", "share"),
     [("float32", None, 0.6), ("bfloat16", None, 0.55), ("bfloat16", {"r": 4, "target_modules": "all-linear"}, 0.6)],

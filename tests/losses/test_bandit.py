@@ -182,6 +182,7 @@ def test_dividing_by_the_group_s_deviation_forgets_how_much_better() -> None:
     assert error(found * truth.norm() / found.norm(), truth) > 0.05
 
 
+@pytest.mark.slow
 def test_kl_in_the_reward_is_the_gradient_of_reward_less_kl() -> None:
     """k1 alone: of whole completions, what an earlier token does to the KL of later ones included."""
     beta, table = 0.4, parameters()

@@ -106,6 +106,7 @@ def peak_mb(tokens: int) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     """3,000 more tokens of 40,000 words would be 458 MB of logits in float32, and as much again for their gradient."""
     few, many = peak_mb(1_000), peak_mb(4_000)

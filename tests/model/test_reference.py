@@ -43,6 +43,7 @@ def test_without_a_penalty_there_is_no_reference(
     assert policies[0].reference is None
 
 
+@pytest.mark.slow
 def test_a_frozen_reference_stays_what_the_run_began_with_also_when_resumed(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policies: list[Policy]
 ) -> None:
@@ -58,6 +59,7 @@ def test_a_frozen_reference_stays_what_the_run_began_with_also_when_resumed(
     assert not list((tmp_path / "run").glob("checkpoints/*/reference*")), "and no checkpoint needs to hold it"
 
 
+@pytest.mark.slow
 def test_a_moving_reference_mixes_in_the_policy_every_n_steps(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policies: list[Policy]
 ) -> None:

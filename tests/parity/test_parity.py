@@ -22,6 +22,7 @@ def test_beside_plain_loops(name: str) -> None:
     assert line.passes, line
 
 
+@pytest.mark.slow
 def test_beside_trl() -> None:
     pytest.importorskip("trl")
     found = [beside_trl(case) for case in cases() if case.trl is not None] + [adaptive_entropy()]

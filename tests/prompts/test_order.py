@@ -144,6 +144,7 @@ def run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return lambda name, **keys: small_run(tiny_model, tmp_path / name, monkeypatch, **keys)
 
 
+@pytest.mark.slow
 def test_a_run_draws_by_what_it_has_learned_and_resumes_to_the_same_bits(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -165,6 +165,7 @@ def page(run) -> Page:
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_headline_is_first_against_last_evaluation(run, page):
     facts = headline(read_run(run))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -177,6 +178,7 @@ def test_the_headline_is_first_against_last_evaluation(run, page):
     assert f"46 → {facts['length_after']:.0f}" in shown
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_png_of_a_readable_size(run):
     picture = (run / "curves.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
@@ -185,6 +187,7 @@ def test_the_picture_is_a_png_of_a_readable_size(run):
     assert height >= 900
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_runs_nothing(run, page):
     text = (run / "report.html").read_text(encoding="utf-8")
     assert not any(tag in ("script", "link", "img", "iframe") for tag, _ in page.tags)
@@ -196,6 +199,7 @@ def test_the_page_stands_alone_and_runs_nothing(run, page):
     assert "#fe0" not in text, "a colour that was not themed"
 
 
+@pytest.mark.slow
 def test_every_panel_is_there(page):
     titles = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert titles == [
@@ -211,6 +215,7 @@ def test_every_panel_is_there(page):
     ]
 
 
+@pytest.mark.slow
 def test_completions_are_escaped_whatever_they_hold(run, page):
     text = (run / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;" in text
@@ -221,6 +226,7 @@ def test_completions_are_escaped_whatever_they_hold(run, page):
     assert "<mark><i>&lt;answer&gt;</i>6 * 3<i>&lt;/answer&gt;</i></mark>" in text
 
 
+@pytest.mark.slow
 def test_the_same_prompts_stand_side_by_side_with_their_verdicts(page):
     articles = [attributes["class"] for tag, attributes in page.tags if tag == "article"]
     assert set(articles) == {"gained", "kept", "unsolved"}
@@ -237,6 +243,7 @@ def test_the_same_prompts_stand_side_by_side_with_their_verdicts(page):
         assert ends == {"gained": ("bad", "good"), "kept": ("good", "good"), "unsolved": ("bad", "bad")}[kind]
 
 
+@pytest.mark.slow
 def test_counts_are_of_all_prompts_not_of_those_shown(page):
     labels = "".join(text for name, text in page.texts if name in ("label", "b"))
     first = sum((p * 0.618) % 1 < 0.16 for p in range(60))

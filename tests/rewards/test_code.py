@@ -227,6 +227,7 @@ def test_a_megabyte_is_read_at_once(text: str) -> None:
     assert time.perf_counter() - begun < 1.0
 
 
+@pytest.mark.slow
 def test_a_hanging_program_costs_its_neighbours_nothing_whoever_judges() -> None:
     hangs = "def f(x):\n    while True: pass"
     completions = [fenced(program) for program in (hangs, RIGHT, hangs, RIGHT, RIGHT, RIGHT)]
@@ -274,6 +275,7 @@ def as_tests(task: dict) -> dict:
     return {"fn_name": task["entry_point"], "setup": task["prompt"], "test": task["test"]}
 
 
+@pytest.mark.slow
 def test_all_canonical_solutions_pass_and_all_empty_bodies_fail() -> None:
     tasks = human_eval()
     assert len(tasks) == 164

@@ -84,6 +84,7 @@ def workers() -> Iterator[None]:
     math.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0 if EXAMPLES > 1000 else 300)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(completion=COMPLETIONS, status=st.sampled_from(["stop", "stop", "stop", "length", "error"]))

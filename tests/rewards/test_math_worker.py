@@ -62,6 +62,7 @@ def test_numbers_need_no_worker():
     assert math_pool._pool is None
 
 
+@pytest.mark.slow
 def test_a_late_worker_is_killed_and_replaced():
     math_rewards.start()
     before = math_pool.current().pids
@@ -75,6 +76,7 @@ def test_a_late_worker_is_killed_and_replaced():
     assert verify("\\sin 2", "\\boxed{2\\sin(1)\\cos(1)}", timeout=20.0).outcome is Outcome.CORRECT
 
 
+@pytest.mark.slow
 def test_a_timeout_is_not_remembered_and_a_verdict_is():
     close = "\\boxed{\\sin(1)+2^{-999}}"
     verify(*HANGS, timeout=0.2)
@@ -87,11 +89,13 @@ def test_a_timeout_is_not_remembered_and_a_verdict_is():
     assert math_pool._pool is None  # nobody was asked
 
 
+@pytest.mark.slow
 def test_a_gold_answer_that_takes_too_long_scores_nobody(monkeypatch):
     monkeypatch.setattr(math_rewards, "GOLD_TIMEOUT", 0.001)
     assert verify("\\lfloor x \\rfloor + 1", "\\boxed{1}").reward is None
 
 
+@pytest.mark.slow
 def test_memory_is_limited():
     pool = Pool(1)
     try:
@@ -103,6 +107,7 @@ def test_memory_is_limited():
         pool.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_its_request_answered():
     pool = Pool(1)
     try:
@@ -117,6 +122,7 @@ def test_a_worker_that_dies_is_replaced_and_its_request_answered():
         pool.close()
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_late_like_any_other():
     pool = Pool(1)
     try:
@@ -148,6 +154,7 @@ def test_many_threads_at_once_and_threads_that_end():
     assert math_pool.current().pids == pids
 
 
+@pytest.mark.slow
 def test_start_and_stop_may_be_called_twice():
     math_rewards.start(1)
     pids = math_pool.current().pids
@@ -159,6 +166,7 @@ def test_start_and_stop_may_be_called_twice():
     assert wait_until(lambda: not alive(pids[0]))
 
 
+@pytest.mark.slow
 def test_a_pool_that_is_closed_says_so():
     pool = Pool(1)
     pool.close()
@@ -277,6 +285,7 @@ PAYLOADS = [
 ]
 
 
+@pytest.mark.slow
 def test_no_text_is_ever_evaluated(tmp_path):
     """The payloads go through the worker's own code, with its guards and without, while everything is watched."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)

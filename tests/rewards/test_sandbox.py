@@ -88,6 +88,7 @@ def run_attacks(level: str, *, as_nobody: bool = False) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_attacks(level: str) -> None:
     processes, things = descendants(), left_behind()
     found = run_attacks(level)
@@ -97,6 +98,7 @@ def test_attacks(level: str) -> None:
     assert left_behind() <= things
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="the test above ran as an ordinary user")
 def test_attacks_as_nobody(level: str) -> None:
     things = left_behind()

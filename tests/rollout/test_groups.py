@@ -114,6 +114,7 @@ def test_a_group_has_a_signal_where_a_completion_that_counts_has_an_advantage(
 # --- whole runs ---
 
 
+@pytest.mark.slow
 def test_a_run_draws_on_until_its_steps_have_their_groups(run: Run, tmp_path: Path) -> None:
     calls = run("run", prompts={"dynamic_sampling": True, "max_resample": 6})
     rows = lines(tmp_path / "run")
@@ -132,6 +133,7 @@ def test_a_run_draws_on_until_its_steps_have_their_groups(run: Run, tmp_path: Pa
     assert sum(row["dynamic_sampling/groups_kept"] for row in rows) == 24, "and got what it wanted"
 
 
+@pytest.mark.slow
 def test_prompts_come_epoch_by_epoch_whatever_steps_draw(run: Run, tmp_path: Path) -> None:
     calls = run("run", prompts={"dynamic_sampling": True}, steps=5, train_size=11)
     stream = [prompt for _, prompts in calls for prompt in prompts]
@@ -140,6 +142,7 @@ def test_prompts_come_epoch_by_epoch_whatever_steps_draw(run: Run, tmp_path: Pat
         assert len(set(stream[start : start + 11])) == 11, "each epoch has every row once"
 
 
+@pytest.mark.slow
 def test_where_all_groups_have_a_signal_nothing_changes(run: Run, tmp_path: Path) -> None:
     plain = run("plain", steps=3, reward="share_of_small_numbers")
     dynamic = run("dynamic", steps=3, reward="share_of_small_numbers", prompts={"dynamic_sampling": True})
@@ -161,6 +164,7 @@ def test_prompts_that_come_twice_in_a_step_get_fresh_samples(run: Run, tmp_path:
     assert "grad_norm" not in row, "no signal, no optimizer step"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_at", [4, 5, 9], ids=lambda n: f"at call {n}")
 @pytest.mark.parametrize(
     "prompts",
@@ -186,6 +190,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
     assert progress(tmp_path / "cut", 6)["extra_prompts"] == sum(len(p) for _, p in whole) - 24
 
 
+@pytest.mark.slow
 def test_without_what_a_checkpoint_holds_of_prompts_a_resumed_run_would_differ(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,7 @@ def test_the_update_weighs_replayed_tokens_by_their_ratio(
     assert not torch.allclose(gradient(policy, recipe, groups, monkeypatch), by_hand, atol=1e-4, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_run_replays_where_it_is_short_and_says_so(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,7 @@ def run(script: str, *args: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_sigkill_after_each_write_of_a_save_leaves_a_checkpoint_that_verifies(tmp_path):
     outcomes = json.loads(run(KILLER, tmp_path, 30))
     assert len(outcomes) > 6  # two files, manifest, folder, rename, parent
@@ -220,6 +221,7 @@ def test_sigkill_after_each_write_of_a_save_leaves_a_checkpoint_that_verifies(tm
     assert all(left in (["step_000020", "step_000040"], ["step_000030", "step_000040"]) for _, _, left in outcomes)
 
 
+@pytest.mark.slow
 def test_sigkill_while_the_same_step_is_replaced_leaves_the_old_or_the_new_one(tmp_path):
     outcomes = json.loads(run(KILLER, tmp_path, 20))
     seen = [(step, value) for step, value, _ in outcomes]
@@ -252,6 +254,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensors", "states"])
 def test_a_refused_write_keeps_the_old_checkpoints_and_says_where_and_how_much(tmp_path, kind):
     message = run(FULL_DISK, tmp_path, kind)

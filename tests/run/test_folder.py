@@ -96,6 +96,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_folder_locked_by_a_live_run_is_refused_and_free_once_that_run_is_killed(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(make(folder).model_dump()))

@@ -189,6 +189,7 @@ def test_tensorboard_gets_every_number(tmp_path):
     assert events.Tags()["scalars"] == ["reward"]
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_a_run_and_resumes_it(tmp_path, monkeypatch):
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))

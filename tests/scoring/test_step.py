@@ -14,6 +14,7 @@ from grpo.types import Status
 from tests.scoring.helpers import SHORT, alive, group, misbehaving, scorer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "verdict"),
     [

@@ -66,6 +66,7 @@ def run_of(policy: Policy, folder: Path = Path("unused"), **training: int) -> Ru
     return make_run(policy, folder, training=training, optimizer={"max_grad_norm": 0.0}, rollout=rollout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU)])
 def test_a_step_that_does_not_fit_is_done_again_in_halves_with_the_same_gradient(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
@@ -86,6 +87,7 @@ def test_a_step_that_does_not_fit_is_done_again_in_halves_with_the_same_gradient
     assert not caplog.text
 
 
+@pytest.mark.slow
 def test_a_single_sequence_that_does_not_fit_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
     policy = holding(make_policy(tiny_model), 20, RuntimeError(CPU))
     with pytest.raises(RunError, match=r"a single sequence does not fit.*gradient_checkpointing"):
@@ -110,6 +112,7 @@ def test_with_several_processes_it_ends_the_run_and_says_what_to_set(tiny_model:
         within_memory(run_of(policy, micro_batch_tokens=1000), attempt)
 
 
+@pytest.mark.slow
 def test_log_probabilities_that_do_not_fit_are_computed_again_in_halves(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +198,7 @@ def run_really(model: Path, megabytes: str) -> tuple[str, str, str]:
     return (*done.stdout.split(), done.stderr)
 
 
+@pytest.mark.slow
 def test_memory_that_really_runs_out(tiny_model: Path) -> None:
     """By a limit on the process's address space."""
     norm, limit, said = run_really(tiny_model, "all")

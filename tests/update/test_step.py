@@ -47,6 +47,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Gradien
     return {name: gradient(recipe_for(str(tiny_model), name, 8, BETA), out)[0] for name in LOSSES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", [name for name in LOSSES if name != "bnpo"])
 @pytest.mark.parametrize("micro_batch_size", [4, 1])
 def test_micro_batching_does_not_change_it(
@@ -56,6 +57,7 @@ def test_micro_batching_does_not_change_it(
     assert distance(whole[loss_type], split) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("kind", "sharded"), [(DDP, False), (FSDP2, True)], ids=["ddp", "fsdp2"])
 def test_two_processes_do_not_change_it(
@@ -188,6 +190,7 @@ def corrected_gradient(
     return gradient(recipe, out)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batching_does_not_change_the_corrected_gradient(
     whole: Gradients, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
@@ -198,6 +201,7 @@ def test_micro_batching_does_not_change_the_corrected_gradient(
     assert distance(whole["dapo"], by_size[8]) > 0.01
 
 
+@pytest.mark.slow
 def test_without_correction_the_sampler_s_logprobs_change_no_bit(
     whole: Gradients, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

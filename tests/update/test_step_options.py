@@ -55,6 +55,7 @@ def near_the_policy(model: Path) -> list[TrainedSequence]:
     return [replace(s, old_logprobs=o, sampler_logprobs=m) for s, o, m in zip(found, old, sampler, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_micro_batches_do_not_matter(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -271,6 +272,7 @@ def last_step(folder: Path) -> dict[str, Any]:
     return next(row for row in reversed(rows) if "reward" in row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm",
     [
@@ -296,6 +298,7 @@ def test_a_resumed_run_ends_in_the_same_bits(run: Callable[..., Path], algorithm
     assert ("kl" in rows[0]) == ("beta" in algorithm)
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_user_s_own_trains(run: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from grpo.losses import loss\nfrom grpo.losses.tokens import by_tokens, token_sum\n\n"

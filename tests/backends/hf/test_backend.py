@@ -44,6 +44,7 @@ def teacher_forced(policy: Policy, prompt: Prompt, token_ids: list[int], tempera
     return logits.float().log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("both_layouts", "both_steps")
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_logprobs_are_the_teacher_forced_ones(tiny_model: Path, temperature: float) -> None:
@@ -55,6 +56,7 @@ def test_sampler_logprobs_are_the_teacher_forced_ones(tiny_model: Path, temperat
             torch.testing.assert_close(torch.tensor(completion.sampler_logprobs), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("both_steps")
 def test_a_large_batch_and_a_batch_of_one_differ_only_at_near_ties(tiny_model: Path) -> None:
     """Where the tokens first differ, the uniform lay within 1e-4 of a boundary of the cumulative distribution."""

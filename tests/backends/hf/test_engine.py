@@ -69,6 +69,7 @@ def logprobs_agree(policy: Policy, wanted: list[Request], found: dict[tuple[int,
         torch.testing.assert_close(torch.tensor(sequence.logprobs), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequences", [2, 7])
 def test_places_that_become_free_are_filled_from_the_queue(tiny_model: Path, sequences: int) -> None:
     policy = make_policy(tiny_model)
@@ -81,6 +82,7 @@ def test_places_that_become_free_are_filled_from_the_queue(tiny_model: Path, seq
     logprobs_agree(policy, wanted, few)
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_the_youngest_are_preempted_and_nothing_else_changes(tiny_model: Path) -> None:
     policy = make_policy(tiny_model)
     policy.stop_token_ids = [40]  # seldom: completions grow long
@@ -94,6 +96,7 @@ def test_where_memory_runs_out_the_youngest_are_preempted_and_nothing_else_chang
     logprobs_agree(policy, wanted, bounded)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_computed_once_for_all_of_its_completions(tiny_model: Path) -> None:
     policy = make_policy(tiny_model)
     wanted = requests(policy, 4, 8)
@@ -106,6 +109,7 @@ def test_a_prompt_is_computed_once_for_all_of_its_completions(tiny_model: Path) 
     assert [shape for shape in widths if shape[1] > 1] == [(4, 9)]
 
 
+@pytest.mark.slow
 def test_groups_are_reported_once_each_when_their_last_completion_ends(tiny_model: Path) -> None:
     policy = make_policy(tiny_model)
     backend = HFBackend(policy, max_batch_size=10)

@@ -155,6 +155,7 @@ def forget() -> None:
     native.library.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -173,6 +174,7 @@ def test_vectors_of_eight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 AS_VDPBF16PS = Path(__file__).with_name("as_vdpbf16ps.h")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx512f" not in Path("/proc/cpuinfo").read_text(), reason="no vectors of sixteen")
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,6 +195,7 @@ def test_products_of_bfloat16_pairs(kind: str, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(logits_compiled_with(), by_pairs)  # the instruction itself
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
 def test_bfloat16_instructions_are_used_where_there_are_some(tmp_path: Path) -> None:
     source, built = Path(step_compiled.__file__).with_suffix(".cpp"), tmp_path / "step_compiled.s"

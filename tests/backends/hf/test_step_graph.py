@@ -102,6 +102,7 @@ def decode(
     return {(sequence.request, sequence.sample): sequence for sequence in engine.run()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "room", [{}, {"sequences": 7}, {"sequences": 9, "tokens": 600}], ids=["all", "queue", "preemption"]
 )

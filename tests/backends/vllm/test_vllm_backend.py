@@ -216,6 +216,7 @@ def adapted(tiny_model: Path) -> Policy:
     return policy
 
 
+@pytest.mark.slow
 def test_each_step_has_adapters_of_its_own_and_those_that_nobody_uses_any_more_go(
     connect: Callable[..., VLLMBackend], tiny_model: Path, engine: FakeEngine
 ) -> None:
