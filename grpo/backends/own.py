@@ -51,7 +51,7 @@ def make_own_backend(policy: Policy, rollout: RolloutConfig) -> CheckedBackend:
     with user_code.Calls(what).call():
         backend = make(policy, rollout)
     _check_methods(backend, rollout, what, ())
-    return CheckedBackend(backend, what)
+    return CheckedBackend(backend, what, frozenset(policy.stop_token_ids))
 
 
 def _check_methods(backend: Any, rollout: RolloutConfig, what: str, first: tuple[str, ...]) -> None:
@@ -67,8 +67,9 @@ def _check_methods(backend: Any, rollout: RolloutConfig, what: str, first: tuple
 class CheckedBackend:
     """A backend of the user's own. What it returns is checked, told in a line where it is wrong, and not trained on."""
 
-    def __init__(self, backend: Any, what: str) -> None:
+    def __init__(self, backend: Any, what: str, stop_token_ids: frozenset[int]) -> None:
         self.backend = backend
+        self.stop_token_ids = stop_token_ids
         self._making = user_code.Calls(f"{what}: generate")
         self._submitting = user_code.Calls(f"{what}: submit")
         self._collecting = user_code.Calls(f"{what}: collect")
@@ -88,7 +89,7 @@ class CheckedBackend:
         return groups
 
     def _check(self, groups: Any, requests: list[Request], sampling: Sampling, version: int) -> None:
-        if problem := wrong_groups(groups, requests, sampling):
+        if problem := wrong_groups(groups, requests, sampling, self.stop_token_ids):
             raise self._making.error(problem)
         others = {span.version for group in groups for c in group for span in c.versions} - {version}
         if others:
@@ -112,7 +113,7 @@ class CheckedBackend:
         requests, sampling, flying = flight
         with self._collecting.call():
             groups = self.backend.collect(flying)
-            if problem := wrong_groups(groups, requests, sampling):
+            if problem := wrong_groups(groups, requests, sampling, self.stop_token_ids):
                 raise self._collecting.error(problem)
         return groups
 
@@ -120,7 +121,9 @@ class CheckedBackend:
         self.backend.close()
 
 
-def wrong_groups(groups: Any, requests: list[Request], sampling: Sampling) -> str | None:
+def wrong_groups(
+    groups: Any, requests: list[Request], sampling: Sampling, stop_token_ids: frozenset[int]
+) -> str | None:
     """What is wrong with completions for these requests, if anything: how many there are, and what each holds."""
     wanted = [len(request.keys) for request in requests]
     if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
@@ -134,12 +137,12 @@ def wrong_groups(groups: Any, requests: list[Request], sampling: Sampling) -> st
         )
     for request, group in zip(requests, groups, strict=True):
         for sample, completion in enumerate(group):
-            if problem := _wrong_completion(completion, sampling):
+            if problem := _wrong_completion(completion, sampling, stop_token_ids):
                 return f"prompt {request.prompt.id}, completion {sample}: {problem}"
     return None
 
 
-def _wrong_completion(completion: Any, sampling: Sampling) -> str | None:
+def _wrong_completion(completion: Any, sampling: Sampling, stop_token_ids: frozenset[int]) -> str | None:
     if not isinstance(completion, Completion):
         return f"it is {user_code.brief(completion)}; expected a grpo.types.Completion"
     if not isinstance(completion.status, Status):
@@ -153,11 +156,17 @@ def _wrong_completion(completion: Any, sampling: Sampling) -> str | None:
         return f"it has {len(tokens)} tokens, more than max_completion_length ({sampling.max_completion_length})"
     if not all(isinstance(token, int) for token in tokens):
         return "its token_ids are not all integers"
+    ends = [place for place, token in enumerate(tokens[:-1]) if token in stop_token_ids]
+    if ends:
+        return (
+            f"it goes on behind token {ends[0]}, which is {tokens[ends[0]]}, an end-of-sequence token; cut it there "
+            "(is that padding?)"
+        )
     if not all(isinstance(p, float) and math.isfinite(p) and p < 1e-3 for p in logprobs):
         return "its sampler_logprobs are not all finite floats of at most 0, the natural logarithms of probabilities"
     spans = sorted((span.start, span.end) for span in completion.versions)
-    ends = [0, *(end for _, end in spans)]
-    if [start for start, _ in spans] != ends[:-1] or ends[-1] != len(tokens):
+    bounds = [0, *(end for _, end in spans)]
+    if [start for start, _ in spans] != bounds[:-1] or bounds[-1] != len(tokens):
         return f"its versions do not cover its {len(tokens)} tokens; expected VersionSpan(0, {len(tokens)}, version)"
     return None
 

@@ -57,7 +57,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     name: str | None = None
-    """A task of `data/` by its file's name (`countdown`), or a function of yours: `my_task.py:build` or
+    """A task of grpo's own by its name (`countdown`), or a function of yours: `my_task.py:build` or
     `package.module:build`. It is called as `build(split, size, seed=...)`, with `args` by name, for the splits
     `train` and `eval`; it returns a `datasets.Dataset`."""
     path: str | None = None

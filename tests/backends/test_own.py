@@ -83,6 +83,7 @@ def test_a_function_that_makes_one_is_looked_at_when_it_has(tmp_path, find):
         make_backend(recipe, None)
 
 
+STOPS = frozenset({77})
 WRONG = {
     "it returned None; expected a list of completions for each of 2 requests": None,
     r"it returned 2 completions; expected one for each key of the 2 requests: 2 \+ 1": [[completion(), completion()]],
@@ -92,6 +93,9 @@ WRONG = {
     "prompt 9, completion 0: it has no token, .*": completion([], []),
     r"prompt 9, completion 0: it has 5 tokens, more than max_completion_length \(4\)": completion([1] * 5, [-1.0] * 5),
     "prompt 9, completion 0: its token_ids are not all integers": completion([1.0], [-1.0]),
+    r"prompt 9, completion 0: it goes on behind token 1, which is 77, an end-of-sequence token; .*": completion(
+        [5, 77, 0, 0], [-1.0] * 4
+    ),
     "prompt 9, completion 0: its sampler_logprobs are not all finite .*": completion([1], [-math.inf]),
     "prompt 9, completion 0: its sampler_logprobs are not all finite floats .*": completion([1], [0.5]),
     "prompt 9, completion 0: its versions do not cover its 2 tokens; .*": completion(versions=[VersionSpan(0, 1, 3)]),
@@ -117,16 +121,16 @@ class Returns:
 def test_wrong_completions_are_refused(said):
     last = WRONG[said]
     groups = last if last is None or isinstance(last, list) else [[completion(), completion()], [last]]
-    backend = CheckedBackend(Returns(groups), "rollout.backend: mine")
+    backend = CheckedBackend(Returns(groups), "rollout.backend: mine", STOPS)
     with pytest.raises(UserError, match=rf"^rollout.backend: mine: generate: {said}$"):
         backend.generate(REQUESTS, SAMPLING, 3)
 
 
 def test_right_completions_pass_and_a_lost_one_has_no_tokens():
     groups = [[completion(), completion([1], [0.0])], [completion([], [], Status.ERROR, versions=[])]]
-    assert wrong_groups(groups, REQUESTS, SAMPLING) is None
+    assert wrong_groups(groups, REQUESTS, SAMPLING, STOPS) is None
     told = []
-    backend = CheckedBackend(Returns(groups), "mine")
+    backend = CheckedBackend(Returns(groups), "mine", STOPS)
     assert backend.generate(REQUESTS, SAMPLING, 3, lambda place, group: told.append((place, group))) is groups
     assert told == [(0, groups[0])]
 
@@ -134,17 +138,19 @@ def test_right_completions_pass_and_a_lost_one_has_no_tokens():
 def test_a_group_is_looked_at_before_it_is_handed_on():
     groups = [[completion(), completion(logprobs=[-1.0])], [completion()]]
     with pytest.raises(UserError, match="prompt 7, completion 1"):
-        CheckedBackend(Returns(groups), "mine").generate(REQUESTS, SAMPLING, 3, lambda *group: pytest.fail("handed on"))
+        CheckedBackend(Returns(groups), "mine", STOPS).generate(
+            REQUESTS, SAMPLING, 3, lambda *group: pytest.fail("handed on")
+        )
 
 
 def test_another_policy_version_is_an_error_that_names_both():
     groups = [[completion(), completion(version=2)], [completion()]]
     with pytest.raises(RunError, match="mine: generate: asked for policy version 3, it sampled from 2"):
-        CheckedBackend(Returns(groups), "mine").generate(REQUESTS, SAMPLING, 3)
+        CheckedBackend(Returns(groups), "mine", STOPS).generate(REQUESTS, SAMPLING, 3)
 
 
 def test_sync_gives_metrics():
     with pytest.raises(
         UserError, match=r"^mine: sync: it returned None; expected a dict of metrics by name, such as \{\}$"
     ):
-        CheckedBackend(Returns(None), "mine").sync(None, 1)
+        CheckedBackend(Returns(None), "mine", STOPS).sync(None, 1)
