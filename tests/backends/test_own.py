@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,9 +46,10 @@ def find(tmp_path):
 def test_it_is_made_of_the_policy_and_the_rollout_section(tmp_path, find):
     find(RIGHT)
     recipe = make_recipe(tmp_path, rollout={"backend": f"{tmp_path}/my_backend.py:Mine", "num_generations": 4})
-    backend = make_backend(recipe, "the policy")
-    assert backend.backend.given == ("the policy", 4)
-    assert backend.sync("the policy", 1) == {}
+    policy = SimpleNamespace(stop_token_ids=[77])
+    backend = make_backend(recipe, policy)
+    assert backend.backend.given == (policy, 4)
+    assert backend.sync(policy, 1) == {}
     backend.close()
     assert recipe.algorithm.importance_sampling_mode == "token_truncate"  # nobody knows how its sampler rounds
 
