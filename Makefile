@@ -9,7 +9,7 @@ PARITY_VENV := .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-vllm fuzz bench parity algorithms lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-fast test-vllm test-nodes fuzz bench parity algorithms lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -54,6 +54,10 @@ test-fast: setup ## run the tests that take under a second each: 90 seconds in a
 test-vllm: setup setup-vllm smollm2 ## run the tests of the vLLM backend against real engines
 	GRPO_VLLM_PYTHON="$(CURDIR)/$(VLLM_VENV)/bin/python" \
 	  $(BIN)/python -m pytest --numprocesses=0 -p no:cacheprovider --timeout=600 tests/vllm_engine
+
+# Nodes are network namespaces, which only root may make; without, every test is skipped and says so.
+test-nodes: setup ## run the tests of launches over several nodes (network namespaces; as root)
+	$(BIN)/python -m pytest --numprocesses=0 --timeout=600 tests/several_nodes
 
 fuzz: setup ## 100,000 random and mutated completions through every verifier (half an hour)
 	GRPO_FUZZ_EXAMPLES=100000 $(BIN)/python -m pytest --numprocesses=0 tests/rewards/test_fuzz.py

@@ -59,7 +59,8 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-collect_ignore = ["vllm_engine"]  # needs an environment of its own: `make test-vllm` names the folder, which runs it
+# `make test-vllm` needs an environment of its own, `make test-nodes` is for root; each names its folder, which runs it.
+collect_ignore = ["vllm_engine", "several_nodes"]
 
 
 @pytest.fixture(scope="session")

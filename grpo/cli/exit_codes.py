@@ -18,6 +18,7 @@ from pathlib import Path
 import typer
 
 from grpo.errors import Preempted, RunError, UserError
+from grpo.run import peers
 
 SECONDS_TO_SPEAK = 5.0
 
@@ -33,18 +34,24 @@ def exit_codes(folder: Path | None = None) -> Iterator[None]:
     except typer.Exit:
         raise
     except UserError as error:
+        peers.say_ended(str(error), code=2)
         _say_once(str(error))  # every process has read the same recipe
         raise typer.Exit(2) from None
     except Preempted as error:
         _say_once(str(error))
         raise typer.Exit(143) from None
     except RunError as error:
+        peers.say_ended(_first_line(error))
         _say(f"{_rank_prefix()}{error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         _say_once("stopped by Ctrl-C; what came after the last checkpoint, if there is one, is not saved")
         raise typer.Exit(130) from None
     except Exception as error:
+        if lost := peers.loss():  # whatever was raised, it is what a collective made of that
+            _say_once(f"{lost.text}\n{peers.ADVICE}")
+            raise typer.Exit(lost.code) from None
+        peers.say_ended(f"{type(error).__name__}: {_first_line(error)}")
         where = _keep_traceback(folder)
         _say(f"{_rank_prefix()}{type(error).__name__}: {_first_line(error)}. {_advice(error)} {where}".rstrip())
         raise typer.Exit(1) from None
@@ -78,6 +85,8 @@ def _advice(error: BaseException) -> str:
         return "Free some disk space, then go on with --resume."
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("grpo"):
         return f"Install the package that holds {error.name}."
+    if isinstance(error, RuntimeError) and "Timed out waiting" in str(error):  # gloo's words
+        return "Another process is there, but hangs or took longer than training.ddp_timeout; go on with --resume."
     return "This is no mistake in the recipe that grpo knows of: please report it. --resume goes on from a checkpoint."
 
 

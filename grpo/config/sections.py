@@ -241,6 +241,11 @@ class TrainingConfig(Section):
     """Most sequences in one forward and backward pass; null is bounded by micro_batch_tokens alone."""
     log_rollouts_every: NonNegativeInt = 1
     """Write rollouts/step_N.jsonl every so many steps; 0 never."""
+    ddp_timeout: Positive | None = None
+    """Seconds that a process waits for the others before it gives up on one that hangs; null is 1800, or more where
+    vLLM's timeouts add up to more."""
+    peer_timeout: Annotated[float, Field(ge=5)] = 60.0
+    """Seconds without an answer from a process's machine after which it counts as lost, and the others end."""
     num_threads: PositiveInt | None = None
     """CPU threads of torch; null keeps torch's choice. Bit-exact resume needs the same number."""
     dollars_per_hour: NonNegative | None = None

@@ -15,6 +15,7 @@ from grpo.config import Recipe
 from grpo.errors import Preempted
 from grpo.model.policy import Policy
 from grpo.randomness import Stream, key
+from grpo.run import peers
 from grpo.run.folder import prepare_run_folder
 from grpo.run.log import RunLog
 from grpo.run.session import PreemptionGuard, on_main
@@ -72,6 +73,7 @@ class Run:
             evaluate()
         while not self.finished():
             self._seed_step()
+            peers.at_step(self.progress.step + 1)
             yield self.progress.step
             stopping, done = self.preemption.requested(), self.finished()
             if done or due(training.eval_every, self.progress.step):

@@ -38,6 +38,8 @@ MAY_CHANGE = (
     "recipe.training.save_every",
     "recipe.training.save_total_limit",
     "recipe.training.log_rollouts_every",
+    "recipe.training.ddp_timeout",
+    "recipe.training.peer_timeout",
     "recipe.training.num_threads",  # the threads really used are compared instead
     "recipe.training.dollars_per_hour",
 )
@@ -71,7 +73,7 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     bit. Keys of the manifest that ``now`` does not name are not compared.
     """
     shared = {key: manifest[key] for key in now.keys() & manifest.keys()}
-    found = _differences(shared, json.loads(json.dumps(now)), "")
+    found = differences(shared, json.loads(json.dumps(now)))
     lines = {
         key: f"{key.removeprefix('recipe.')}: {old} -> {new}"
         for key, old, new in found
@@ -87,14 +89,14 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         log.warning("resumed with changes that round differently (not equal to the bit): %s", "; ".join(lines.values()))
 
 
-def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]:
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
     """(key, old value, new value) for each leaf where two JSON values differ, list items by their index."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else name)
+            yield from differences(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else name)
     elif isinstance(old, list) and isinstance(new, list):
         for index, pair in enumerate(zip_longest(old, new, fillvalue=_ABSENT)):
-            yield from _differences(*pair, f"{key}.{index}")
+            yield from differences(*pair, f"{key}.{index}")
     elif old != new:
         yield key, _shown(old), _shown(new)
 

@@ -30,6 +30,7 @@ from grpo.model.devices import compute_dtype, has_bfloat16
 from grpo.model.loading import load_configs, load_tokenizer
 from grpo.prompts.checks import check_before_loading, stop_token_ids
 from grpo.prompts.task import Task, load_task
+from grpo.run.nodes import check_same_on_all, choose_interface, watch_peers
 
 log = logging.getLogger("grpo")
 T = TypeVar("T")
@@ -43,9 +44,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     precision = "bf16" if compute_dtype(recipe.model.dtype, device) == torch.bfloat16 else "no"
+    choose_interface()
     accelerator = Accelerator(
         cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=[_patience(recipe)]
     )
+    if accelerator.num_processes > 1:
+        watch_peers(recipe.training.peer_timeout)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
             "DeepSpeed steps its own optimizer and is not supported; FSDP2 shards the same state: "
@@ -90,12 +94,12 @@ def resolve_dtype(recipe: Recipe, accelerator: Accelerator) -> Recipe:
 
 def _patience(recipe: Recipe) -> InitProcessGroupKwargs:
     """How long a process may wait for the others: longer than a backend may take to give up on a server, or the waiting
-    processes would fail first."""
+    processes would fail first. This ends what hangs; a process that is gone is noticed by ``peers``."""
     rollout = recipe.rollout
     seconds = 600.0
     if rollout.backend == "vllm":
         seconds += rollout.vllm_generation_timeout + rollout.vllm_server_timeout + rollout.vllm_sync_timeout
-    return InitProcessGroupKwargs(timeout=timedelta(seconds=max(seconds, 1800.0)))
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.ddp_timeout or max(seconds, 1800.0)))
 
 
 def allow_fsdp_on_cpu(accelerator: Accelerator) -> None:
@@ -127,6 +131,7 @@ def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
     task = load_task(recipe.data, recipe.training, recipe.stage, tokenizer)
     for warning in check_before_loading(recipe, tokenizer, config, generation_config, task):
         log.warning(warning)
+    check_same_on_all(recipe, task)
     return tokenizer, stop_token_ids(tokenizer, config, generation_config), task
 
 

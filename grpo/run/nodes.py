@@ -1,0 +1,115 @@
+"""What a launch over several nodes needs beside what the launcher gave it."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import socket
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from accelerate.utils import gather_object
+
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.prompts.task import Task
+from grpo.run import peers
+from grpo.run.same_run import differences
+
+ROWS_COMPARED = 64
+ELSEWHERE = "192.0.2.1"  # an address that nobody has (RFC 5737); asked for, it names the default route
+
+
+def several_nodes() -> bool:
+    """Whether the launcher started processes on more than this node."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world) < world
+
+
+def choose_interface() -> None:
+    """Have gloo listen where the other nodes reach this one, if ``GLOO_SOCKET_IFNAME`` does not name the interface.
+
+    Left alone, gloo listens on the address that the host's name resolves to, which is 127.0.1.1 on Debian. NCCL chooses
+    by itself, and not by name.
+
+    Raises:
+        UserError: this node has several networks and nothing says which one.
+    """
+    if not several_nodes() or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    interfaces = _interfaces()
+    towards_first = _address_towards(os.environ.get("MASTER_ADDR", ""))
+    # The first node's own name may be a loopback address. Then the network with the default route is a good guess.
+    for address in (towards_first, _address_towards(ELSEWHERE), *(interfaces if len(interfaces) == 1 else ())):
+        if address in interfaces:
+            os.environ["GLOO_SOCKET_IFNAME"] = interfaces[address]
+            return
+    found = ", ".join(f"{name} ({address})" for address, name in interfaces.items()) or "none but the loopback"
+    raise UserError(
+        f"which network leads from {socket.gethostname()} to the other nodes? It has {found}. Name the interface on "
+        "each node: export GLOO_SOCKET_IFNAME=eth0 (and NCCL_SOCKET_IFNAME, where GPUs train)"
+    )
+
+
+def watch_peers(seconds: float) -> None:
+    """Notice when another process of this launch is lost; ``peers`` says how."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    peers.watch(store, address, dist.get_rank(), dist.get_world_size(), seconds)
+
+
+def check_same_on_all(recipe: Recipe, task: Task) -> None:
+    """Compare recipe and prompts over the nodes, each of which has read its own files.
+
+    Raises:
+        UserError: on every process, where a node's differ from the first one's.
+    """
+    if not several_nodes() or not dist.is_initialized():
+        return
+    mine = {"host": socket.gethostname(), "recipe": recipe.model_dump(mode="json"), "prompts": _digest(task)}
+    first, *others = gather_object([mine])
+    for rank, other in enumerate(others, start=1):
+        who, whose = f"rank {rank} (on {other['host']})", f"rank 0 (on {first['host']})"
+        if found := list(differences(first["recipe"], other["recipe"])):
+            lines = "".join(f"\n  {key}: {theirs}, there {own}" for key, own, theirs in found)
+            raise UserError(f"{who} was started with another recipe than {whose}:{lines}")
+        if first["prompts"] != other["prompts"]:
+            raise UserError(
+                f"{who} reads other prompts than {whose}: the files of `data`, the tokenizer or the code of the task "
+                "are not the same on both nodes"
+            )
+
+
+def _digest(task: Task) -> str:
+    """Of some rows over the whole training data, as token ids, and of how many there are."""
+    rows = task.train.ids[:: -(-len(task.train) // ROWS_COMPARED)]
+    as_tokens = task.example if task.stage == "sft" else lambda part, row: task.prompt(part, row).token_ids
+    content = [len(task.train), [as_tokens(task.train, row) for row in rows]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _interfaces() -> dict[str, str]:
+    """Names of the network interfaces that are up, by address, without the loopback and addresses of the link alone."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            if name in up and address.family in (socket.AF_INET, socket.AF_INET6):
+                parsed = ipaddress.ip_address(address.address.split("%")[0])
+                if not parsed.is_loopback and not parsed.is_link_local:
+                    found[str(parsed)] = name
+    return found
+
+
+def _address_towards(host: str) -> str | None:
+    """This node's address on the way to ``host``, or None where there is none. Nothing is sent."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None

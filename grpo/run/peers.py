@@ -1,0 +1,235 @@
+"""Whether the other processes of a run are still there, and what became of one that is not.
+
+A collective hears at once of a process that died, because the kernel closes its connections; of a machine that lost
+power or its network it hears nothing, and waits until its own timeout (half an hour). A process that only waits for
+one that failed by itself does not learn why. So every process keeps a connection to the first one. The kernel probes
+it (TCP keepalive), whatever the process is doing, and the last thing a failing process says goes through it.
+
+``watch`` starts a thread. When it learns that a process is lost, it tells the others through the first process, and
+ends its own process with exit code 1: after a while in which an error of the main thread may end it in good order, at
+once where a machine is gone, because then the main thread waits in a collective. Nothing of torch is imported here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+SECONDS_TO_LEARN = 5.0  # between a collective's error and what this module hears of the same loss
+SECONDS_TO_UNWIND = 30.0  # for the main thread, once it can know
+KEY = "grpo/peers"  # in the store of the launch: port and token of the first process
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A process that is gone: what is known of it, and the exit code of those that end with it."""
+
+    text: str
+    silent: bool = False
+    """Its machine does not answer, so collectives do not know of it."""
+    code: int = 1
+
+
+@dataclass
+class _Peer:
+    """The other end of a connection."""
+
+    connection: socket.socket
+    name: str
+    said: bytes = b""
+
+    def send(self, **message: Any) -> None:
+        try:
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            pass  # what is lost is found by reading
+
+    def read(self) -> list[dict[str, Any]]:
+        """What it said since the last call; waits for something.
+
+        Raises:
+            EOFError: its process closed the connection, or the kernel did when the process died.
+            OSError: the connection broke.
+            ValueError: it is not a process of this run.
+        """
+        chunk = self.connection.recv(1 << 16)
+        if not chunk:
+            raise EOFError
+        *lines, self.said = (self.said + chunk).split(b"\n")
+        messages = [json.loads(line) for line in lines]
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("not one of ours")
+        return messages
+
+
+class _Watch:
+    """This process's connections: those of all others on the first process, else the one to the first process."""
+
+    def __init__(self, rank: int, seconds: float):
+        self.rank, self.seconds, self.step = rank, seconds, 0
+        self.peers: list[_Peer] = []
+        self.loss: Loss | None = None
+        self.known = threading.Event()
+        self.parted = False
+
+    def add(self, connection: socket.socket, name: str) -> _Peer:
+        _probe(connection, self.seconds)
+        self.peers.append(_Peer(connection, name))
+        return self.peers[-1]
+
+    def watch_first(self) -> None:
+        """The thread of every process but the first."""
+        (first,) = self.peers
+        while True:
+            for message in self._hear(first):
+                if "lost" in message:
+                    self._end(Loss(message["lost"], message["silent"], message["code"]))
+                if "ended" in message:
+                    self._ended(first, message)
+
+    def watch_others(self, listener: socket.socket, token: str) -> None:
+        """The thread of the first process."""
+        waiting = selectors.DefaultSelector()
+        waiting.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in waiting.select():
+                if key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    waiting.register(connection, selectors.EVENT_READ, self.add(connection, ""))
+                    continue
+                peer = key.data
+                for message in self._hear(peer):
+                    if message.get("token") == token:
+                        peer.name = message["name"]
+                    elif peer.name and "ended" in message:
+                        self._ended(peer, message)
+                if peer not in self.peers:
+                    waiting.unregister(peer.connection)
+                    peer.connection.close()
+
+    def _hear(self, peer: _Peer) -> list[dict[str, Any]]:
+        try:
+            return peer.read()
+        except EOFError:
+            why = "its process ended without a word (it was killed, or its machine went down)"
+            loss = Loss(f"{peer.name} was lost {self._when()}: {why}")
+        except ValueError:  # not one of ours
+            peer.name, loss = "", Loss("")
+        except OSError as error:
+            why = f"its machine has not answered for {self.seconds:g} s ({error.strerror})"
+            if isinstance(error, ConnectionResetError):
+                why = "its process was killed, or its machine went down"
+            loss = Loss(f"{peer.name} was lost {self._when()}: {why}", not isinstance(error, ConnectionResetError))
+        if peer in self.peers:
+            self.peers.remove(peer)
+            if peer.name:
+                self._end(loss)
+        if self.rank:
+            sys.exit()  # this thread
+        return []
+
+    def _ended(self, peer: _Peer, message: dict[str, Any]) -> None:
+        self.peers.remove(peer)
+        if message["ended"]:
+            self._end(Loss(f"{peer.name} ended {self._when()}: {message['ended']}", code=message["code"]))
+
+    def _when(self) -> str:
+        return f"in step {self.step}" if self.step else "before the first step"
+
+    def _end(self, loss: Loss) -> None:
+        """Tell the others, let the main thread end by itself if it can, and end the process."""
+        if self.parted:
+            return
+        for peer in self.peers:
+            peer.send(lost=loss.text, silent=loss.silent, code=loss.code)
+        self.loss = loss
+        self.known.set()
+        if not loss.silent:
+            time.sleep(SECONDS_TO_UNWIND)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{loss.text}\n{ADVICE}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_TO_LEARN)  # a launcher ends all of a node as soon as one ends
+        os._exit(loss.code)
+
+
+ADVICE = "This process cannot go on without it. Start all of them again with --resume."
+
+_watch: _Watch | None = None
+
+
+def watch(store: Any, address: str, rank: int, world_size: int, seconds: float) -> None:
+    """Watch the other processes of this launch, all of which call this. Those of a machine that has not answered for
+    ``seconds`` are lost.
+
+    ``store`` is the launch's (``set`` and ``get``), and ``address`` one at which the first process's node is reached.
+    """
+    global _watch
+    if world_size == 1 or _watch is not None:
+        return
+    mine = _Watch(rank, seconds)
+    name = f"rank {rank} (on {socket.gethostname()})"
+    if rank == 0:
+        listener, token = _listen(), uuid.uuid4().hex
+        store.set(KEY, json.dumps({"port": listener.getsockname()[1], "token": token, "name": name}))
+        target, arguments = mine.watch_others, (listener, token)
+    else:
+        first = json.loads(store.get(KEY))
+        connection = socket.create_connection((address, first["port"]), timeout=seconds)
+        connection.settimeout(None)
+        mine.add(connection, first["name"]).send(token=first["token"], name=name)
+        target, arguments = mine.watch_first, ()
+    _watch = mine
+    atexit.register(say_ended)
+    threading.Thread(target=target, args=arguments, name="peers", daemon=True).start()
+
+
+def at_step(step: int) -> None:
+    """Say which step is under way, for messages."""
+    if _watch is not None:
+        _watch.step = step
+
+
+def loss() -> Loss | None:
+    """After an error: the process that was lost, if that explains it. Waits a moment for the news."""
+    if _watch is None:
+        return None
+    _watch.known.wait(SECONDS_TO_LEARN)
+    return _watch.loss
+
+
+def say_ended(why: str = "", code: int = 1) -> None:
+    """The last thing this process says to the others: why it fails, or nothing if it has done what it should."""
+    if _watch is None or _watch.parted:
+        return
+    _watch.parted = True
+    for peer in list(_watch.peers):
+        peer.send(ended=why, code=code)
+
+
+def _listen() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return socket.create_server(("", 0), backlog=1024)
+
+
+def _probe(connection: socket.socket, seconds: float) -> None:
+    """Have the kernel break a connection whose other end has not answered for ``seconds``."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", max(1, round(seconds / 2))),  # of silence, before the first probe
+        ("TCP_KEEPINTVL", max(1, round(seconds / 6))),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", round(1000 * seconds)),  # for what is being sent, which is not probed
+    ):
+        if hasattr(socket, option):  # Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -1,0 +1,127 @@
+"""What the processes of a launch learn of one that is gone. Real processes; those that stay wait, as in a collective."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launching import environment
+
+PROCESS = """
+import os, signal, sys, time
+from pathlib import Path
+from grpo.run import peers
+
+class Store:  # as c10d's: get waits for the key
+    folder = Path(sys.argv[1])
+    def set(self, key, value):
+        (self.folder / "writing").write_text(value)
+        (self.folder / "writing").rename(self.folder / "key")
+    def get(self, key):
+        while not (self.folder / "key").exists():
+            time.sleep(0.01)
+        return (self.folder / "key").read_bytes()
+
+rank, does = int(sys.argv[2]), sys.argv[3]
+peers.SECONDS_TO_UNWIND = peers.SECONDS_TO_LEARN = 0.2
+peers.watch(Store(), "127.0.0.1", rank, 3, 60)
+peers.at_step(7)
+(Store.folder / f"ready_{rank}").touch()
+while len(list(Store.folder.glob("ready_*"))) < 3:
+    time.sleep(0.01)
+time.sleep(0.1)
+if does == "is killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if does == "fails":
+    peers.say_ended("OutOfMemoryError: 80 GB are not enough", code=4)
+if does == "raises":
+    peers.SECONDS_TO_LEARN = 2
+    try:
+        time.sleep(0.3)
+        raise RuntimeError("Connection closed by peer")
+    except RuntimeError:
+        print(peers.loss().text, file=sys.stderr)
+        sys.exit(1)
+if does == "waits":
+    time.sleep(20)
+"""
+
+
+def launch(folder: Path, *does: str) -> list[tuple[int, str]]:
+    """Exit code and stderr of three processes, by rank."""
+    folder.mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(folder), str(rank), what],
+            env=environment() | {"LOCAL_RANK": "0"},  # each the first of a node
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, what in enumerate(does)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [0, 2])
+def test_a_killed_process_ends_the_others_which_name_it(tmp_path: Path, gone: int) -> None:
+    does = ["waits", "raises" if gone else "waits", "waits"]
+    does[gone] = "is killed"
+    ended = launch(tmp_path / "killed", *does)
+    assert ended.pop(gone) == (-9, "")
+    for code, said in ended:
+        assert code == 1
+        assert f"rank {gone} (on " in said
+        assert ") was lost in step 7: its process " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [0, 1])
+def test_the_last_words_of_a_process_that_fails_reach_the_others(tmp_path: Path, gone: int) -> None:
+    does = ["waits"] * 3
+    does[gone] = "fails"
+    ended = launch(tmp_path / "failing", *does)
+    assert ended.pop(gone) == (0, "")
+    for code, said in ended:
+        assert code == 4
+        assert ") ended in step 7: OutOfMemoryError: 80 GB are not enough\nThis process cannot go on" in said
+
+
+@pytest.mark.slow
+def test_processes_that_have_done_what_they_should_end_nobody(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    assert launch(tmp_path / "ends", "ends", "raises", "ends")[::2] == [(0, ""), (0, "")]
+    assert time.monotonic() - begun < 15
+
+
+@pytest.mark.slow
+def test_a_stranger_at_the_port_is_not_listened_to(tmp_path: Path) -> None:
+    stranger = PROCESS.partition("rank, does")[0] + (
+        "import json, socket\n"
+        "port = json.loads(Store().get(''))['port']\n"
+        'for words in (b\'1\\n\', b\'GET / HTTP/1.1\\r\\n\\r\\n\', b\'{"token": "guessed"}\\n{"ended": "hello", "code": 1}\\n\'):\n'
+        "    with socket.create_connection(('127.0.0.1', port)) as connection:\n"
+        "        connection.sendall(words)\n"
+        "    time.sleep(0.1)\n"
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    first = subprocess.Popen(
+        [sys.executable, "-c", PROCESS.replace("time.sleep(0.1)\n", "", 1), str(folder), "0", "waits"],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    done = subprocess.run([sys.executable, "-c", stranger, str(folder)], env=environment(), timeout=60, check=False)
+    assert done.returncode == 0
+    time.sleep(0.5)
+    assert first.poll() is None, first.communicate()
+    first.kill()
+    assert first.communicate()[1] == ""
+    assert json.loads((folder / "key").read_text())["token"]
