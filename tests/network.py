@@ -93,7 +93,7 @@ def launch(
 
 @contextmanager
 def network(*names: str) -> Iterator[list[Node]]:
-    """Nodes of these names, which reach each other and nothing else. On leaving, whatever happened, all of it is gone."""
+    """Nodes of these names, which reach each other and nothing else. All of it is gone in the end, whatever happens."""
     if problem := why_not():
         pytest.skip(problem)
     _sweep()

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +49,8 @@ class _Peer:
     said: bytes = b""
 
     def send(self, **message: Any) -> None:
-        try:
+        with suppress(OSError):  # what is lost is found by reading
             self.connection.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            pass  # what is lost is found by reading
 
     def read(self) -> list[dict[str, Any]]:
         """What it said since the last call; waits for something.

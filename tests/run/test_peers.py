@@ -1,4 +1,4 @@
-"""What the processes of a launch learn of one that is gone. Real processes; those that stay wait, as in a collective."""
+"""What the processes of a launch learn of one that is gone. Those that stay wait, as they would in a collective."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ if does == "raises":
         sys.exit(1)
 if does == "waits":
     time.sleep(20)
+"""
+
+STRANGER = r"""
+import json, socket
+port = json.loads(Store().get(""))["port"]
+for words in (b"1\n", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guessed"}\n{"ended": "hello", "code": 1}\n'):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(words)
+    time.sleep(0.1)
 """
 
 
@@ -102,14 +111,7 @@ def test_processes_that_have_done_what_they_should_end_nobody(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_stranger_at_the_port_is_not_listened_to(tmp_path: Path) -> None:
-    stranger = PROCESS.partition("rank, does")[0] + (
-        "import json, socket\n"
-        "port = json.loads(Store().get(''))['port']\n"
-        'for words in (b\'1\\n\', b\'GET / HTTP/1.1\\r\\n\\r\\n\', b\'{"token": "guessed"}\\n{"ended": "hello", "code": 1}\\n\'):\n'
-        "    with socket.create_connection(('127.0.0.1', port)) as connection:\n"
-        "        connection.sendall(words)\n"
-        "    time.sleep(0.1)\n"
-    )
+    stranger = PROCESS.partition("rank, does")[0] + STRANGER
     folder = tmp_path / "folder"
     folder.mkdir()
     first = subprocess.Popen(
