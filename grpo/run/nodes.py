@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from grpo.config import Recipe
@@ -54,11 +55,13 @@ def choose_interface() -> None:
     )
 
 
-def watch_peers(seconds: float) -> None:
+def watch_peers(accelerator: Accelerator, seconds: float) -> None:
     """Notice when another process of this launch is lost; ``peers`` says how."""
+    if accelerator.num_processes == 1:
+        return
     store: Any = dist.distributed_c10d._get_default_store()
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    peers.watch(store, address, dist.get_rank(), dist.get_world_size(), seconds)
+    peers.watch(store, address, accelerator.process_index, accelerator.num_processes, seconds)
 
 
 def check_same_on_all(recipe: Recipe, task: Task) -> None:

@@ -38,18 +38,16 @@ T = TypeVar("T")
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """accelerate as ``accelerate launch`` configured it; accumulation stays at 1 (``update/step.py`` does its own)."""
+    choose_interface()
     if recipe.training.num_threads:
         torch.set_num_threads(recipe.training.num_threads)
     # cpu=True where there is no accelerator: otherwise accelerate would not join the processes of a launch (over gloo).
     on_cpu = not torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     precision = "bf16" if compute_dtype(recipe.model.dtype, device) == torch.bfloat16 else "no"
-    choose_interface()
     accelerator = Accelerator(
         cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=[_patience(recipe)]
     )
-    if accelerator.num_processes > 1:
-        watch_peers(recipe.training.peer_timeout)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
             "DeepSpeed steps its own optimizer and is not supported; FSDP2 shards the same state: "
@@ -57,6 +55,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     if on_cpu:
         allow_fsdp_on_cpu(accelerator)
+    watch_peers(accelerator, recipe.training.peer_timeout)
     prepare_process()
     P, W = recipe.training.prompts_per_step, accelerator.num_processes
     if P % W:
