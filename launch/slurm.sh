@@ -3,11 +3,14 @@
 #
 #   sbatch --nodes 1 --gpus-per-node 8 --ntasks-per-node 8 --cpus-per-task 8 --time 8:00:00 \
 #     launch/slurm.sh RECIPE [a.b=c ...]
+#   sbatch --nodes 2 ...        two such nodes; the checkout and training.output_dir on a disk that they share
 #   SHARD=fsdp2 sbatch ...      splits weights and optimizer over the processes, as launch/fsdp2.yaml does
 #
 # Run it from the checkout, after `make setup`; GRPO names another grpo command. Three minutes before the end of the
 # time Slurm sends SIGUSR1 (on preemption SIGTERM): the run saves at the end of its step, exits 143 and is put back in
 # the queue. Raise @180 if a step of yours takes longer. --resume on a fresh folder starts at step 0.
+# A node that is lost ends the job (exit code 1) within training.peer_timeout seconds: sbatch it again, and it goes on.
+# docs/nodes.md says more.
 # Tested with stand-ins for srun and scontrol (tests/test_launch.py), not on a cluster.
 #SBATCH --job-name=grpo
 #SBATCH --output=slurm-%j.log
@@ -33,7 +36,8 @@ esac
 
 # Each task becomes a process of the group by itself, so that Slurm's signals reach it and nothing stands between.
 srun --kill-on-bad-exit=1 bash -c '
-  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_NNODES))}
   exec "$GRPO" train "$@" --resume' grpo "$@"
 status=$?
 

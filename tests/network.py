@@ -75,7 +75,8 @@ class Node:
 def launch(
     nodes: list[Node], kind: list[str], *arguments: object, per_node: int = 1, hidden: tuple[Path, ...] = ()
 ) -> list[subprocess.Popen[str]]:
-    """``accelerate launch`` on each node, as a user types it there; ``per_node`` processes on each."""
+    """``accelerate launch`` on each node, as a user types it there; ``per_node`` processes on each. Of ``hidden``
+    folders all nodes but the first have others, which are empty."""
     common = [
         f"--num_machines={len(nodes)}",
         f"--num_processes={per_node * len(nodes)}",
@@ -86,7 +87,7 @@ def launch(
     ]
     command = [sys.executable, "-m", "accelerate.commands.launch", *kind, *common]
     return [
-        node.start(*command, f"--machine_rank={rank}", *arguments, env=environment(), hidden=hidden)
+        node.start(*command, f"--machine_rank={rank}", *arguments, env=environment(), hidden=hidden if rank else ())
         for rank, node in enumerate(nodes)
     ]
 

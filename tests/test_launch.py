@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 
 STUBS = {
     "scontrol": 'echo "scontrol $*" >> "$LOG"; [ "$1" = show ] && printf "node1\\nnode2\\n"; exit 0',
     "srun": """while [[ "$1" == --* ]]; do shift; done
-for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@"; status=$?; done; exit $status""",
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+  SLURM_PROCID=$rank SLURM_LOCALID=$((rank % (SLURM_NTASKS / SLURM_NNODES))) "$@"; status=$?
+done; exit $status""",
     "grpo": 'echo "$RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT'
     ' fsdp ${ACCELERATE_USE_FSDP:-no}: $*" >> "$LOG"; exit "$EXIT"',
 }
@@ -33,8 +36,8 @@ def slurm(tmp_path):
         job = {
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_NNODES": "1",
             "SLURM_NTASKS": "2",
-            "SLURM_NTASKS_PER_NODE": "2",
         }
         own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GRPO": str(tmp_path / "grpo"), "LOG": str(tmp_path / "log")}
         done = subprocess.run(
@@ -66,6 +69,12 @@ def test_slurm_hands_out_ranks_and_resumes(slurm):
         "0/2 local 0/2 at node1:20007 fsdp no: train my recipe.yaml training.seed=1 --resume",
         "1/2 local 1/2 at node1:20007 fsdp no: train my recipe.yaml training.seed=1 --resume",
     ]
+
+
+def test_slurm_tells_the_processes_of_two_nodes_which_they_are(slurm):
+    _, log = slurm("r.yaml", EXIT="0", SLURM_NNODES="2", SLURM_NTASKS="4", SLURM_NTASKS_PER_NODE="2")
+    told = [line.partition(" at node1")[0] for line in log[1:]]
+    assert told == ["0/4 local 0/2", "1/4 local 1/2", "2/4 local 0/2", "3/4 local 1/2"]
 
 
 def test_slurm_shards_when_asked(slurm):
@@ -144,3 +153,42 @@ def test_vllm_serve_ends_as_the_server_does(vllm_serve):
     server = vllm_serve.checkout / ".venv-vllm/bin/python"
     server.write_text("#!/bin/sh\nexit 7\n")
     assert vllm_serve("m").returncode == 7
+
+
+def skypilot(folder: Path, **environment: str) -> list[str]:
+    """What the file's run section calls on a node, argument by argument."""
+    stub = folder / ".venv/bin/accelerate"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    stub.write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\n')
+    stub.chmod(0o755)
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    done = subprocess.run(
+        ["bash", "-euc", task["run"]],
+        env={"PATH": os.environ["PATH"]} | task["envs"] | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_skypilot_starts_one_launcher_a_node_and_all_meet_at_the_first(tmp_path, rank):
+    node = {
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": str(rank),
+        "SKYPILOT_NODE_IPS": "10.1.0.4\n10.1.0.5",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+    }
+    called = skypilot(tmp_path, SHARD="fsdp2", **node)
+    parsed = launch_command_parser().parse_args(called[1:])
+    assert called[0] == "launch"
+    assert (parsed.num_machines, parsed.num_processes, parsed.machine_rank) == (2, 16, rank)
+    assert (parsed.main_process_ip, parsed.main_process_port) == ("10.1.0.4", 29500)
+    assert load_config_from_file(parsed.config_file).distributed_type == "FSDP"
+    assert [parsed.training_script, *parsed.training_script_args] == [
+        *("grpo", "train", "recipes/countdown_qwen2.5-3b.yaml"),
+        *("training.output_dir=/runs/countdown_qwen2.5-3b", "--resume"),
+    ]

@@ -5,21 +5,31 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
+import logging
 import os
 import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.prompts.task import Task
 from grpo.run import peers
 from grpo.run.same_run import differences
+from grpo.run.whole import write_whole
 
+log = logging.getLogger("grpo")
+
+PROBE = ".seen_by_all_nodes"  # in the run folder, for a moment
+SECONDS_TO_APPEAR = 10.0
 ROWS_COMPARED = 64
 ELSEWHERE = "192.0.2.1"  # an address that nobody has (RFC 5737); asked for, it names the default route
 
@@ -84,6 +94,64 @@ def check_same_on_all(recipe: Recipe, task: Task) -> None:
                 f"{who} reads other prompts than {whose}: the files of `data`, the tokenizer or the code of the task "
                 "are not the same on both nodes"
             )
+
+
+def check_folder(folder: Path, accelerator: Accelerator) -> None:
+    """See whether all nodes have the run folder that the first process has claimed. Called by all processes.
+
+    Sharded weights are saved by all processes, so then it is an error where one has not; else it is one only on resume
+    (``check_checkpoint``).
+
+    Raises:
+        UserError: on every process.
+    """
+    if not several_nodes() or not dist.is_initialized():
+        return
+    probe, (token,) = folder / PROBE, broadcast_object_list([uuid.uuid4().hex])
+    if accelerator.is_main_process:
+        write_whole(probe, token)
+    blind = _blind(lambda: _appears(probe, token))
+    if accelerator.is_main_process:
+        probe.unlink(missing_ok=True)
+    if not blind:
+        return
+    where = f"training.output_dir: {folder} on {blind} is not the folder that rank 0 (on {socket.gethostname()}) writes"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(f"{where}. With sharded weights all nodes write checkpoints: it must be on a disk they share")
+    if accelerator.is_main_process:
+        log.warning("%s. That will do until the run is resumed: all nodes read the checkpoint then", where)
+
+
+def check_checkpoint(checkpoint: Path | None) -> None:
+    """Raises UserError, on every process, where one does not see the checkpoint that the first process has chosen."""
+    if checkpoint is None or not several_nodes() or not dist.is_initialized():
+        return
+    manifest = checkpoint / "manifest.json"
+    (content,) = broadcast_object_list([manifest.read_bytes() if dist.get_rank() == 0 else b""])
+    if blind := _blind(lambda: manifest.exists() and manifest.read_bytes() == content):
+        raise UserError(
+            f"{checkpoint} is not there on {blind}, and every process reads the checkpoint that it resumes from. Put "
+            "training.output_dir on a disk that all nodes share, or copy this folder to all of them"
+        )
+
+
+def _blind(sees: Callable[[], bool]) -> str:
+    """The processes that do not see something, in words; empty where all do."""
+    seen = gather_object([(socket.gethostname(), sees())])
+    return ", ".join(f"rank {rank} (on {host})" for rank, (host, does) in enumerate(seen) if not does)
+
+
+def _appears(path: Path, content: str) -> bool:
+    """Whether a file has this content, now or soon: a network's filesystem may take its time."""
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while time.monotonic() < deadline:
+        try:
+            if path.read_text(encoding="utf-8") == content:
+                return True
+        except OSError:
+            pass
+        time.sleep(0.1)
+    return False
 
 
 def _digest(task: Task) -> str:

@@ -18,6 +18,7 @@ from grpo.randomness import Stream, key
 from grpo.run import peers
 from grpo.run.folder import prepare_run_folder
 from grpo.run.log import RunLog
+from grpo.run.nodes import check_checkpoint, check_folder
 from grpo.run.session import PreemptionGuard, on_main
 from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
 
@@ -119,8 +120,10 @@ def start_run(
     """Claim the run's folder, load the policy, and restore the checkpoint of ``resume``: True for the newest, or a
     path. The folder comes first, so that a mistake about it is found before weights load."""
     folder = on_main(accelerator, lambda: prepare_run_folder(recipe, resume))
+    check_folder(folder, accelerator)
     policy = Policy(recipe, accelerator, tokenizer, stop_token_ids, needs_reference)
     checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))
+    check_checkpoint(checkpoint)
     return Run(recipe, policy, folder, restore_state(checkpoint, recipe, policy), resumed=bool(resume))
 
 

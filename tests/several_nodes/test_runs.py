@@ -22,6 +22,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SHORT = ("training.max_steps=12", "training.eval_every=0", "rollout.max_completion_length=8")
 PATIENCE = 6
 QUICK = (*SHORT, f"training.peer_timeout={PATIENCE}")
+HSDP = [  # over nodes whole copies, over a node's processes a copy's parts
+    *FSDP2,
+    "--use_parallelism_config",
+    "--parallelism_config_dp_replicate_size=2",
+    "--parallelism_config_dp_shard_size=2",
+]
 LAUNCHER = 15  # seconds that accelerate's launcher may take to end after its process
 
 
@@ -67,8 +73,8 @@ def same_but_for_rounding(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "per_node", "lost", "how"),
-    [(DDP, 2, 1, "kill"), (DDP, 1, 0, "kill"), (FSDP2, 1, 1, "cut")],
-    ids=["ddp-killed", "ddp-first-killed", "fsdp2-cut"],
+    [(DDP, 2, 1, "kill"), (DDP, 1, 0, "kill"), (FSDP2, 1, 1, "cut"), (HSDP, 2, 0, "kill")],
+    ids=["ddp-killed", "ddp-first-killed", "fsdp2-cut", "hsdp-first-killed"],
 )
 def test_the_run_of_two_nodes_is_that_of_one_and_exact_after_one_is_lost(
     tiny_model: Path, tmp_path: Path, alone: Path, kind: list[str], per_node: int, lost: int, how: str
@@ -133,3 +139,28 @@ def test_a_node_that_reads_another_recipe_is_named(tiny_model: Path, tmp_path: P
         assert "rank 1 (on node-b) was started with another recipe than rank 0 (on node-a)" in said
         assert "training.seed: 1, there 0" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_a_run_folder_that_is_not_shared(tiny_model: Path, tmp_path: Path, nodes: list[Node], kind: list[str]) -> None:
+    """Replicas train without: only the first process writes. To resume, all read. Shards are written by all."""
+    folder, own = tmp_path / "runs/run", ("training.max_steps=2", "training.eval_every=0")
+    folder.parent.mkdir()
+    arguments = command(tiny_model, folder, *own)
+    recipe = folder.with_suffix(".yaml").rename(tmp_path / "recipe.yaml")
+    arguments[arguments.index(str(folder.with_suffix(".yaml")))] = str(recipe)
+
+    def run(*more: str) -> list[tuple[int, str]]:
+        return ended(launch(nodes, kind, *arguments, *more, hidden=(folder.parent,)))
+
+    done = run()
+    if kind == FSDP2:
+        for code, said in done:
+            assert code == 1
+            assert "rank 1 (on node-b) is not the folder that rank 0 (on node-a) writes. With sharded weights" in said
+        return
+    assert [code for code, _ in done] == [0, 0], done
+    assert "That will do until the run is resumed" in done[0][1]
+    for code, said in run("--resume", "training.max_steps=4"):
+        assert code == 1
+        assert "checkpoints/step_000002 is not there on rank 1 (on node-b)" in said
