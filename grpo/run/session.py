@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable
 from datetime import timedelta
 from time import sleep
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -20,19 +19,18 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    broadcast_object_list,
 )
 
 from grpo.config import Recipe
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from grpo.kernels import prepare_process
 from grpo.model.devices import compute_dtype, has_bfloat16
 from grpo.model.loading import load_configs, load_tokenizer
+from grpo.model.processes import on_main as on_main
 from grpo.prompts.checks import check_before_loading, stop_token_ids
 from grpo.prompts.task import Task, load_task
 
 log = logging.getLogger("grpo")
-T = TypeVar("T")
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -104,20 +102,6 @@ def allow_fsdp_on_cpu(accelerator: Accelerator) -> None:
         PartialState().distributed_type = DistributedType.FSDP  # AcceleratorState copies it whenever it is asked for
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Run ``work`` on the first process and give its result, or its UserError or RunError, to every process."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [work(), None]
-        except (UserError, RunError) as error:
-            outcome = [None, error]
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
