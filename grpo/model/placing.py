@@ -112,9 +112,10 @@ def assign(target: torch.Tensor, whole: torch.Tensor) -> None:
 
 
 def sharded_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """``whole``, which every process has, on the target's device and sharded as the target is. Nothing is sent."""
+    """``whole``, which every process has, on the target's device and sharded as the target is, if it is not already.
+    Nothing is sent."""
     whole = whole.to(target.device)
-    if not isinstance(target, DTensor):
+    if not isinstance(target, DTensor) or isinstance(whole, DTensor):
         return whole
     return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
 

@@ -19,13 +19,13 @@ from grpo import kernels
 from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.model.devices import compute_dtype
+from grpo.model.first_process import on_main
 from grpo.model.loading import attention_keyword, load_configs, load_weights
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import add_adapters, base_of, merged_state
 from grpo.model.optimizer import make_optimizer
 from grpo.model.packed_check import in_float32, why_padded
-from grpo.model.placing import assign, fill, local, match, materialize, shard, shell, whole, with_ties
-from grpo.model.processes import on_main
+from grpo.model.placing import assign, fill, local, match, materialize, shard, sharded_like, shell, whole, with_ties
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
 from grpo.randomness import Stream, key
@@ -284,36 +284,70 @@ class Policy:
         return {name: whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """The part of the model that a checkpoint holds: all weights, or with LoRA the adapters (the base is fixed)."""
+        """The weights that a checkpoint holds, where they are: all, or with LoRA the adapters (the base is fixed)."""
         named = self.accelerator.unwrap_model(self.model).named_parameters()
-        if self.peft_model is not None:
-            return {name: whole(p.detach()) for name, p in named if p.requires_grad}
-        return {name: whole(p.detach()) for name, p in named}
+        return {name: p.detach() for name, p in named if p.requires_grad or self.peft_model is None}
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Inverse of ``trained_state``."""
-        named = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        """Inverse of ``trained_state``, for whole tensors, which every process has."""
+        targets = self.trained_state()
         for name, tensor in state.items():
-            assign(named[name], tensor)
+            assign(targets[name], tensor)
 
     def optimizer_state(self) -> dict[str, Any]:
-        """AdamW's moments, gathered from every process where they are sharded. Called by all processes."""
-        if not self.sharded:
-            return self.optimizer.state_dict()
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        """AdamW's moments, by the places of their weights in the optimizer."""
+        return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Inverse of ``optimizer_state``."""
-        if not self.sharded:
+        """Inverse of ``optimizer_state``, for whole tensors, which every process has. They may be given by the names of
+        their weights instead, as sharded policies once saved them."""
+        if not self.sharded and all(isinstance(key, int) for key in state["state"]):
             self.optimizer.load_state_dict(state)
             return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+        given = {}
+        for place, (name, _) in enumerate(self._optimized()):
+            for slot, value in (state["state"].get(place) or state["state"].get(name) or {}).items():
+                given[f"{name}.{slot}"] = value
+        self.load_moments(given)
 
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
+    def moments(self) -> dict[str, torch.Tensor]:
+        """What the optimizer keeps of each weight, by ``NAME.SLOT``; sharded as the weight is."""
+        state = self.optimizer.state
+        return {f"{name}.{slot}": value for name, p in self._optimized() for slot, value in state.get(p, {}).items()}
+
+    def empty_moments(self, stored: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, torch.Tensor]:
+        """Memory for moments of these whole shapes and types, sharded as their weights are."""
+        weights = dict(self._optimized())
+        made = {}
+        for name, (shape, dtype) in stored.items():
+            weight = weights[name.rpartition(".")[0]]
+            made[name] = (
+                torch.empty_like(weight.detach(), dtype=dtype)
+                if shape == weight.shape
+                else torch.empty(shape, dtype=dtype)
+            )
+        return made
+
+    def load_moments(self, moments: dict[str, torch.Tensor]) -> None:
+        """Inverse of ``moments``, for tensors that are whole, or sharded as their weights are."""
+        slots: dict[str, dict[str, torch.Tensor]] = {}
+        for name, value in moments.items():
+            weight, _, slot = name.rpartition(".")
+            slots.setdefault(weight, {})[slot] = value
+        state = {}
+        for place, (name, weight) in enumerate(self._optimized()):
+            if name in slots:
+                state[place] = {
+                    slot: sharded_like(value, weight) if value.shape == weight.shape else value
+                    for slot, value in slots[name].items()
+                }
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _optimized(self) -> list[tuple[str, torch.Tensor]]:
+        """The trained weights with their names, in the order in which the optimizer has them."""
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        names = {id(parameter): name for name, parameter in named}
+        return [(names[id(p)], p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that ``from_pretrained`` loads: weights in the compute type, LoRA adapters merged. The

@@ -25,8 +25,8 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.kernels import prepare_process
 from grpo.model.devices import compute_dtype, has_bfloat16
+from grpo.model.first_process import on_main as on_main
 from grpo.model.loading import load_configs, load_tokenizer
-from grpo.model.processes import on_main as on_main
 from grpo.prompts.checks import check_before_loading, stop_token_ids
 from grpo.prompts.task import Task, load_task
 
