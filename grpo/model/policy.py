@@ -19,9 +19,10 @@ from grpo.config import Recipe
 from grpo.model.devices import compute_dtype
 from grpo.model.loading import load_weights
 from grpo.model.logprob_lm import LogprobLM
-from grpo.model.lora import add_adapters, base_of, merged_state
+from grpo.model.lora import add_adapters, base_of, merged_state, without_adapters
 from grpo.model.optimizer import make_optimizer
 from grpo.model.packed_check import why_padded
+from grpo.model.processes import Collectives, average_gradients, replicas, take_first_ones_weights, to_rest, whole
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
 from grpo.randomness import Stream, key
@@ -36,10 +37,10 @@ log = logging.getLogger("grpo")
 class Policy:
     """The trained module with everything that belongs to it.
 
-    ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
-    ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones.
-    Trained weights are float32; if ``compute_dtype`` is bfloat16, passes run under autocast. With LoRA the frozen
-    weights are held in the compute type and the adapters in float32.
+    ``model`` is a ``LogprobLM``, ``causal_lm`` the transformers model inside it. Over several processes it is whole on
+    each, or sharded by FSDP2 (``processes``). ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones.
+    Trained weights are float32; if ``compute_dtype`` is bfloat16, passes run under autocast, and sharded weights are
+    gathered in bfloat16. With LoRA the frozen weights are held in the compute type and the adapters in float32.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.stop_token_ids = stop_token_ids
         self.device = accelerator.device
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.compute_dtype = compute_dtype(recipe.model.dtype, self.device)
         self.max_grad_norm = recipe.optimizer.max_grad_norm
         self.is_lora = recipe.model.lora is not None
@@ -65,7 +67,7 @@ class Policy:
         self.causal_lm = causal_lm
         if recipe.model.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        cannot_pack = kernels.install(causal_lm, self.device, trains=True, alone=self._alone())
+        cannot_pack = kernels.install(causal_lm, self.device, trains=True, alone=not self.sharded)
         logprob_lm = LogprobLM(causal_lm)
         logprob_lm.check_head()
         self.packed = self._can_pack(logprob_lm, cannot_pack)
@@ -73,8 +75,18 @@ class Policy:
         self.needs_reference = needs_reference
 
         optimizer = make_optimizer(logprob_lm, recipe.optimizer, several_processes=accelerator.num_processes > 1)
-        self.model, self.optimizer = accelerator.prepare(logprob_lm.train(), optimizer)
-        self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        self.replicas = replicas(accelerator)
+        self.model, self.optimizer = self._prepared(logprob_lm.train(), optimizer)
+        self.collectives = Collectives(self.model) if self.sharded else None
+
+    def _prepared(self, logprob_lm: LogprobLM, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Both on the device, and sharded where the launch says so. Replicas are not wrapped in DDP (``processes``)."""
+        if self.sharded:
+            return self.accelerator.prepare(logprob_lm, optimizer)
+        logprob_lm.to(self.device)
+        if self.replicas is not None:
+            take_first_ones_weights(logprob_lm)
+        return logprob_lm, self.accelerator.prepare(optimizer)
 
     def _can_pack(self, logprob_lm: LogprobLM, why: str | None) -> bool:
         why = why or why_padded(logprob_lm, self.device, self.compute_dtype)
@@ -104,11 +116,8 @@ class Policy:
             self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
         )
         # Its linear layers then compute as the policy's do, to the bit.
-        kernels.install(twin, self.device, trains=False, alone=self._alone())
+        kernels.install(twin, self.device, trains=False, alone=not self.sharded)
         return twin.to(self.device).eval().requires_grad_(False)
-
-    def _alone(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.NO
 
     def autocast(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:
@@ -117,8 +126,7 @@ class Policy:
 
     def logprobs(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (with gradient where enabled) and entropies of a micro-batch, (B,T)."""
-        with self.autocast():
-            logps_BT, entropy_BT, _ = self.model(batch, temperature)
+        logps_BT, entropy_BT, _ = self._pass(self.model, batch, temperature)
         return logps_BT, entropy_BT
 
     def statistics(
@@ -126,22 +134,33 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same, the entropies with gradient if ``entropy_gradient``, and the log of the probability that the
         rollout's top-k, top-p and min-p leave of each distribution."""
-        with self.autocast():
-            return self.model(batch, temperature, entropy_gradient, self.truncation)
+        return self._pass(self.model, batch, temperature, entropy_gradient, self.truncation)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
         """The same under the reference model: a frozen copy, or with LoRA the model without its adapters."""
-        with self.autocast():
-            if self.peft_model is not None:
-                with self.peft_model.disable_adapter():
-                    return self.model(batch, temperature)[0]
-            assert self.reference is not None
-            return self.reference(batch, temperature)[0]
+        if self.peft_model is not None:
+            with without_adapters(self.peft_model):
+                return self._pass(self.model, batch, temperature)[0]
+        assert self.reference is not None
+        return self._pass(self.reference, batch, temperature)[0]
 
-    def no_sync(self) -> AbstractContextManager:
-        """Within it, backward passes do not synchronize gradients (for all but the last micro-batch of a step)."""
-        return self.accelerator.no_sync(self.model)
+    def _pass(self, model: LogprobLM, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with self.autocast():
+            found = model(*arguments)
+        if not torch.is_grad_enabled():
+            self.end_pass()
+        return found
+
+    def end_pass(self) -> None:
+        """After a pass that failed, or that no backward pass follows."""
+        if self.sharded:
+            to_rest(self.model)
+
+    def average_gradients(self) -> None:
+        """Over the processes that hold the same weights. Sharded gradients are averaged over shards already."""
+        if self.replicas is not None:
+            average_gradients([p for p in self.model.parameters() if p.requires_grad], self.replicas)
 
     def clip_gradients(self) -> float:
         """Global gradient norm before clipping to ``max_grad_norm``; the same number on every process."""
@@ -170,7 +189,7 @@ class Policy:
         """The causal LM's whole state by ``from_pretrained``'s names, gathered from every process, LoRA adapters merged
         (in a copy: the policy's own weights are not touched). Called by all processes."""
         named = self.accelerator.unwrap_model(self.model).state_dict().items()
-        state = {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named}
+        state = {name.removeprefix("causal_lm."): whole(tensor) for name, tensor in named}
         if self.peft_model is None:
             return state
         return merged_state(self.causal_lm, state)
@@ -179,7 +198,7 @@ class Policy:
     def base_state(self) -> dict[str, torch.Tensor]:
         """With LoRA: the frozen weights without adapters, by ``from_pretrained``'s names. Called by all processes."""
         named = self.accelerator.unwrap_model(self.model).state_dict().items()
-        return base_of(self.causal_lm, {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named})
+        return base_of(self.causal_lm, {name.removeprefix("causal_lm."): whole(tensor) for name, tensor in named})
 
     def save_adapter(self, folder: Path, adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
         """Write ``adapter_state`` as peft does, cast to ``dtype``."""
@@ -191,14 +210,14 @@ class Policy:
         """The LoRA adapters alone, by peft's names."""
         from peft import get_peft_model_state_dict
 
-        return {name: _whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
+        return {name: whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The part of the model that a checkpoint holds: all weights, or with LoRA the adapters (the base is fixed)."""
         named = self.accelerator.unwrap_model(self.model).named_parameters()
         if self.peft_model is not None:
-            return {name: _whole(p.detach()) for name, p in named if p.requires_grad}
-        return {name: _whole(p.detach()) for name, p in named}
+            return {name: whole(p.detach()) for name, p in named if p.requires_grad}
+        return {name: whole(p.detach()) for name, p in named}
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of ``trained_state``."""
@@ -243,10 +262,6 @@ class Policy:
             if adapter is not None:
                 self.peft_model.save_pretrained(folder / "adapter", state_dict=adapter)
         self.accelerator.wait_for_everyone()
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
