@@ -1,9 +1,4 @@
-"""Where a model's weights are: nowhere yet (the meta device), whole on a device, or in shards on all processes.
-
-A start costs little memory. Only the first process reads weights, in the type that they are stored in. Every process
-makes a shell (a model without weights), shards it under FSDP2, and gives it memory. The first process then sends what
-it read, tensor by tensor. So no process holds the whole model in float32 unless it trains on all of it.
-"""
+"""Where a model's weights are: nowhere yet (the meta device), whole on a device, or in shards on all processes."""
 
 from __future__ import annotations
 
@@ -12,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
@@ -53,6 +48,11 @@ def materialize(model: nn.Module, device: torch.device) -> None:
         module._parameters.update({n: made[id(p)] for n, p in module._parameters.items() if id(p) in made})
     del kept
     model.to(device)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the launch shards weights (FSDP2)."""
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:

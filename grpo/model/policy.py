@@ -10,25 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from grpo import kernels
 from grpo.config import Recipe
-from grpo.errors import RunError
 from grpo.model.devices import compute_dtype
-from grpo.model.first_process import on_main
-from grpo.model.loading import attention_keyword, load_configs, load_weights
 from grpo.model.logprob_lm import LogprobLM
-from grpo.model.lora import add_adapters, base_of, merged_state
+from grpo.model.lora import base_of, merged_state, without_adapters
+from grpo.model.moments import from_saved, load_moments, optimized
 from grpo.model.optimizer import make_optimizer
-from grpo.model.packed_check import in_float32, why_padded
-from grpo.model.placing import assign, fill, local, match, materialize, shard, sharded_like, shell, whole, with_ties
+from grpo.model.placing import assign, is_sharded, local, materialize, shard, shell, whole, with_ties
+from grpo.model.processes import Collectives, average_gradients, replicas, to_rest
+from grpo.model.start import start
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
-from grpo.randomness import Stream, key
 from grpo.types import Batch, TrainedSequence
 
 if TYPE_CHECKING:
@@ -40,10 +36,11 @@ log = logging.getLogger("grpo")
 class Policy:
     """The trained module with everything that belongs to it.
 
-    ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
-    ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones.
-    Trained weights are float32; if ``compute_dtype`` is bfloat16, passes run under autocast. With LoRA the frozen
-    weights are held in the compute type and the adapters in float32.
+    ``model`` is a ``LogprobLM``, ``causal_lm`` the transformers model inside it. Over several processes it is whole on
+    each, or sharded by FSDP2 (``processes``), and so is ``reference``. ``packed`` says whether it computes packed rows
+    (``packed_check``) or needs padded ones.
+    Trained weights are float32; if ``compute_dtype`` is bfloat16, passes run under autocast, and sharded weights are
+    gathered in bfloat16. With LoRA the frozen weights are held in the compute type and the adapters in float32.
     """
 
     def __init__(
@@ -58,6 +55,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.stop_token_ids = stop_token_ids
         self.device = accelerator.device
+        self.sharded = is_sharded(accelerator)
         self.compute_dtype = compute_dtype(recipe.model.dtype, self.device)
         self.max_grad_norm = recipe.optimizer.max_grad_norm
         self.is_lora = recipe.model.lora is not None
@@ -66,80 +64,16 @@ class Policy:
         self.trust_remote_code = recipe.model.trust_remote_code
         self.needs_reference = needs_reference
 
-        # One process on a CPU trains on the model as it is read. Otherwise every process gets a shell, which the first
-        # process's model fills: in shards, on a device, in another type than that of the file.
-        as_read = accelerator.num_processes == 1 and self.device.type == "cpu"
         weights = self.compute_dtype if self.is_lora else torch.float32
-        read = self._read(recipe, weights if as_read or weights != torch.float32 else None)
-        self.causal_lm, self.peft_model = self._shell(recipe, weights) if read is None or not as_read else read
-        logprob_lm = LogprobLM(self.causal_lm).train()
-        source = LogprobLM(read[0]) if read is not None else None
-        del read
+        self.model, self.peft_model, self.packed = start(recipe, accelerator, weights, self.compute_dtype)
+        self.causal_lm = self.model.causal_lm
         several = accelerator.num_processes > 1
-        if not as_read:
-            match(logprob_lm, source, weights)
-        if accelerator.is_fsdp2:
-            self.model = shard(logprob_lm, accelerator)
-        if not as_read:
-            materialize(logprob_lm, self.device)
-            fill(logprob_lm, source, several=several)
-        del source
-        optimizer = make_optimizer(logprob_lm, recipe.optimizer, several_processes=several)
-        if accelerator.is_fsdp2:  # accelerate would shard the model itself, and then fill it in its own way
-            self.optimizer = accelerator.prepare_optimizer(optimizer)
-        else:
-            self.model, self.optimizer = accelerator.prepare(logprob_lm, optimizer)
-        self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        optimizer = make_optimizer(self.model, recipe.optimizer, several_processes=several)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
-
-    def _read(self, recipe: Recipe, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any] | None:
-        """The model with its weights, on the CPU of the first process; None on the others. It is checked there, and
-        ``packed`` set on all."""
-        read: list[tuple[PreTrainedModel, Any]] = []
-
-        def work() -> str | None:
-            causal_lm = load_weights(recipe.model, dtype)
-            peft_model, cannot_pack = self._equip(causal_lm, recipe)
-            read.append((causal_lm, peft_model))
-            logprob_lm = LogprobLM(causal_lm)
-            with in_float32(logprob_lm):
-                logprob_lm.check_head()
-            return cannot_pack or why_padded(logprob_lm, self.device, self.compute_dtype)
-
-        why = on_main(self.accelerator, work)
-        self.packed = why is None
-        if self.accelerator.is_main_process:
-            log.info(
-                "update: %s",
-                "packed rows, each prompt computed once for its completions"
-                if why is None
-                else f"padded rows, which are slower, for {type(read[0][0]).__name__}: {why}",
-            )
-        return read[0] if read else None
-
-    def _shell(self, recipe: Recipe, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-        """The same model without weights.
-
-        Raises:
-            RunError: rows are to be packed, and this process can't.
-        """
-        config, generation_config = load_configs(recipe.model)
-        causal_lm = shell(config, dtype, self.trust_remote_code, **attention_keyword(recipe.model))
-        causal_lm.generation_config = generation_config
-        peft_model, cannot_pack = self._equip(causal_lm, recipe)
-        if self.packed and cannot_pack:
-            raise RunError(
-                f"the first process packs rows, but rank {self.accelerator.process_index} can't: {cannot_pack}"
-            )
-        return causal_lm, peft_model
-
-    def _equip(self, causal_lm: PreTrainedModel, recipe: Recipe) -> tuple[Any, str | None]:
-        """Give a model adapters and fast passes. Returns peft's model, if any, and why it can't compute packed rows."""
-        torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
-        peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
-        if recipe.model.gradient_checkpointing:
-            causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return peft_model, kernels.install(causal_lm, self.device, trains=True, alone=self._alone())
+        self.replicas = replicas(accelerator)
+        held = [model for model in (self.model, self.reference) if model is not None]
+        self.collectives = Collectives(*held) if self.sharded else None
 
     def collate(self, micro_batch: list[TrainedSequence]) -> Batch:
         """The tensors that ``logprobs`` takes, on this process's device."""
@@ -169,11 +103,8 @@ class Policy:
         config = self.causal_lm.config
         twin = shell(config, dtype, self.trust_remote_code, attn_implementation=config._attn_implementation)
         # Its linear layers then compute as the policy's do, to the bit.
-        kernels.install(twin, self.device, trains=False, alone=self._alone())
+        kernels.install(twin, self.device, trains=False, alone=not self.sharded)
         return twin
-
-    def _alone(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.NO
 
     def autocast(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:
@@ -182,8 +113,7 @@ class Policy:
 
     def logprobs(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (with gradient where enabled) and entropies of a micro-batch, (B,T)."""
-        with self.autocast():
-            logps_BT, entropy_BT, _ = self.model(batch, temperature)
+        logps_BT, entropy_BT, _ = self._pass(self.model, batch, temperature)
         return logps_BT, entropy_BT
 
     def statistics(
@@ -191,25 +121,35 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same, the entropies with gradient if ``entropy_gradient``, and the log of the probability that the
         rollout's top-k, top-p and min-p leave of each distribution."""
-        with self.autocast():
-            return self.model(batch, temperature, entropy_gradient, self.truncation)
+        return self._pass(self.model, batch, temperature, entropy_gradient, self.truncation)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
         """The same under the reference model: a frozen copy, or with LoRA the model without its adapters."""
-        with self.autocast():
-            if self.peft_model is not None:
-                with self.peft_model.disable_adapter():
-                    return self.model(batch, temperature)[0]
-            assert self.reference is not None
-            logps_BT = self.reference(batch, temperature)[0]
-            if isinstance(self.reference, FSDPModule):
-                self.reference.reshard()  # FSDP2 keeps embedding and head whole for a backward pass, which never comes
-            return logps_BT
+        if self.peft_model is not None:
+            with without_adapters(self.peft_model):
+                return self._pass(self.model, batch, temperature)[0]
+        assert self.reference is not None
+        return self._pass(self.reference, batch, temperature)[0]
 
-    def no_sync(self) -> AbstractContextManager:
-        """Within it, backward passes do not synchronize gradients (for all but the last micro-batch of a step)."""
-        return self.accelerator.no_sync(self.model)
+    def _pass(self, model: LogprobLM, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with self.autocast():
+            found = model(*arguments)
+        if not torch.is_grad_enabled():
+            self.end_pass()
+        return found
+
+    def end_pass(self) -> None:
+        """After a pass that failed, or that no backward pass follows."""
+        if self.sharded:
+            to_rest(self.model)
+            if self.reference is not None:
+                to_rest(self.reference)
+
+    def average_gradients(self) -> None:
+        """Over the processes that hold the same weights. Sharded gradients are averaged over shards already."""
+        if self.replicas is not None:
+            average_gradients([p for p in self.model.parameters() if p.requires_grad], self.replicas)
 
     def clip_gradients(self) -> float:
         """Global gradient norm before clipping to ``max_grad_norm``; the same number on every process."""
@@ -285,7 +225,7 @@ class Policy:
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The weights that a checkpoint holds, where they are: all, or with LoRA the adapters (the base is fixed)."""
-        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        named = self.model.named_parameters()
         return {name: p.detach() for name, p in named if p.requires_grad or self.peft_model is None}
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -299,55 +239,12 @@ class Policy:
         return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Inverse of ``optimizer_state``, for whole tensors, which every process has. They may be given by the names of
-        their weights instead, as sharded policies once saved them."""
+        """Inverse of ``optimizer_state``, for whole tensors, which every process has."""
         if not self.sharded and all(isinstance(key, int) for key in state["state"]):
             self.optimizer.load_state_dict(state)
-            return
-        given = {}
-        for place, (name, _) in enumerate(self._optimized()):
-            for slot, value in (state["state"].get(place) or state["state"].get(name) or {}).items():
-                given[f"{name}.{slot}"] = value
-        self.load_moments(given)
-
-    def moments(self) -> dict[str, torch.Tensor]:
-        """What the optimizer keeps of each weight, by ``NAME.SLOT``; sharded as the weight is."""
-        state = self.optimizer.state
-        return {f"{name}.{slot}": value for name, p in self._optimized() for slot, value in state.get(p, {}).items()}
-
-    def empty_moments(self, stored: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, torch.Tensor]:
-        """Memory for moments of these whole shapes and types, sharded as their weights are."""
-        weights = dict(self._optimized())
-        made = {}
-        for name, (shape, dtype) in stored.items():
-            weight = weights[name.rpartition(".")[0]]
-            made[name] = (
-                torch.empty_like(weight.detach(), dtype=dtype)
-                if shape == weight.shape
-                else torch.empty(shape, dtype=dtype)
-            )
-        return made
-
-    def load_moments(self, moments: dict[str, torch.Tensor]) -> None:
-        """Inverse of ``moments``, for tensors that are whole, or sharded as their weights are."""
-        slots: dict[str, dict[str, torch.Tensor]] = {}
-        for name, value in moments.items():
-            weight, _, slot = name.rpartition(".")
-            slots.setdefault(weight, {})[slot] = value
-        state = {}
-        for place, (name, weight) in enumerate(self._optimized()):
-            if name in slots:
-                state[place] = {
-                    slot: sharded_like(value, weight) if value.shape == weight.shape else value
-                    for slot, value in slots[name].items()
-                }
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-
-    def _optimized(self) -> list[tuple[str, torch.Tensor]]:
-        """The trained weights with their names, in the order in which the optimizer has them."""
-        named = self.accelerator.unwrap_model(self.model).named_parameters()
-        names = {id(parameter): name for name, parameter in named}
-        return [(names[id(p)], p) for group in self.optimizer.param_groups for p in group["params"]]
+        else:
+            named = optimized(self.model, self.optimizer)
+            load_moments(named, self.optimizer, from_saved(named, state))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that ``from_pretrained`` loads: weights in the compute type, LoRA adapters merged. The

@@ -15,6 +15,7 @@ import torch
 from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.model.first_process import on_each, on_main
+from grpo.model.moments import empty_moments, load_moments, moments, optimized
 from grpo.model.placing import assign
 from grpo.model.policy import Policy
 from grpo.run.checkpoint import (
@@ -105,7 +106,8 @@ def _tensors(recipe: Recipe, policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def _moments(policy: Policy) -> dict[str, torch.Tensor]:
-    return {f"optimizer.{name}": tensor for name, tensor in policy.moments().items()}
+    found = moments(optimized(policy.model, policy.optimizer), policy.optimizer)
+    return {f"optimizer.{name}": tensor for name, tensor in found.items()}
 
 
 def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
@@ -151,9 +153,9 @@ def _restore_whole(checkpoint: Checkpoint, policy: Policy) -> None:
 
 
 def _restore_shards(folder: Path, recipe: Recipe, policy: Policy) -> None:
-    stored = stored_tensors(folder)
-    moments = {n.removeprefix("optimizer."): facts for n, facts in stored.items() if n.startswith("optimizer.")}
-    empty = policy.empty_moments(moments)
-    into = _tensors(recipe, policy) | {f"optimizer.{name}": tensor for name, tensor in empty.items()}
+    prefix, named = "optimizer.", optimized(policy.model, policy.optimizer)
+    stored = {n.removeprefix(prefix): of for n, of in stored_tensors(folder).items() if n.startswith(prefix)}
+    empty = empty_moments(named, stored)
+    into = _tensors(recipe, policy) | {f"{prefix}{name}": tensor for name, tensor in empty.items()}
     read_shards(folder, into, together=policy.sharded)
-    policy.load_moments(empty)
+    load_moments(named, policy.optimizer, empty)
