@@ -1,13 +1,15 @@
 """Atomic, verified checkpoints. Here are files and folders only; ``state.py`` knows what is in them.
 
 A checkpoint is a folder ``step_000100/`` with one ``.safetensors`` file per dictionary of tensors, one ``.pt`` file per
-other state, and ``manifest.json``, which holds the sha256 of every file and of itself. It is written aside
-(``step_000100.tmp/``), the manifest last, synced to the disk, and renamed, so a folder that bears the final name is
-whole. The hashes find what happens to it later: neither ``torch.load`` nor safetensors notices a flipped bit. There is
-no pointer file: the latest checkpoint is the newest folder that verifies.
+other state, and ``manifest.json``, which holds the sha256 of every file and of itself. Tensors that are split over
+processes are in ``shards/`` (``shards.py``). It is written aside (``step_000100.tmp/``), the manifest last, synced to
+the disk, and renamed, so a folder that bears the final name is whole. The hashes find what happens to it later: neither
+``torch.load`` nor safetensors notices a flipped bit. There is no pointer file: the latest checkpoint is the newest
+folder that verifies.
 
-One process writes. Folder names beside ``step_N``: ``.tmp`` is an unfinished write; ``.old`` is a checkpoint while its
-replacement moves in; ``.abandoned`` is newer than the checkpoint a run went back to (see ``set_aside_newer``).
+One process writes all but the shards. Folder names beside ``step_N``: ``.tmp`` is an unfinished write; ``.old`` is a
+checkpoint while its replacement moves in; ``.abandoned`` is newer than the checkpoint a run went back to (see
+``set_aside_newer``).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from grpo.errors import RunError, UserError
 log = logging.getLogger("grpo")
 
 MANIFEST = "manifest.json"
+SHARDS = "shards"
 FORMAT = 1
 _FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
 
@@ -54,6 +59,8 @@ class Checkpoint:
     tensors: dict[str, dict[str, torch.Tensor]]
     states: dict[str, Any]
     manifest: dict[str, Any]
+    shards: Path | None
+    """Where the tensors are that were split over processes."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,33 +86,76 @@ def save_checkpoint(
     Raises RunError where the disk refuses (full, quota, read-only, I/O error): the partial folder is gone and earlier
     checkpoints are untouched. Raises TypeError for a state that could not be loaded back safely.
     """
-    if keep < 2:
-        raise ValueError(f"keep must be at least 2, so that a damaged checkpoint has a predecessor (given: {keep})")
-    if clash := {"format", "files", "checksum"} & manifest.keys():
-        raise ValueError(f"the manifest key(s) {sorted(clash)} are checkpoint.py's own")
-    tensors = {name: _storable(group) for name, group in tensors.items()}
+    aside = begin(root, step)
+    return commit(aside, tensors=tensors, states=states, manifest=manifest, keep=keep)
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make the folder in which a checkpoint is written, and return it. ``commit`` or ``discard`` must follow.
+
+    Raises RunError where the disk refuses.
+    """
     final = root / f"step_{step:06d}"
     aside = final.with_name(final.name + ".tmp")
-    try:
+    with _explained(final, needed=0):
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
         aside.mkdir()
-        for name, group in tensors.items():
-            save_file(group, path := aside / f"{name}.safetensors")
-            _fsync(path)
-        for name, state in states.items():
-            torch.save(state, path := aside / f"{name}.pt")
-            _fsync(path)
-            _refuse_unsafe(path)
-        _write_manifest(aside, {**manifest, "step": step})
-        _move_in(aside, final)
+    return aside
+
+
+def discard(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def commit(
+    aside: Path,
+    *,
+    states: dict[str, Any],
+    manifest: dict[str, Any],
+    keep: int,
+    tensors: Mapping[str, dict[str, torch.Tensor]] | None = None,
+    shards: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """The rest of ``save_checkpoint``, whose arguments and errors these are. ``shards`` are the files in ``shards/``
+    that all processes have written, with their ``facts``."""
+    final = aside.with_suffix("")
+    tensors, shards = {name: _storable(group) for name, group in (tensors or {}).items()}, shards or {}
+    try:
+        if keep < 2:
+            raise ValueError(f"keep must be at least 2, so that a damaged checkpoint has a predecessor (given: {keep})")
+        if clash := {"format", "files", "checksum"} & manifest.keys():
+            raise ValueError(f"the manifest key(s) {sorted(clash)} are checkpoint.py's own")
+        if missing := [name for name in shards if not (aside / SHARDS / name).exists()]:
+            raise RunError(
+                f"not all processes wrote into {aside} ({missing[0]} is missing): training.output_dir must be in a "
+                "folder that all nodes share"
+            )
+        with _explained(final, needed=_nbytes([tensors, states])):
+            for name, group in tensors.items():
+                save_file(group, path := aside / f"{name}.safetensors")
+                _fsync(path)
+            for name, state in states.items():
+                torch.save(state, path := aside / f"{name}.pt")
+                _fsync(path)
+                _refuse_unsafe(path)
+            if shards:
+                _fsync(aside / SHARDS)
+            _write_manifest(aside, {**manifest, "step": _step(final)}, shards)
+            _move_in(aside, final)
+    finally:
+        discard(aside)
+    _prune(final.parent, keep)
+    return final
+
+
+@contextmanager
+def _explained(final: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # Where a write fails, torch.save may raise RuntimeError and safetensors its own error, instead of OSError.
-        raise RunError(_explain(final, error, needed=_nbytes([tensors, states]))) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _prune(root, keep)
-    return final
+        raise RunError(_explain(final, error, needed)) from error
 
 
 def _storable(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -132,8 +182,9 @@ def _refuse_unsafe(path: Path) -> None:
         )
 
 
-def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+def _write_manifest(folder: Path, content: dict[str, Any], shards: dict[str, dict[str, Any]]) -> None:
+    files = {path.name: facts(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files |= {f"{SHARDS}/{name}": shards[name] for name in sorted(shards)}
     # A trip through JSON first: what is hashed must be what a reader will get (lists for tuples, strings for keys).
     content = json.loads(json.dumps({"format": FORMAT, **content, "files": files}))
     content["checksum"] = _checksum(content)
@@ -214,28 +265,36 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that someone named. Raises UserError where it is missing or does not verify."""
+def verified_checkpoint(path: Path) -> Path:
+    """A checkpoint that someone named. Raises UserError where it is missing or does not verify."""
     if not path.is_dir() or not ((path / MANIFEST).exists() or _FOLDER.fullmatch(path.name)):
         raise UserError(f"no checkpoint at {path}: {_what_there_is(path)}")
     try:
-        manifest = _verify(path)
+        _verify(path)
     except DamagedCheckpoint as damage:
         raise UserError(
             f"the checkpoint {path} cannot be used: {damage}. Name another one, or give --resume alone to take the "
             "newest that verifies."
         ) from damage
-    files = [path / name for name in manifest["files"]]
+    return path
+
+
+def load_checkpoint(path: Path, *, lazily: bool = False) -> Checkpoint:
+    """Read a checkpoint that has been verified. ``lazily``: tensors are read from the disk when they are used."""
+    manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
+    files = [path / name for name in manifest["files"] if not name.startswith(f"{SHARDS}/")]
+    has_shards = len(files) < len(manifest["files"])
     with torch.serialization.safe_globals(_NUMPY_GLOBALS):
         return Checkpoint(
             step=manifest["step"],
             tensors={file.stem: load_file(file) for file in files if file.suffix == ".safetensors"},
             states={
-                file.stem: torch.load(file, map_location="cpu", weights_only=True)
+                file.stem: torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
                 for file in files
                 if file.suffix == ".pt"
             },
             manifest=manifest,
+            shards=path / SHARDS if has_shards else None,
         )
 
 
@@ -264,11 +323,14 @@ def _verify(path: Path) -> dict[str, Any]:
             raise DamagedCheckpoint(f"{MANIFEST} does not match its own checksum")
         if manifest["format"] != FORMAT:
             raise DamagedCheckpoint(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
-        for name, facts in files.items():
+        for name, expected in files.items():
             size = (path / name).stat().st_size
-            if size != facts["bytes"]:
-                raise DamagedCheckpoint(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
-            if _sha256(path / name) != facts["sha256"]:
+            if size != expected["bytes"]:
+                raise DamagedCheckpoint(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
+        with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
+            hashes = pool.map(lambda name: _sha256(path / name), files)
+        for (name, expected), found in zip(files.items(), hashes, strict=True):
+            if found != expected["sha256"]:
                 raise DamagedCheckpoint(f"{name} has changed since it was written (sha256 differs)")
     except OSError as error:
         raise DamagedCheckpoint(f"{Path(error.filename or path).name}: {error.strerror}") from error
@@ -297,6 +359,11 @@ def _what_there_is(path: Path) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hashing and syncing
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
 
 
 def _sha256(path: Path) -> str:
