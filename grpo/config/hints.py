@@ -181,7 +181,7 @@ NOT_HERE = {
     "use_peft": "give model.lora a section, such as {r: 16}",
     "load_in_4bit": "quantized training is not supported; model.lora saves memory",
     "load_in_8bit": "quantized training is not supported; model.lora saves memory",
-    "use_vllm": "set rollout.backend: vllm, or leave it out for hf",
+    "use_vllm": "set rollout.backend: vllm, auto (vllm where it can be had) or hf",
     "vllm_device": "leave it out: an engine is on the devices of training (vllm_mode: colocate), or on those that "
     "CUDA_VISIBLE_DEVICES gave its server",
     "vllm_guided_decoding_regex": "not supported: it changes the sampling distribution",
