@@ -25,10 +25,11 @@ class VllmOptions(Section):
     """Seconds that one completion may take before its server counts as hung."""
     vllm_sync_timeout: Positive = 300.0
     """Seconds that handing over the weights may take before the server counts as hung."""
-    vllm_weight_transfer: Literal["auto", "path", "ipc", "nccl"] = "auto"
-    """How weights travel: `path` as a file in memory or on a shared disk, `ipc` as handles of GPU memory (colocate),
-    `nccl` broadcast between GPUs (server). `auto`: `path` where training runs on CPUs, else `ipc` or `nccl`; `path`
-    too where `nccl` needs a vLLM beside the trainer and there is none."""
+    vllm_weight_transfer: Literal["auto", "path", "http", "ipc", "nccl"] = "auto"
+    """How weights travel: `path` as a file in memory or on a shared disk, `http` as a file sent to a server on another
+    machine, `ipc` as handles of GPU memory (colocate), `nccl` broadcast between GPUs (server). `auto`: on GPUs `ipc` or
+    `nccl`; where training runs on CPUs, or `nccl` lacks a vLLM beside the trainer, `path`, or `http` if a server is on
+    another machine and there is no `vllm_sync_dir`."""
     vllm_sync_dir: NonEmpty | None = None
     """Folder that trainer and engine both see, for `path`; null is shared memory (/dev/shm)."""
     vllm_group_host: NonEmpty | None = None
@@ -100,6 +101,9 @@ class VllmOptions(Section):
             for name in given
             if name in ("vllm_server_base_url", "vllm_group_host", "vllm_group_port")
         ]
+        if self.vllm_weight_transfer == "http":
+            text = "vllm_weight_transfer: http sends files to a server elsewhere, so vllm_mode: server"
+            problems.append(Problem(("vllm_weight_transfer", "vllm_mode"), text))
         if self.vllm_weight_transfer == "nccl":
             text = "vllm_weight_transfer: nccl needs GPUs of the engine's own, so vllm_mode: server"
             problems.append(Problem(("vllm_weight_transfer", "vllm_mode"), text))

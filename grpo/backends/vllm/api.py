@@ -25,8 +25,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -34,10 +35,12 @@ import torch
 
 from grpo.backends.base import Sampling
 from grpo.backends.vllm import serve
+from grpo.backends.vllm.upload import ROUTE
 from grpo.errors import BackendFailed
 
 HEALTH = 5.0  # seconds for a server to say that it is up
 QUICK = 20.0  # seconds for a request that a healthy server answers at once
+UPLOADED_AT_ONCE = 1 << 22  # bytes
 UNIX = "unix:"  # what the URL of a Unix socket begins with
 UNLABELLED = "default"  # a server's weight version before anybody has sent it weights
 
@@ -113,6 +116,18 @@ class Server:
         """Load weights from a folder that the server sees too."""
         await self.on_workers("grpo_load", folder, timeout=timeout)
 
+    async def upload(self, folder: Path, timeout: float) -> str:
+        """Send a folder's files to the server's machine. Returns the folder there. One of the same name is replaced."""
+        await self.forget_upload(folder.name)
+        there = ""
+        for file in sorted(folder.iterdir()):
+            path = f"{ROUTE}{folder.name}/{file.name}"
+            there = (await self._call("POST", path, data=_chunks(file), timeout=timeout))["folder"]
+        return there
+
+    async def forget_upload(self, name: str) -> None:
+        await self._call("DELETE", f"{ROUTE}{name}", timeout=QUICK)
+
     async def fingerprint(self, timeout: float) -> list[dict[str, Any]]:
         """One ``WorkerExtension.grpo_fingerprint`` for each worker."""
         return await self.on_workers("grpo_fingerprint", timeout=timeout)
@@ -161,11 +176,12 @@ class Server:
         path: str,
         body: dict[str, Any] | None = None,
         *,
+        data: AsyncIterator[bytes] | None = None,
         timeout: float,
         gone: int | None = None,
         fine: int | None = None,
     ) -> Any:
-        """The decoded answer.
+        """The decoded answer. ``body`` is sent as JSON, ``data`` as it is.
 
         ``timeout`` counts seconds from sending to the last byte. The status ``gone`` raises ServerGone, as those from
         500 on do. The status ``fine`` is no error.
@@ -173,7 +189,7 @@ class Server:
         route = f"{verb} {path.split('?')[0]}"
         limit = aiohttp.ClientTimeout(total=timeout)
         try:
-            async with self.session.request(verb, self.base + path, json=body, timeout=limit) as response:
+            async with self.session.request(verb, self.base + path, json=body, data=data, timeout=limit) as response:
                 text = await response.text()
                 status = response.status
         except asyncio.TimeoutError:
@@ -185,6 +201,12 @@ class Server:
         if status >= 400 and status != fine:
             raise BackendFailed(f"vllm server {self.url} refused {route} ({status}): {_message(text)}{_advice(status)}")
         return json.loads(text) if text.startswith(("{", "[")) else text
+
+
+async def _chunks(file: Path) -> AsyncIterator[bytes]:
+    with file.open("rb") as opened:
+        while chunk := await asyncio.to_thread(opened.read, UPLOADED_AT_ONCE):
+            yield chunk
 
 
 def _message(text: str) -> str:

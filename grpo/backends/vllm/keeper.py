@@ -17,7 +17,7 @@ from grpo.backends.vllm import trust
 from grpo.backends.vllm.api import Server, ServerGone, generate_payload
 from grpo.backends.vllm.pool import Pool
 from grpo.backends.vllm.process import EngineProcess, longest_sequence
-from grpo.backends.vllm.transfer import Sender, on_each
+from grpo.backends.vllm.transfer import HttpSender, Sender, on_each, servers_elsewhere
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, UserError
 from grpo.model.devices import DTYPES
@@ -51,6 +51,7 @@ class Keeper:
         self.pool, self.servers, self.engine, self.sender, self.scratch = pool, servers, engine, sender, scratch
         self.dtype = DTYPES[self.rollout.vllm_dtype or recipe.model.dtype]
         self.adapters = recipe.model.lora is not None and self.rollout.vllm_lora_sync == "adapter"
+        self.uploads = isinstance(sender, HttpSender) or servers_elsewhere(recipe)
         self.reached: list[Server] = []  # servers of this hand-over; the pool has them up after it
         self.has_base: set[str] = set()  # servers that hold the frozen weights (with adapters)
         # Asleep, an engine keeps only weights that the next sync does not bring.
@@ -208,7 +209,10 @@ class Keeper:
         async def load(server: Server) -> list[dict[str, Any]]:
             await server.unload_adapter(before)
             await server.unload_adapter(name)
-            await server.load_adapter(name, str(folder), timeout)
+            if self.uploads:
+                await server.forget_upload(before)
+            there = await server.upload(folder, timeout) if self.uploads else str(folder)
+            await server.load_adapter(name, there, timeout)
             return await server.adapter_fingerprint(timeout)
 
         lora = self.recipe.model.lora

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "--logprobs-mode": "processed_logprobs",  # of the distribution sampled from, temperature included
     "--generation-config": "vllm",  # no sampling defaults of the model's own
     "--worker-extension-cls": "grpo.backends.vllm.worker.WorkerExtension",  # loading weights, and their fingerprint
+    "--middleware": "grpo.backends.vllm.upload.Uploads",  # weights from a trainer on another machine
     "--disable-uvicorn-access-log": None,
 }
 GPU_ARGUMENTS = {"--weight-transfer-config": '{"backend": "nccl"}'}  # a colocated engine is given "ipc" instead

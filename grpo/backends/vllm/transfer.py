@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -60,9 +61,20 @@ class PathSender:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             _write(_without_ties(state), dtype, folder)
-            return self.pool.run(on_each(servers, lambda server: server.load(str(folder), self.timeout)))
+            return self.pool.run(on_each(servers, lambda server: self.load(server, folder)))
         finally:
             shutil.rmtree(folder)
+
+    async def load(self, server: Server, folder: Path) -> None:
+        await server.load(str(folder), self.timeout)
+
+
+class HttpSender(PathSender):
+    """Writes a safetensors file and sends it to servers that see no folder of this machine (``upload.py``)."""
+
+    async def load(self, server: Server, folder: Path) -> None:
+        await server.load(await server.upload(folder, self.timeout), self.timeout)
+        await server.forget_upload(folder.name)
 
 
 def _write(state: State, dtype: torch.dtype, folder: Path) -> None:
@@ -201,6 +213,23 @@ class NcclSender:
         return end
 
 
+def servers_elsewhere(recipe: Recipe) -> bool:
+    """Whether a server is on another machine, and no folder is named that it shares with this one."""
+    if recipe.rollout.vllm_mode != "server" or recipe.rollout.vllm_sync_dir is not None:
+        return False
+    return not all(_is_here(url) for url in recipe.rollout.server_urls())
+
+
+def _is_here(url: str) -> bool:
+    """Whether a URL's host is this machine: the way to one's own address begins at that address."""
+    there = urlsplit(url)
+    try:
+        addresses = {found[4][0] for found in socket.getaddrinfo(there.hostname, there.port or 80)}
+        return address_towards(url) in addresses or all(ip_address(a).is_loopback for a in addresses)
+    except OSError:
+        return False
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """What this thread does on GPUs without naming one is done on this one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -224,7 +253,8 @@ async def _update(server: Server, info: dict[str, Any], timeout: float) -> None:
 
 
 def choose_way(recipe: Recipe, *, on_gpu: bool) -> str:
-    """``path``, ``ipc`` or ``nccl``, as ``rollout.vllm_weight_transfer`` says or as fits. The first process chooses.
+    """``path``, ``http``, ``ipc`` or ``nccl``: as ``rollout.vllm_weight_transfer`` says, or as fits. The first process
+    chooses.
 
     Raises:
         UserError: the recipe's way is not open here.
@@ -235,28 +265,25 @@ def choose_way(recipe: Recipe, *, on_gpu: bool) -> str:
         raise UserError(f"rollout.vllm_weight_transfer: {way} needs GPUs; path works without")
     if way == "auto" and not server:
         return "ipc" if on_gpu else "path"
+    file = "http" if servers_elsewhere(recipe) else "path"
     if not on_gpu or way not in ("auto", "nccl"):
-        return "path" if way == "auto" else way
+        return file if way == "auto" else way
     if (why := why_no_nccl()) is None:
         return "nccl"
     if way == "nccl":
         raise UserError(
             f"rollout.vllm_weight_transfer: nccl needs the servers' vLLM beside the trainer too: {why}. Install it "
-            "here, or set it to path, with rollout.vllm_sync_dir a folder that trainer and servers see"
+            "here, or set it to http, or to path, with rollout.vllm_sync_dir a folder that trainer and servers see"
         )
-    log.info(
-        "rollout.vllm_weight_transfer: auto is path here, files in %s: %s, and nccl needs it",
-        rollout.vllm_sync_dir or "/dev/shm (servers on other machines need rollout.vllm_sync_dir)",
-        why,
-    )
-    return "path"
+    log.info("rollout.vllm_weight_transfer: auto is %s here: %s, and nccl needs it", file, why)
+    return file
 
 
 def make_sender(way: str, recipe: Recipe, policy: Policy, pool: Pool, folder: Path) -> Sender:
     """The sender of a way of ``choose_way``."""
     rollout, timeout = recipe.rollout, recipe.rollout.vllm_sync_timeout
-    if way == "path":
-        return PathSender(pool, folder, timeout)
+    if way in ("path", "http"):
+        return (PathSender if way == "path" else HttpSender)(pool, folder, timeout)
     if way == "nccl":
         return NcclSender(pool, rollout.vllm_group_host, rollout.vllm_group_port, timeout, policy.device)
     size, rank = rollout.vllm_tensor_parallel_size, policy.accelerator.process_index

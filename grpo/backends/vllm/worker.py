@@ -98,7 +98,10 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no .safetensors file in {folder}")
+        raise FileNotFoundError(
+            f"no .safetensors file in {folder} of the server's machine. Either rollout.vllm_sync_dir is a folder that "
+            "trainer and server both see, or rollout.vllm_weight_transfer is http"
+        )
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
