@@ -73,10 +73,15 @@ class Node:
 
 
 def launch(
-    nodes: list[Node], kind: list[str], *arguments: object, per_node: int = 1, hidden: tuple[Path, ...] = ()
+    nodes: list[Node],
+    kind: list[str],
+    *arguments: object,
+    per_node: int = 1,
+    hidden: tuple[Path, ...] = (),
+    but_second: tuple[str, ...] = (),
 ) -> list[subprocess.Popen[str]]:
     """``accelerate launch`` on each node, as a user types it there; ``per_node`` processes on each. Of ``hidden``
-    folders all nodes but the first have others, which are empty."""
+    folders all nodes but the first have others, which are empty. The second node is given arguments more."""
     common = [
         f"--num_machines={len(nodes)}",
         f"--num_processes={per_node * len(nodes)}",
@@ -87,7 +92,14 @@ def launch(
     ]
     command = [sys.executable, "-m", "accelerate.commands.launch", *kind, *common]
     return [
-        node.start(*command, f"--machine_rank={rank}", *arguments, env=environment(), hidden=hidden if rank else ())
+        node.start(
+            *command,
+            f"--machine_rank={rank}",
+            *arguments,
+            *(but_second if rank == 1 else ()),
+            env=environment(),
+            hidden=hidden if rank else (),
+        )
         for rank, node in enumerate(nodes)
     ]
 

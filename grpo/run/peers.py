@@ -71,7 +71,10 @@ class _Peer:
 
 
 class _Watch:
-    """This process's connections: those of all others on the first process, else the one to the first process."""
+    """This process's connections: those of all others on the first process, else the one to the first process.
+
+    ``parted`` is set once this process has said its last word: what becomes of the others does not concern it then.
+    """
 
     def __init__(self, rank: int, seconds: float):
         self.rank, self.seconds, self.step = rank, seconds, 0
@@ -154,6 +157,8 @@ class _Watch:
         self.known.set()
         if not loss.silent:
             time.sleep(SECONDS_TO_UNWIND)
+            if self.parted:  # the main thread is on its way out, and says itself why
+                return
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{loss.text}\n{ADVICE}", file=sys.stderr, flush=True)
         else:

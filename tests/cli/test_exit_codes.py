@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import Preempted, RunError, UserError
+from grpo.run import peers
 from tests.cli.conftest import run
 
 
@@ -16,6 +17,29 @@ def failing(error: BaseException):
         raise error
 
     return train
+
+
+def test_a_lost_process_explains_whatever_a_collective_made_of_it(stand_in, monkeypatch):
+    lost = peers.Loss("rank 3 (on node-b) was lost in step 7: its process was killed", code=4)
+    monkeypatch.setattr(peers, "loss", lambda: lost)
+    stand_in("trainer", train=failing(RuntimeError("Connection closed by peer")))
+    result = run("train", "recipe.yaml")
+    assert result.exit_code == 4
+    assert result.stderr == f"{lost.text}\n{peers.ADVICE}\n"
+
+
+def test_the_last_words_of_a_failing_process_go_to_the_others(stand_in, monkeypatch):
+    said = []
+    monkeypatch.setattr(peers, "say_ended", lambda why, code=1: said.append((why, code)))
+    for error in (MemoryError("8 GB"), RunError("NaN\nmore"), UserError("data: no rows"), Preempted("saved")):
+        stand_in("trainer", train=failing(error))
+        run("train", "recipe.yaml")
+    assert said == [("MemoryError: 8 GB", 1), ("NaN", 1), ("data: no rows", 2)]
+
+
+def test_a_collective_that_timed_out_names_the_key(stand_in):
+    stand_in("trainer", train=failing(RuntimeError("Timed out waiting 1800000ms for recv operation to complete")))
+    assert "hangs or took longer than training.ddp_timeout; go on with --resume." in run("train", "recipe.yaml").stderr
 
 
 @pytest.mark.parametrize(

@@ -131,10 +131,7 @@ def in_namespace(process: Path, namespace: str) -> bool:
 
 def test_a_node_that_reads_another_recipe_is_named(tiny_model: Path, tmp_path: Path, nodes: list[Node]) -> None:
     arguments = command(tiny_model, tmp_path / "run", *QUICK)
-    processes = [*launch(nodes, DDP, *arguments)[:1]]
-    nodes[1].kill()
-    processes += launch(nodes, DDP, *arguments, "training.seed=1")[1:]
-    for code, said in ended(processes):
+    for code, said in ended(launch(nodes, DDP, *arguments, but_second=("training.seed=1",))):
         assert code == 1  # the launcher's
         assert "rank 1 (on node-b) was started with another recipe than rank 0 (on node-a)" in said
         assert "training.seed: 1, there 0" in said

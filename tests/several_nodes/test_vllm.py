@@ -17,7 +17,9 @@ from tests.vllm_engine.runs import metrics, recipe, rollouts, wait_for
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif("GRPO_VLLM_PYTHON" not in os.environ, reason="GRPO_VLLM_PYTHON does not name a Python with vLLM"),
+    pytest.mark.skipif(
+        "GRPO_VLLM_PYTHON" not in os.environ, reason="GRPO_VLLM_PYTHON does not name a Python with vLLM"
+    ),
 ]
 
 
