@@ -46,6 +46,8 @@ PROMPT_STEP = (
     64  # tokens to which room for prompts is rounded up, so that a kept cache serves rollouts of other prompts
 )
 
+Way = tuple[Callable[[LogprobLM], NextLogits], str]  # of making steps, and what the log says of it
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -170,7 +172,7 @@ class HFBackend:
         cache, step = self._cache_and_step(budget.first_shape())
         distribution, wanted = Distribution.of(sampling), tuple(sampling.stop)
         stop = self.stop_strings.setdefault(wanted, StopStrings(self.tokenizer, sampling.stop))
-        by_graph = isinstance(step, GraphStep)
+        by_graph = partial(step.next_tokens, distribution) if isinstance(step, GraphStep) else None
         return Engine(
             self.logprob_lm,
             requests,
@@ -178,7 +180,7 @@ class HFBackend:
             lambda key, tokens: self._ended(key, tokens, stop),
             budget=budget,
             cache=cache,
-            next_tokens=partial(step.next_tokens, distribution) if by_graph else drawing(step, distribution),
+            next_tokens=by_graph or drawing(step, distribution),
         )
 
     def _cache_and_step(self, shape: Shape) -> tuple[DecodeCache, NextLogits]:
@@ -204,7 +206,7 @@ class HFBackend:
             RunError: not even steps through transformers pass.
         """
         why = why_not_compiled(self.model)
-        ways = [(make_compiled_step, "one compiled call a step")] if why is None else []
+        ways: list[Way] = [(make_compiled_step, "one compiled call a step")] if why is None else []
         if self.device.type == "cuda":
             ways += self._graph_ways()
         for make_step, what in ways:
@@ -217,7 +219,7 @@ class HFBackend:
         check_decoding(self.logprob_lm, self.device, make_plain_step(self.logprob_lm))
         return Choice(make_plain_step, f"through transformers, slower: {why}")
 
-    def _graph_ways(self) -> list[tuple[Callable[[LogprobLM], NextLogits], str]]:
+    def _graph_ways(self) -> list[Way]:
         keys_dtype = self.autocast_dtype or self.model.dtype
         no_flash = flash.why_not(self.model, self.device, keys_dtype)
         if implementation_of(self.model) not in PLAIN:
