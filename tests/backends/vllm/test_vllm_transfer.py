@@ -211,7 +211,7 @@ def choose(device: str, **rollout: Any) -> Any:
     return make_sender(way, recipe, policy, FakePool(), Path("/scratch"))  # type: ignore[arg-type]
 
 
-SERVER = {"vllm_mode": "server", "vllm_server_base_url": "http://a:1"}
+SERVER = {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:1"}
 
 
 @pytest.mark.parametrize(
