@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from grpo.model.placing import sharded_like
+from grpo.model.placing import local, sharded_like
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -24,13 +25,23 @@ def moments(named: Named, optimizer: Any) -> dict[str, torch.Tensor]:
 
 
 def empty_moments(named: Named, stored: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, torch.Tensor]:
-    """Memory for moments of these whole shapes and types; those of a weight's shape are sharded as it is."""
+    """Memory of the host for moments of these whole shapes and types, sharded as their weights are."""
     weights = dict(named)
-    made = {}
-    for name, (shape, dtype) in stored.items():
-        weight = weights[name.rpartition(".")[0]].detach()
-        made[name] = torch.empty_like(weight, dtype=dtype) if shape == weight.shape else torch.empty(shape, dtype=dtype)
-    return made
+    return {name: _empty(shape, dtype, weights[name.rpartition(".")[0]]) for name, (shape, dtype) in stored.items()}
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+    if not isinstance(weight, DTensor) or not _by_rows(shape, weight):
+        return torch.empty(shape, dtype=dtype)
+    part = torch.empty((local(weight).shape[0], *shape[1:]), dtype=dtype)
+    stride = torch.empty(shape, device="meta").stride()
+    cut = {"run_check": False, "shape": shape, "stride": stride}
+    return DTensor.from_local(part, weight.device_mesh, weight.placements, **cut).to("cpu")
+
+
+def _by_rows(shape: torch.Size, weight: torch.Tensor) -> bool:
+    """Is a moment cut as its weight is? FSDP2 cuts between rows, and a moment may have other columns."""
+    return len(shape) > 0 and shape[0] == weight.shape[0]
 
 
 def load_moments(named: Named, optimizer: Any, found: dict[str, torch.Tensor]) -> None:
@@ -40,7 +51,7 @@ def load_moments(named: Named, optimizer: Any, found: dict[str, torch.Tensor]) -
         weight_name, _, slot = name.rpartition(".")
         slots.setdefault(weight_name, {})[slot] = value
     state = {
-        place: {s: sharded_like(v, weight) if v.shape == weight.shape else v for s, v in slots[name].items()}
+        place: {s: sharded_like(v, weight) if _by_rows(v.shape, weight) else v for s, v in slots[name].items()}
         for place, (name, weight) in enumerate(named)
         if name in slots
     }

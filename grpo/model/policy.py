@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from grpo import kernels
 from grpo.config import Recipe
 from grpo.model.devices import compute_dtype
 from grpo.model.logprob_lm import LogprobLM
-from grpo.model.lora import base_of, merged_state, without_adapters
+from grpo.model.lora import base_of, deltas_of, without_adapters
 from grpo.model.moments import from_saved, load_moments, optimized
 from grpo.model.optimizer import make_optimizer
 from grpo.model.placing import assign, is_sharded, local, materialize, shard, shell, whole, with_ties
@@ -180,14 +181,23 @@ class Policy:
 
         One tensor at a time is gathered from the processes. Whoever wants little memory must not keep them.
         """
+        state = self.causal_lm.state_dict(keep_vars=True)
+        base, deltas = state, {}
         if self.peft_model is not None:
-            for name, tensor in merged_state(self.causal_lm, self._gathered()).items():
-                yield name, tensor if dtype is None else tensor.to(dtype)
-            return
-        for names, tensor in with_ties(self.causal_lm):
-            gathered = whole(tensor.detach(), dtype if tensor.is_floating_point() else None)
-            for name in names:
-                yield name, gathered
+            base, deltas = base_of(self.causal_lm, state), deltas_of(self.causal_lm, state, whole)
+        names_of = Counter(id(tensor) for tensor in base.values())
+        tied: dict[int, torch.Tensor] = {}
+        for name, tensor in base.items():
+            to = dtype if tensor.is_floating_point() else None
+            if name in deltas:  # computed in float32
+                weight = whole(tensor.detach())
+                gathered = (weight.float() + deltas[name]().float()).to(to or weight.dtype)
+            else:
+                gathered = tied.get(id(tensor))
+                gathered = whole(tensor.detach(), to) if gathered is None else gathered
+                if names_of[id(tensor)] > 1:
+                    tied[id(tensor)] = gathered
+            yield name, gathered
             del gathered
 
     def full_state(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -201,15 +211,18 @@ class Policy:
         for name, tensor in self.state_stream(twin.dtype):
             targets[name].copy_(tensor)
 
-    def _gathered(self) -> dict[str, torch.Tensor]:
-        return {
-            name: tensor for names, t in with_ties(self.causal_lm) for tensor in [whole(t.detach())] for name in names
-        }
-
     @torch.no_grad()
     def base_state(self) -> dict[str, torch.Tensor]:
         """With LoRA: the frozen weights without adapters, by ``from_pretrained``'s names. Called by all processes."""
-        return base_of(self.causal_lm, self._gathered())
+        return base_of(
+            self.causal_lm,
+            {
+                name: tensor
+                for names, t in with_ties(self.causal_lm)
+                for tensor in [whole(t.detach())]
+                for name in names
+            },
+        )
 
     def save_adapter(self, folder: Path, adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
         """Write ``adapter_state`` as peft does, cast to ``dtype``."""

@@ -14,14 +14,12 @@ checkpoint while its replacement moves in; ``.abandoned`` is newer than the chec
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,22 +31,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo.errors import RunError, UserError
+from grpo.run.manifest import MANIFEST, SHARDS, DamagedCheckpoint, fsync, verify, write_manifest
 
 log = logging.getLogger("grpo")
 
-MANIFEST = "manifest.json"
-SHARDS = "shards"
-FORMAT = 1
 _FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
 
 # numpy.random.get_state() holds one array; these globals let weights_only loading rebuild it.
 # The function that does so is taken from pickle's protocol, because its name in numpy is private and has changed.
 _REBUILD: Any = np.empty(0, np.uint32).__reduce__()[0]
 _NUMPY_GLOBALS = [_REBUILD, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint does not verify; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +126,14 @@ def commit(
         with _explained(final, needed=_nbytes([tensors, states])):
             for name, group in tensors.items():
                 save_file(group, path := aside / f"{name}.safetensors")
-                _fsync(path)
+                fsync(path)
             for name, state in states.items():
                 torch.save(state, path := aside / f"{name}.pt")
-                _fsync(path)
+                fsync(path)
                 _refuse_unsafe(path)
             if shards:
-                _fsync(aside / SHARDS)
-            _write_manifest(aside, {**manifest, "step": _step(final)}, shards)
+                fsync(aside / SHARDS)
+            write_manifest(aside, {**manifest, "step": _step(final)}, shards)
             _move_in(aside, final)
     finally:
         discard(aside)
@@ -182,29 +174,17 @@ def _refuse_unsafe(path: Path) -> None:
         )
 
 
-def _write_manifest(folder: Path, content: dict[str, Any], shards: dict[str, dict[str, Any]]) -> None:
-    files = {path.name: facts(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    files |= {f"{SHARDS}/{name}": shards[name] for name in sorted(shards)}
-    # A trip through JSON first: what is hashed must be what a reader will get (lists for tuples, strings for keys).
-    content = json.loads(json.dumps({"format": FORMAT, **content, "files": files}))
-    content["checksum"] = _checksum(content)
-    path = folder / MANIFEST
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _fsync(path)
-    _fsync(folder)
-
-
 def _move_in(aside: Path, final: Path) -> None:
     """Rename; where the step was saved before, keep that one readable as ``.old`` until the new one is in place."""
     if final.exists():
         replaced = final.with_name(final.name + ".old")
         os.rename(final, replaced)
         os.rename(aside, final)
-        _fsync(final.parent)
+        fsync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(aside, final)
-        _fsync(final.parent)
+        fsync(final.parent)
 
 
 def _sweep(root: Path) -> None:
@@ -258,7 +238,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint in ``root`` that verifies, or None. A warning names each one skipped, and why."""
     for path in _folders(root):
         try:
-            _verify(path)
+            verify(path)
             return path
         except DamagedCheckpoint as damage:
             log.warning("skipping checkpoint %s: %s", path, damage)
@@ -270,7 +250,7 @@ def verified_checkpoint(path: Path) -> Path:
     if not path.is_dir() or not ((path / MANIFEST).exists() or _FOLDER.fullmatch(path.name)):
         raise UserError(f"no checkpoint at {path}: {_what_there_is(path)}")
     try:
-        _verify(path)
+        verify(path)
     except DamagedCheckpoint as damage:
         raise UserError(
             f"the checkpoint {path} cannot be used: {damage}. Name another one, or give --resume alone to take the "
@@ -314,31 +294,6 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
     return aside
 
 
-def _verify(path: Path) -> dict[str, Any]:
-    """The manifest, once every file has the size and hash that it names. Raises DamagedCheckpoint otherwise."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
-        files, checksum = manifest["files"], manifest.pop("checksum")
-        if checksum != _checksum(manifest):
-            raise DamagedCheckpoint(f"{MANIFEST} does not match its own checksum")
-        if manifest["format"] != FORMAT:
-            raise DamagedCheckpoint(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
-        for name, expected in files.items():
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                raise DamagedCheckpoint(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
-        with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
-            hashes = pool.map(lambda name: _sha256(path / name), files)
-        for (name, expected), found in zip(files.items(), hashes, strict=True):
-            if found != expected["sha256"]:
-                raise DamagedCheckpoint(f"{name} has changed since it was written (sha256 differs)")
-    except OSError as error:
-        raise DamagedCheckpoint(f"{Path(error.filename or path).name}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{MANIFEST} is not readable ({error})") from error
-    return manifest
-
-
 def _folders(root: Path) -> list[Path]:
     """Complete checkpoints by name, newest first; a ``.old`` one comes after the one that replaced it."""
     found = [path for path in root.glob("step_*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
@@ -355,32 +310,3 @@ def _what_there_is(path: Path) -> str:
         if names := [folder.name for folder in reversed(_folders(root))]:
             return f"{root} has {', '.join(names)}"
     return "the folder does not exist" if not path.parent.is_dir() else f"{path.parent} holds no checkpoint"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hashing and syncing
-
-
-def facts(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,18 +19,17 @@ from grpo.model.moments import empty_moments, load_moments, moments, optimized
 from grpo.model.placing import assign
 from grpo.model.policy import Policy
 from grpo.run.checkpoint import (
-    SHARDS,
     Checkpoint,
     begin,
     commit,
     discard,
-    facts,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     set_aside_newer,
     verified_checkpoint,
 )
+from grpo.run.manifest import SHARDS, facts
 from grpo.run.same_run import check_same_run, run_identity
 from grpo.run.shards import read_shards, stored_tensors, write_shards
 

@@ -128,7 +128,7 @@ class VLLMBackend:
         self.policy, self.version = policy, version
         if self.asleep and policy.device.type == "cuda":
             torch.cuda.empty_cache()  # what the update no longer needs is the engine's
-        state = policy.base_state() if self.adapters else policy.full_state()
+        state = policy.base_state() if self.adapters else policy.full_state(self.dtype)
         adapter = policy.adapter_state() if self.adapters else {}
         for down in gather_object([dict(self.pool.down)]):  # a keeper may not know that others lost its server
             self.pool.lose(down)
