@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
-from vllm.model_executor.model_loader.reload import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from grpo.backends.vllm.worker import WorkerExtension
 
