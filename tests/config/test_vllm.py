@@ -90,7 +90,8 @@ def test_names_of_other_projects(name, hint):
 def test_names_of_other_projects_in_a_file(problems):
     lines = ("use_vllm: true", "vllm_server_host: 10.0.0.1", "vllm_importance_sampling_cap: 2.0")
     assert problems(*lines) == [
-        "recipe.yaml:6: rollout.use_vllm: unknown key: set rollout.backend: vllm, auto (vllm where it can be had) or hf",
+        "recipe.yaml:6: rollout.use_vllm: unknown key: set rollout.backend: vllm, auto (vllm where it can be had) or "
+        "hf",
         "recipe.yaml:7: rollout.vllm_server_host: unknown key: `vllm_server_host` is `rollout.vllm_server_base_url` "
         "here (http://HOST:PORT)",
         "recipe.yaml:8: rollout.vllm_importance_sampling_cap: unknown key: `vllm_importance_sampling_cap` is "

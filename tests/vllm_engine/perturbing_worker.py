@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from grpo.backends.vllm.worker import WorkerExtension
 
@@ -17,6 +18,11 @@ class PerturbingWorkerExtension(WorkerExtension):
         """Multiply one parameter in place."""
         parameter = dict(self.model_runner.get_model().named_parameters())[name]
         parameter.data.mul_(float(scale))
+
+    def half_loaded(self) -> list[str]:
+        """Layers that keep what came of a load, for what comes next."""
+        layers = self.model_runner.get_model().named_modules()
+        return [name for name, layer in layers if get_layerwise_info(layer).can_load()]
 
     def lose_weights(self) -> None:
         """What sleep at level 2 does on a GPU: memory comes back with anything in it, buffers alone as they were."""

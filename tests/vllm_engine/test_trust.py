@@ -241,8 +241,9 @@ def test_an_engine_that_slept_without_its_weights_samples_from_those_of_the_next
 def test_a_file_that_breaks_off_half_way_is_followed_by_a_right_one(
     backend: VLLMBackend, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine had taken half of a layer's fused tensor. Mixed with the next load's, it would be another model."""
+    """The engine had taken two thirds of a layer's fused tensor. It must not wait there for what comes next."""
     write, broken = transfer._write, []
+    (server,) = backend.keeper.servers
 
     def half(state: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
         names = list(state)
@@ -251,6 +252,8 @@ def test_a_file_that_breaks_off_half_way_is_followed_by_a_right_one(
         if not broken:
             (folder / "more.safetensors").write_bytes(b"the disk was full")
             broken.append(folder)
+        else:
+            assert backend.pool.run(server.on_workers("half_loaded", timeout=20)) == [[]]
 
     monkeypatch.setattr(transfer, "_write", half)
     shift(policy)
