@@ -23,6 +23,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.prompts.task import Task
 from grpo.run import peers
+from grpo.run.manifest import MANIFEST
 from grpo.run.same_run import differences
 from grpo.run.whole import write_whole
 
@@ -126,7 +127,7 @@ def check_checkpoint(checkpoint: Path | None) -> None:
     """Raises UserError, on every process, where one does not see the checkpoint that the first process has chosen."""
     if checkpoint is None or not several_nodes() or not dist.is_initialized():
         return
-    manifest = checkpoint / "manifest.json"
+    manifest = checkpoint / MANIFEST
     (content,) = broadcast_object_list([manifest.read_bytes() if dist.get_rank() == 0 else b""])
     if blind := _blind(lambda: manifest.exists() and manifest.read_bytes() == content):
         raise UserError(
