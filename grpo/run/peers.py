@@ -78,6 +78,7 @@ class _Watch:
 
     def __init__(self, rank: int, seconds: float):
         self.rank, self.seconds, self.step = rank, seconds, 0
+        self.process = os.getpid()
         self.peers: list[_Peer] = []
         self.loss: Loss | None = None
         self.known = threading.Event()
@@ -119,24 +120,21 @@ class _Watch:
                     peer.connection.close()
 
     def _hear(self, peer: _Peer) -> list[dict[str, Any]]:
+        """What a peer said. One that is lost says nothing, and the process ends."""
         try:
             return peer.read()
-        except EOFError:
-            why = "its process ended without a word (it was killed, or its machine went down)"
-            loss = Loss(f"{peer.name} was lost {self._when()}: {why}")
-        except ValueError:  # not one of ours
-            peer.name, loss = "", Loss("")
+        except (EOFError, ConnectionResetError):
+            why, silent = "its process was killed, or its machine went down", False
+        except ValueError:
+            why, silent, peer.name = "", False, ""  # not one of ours
         except OSError as error:
-            why = f"its machine has not answered for {self.seconds:g} s ({error.strerror})"
-            if isinstance(error, ConnectionResetError):
-                why = "its process was killed, or its machine went down"
-            loss = Loss(f"{peer.name} was lost {self._when()}: {why}", not isinstance(error, ConnectionResetError))
+            why, silent = f"its machine has not answered for {self.seconds:g} s ({error.strerror})", True
         if peer in self.peers:
             self.peers.remove(peer)
             if peer.name:
-                self._end(loss)
+                self._end(Loss(f"{peer.name} was lost {self._when()}: {why}", silent))
         if self.rank:
-            sys.exit()  # this thread
+            sys.exit()  # this thread: there was one peer
         return []
 
     def _ended(self, peer: _Peer, message: dict[str, Any]) -> None:
@@ -213,7 +211,7 @@ def loss() -> Loss | None:
 
 def say_ended(why: str = "", code: int = 1) -> None:
     """The last thing this process says to the others: why it fails, or nothing if it has done what it should."""
-    if _watch is None or _watch.parted:
+    if _watch is None or _watch.parted or _watch.process != os.getpid():  # a fork of it has nothing to say
         return
     _watch.parted = True
     for peer in list(_watch.peers):

@@ -37,6 +37,11 @@ while len(list(Store.folder.glob("ready_*"))) < 3:
 time.sleep(0.1)
 if does == "is killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if does == "forks" and os.fork() == 0:
+    sys.exit()
+if does == "forks":
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
 if does == "fails":
     peers.say_ended("OutOfMemoryError: 80 GB are not enough", code=4)
 if does == "raises":
@@ -79,9 +84,11 @@ def launch(folder: Path, *does: str) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", [0, 2])
-def test_a_killed_process_ends_the_others_which_name_it(tmp_path: Path, gone: int) -> None:
+@pytest.mark.parametrize("how", ["is killed", "forks"])
+def test_a_killed_process_ends_the_others_which_name_it(tmp_path: Path, gone: int, how: str) -> None:
+    """The end of a process that it forked before says nothing."""
     does = ["waits", "raises" if gone else "waits", "waits"]
-    does[gone] = "is killed"
+    does[gone] = how
     ended = launch(tmp_path / "killed", *does)
     assert ended.pop(gone) == (-9, "")
     for code, said in ended:
