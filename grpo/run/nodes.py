@@ -108,7 +108,7 @@ def check_folder(folder: Path, accelerator: Accelerator) -> None:
     """
     if not several_nodes() or not dist.is_initialized():
         return
-    probe, (token,) = folder / PROBE, broadcast_object_list([uuid.uuid4().hex])
+    probe, (host, token) = folder / PROBE, broadcast_object_list([socket.gethostname(), uuid.uuid4().hex])
     if accelerator.is_main_process:
         write_whole(probe, token)
     blind = _blind(lambda: _appears(probe, token))
@@ -116,7 +116,7 @@ def check_folder(folder: Path, accelerator: Accelerator) -> None:
         probe.unlink(missing_ok=True)
     if not blind:
         return
-    where = f"training.output_dir: {folder} on {blind} is not the folder that rank 0 (on {socket.gethostname()}) writes"
+    where = f"training.output_dir: {folder} on {blind} is not the folder that rank 0 (on {host}) writes"
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(f"{where}. With sharded weights all nodes write checkpoints: it must be on a disk they share")
     if accelerator.is_main_process:
