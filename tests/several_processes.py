@@ -8,12 +8,14 @@ One Python imports everything, then forks the processes of each kind with what `
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -90,11 +92,11 @@ def step_of(recipe: Recipe, policy: Policy, batch: list[TrainedSequence] | None 
     return found, run
 
 
-def of_every_loss(model: str) -> dict[str, Gradient]:
+def of_every_loss(model: str, losses: Iterable[str]) -> dict[str, Gradient]:
     recipe = recipe_of(model, 2)
     policy = policy_of(recipe)
     found = {}
-    for loss_type in LOSSES:
+    for loss_type in losses:
         algorithm = recipe.algorithm.model_copy(update={"loss_type": loss_type})
         found[loss_type], _ = step_of(recipe.model_copy(update={"algorithm": algorithm}), policy)
     return found
@@ -168,7 +170,7 @@ def running_out(policy: Policy, place: str, when: Callable[[torch.Tensor], bool]
         handle.remove()
 
 
-def where_memory_runs_out(model: str, **changes: Any) -> dict[str, Any]:
+def where_memory_runs_out(model: str, places: Sequence[str], **changes: Any) -> dict[str, Any]:
     """Gradients, sizes and log-probabilities where the last process runs out of memory once, in a second pass, at each
     place; and what is said where no sequence ever fits."""
     recipe = recipe_of(model, 2, **changes)
@@ -176,16 +178,16 @@ def where_memory_runs_out(model: str, **changes: Any) -> dict[str, Any]:
     batch = sequences(groups=4)
     mine = policy.accelerator.is_last_process
     found: dict[str, Any] = {}
-    for place in ("nowhere", *PLACES):
+    for place in ("nowhere", *places):
         calls = count()
 
-        def second(_: torch.Tensor, place: str = place, calls: Iterator[int] = calls) -> bool:
+        def second(_: torch.Tensor, place: str = place) -> bool:
             return mine and place != "nowhere" and next(calls) == 1
 
-        with running_out(policy, place if place != "nowhere" else "model forward", second):
+        with running_out(policy, place if place != "nowhere" else PLACES[0], second):
             gradient, run = step_of(recipe, policy, batch)
-        with running_out(policy, place if place != "nowhere" else "model forward", second):
-            calls = count()
+        calls = count()
+        with running_out(policy, place if place != "nowhere" else PLACES[0], second):
             scored = precompute_logprobs(Run(recipe, policy, Path("unused")), batch, reference=True)
         sizes = gather_object([run.progress.micro_batch_limit])
         found[place] = {"gradient": gradient, "sizes": sizes, "scored": [s.old_logprobs for s in scored]}
@@ -198,14 +200,19 @@ def where_memory_runs_out(model: str, **changes: Any) -> dict[str, Any]:
     return found | {"never fits": gather_object([said])}
 
 
-def everything(model: str, folder: Path) -> dict[str, Any]:
-    return {
-        "losses": of_every_loss(model),
+def everything(model: str, folder: Path, kind: str) -> dict[str, Any]:
+    """HSDP's four processes do what differs from FSDP2 alone."""
+    found: dict[str, Any] = {
+        "losses": of_every_loss(model, LOSSES if kind == "ddp" else ["dapo"]),
         "full": in_bfloat16(model, folder / "full"),
-        "lora": in_bfloat16(model, folder / "lora", lora=LORA),
-        "out_of_memory": where_memory_runs_out(model),
-        "out_of_memory/lora": where_memory_runs_out(model, lora=LORA, gradient_checkpointing=True),
+        "out of memory": where_memory_runs_out(model, PLACES[-2:] if kind == "hsdp" else PLACES),
     }
+    if kind != "hsdp":
+        found["lora"] = in_bfloat16(model, folder / "lora", lora=LORA)
+    if kind == "fsdp2":
+        changes = {"lora": LORA, "gradient_checkpointing": True}
+        found["out of memory with LoRA"] = where_memory_runs_out(model, PLACES[-2:], **changes)
+    return found
 
 
 def fork(kind: str, work: Callable[[], Any], out: Path) -> None:
@@ -241,8 +248,9 @@ def fork(kind: str, work: Callable[[], Any], out: Path) -> None:
 
 def main(model: str, folder: str, *kinds: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported need not be searched for garbage whenever memory runs out
     for kind in kinds or KINDS:
-        fork(kind, lambda: everything(model, Path(folder) / kind), Path(folder) / f"{kind}.pt")
+        fork(kind, partial(everything, model, Path(folder) / kind, kind), Path(folder) / f"{kind}.pt")
 
 
 if __name__ == "__main__":
