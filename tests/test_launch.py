@@ -20,7 +20,7 @@ STUBS = {
     "srun": """while [[ "$1" == --* ]]; do shift; done
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@"; status=$?; done; exit $status""",
     "grpo": 'echo "$RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT'
-    ' fsdp ${ACCELERATE_USE_FSDP:-no}${PARALLELISM_CONFIG_DP_REPLICATE_SIZE:+ ${PARALLELISM_CONFIG_DP_REPLICATE_SIZE}x'
+    " fsdp ${ACCELERATE_USE_FSDP:-no}${PARALLELISM_CONFIG_DP_REPLICATE_SIZE:+ ${PARALLELISM_CONFIG_DP_REPLICATE_SIZE}x"
     '$PARALLELISM_CONFIG_DP_SHARD_SIZE}: $*" >> "$LOG"; exit "$EXIT"',
 }
 

@@ -65,9 +65,7 @@ def within_memory(run: Run, attempt: Callable[[int], Result]) -> Result:
             )
         progress.micro_batch_limit = halved
         if policy.accelerator.is_main_process:
-            log.warning(
-                "%sout of memory in %s: begun again with training.micro_batch_tokens=%d", where, what, halved
-            )
+            log.warning("%sout of memory in %s: begun again with training.micro_batch_tokens=%d", where, what, halved)
 
 
 def work_through(policy: Policy, micro_batches: list[MicroBatch], work: Callable[[MicroBatch], None]) -> None:

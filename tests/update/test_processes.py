@@ -13,7 +13,6 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
-from grpo.losses import LOSSES
 from tests import several_processes
 from tests.launching import ROOT, environment
 from tests.several_processes import KINDS, PLACES, Gradient
