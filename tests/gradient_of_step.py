@@ -10,6 +10,7 @@ import torch
 from grpo.config import Recipe
 from grpo.model.loading import load_tokenizer
 from grpo.model.logprob_lm import LogprobLM
+from grpo.model.placing import sharded_like
 from grpo.model.policy import Policy
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator
@@ -70,4 +71,4 @@ def move(reference: LogprobLM | None) -> None:
     """Make it differ from the policy, or the KL has no gradient."""
     for i, parameter in enumerate(reference.parameters() if reference is not None else ()):
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-        parameter.add_(0.02 * noise.to(parameter.dtype))
+        parameter.add_(sharded_like(0.02 * noise.to(parameter.dtype), parameter))

@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,35 +22,23 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from grpo.backends.hf.backend import HFBackend
 from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.losses import LOSSES
 from grpo.model.loading import load_tokenizer
+from grpo.model.placing import local, whole
 from grpo.model.policy import Policy
-from grpo.model.processes import whole
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator
 from grpo.types import TrainedSequence
 from grpo.update.forward import precompute_logprobs
 from grpo.update.step import optimizer_step
+from tests.forked import run_forked
 from tests.gradient_of_step import move, recipe_for, sequences
-from tests.launching import free_port
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
-HSDP = FSDP | {
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
-    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
-    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
-}
-KINDS: dict[str, tuple[int, dict[str, str]]] = {"ddp": (2, {}), "fsdp2": (2, FSDP), "hsdp": (4, HSDP)}
+KINDS = {"ddp": 2, "fsdp2": 2, "hsdp": 4}
 BETA = 0.1
 LORA = {"r": 4, "lora_alpha": 16}
 PLACES = ("embedding forward", "layer forward", "model forward", "model backward", "layer backward")
@@ -111,7 +98,7 @@ def in_bfloat16(model: str, folder: Path, **changes: Any) -> dict[str, Any]:
     statistics = policy.statistics
 
     def watched(*arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
-        held.append(sum(_local(p.grad).nbytes for p in policy.model.parameters() if p.grad is not None))
+        held.append(sum(local(p.grad).nbytes for p in policy.model.parameters() if p.grad is not None))
         out = statistics(*arguments, **options)
         dtypes.update(x.dtype for x in out)
         return out
@@ -132,10 +119,6 @@ def in_bfloat16(model: str, folder: Path, **changes: Any) -> dict[str, Any]:
     return found
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class RunsOut(torch.autograd.Function):
     """Raises in the backward pass, as the allocator does."""
 
@@ -151,6 +134,9 @@ class RunsOut(torch.autograd.Function):
 @contextmanager
 def running_out(policy: Policy, place: str, when: Callable[[torch.Tensor], bool]) -> Iterator[None]:
     """Within it, this process runs out of memory in the forward or backward pass of a module, ``when(its output)``."""
+    if place == "nowhere":
+        yield
+        return
     name, _, which = place.partition(" ")
     base = policy.causal_lm.base_model
     module: nn.Module = {"embedding": base.embed_tokens, "layer": base.layers[1], "model": policy.model}[name]
@@ -170,6 +156,11 @@ def running_out(policy: Policy, place: str, when: Callable[[torch.Tensor], bool]
         handle.remove()
 
 
+def at_the_second_call(mine: bool) -> Callable[[torch.Tensor], bool]:
+    calls = count()
+    return lambda _: mine and next(calls) == 1
+
+
 def where_memory_runs_out(model: str, places: Sequence[str], **changes: Any) -> dict[str, Any]:
     """Gradients, sizes and log-probabilities where the last process runs out of memory once, in a second pass, at each
     place; and what is said where no sequence ever fits."""
@@ -179,15 +170,9 @@ def where_memory_runs_out(model: str, places: Sequence[str], **changes: Any) -> 
     mine = policy.accelerator.is_last_process
     found: dict[str, Any] = {}
     for place in ("nowhere", *places):
-        calls = count()
-
-        def second(_: torch.Tensor, place: str = place) -> bool:
-            return mine and place != "nowhere" and next(calls) == 1
-
-        with running_out(policy, place if place != "nowhere" else PLACES[0], second):
+        with running_out(policy, place, at_the_second_call(mine)):
             gradient, run = step_of(recipe, policy, batch)
-        calls = count()
-        with running_out(policy, place if place != "nowhere" else PLACES[0], second):
+        with running_out(policy, place, at_the_second_call(mine)):
             scored = precompute_logprobs(Run(recipe, policy, Path("unused")), batch, reference=True)
         sizes = gather_object([run.progress.micro_batch_limit])
         found[place] = {"gradient": gradient, "sizes": sizes, "scored": [s.old_logprobs for s in scored]}
@@ -215,42 +200,24 @@ def everything(model: str, folder: Path, kind: str) -> dict[str, Any]:
     return found
 
 
-def fork(kind: str, work: Callable[[], Any], out: Path) -> None:
-    """``work()`` on every process of a launch of this kind; the first one's result goes to ``out``. One that fails ends
-    the others."""
-    processes, told = KINDS[kind]
-    port = free_port()
-    children = set()
-    for rank in range(processes):
-        if child := os.fork():
-            children.add(child)
-            continue
-        try:
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ.update(told | {name: str(number) for name, number in ranks.items()})
-            os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-            result = work()
-            if rank == 0:
-                torch.save(result, out)
-            torch.distributed.barrier()
-            os._exit(0)
-        except BaseException:
-            print(f"{kind}, rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        os._exit(1)
-    while children:
-        child, status = os.wait()
-        children.remove(child)
-        if status:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-            sys.exit(f"{kind} failed")
+def work(model: str, folder: Path, kind: str) -> None:
+    try:
+        found = everything(model, folder / kind, kind)
+    except BaseException:
+        traceback.print_exc()
+        os.killpg(0, signal.SIGKILL)  # the others would wait
+    if os.environ["RANK"] == "0":
+        torch.save(found, folder / f"{kind}.pt")
+    torch.distributed.barrier()
 
 
 def main(model: str, folder: str, *kinds: str) -> None:
+    os.setpgrp()
     torch.set_num_threads(1)
     gc.freeze()  # what is imported need not be searched for garbage whenever memory runs out
     for kind in kinds or KINDS:
-        fork(kind, partial(everything, model, Path(folder) / kind, kind), Path(folder) / f"{kind}.pt")
+        ends = run_forked(kind, KINDS[kind], work, model, Path(folder), kind)
+        assert not any(ends), f"{kind}: {ends}"
 
 
 if __name__ == "__main__":

@@ -81,12 +81,15 @@ def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig
     return config, generation_config
 
 
-def load_weights(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM in ``dtype``, on the CPU."""
+def attention_keyword(model: ModelConfig) -> dict[str, str]:
+    return {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+
+
+def load_weights(model: ModelConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The causal LM in ``dtype``, or (None) in the type that its weights are stored in; on the CPU."""
     source, keywords = _source(model.name, model)
-    if model.attn_implementation:
-        keywords["attn_implementation"] = model.attn_implementation
+    keywords |= attention_keyword(model)
     with _named("weights", model.name):
         if file := keywords.pop("gguf_file", None):
-            return load_gguf(Path(source) / file, dtype, **keywords)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
+            return load_gguf(Path(source) / file, dtype or torch.float32, **keywords)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **keywords)

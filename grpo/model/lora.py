@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,16 +53,18 @@ def base_of(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, t
     return base
 
 
-def merged_state(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with the adapters merged: base + scaling * B A, computed in float32. ``state`` is whole."""
-    merged = base_of(causal_lm, state)
-    for owner, layer in _lora_layers(causal_lm).items():
-        weight = merged[f"{owner}.weight"]
+def deltas_of(
+    causal_lm: nn.Module, state: dict[str, torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """For each weight with an adapter, by its name without: how to compute what the adapter adds, scaling * B A.
+    ``gather`` makes a tensor of ``state`` whole."""
+
+    def delta(owner: str, layer: Any) -> torch.Tensor:
         names = [name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")]
         # The layer's own parameters may be sharded.
-        delta = functional_call(_Delta(layer), {f"layer.{name}": state[f"{owner}.{name}"] for name in names})
-        merged[f"{owner}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
-    return merged
+        return functional_call(_Delta(layer), {f"layer.{name}": gather(state[f"{owner}.{name}"]) for name in names})
+
+    return {f"{owner}.weight": partial(delta, owner, layer) for owner, layer in _lora_layers(causal_lm).items()}
 
 
 class _Delta(nn.Module):

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+
+from grpo.model.placing import is_sharded, local
 
 IN_FLIGHT = 8  # gradients on their way at once
 
@@ -50,9 +50,9 @@ class Collectives:
     partner for each of theirs. What is left out gives zeros, so the pass is worth nothing on any process.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, *models: nn.Module):
         self.joined = self.skipped = 0
-        for module in model.modules():
+        for module in (module for model in models for module in model.modules()):
             if not isinstance(module, FSDPModule):
                 continue
             module.set_custom_all_gather(_AllGather(self))
@@ -135,19 +135,12 @@ def replicas(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """The processes that hold the same weights, or the same part of them, as this one; None if it is the only one."""
     if accelerator.num_processes == 1:
         return None
-    if accelerator.distributed_type != DistributedType.FSDP:
+    if not is_sharded(accelerator):
         return dist.group.WORLD
     config = accelerator.parallelism_config
     if config is None or not config.dp_replicate_enabled:
         return None
     return accelerator.torch_device_mesh["dp_replicate"].get_group()
-
-
-@torch.no_grad()
-def take_first_ones_weights(model: nn.Module) -> None:
-    """Every process gets the first one's weights."""
-    for parameter in model.parameters():
-        dist.broadcast(parameter, 0)
 
 
 @torch.no_grad()
@@ -163,19 +156,10 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGro
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        gradient = _local(parameter.grad)
+        gradient = local(parameter.grad)
         exact = gradient.float()
         pending.append((gradient, exact, dist.all_reduce(exact, group=group, async_op=True)))
         if len(pending) == IN_FLIGHT:
             finish()
     while pending:
         finish()
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, gathered where it is sharded. Then called by all processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

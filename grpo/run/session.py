@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable
 from datetime import timedelta
 from time import sleep
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -21,20 +20,19 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     ParallelismConfig,
-    broadcast_object_list,
 )
 
 from grpo.config import Recipe
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from grpo.kernels import prepare_process
 from grpo.model.devices import compute_dtype, has_bfloat16
+from grpo.model.first_process import on_main as on_main
 from grpo.model.loading import load_configs, load_tokenizer
 from grpo.model.processes import mixed_precision_policy
 from grpo.prompts.checks import check_before_loading, stop_token_ids
 from grpo.prompts.task import Task, load_task
 
 log = logging.getLogger("grpo")
-T = TypeVar("T")
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -154,20 +152,6 @@ def allow_fsdp_on_cpu(patience: InitProcessGroupKwargs) -> None:
     state = PartialState(cpu=True, **patience.to_kwargs())
     if state.distributed_type == DistributedType.MULTI_CPU and state.num_processes > 1:
         state.distributed_type = DistributedType.MULTI_GPU
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Run ``work`` on the first process and give its result, or its UserError or RunError, to every process."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [work(), None]
-        except (UserError, RunError) as error:
-            outcome = [None, error]
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:

@@ -1,5 +1,5 @@
-"""Several processes, replicated (DDP), sharded (FSDP2) and both (HSDP), compute what one does: in float32 to rounding, in
-bfloat16 within what rounding to bfloat16 changes anyway; and they get by where one of them runs out of memory."""
+"""Several processes, replicated (DDP), sharded (FSDP2) and both (HSDP), compute what one does: in float32 to rounding,
+in bfloat16 within what rounding to bfloat16 changes anyway. They go on where one of them runs out of memory."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_gradients_are_reduced_in_float32(found: Found) -> None:
 def test_between_micro_batches_a_process_holds_its_share_of_the_gradient(found: Found, kind: str) -> None:
     for trained in {"full", "lora"} & found.keys():
         whole = sum(g.nbytes for g in found[trained]["gradient"].values())
-        assert found[trained]["held"] == [whole if kind == "ddp" else whole // 2] * KINDS[kind][0]
+        assert found[trained]["held"] == [whole if kind == "ddp" else whole // 2] * KINDS[kind]
 
 
 def test_a_policy_hands_out_the_states_that_one_process_does(one_process: Found, found: Found) -> None:
@@ -133,7 +133,7 @@ def test_where_one_runs_out_of_memory_all_begin_again_in_halves(found: Found, ki
         assert set(expected["sizes"]) == {None}
         for place in set(found[trained]) & set(PLACES):
             got = found[trained][place]
-            assert len(got["sizes"]) == KINDS[kind][0]
+            assert len(got["sizes"]) == KINDS[kind]
             assert len(set(got["sizes"])) == 1, place
             assert 20 < got["sizes"][0] < 60, place
             assert distance(expected["gradient"], got["gradient"]) < 1e-5, place
@@ -143,7 +143,7 @@ def test_where_one_runs_out_of_memory_all_begin_again_in_halves(found: Found, ki
 
 def test_where_not_even_one_sequence_fits_all_say_on_which_process(found: Found, kind: str) -> None:
     said = found["out of memory"]["never fits"]
-    assert len(said) == KINDS[kind][0]
+    assert len(said) == KINDS[kind]
     assert len(set(said)) == 1
-    assert f"rank {KINDS[kind][0] - 1}: out of memory in a micro-batch of" in said[0]
+    assert f"rank {KINDS[kind] - 1}: out of memory in a micro-batch of" in said[0]
     assert "a single sequence does not fit" in said[0]
