@@ -30,6 +30,7 @@ from grpo.losses import LOSSES
 from grpo.model.loading import load_tokenizer
 from grpo.model.placing import local, whole
 from grpo.model.policy import Policy
+from grpo.model.processes import average_gradients
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator
 from grpo.types import TrainedSequence
@@ -156,6 +157,14 @@ def running_out(policy: Policy, place: str, when: Callable[[torch.Tensor], bool]
         handle.remove()
 
 
+def averages(rank: int) -> list[float]:
+    """Of gradients 0 and 2, and of 3 and none."""
+    both, one = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    both.grad, one.grad = torch.tensor([2.0 * rank]), None if rank else torch.tensor([3.0])
+    average_gradients([both, one], torch.distributed.group.WORLD)
+    return [float(both.grad), float(one.grad)]
+
+
 def at_the_second_call(mine: bool) -> Callable[[torch.Tensor], bool]:
     calls = count()
     return lambda _: mine and next(calls) == 1
@@ -192,6 +201,8 @@ def everything(model: str, folder: Path, kind: str) -> dict[str, Any]:
         "full": in_bfloat16(model, folder / "full"),
         "out of memory": where_memory_runs_out(model, PLACES[-2:] if kind == "hsdp" else PLACES),
     }
+    if kind == "ddp" and torch.distributed.is_initialized():
+        found["averages"] = gather_object([averages(torch.distributed.get_rank())])
     if kind != "hsdp":
         found["lora"] = in_bfloat16(model, folder / "lora", lora=LORA)
     if kind == "fsdp2":

@@ -114,7 +114,8 @@ def to_rest(model: nn.Module) -> None:
     if hasattr(model, "reset_iter_state"):  # torch 2.13
         model.reset_iter_state()
         return
-    torch.accelerator.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     state._comm_ctx.all_gather_state = state._comm_ctx.reduce_scatter_state = None
     state._comm_ctx.post_forward_order.clear()
     idle = type(state._training_state).IDLE

@@ -147,3 +147,7 @@ def test_where_not_even_one_sequence_fits_all_say_on_which_process(found: Found,
     assert len(set(said)) == 1
     assert f"rank {KINDS[kind] - 1}: out of memory in a micro-batch of" in said[0]
     assert "a single sequence does not fit" in said[0]
+
+
+def test_a_process_without_a_gradient_counts_as_zeros(folder: Path) -> None:
+    assert torch.load(folder / "ddp.pt")["averages"] == [[1.0, 1.5]] * 2
