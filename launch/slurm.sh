@@ -4,7 +4,8 @@
 #   sbatch --nodes 1 --gpus-per-node 8 --ntasks-per-node 8 --cpus-per-task 8 --time 8:00:00 \
 #     launch/slurm.sh RECIPE [a.b=c ...]
 #   sbatch --nodes 2 ...        two such nodes; the checkout and training.output_dir on a disk that they share
-#   SHARD=fsdp2 sbatch ...      splits weights and optimizer over the processes, as launch/fsdp2.yaml does
+#   SHARD=fsdp2 sbatch ...      splits weights and optimizer over all processes, as launch/fsdp2.yaml does
+#   SHARD=hsdp sbatch ...       splits them over the processes of each node, as launch/hsdp.yaml does
 #
 # Run it from the checkout, after `make setup`; GRPO names another grpo command. Three minutes before the end of the
 # time Slurm sends SIGUSR1 (on preemption SIGTERM): the run saves at the end of its step, exits 143 and is put back in
@@ -23,21 +24,26 @@ trap : TERM # the processes of the run answer to signals, this script waits for 
 : "${1:?usage: sbatch [options] launch/slurm.sh RECIPE [a.b=c ...]}"
 export GRPO="${GRPO:-$PWD/.venv/bin/grpo}"
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export LOCAL_WORLD_SIZE="${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_NNODES))}"
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 
-case "${SHARD:-none}" in
-  none) ;;
-  fsdp2)
-    export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP
-    export FSDP_RESHARD_AFTER_FORWARD=true FSDP_STATE_DICT_TYPE=SHARDED_STATE_DICT
-    ;;
-  *) echo "SHARD is fsdp2 or none, not $SHARD" >&2; exit 2 ;;
+case "${SHARD:=none}" in
+  none | fsdp2 | hsdp) ;;
+  *) echo "SHARD is fsdp2, hsdp or none, not $SHARD" >&2; exit 2 ;;
 esac
+if [ "$SHARD" != none ]; then
+  export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP
+  export FSDP_RESHARD_AFTER_FORWARD=true FSDP_STATE_DICT_TYPE=SHARDED_STATE_DICT
+fi
+if [ "$SHARD" = hsdp ]; then
+  export ACCELERATE_USE_PARALLELISM_CONFIG=true
+  export PARALLELISM_CONFIG_DP_REPLICATE_SIZE=$((SLURM_NTASKS / LOCAL_WORLD_SIZE))
+  export PARALLELISM_CONFIG_DP_SHARD_SIZE="$LOCAL_WORLD_SIZE"
+fi
 
 # Each task becomes a process of the group by itself, so that Slurm's signals reach it and nothing stands between.
 srun --kill-on-bad-exit=1 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-  export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_NNODES))}
   exec "$GRPO" train "$@" --resume' grpo "$@"
 status=$?
 

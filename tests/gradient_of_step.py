@@ -1,20 +1,16 @@
-"""Script for test_update.py: the gradient of one optimizer step, for every loss type, under whatever launch runs it.
-
-[accelerate launch ...] gradient_of_step.py MODEL OUT.pt MICRO_BATCH_SIZE BETA
-"""
+"""The gradient of one optimizer step on made-up sequences, of one process."""
 
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from grpo.config import Recipe
-from grpo.losses import LOSSES
 from grpo.model.loading import load_tokenizer
+from grpo.model.logprob_lm import LogprobLM
+from grpo.model.placing import sharded_like
 from grpo.model.policy import Policy
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator
@@ -58,31 +54,21 @@ def gradient(recipe: Recipe, out: Path) -> tuple[dict[str, torch.Tensor], Policy
     accelerator = make_accelerator(recipe)
     tokenizer = load_tokenizer(recipe.model)
     policy = Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], recipe.algorithm.beta > 0)
-    if policy.reference is not None:  # one that differs, or the KL has no gradient
-        with torch.no_grad():
-            for i, parameter in enumerate(policy.reference.parameters()):
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    move(policy.reference)
     found: dict[str, torch.Tensor] = {}
 
     def capture(_: float) -> None:
         for name, parameter in accelerator.unwrap_model(policy.model).named_parameters():
-            grad = parameter.grad
-            found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+            found[name] = parameter.grad.clone()
 
     policy.step = capture  # type: ignore[method-assign]
     optimizer_step(Run(recipe, policy, out.parent), sequences(), 1.0)
     return found, policy
 
 
-def main(model: str, out: str, micro_batch_size: str, beta: str) -> None:
-    gradients = {}
-    for loss_type in LOSSES:
-        recipe = recipe_for(model, loss_type, int(micro_batch_size), float(beta))
-        gradients[loss_type], policy = gradient(recipe, Path(out))
-    if policy.accelerator.is_main_process:
-        processes = policy.accelerator.num_processes
-        torch.save({"gradients": gradients, "sharded": policy.sharded, "processes": processes}, out)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+@torch.no_grad()
+def move(reference: LogprobLM | None) -> None:
+    """Make it differ from the policy, or the KL has no gradient."""
+    for i, parameter in enumerate(reference.parameters() if reference is not None else ()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        parameter.add_(sharded_like(0.02 * noise.to(parameter.dtype), parameter))

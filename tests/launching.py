@@ -29,10 +29,13 @@ def run_python(*arguments: object, timeout: float = 280) -> subprocess.Completed
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def launch(kind: list[str], *arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch`` a script or ``-m module`` on ``processes`` processes."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+        return probe.getsockname()[1]
+
+
+def launch(kind: list[str], *arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch`` a script or ``-m module`` on ``processes`` processes."""
+    common = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
     return run_python("-m", "accelerate.commands.launch", *kind, f"--num_processes={processes}", *common, *arguments)

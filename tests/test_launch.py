@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 
@@ -21,7 +22,8 @@ for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
   SLURM_PROCID=$rank SLURM_LOCALID=$((rank % (SLURM_NTASKS / SLURM_NNODES))) "$@"; status=$?
 done; exit $status""",
     "grpo": 'echo "$RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT'
-    ' fsdp ${ACCELERATE_USE_FSDP:-no}: $*" >> "$LOG"; exit "$EXIT"',
+    " fsdp ${ACCELERATE_USE_FSDP:-no}${PARALLELISM_CONFIG_DP_REPLICATE_SIZE:+ ${PARALLELISM_CONFIG_DP_REPLICATE_SIZE}x"
+    '$PARALLELISM_CONFIG_DP_SHARD_SIZE}: $*" >> "$LOG"; exit "$EXIT"',
 }
 
 
@@ -50,6 +52,7 @@ def slurm(tmp_path):
         log = tmp_path / "log"
         return done, log.read_text().splitlines() if log.exists() else []
 
+    run.folder = tmp_path
     return run
 
 
@@ -58,7 +61,20 @@ def test_every_yaml_starts_the_command(file):
     text = file.read_text()
     assert "grpo train" in text
     if "compute_environment" in yaml.safe_load(text):
-        assert load_config_from_file(str(file)).num_processes == 2
+        assert load_config_from_file(str(file)).num_processes == (4 if file.name == "hsdp.yaml" else 2)
+
+
+def test_what_hsdp_yaml_tells_the_processes():
+    """accelerate's names in the file, and ours in session.hybrid_sharding, are those that it passes on."""
+    args = launch_command_parser().parse_args(
+        ["--config_file", str(LAUNCH / "hsdp.yaml"), "--parallelism_config_dp_shard_size=8", "-m", "grpo"]
+    )
+    args, _, _ = _validate_launch_command(args)
+    told = prepare_multi_gpu_env(args)
+    assert told["ACCELERATE_USE_FSDP"] == told["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+    assert told["FSDP_VERSION"] == "2"
+    assert told["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "2"
+    assert told["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "8", "the command line's stands before the file's"
 
 
 def test_slurm_hands_out_ranks_and_resumes(slurm):
@@ -80,9 +96,12 @@ def test_slurm_tells_the_processes_of_two_nodes_which_they_are(slurm):
 def test_slurm_shards_when_asked(slurm):
     _, log = slurm("r.yaml", EXIT="0", SHARD="fsdp2")
     assert all("fsdp true:" in line for line in log[1:])
+    (slurm.folder / "log").unlink()
+    _, log = slurm("r.yaml", EXIT="0", SHARD="hsdp", SLURM_NTASKS="16", SLURM_NTASKS_PER_NODE="8")
+    assert all("fsdp true 2x8:" in line for line in log[1:])
     done, _ = slurm("r.yaml", EXIT="0", SHARD="zero3")
     assert done.returncode == 2
-    assert "SHARD is fsdp2 or none, not zero3" in done.stderr
+    assert "SHARD is fsdp2, hsdp or none, not zero3" in done.stderr
 
 
 @pytest.mark.parametrize(("status", "requeued"), [("143", True), ("1", False), ("2", False)])

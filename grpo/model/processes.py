@@ -26,6 +26,10 @@ from grpo.model.placing import is_sharded, local
 
 IN_FLIGHT = 8  # gradients on their way at once
 
+# torch 2.13 has new names for them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def mixed_precision_policy(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
     """Weights are gathered and multiplied in ``compute_dtype``, gradients reduced in float32, log-probabilities kept as
@@ -78,7 +82,7 @@ class _AllGather(_Comm):
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         if self.collectives.joins():
-            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         output_tensor.zero_()
         return None
 
@@ -93,7 +97,7 @@ class _ReduceScatter(_Comm):
         async_op: bool = False,
     ) -> dist.Work | None:
         if self.collectives.joins():
-            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+            return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         output_tensor.zero_()
         return None
 
@@ -110,7 +114,8 @@ def to_rest(model: nn.Module) -> None:
     if hasattr(model, "reset_iter_state"):  # torch 2.13
         model.reset_iter_state()
         return
-    torch.accelerator.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     state._comm_ctx.all_gather_state = state._comm_ctx.reduce_scatter_state = None
     state._comm_ctx.post_forward_order.clear()
     idle = type(state._training_state).IDLE

@@ -128,7 +128,7 @@ class _HybridSharding(ParallelismConfig):
 
     @property
     def fsdp_dim_names(self) -> list[str]:
-        return ["dp_shard_cp"]
+        return ["dp_shard"]
 
 
 def hybrid_sharding() -> ParallelismConfig | None:

@@ -56,9 +56,7 @@ def within_memory(run: Run, attempt: Callable[[int], Result]) -> Result:
         except DoesNotFit as error:
             what, sequences, halved = str(error), error.sequences, min(tokens, error.tokens) // 2
             where = f"rank {error.rank}: " if policy.accelerator.num_processes > 1 else ""
-        # Outside the except clause: its traceback holds the tensors that did not fit.
         policy.optimizer.zero_grad(set_to_none=True)
-        _give_back(policy)
         if sequences == 1:
             raise RunError(
                 f"{where}out of memory in {what}: a single sequence does not fit. Set "
@@ -100,7 +98,9 @@ def _does_not_fit(policy: Policy, micro_batch: MicroBatch, work: Callable[[Micro
             raise
     # Not within the except clause: its traceback holds the tensors that did not fit.
     policy.end_pass()
-    _give_back(policy)
+    gc.collect()
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()
     if policy.collectives is not None:  # the others wait in this pass
         policy.collectives.begin(skipped=policy.collectives.joined)
         work(_smallest(micro_batch))
@@ -122,13 +122,6 @@ def _smallest(micro_batch: MicroBatch) -> MicroBatch:
     per_token = ("completion_ids", "sampler_logprobs", "old_logprobs", "ref_logprobs", "kept", "log_left")
     cut = {name: getattr(one, name)[:1] for name in per_token if getattr(one, name) is not None}
     return [replace(one, prompt_ids=one.prompt_ids[:1], weight=0.0, **cut)]
-
-
-def _give_back(policy: Policy) -> None:
-    """Memory that is free to the device."""
-    gc.collect()
-    if policy.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

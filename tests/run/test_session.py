@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from grpo.errors import UserError
 from grpo.run import session
 from grpo.run.same_run import check_same_run, run_identity
-from grpo.run.session import make_accelerator, resolve_dtype
+from grpo.run.session import hybrid_sharding, make_accelerator, resolve_dtype, sharding
 from tests.conftest import make_recipe
 
 
@@ -35,7 +35,6 @@ def test_the_type_is_told_in_one_line(
     accelerator = make_accelerator(recipe)
     resolved = resolve_dtype(recipe, accelerator).model.dtype
     assert resolved == {"auto": "bfloat16" if instructions else "float32"}.get(dtype, dtype)
-    assert accelerator.mixed_precision == {"bfloat16": "bf16", "float32": "no"}[resolved]
     expected = {
         ("auto", True): ["model.dtype: auto is bfloat16 here (this cpu has instructions for bfloat16)"],
         ("auto", False): ["model.dtype: auto is float32 here (this cpu has no instructions for bfloat16)"],
@@ -57,3 +56,37 @@ def test_a_run_is_not_resumed_where_auto_is_another_type(tmp_path: Path, instruc
         else:
             with pytest.raises(UserError, match=r"model\.dtype: "):
                 check_same_run(saved, now)
+
+
+@pytest.mark.parametrize(("dtype", "gathered"), [(torch.bfloat16, torch.bfloat16), (torch.float32, None)])
+def test_sharded_weights_are_gathered_in_the_recipe_s_type_and_reduced_in_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gathered: torch.dtype | None
+) -> None:
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    plugin = sharding(dtype)
+    plugin.set_mixed_precision("bf16")  # what accelerate does on GPUs, for --mixed_precision bf16
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (gathered, torch.float32)
+    assert (policy.output_dtype, policy.cast_forward_inputs) == (None, False)
+
+
+def test_fsdp1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UserError, match="fsdp_version: 2"):
+        sharding(torch.float32)
+
+
+@pytest.mark.parametrize(("replicate", "shard", "fits"), [(2, 4, True), (4, 2, True), (2, 2, False), (8, 1, False)])
+def test_sizes_of_hybrid_sharding_must_fit_the_launch(
+    monkeypatch: pytest.MonkeyPatch, replicate: int, shard: int, fits: bool
+) -> None:
+    assert hybrid_sharding() is None
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", str(replicate))
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", str(shard))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    if fits:
+        assert hybrid_sharding().fsdp_dim_names == ["dp_shard"], "gradients are averaged over nodes by the update"
+    else:
+        with pytest.raises(UserError, match=rf"8 processes can't be .* {replicate} times dp_shard_size {shard}"):
+            hybrid_sharding()

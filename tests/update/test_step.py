@@ -26,7 +26,6 @@ from grpo.update.step import backward, optimizer_step, with_signal
 from tests import gradient_of_step
 from tests.conftest import make_policy, make_recipe, make_run
 from tests.gradient_of_step import TEMPERATURE, gradient, recipe_for, sequences
-from tests.launching import DDP, FSDP2, ROOT, launch
 
 BETA = 0.1
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -55,22 +54,6 @@ def test_micro_batching_does_not_change_it(
 ) -> None:
     split, _ = gradient(recipe_for(str(tiny_model), loss_type, micro_batch_size, BETA), tmp_path / "out")
     assert distance(whole[loss_type], split) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("kind", "sharded"), [(DDP, False), (FSDP2, True)], ids=["ddp", "fsdp2"])
-def test_two_processes_do_not_change_it(
-    whole: Gradients, tiny_model: Path, tmp_path: Path, kind: list[str], sharded: bool
-) -> None:
-    out = tmp_path / "out.pt"
-    done = launch(kind, ROOT / "tests/gradient_of_step.py", tiny_model, out, 2, BETA)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(out)
-    assert (found["processes"], found["sharded"]) == (2, sharded)
-    for name in LOSSES:
-        if name != "bnpo":
-            assert distance(whole[name], found["gradients"][name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
