@@ -112,6 +112,11 @@ def test_a_policy_hands_out_the_states_that_one_process_does(one_process: Found,
     assert not torch.equal(one_process["lora"]["state"][Q], one_process["lora"]["base"][Q]), "adapters say something"
 
 
+def test_shards_are_read_back_as_they_were_written(found: Found, kind: str) -> None:
+    for trained in {"full", "lora"} & found.keys() if kind != "ddp" else ():
+        assert found[trained]["shards"] == [True] * KINDS[kind]
+
+
 def test_what_it_saves_loads(folder: Path, kind: str, found: Found) -> None:
     for trained in {"full", "lora"} & found.keys():
         state = AutoModelForCausalLM.from_pretrained(folder / kind / trained, dtype=torch.float32).state_dict()
