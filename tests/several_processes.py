@@ -119,7 +119,8 @@ def in_bfloat16(model: str, folder: Path, **changes: Any) -> dict[str, Any]:
     backend = HFBackend(policy, max_batch_size=4)
     backend.sync(policy, 1)
     with backend._weights():
-        found["synced"] = {name: t.clone() for name, t in backend.model.state_dict().items()}
+        if not backend.shares_weights:
+            found["synced"] = {name: t.clone() for name, t in backend.model.state_dict().items()}
     return found
 
 

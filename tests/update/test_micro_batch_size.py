@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from grpo.run.state import Progress, restore_state, save_state
 from grpo.types import Batch, TrainedSequence
 from grpo.update import micro_batch_size
 from grpo.update.forward import precompute_logprobs
-from grpo.update.micro_batch_size import automatic_size, is_out_of_memory, kept_per_token, within_memory
+from grpo.update.micro_batch_size import automatic_size, is_out_of_memory, kept_per_token
 from grpo.update.step import optimizer_step
 from tests.conftest import make_policy, make_recipe, make_run
 from tests.gradient_of_step import sequences
@@ -99,17 +98,6 @@ def test_other_errors_are_left_alone(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         step(run_of(policy, tmp_path))
     assert is_out_of_memory(MemoryError())
-
-
-def test_with_several_processes_it_ends_the_run_and_says_what_to_set(tiny_model: Path) -> None:
-    policy = make_policy(tiny_model)
-    policy.accelerator = SimpleNamespace(num_processes=2, process_index=1)  # type: ignore[assignment]
-
-    def attempt(_: int) -> None:
-        raise micro_batch_size.DoesNotFit(3, 800)
-
-    with pytest.raises(RunError, match=r"rank 1: out of memory.*training\.micro_batch_tokens=400"):
-        within_memory(run_of(policy, micro_batch_tokens=1000), attempt)
 
 
 @pytest.mark.slow
