@@ -63,7 +63,7 @@ def recipe_for(options: argparse.Namespace, dtype: str, **rollout: Any) -> Recip
 
 def make_policy(recipe: Recipe) -> Policy:
     AcceleratorState._reset_state(reset_partial_state=True)  # one process makes several
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no")
+    accelerator = Accelerator(cpu=True)
     tokenizer = load_tokenizer(recipe.model)
     return Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], needs_reference=False)
 

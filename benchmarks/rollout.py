@@ -57,7 +57,7 @@ def make_policy(model: str, dtype: str) -> tuple[Policy, Recipe]:
     tokenizer = load_tokenizer(recipe.model)
     on_cpu = not torch.accelerator.is_available()
     prepare_process()  # as make_accelerator does
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    accelerator = Accelerator(cpu=on_cpu)
     return Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], False), recipe
 
 

@@ -98,7 +98,7 @@ def make_policy(
     recipe = make_recipe(folder, **sections)
     tokenizer = load_tokenizer(recipe.model)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process makes several
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    accelerator = Accelerator(cpu=True)
     with pytest.MonkeyPatch.context() as patch:
         if causal_lm is not None:
             patch.setattr(start_module, "load_weights", lambda *_: causal_lm)

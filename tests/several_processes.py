@@ -33,6 +33,7 @@ from grpo.model.policy import Policy
 from grpo.model.processes import average_gradients
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator
+from grpo.run.shards import read_shards, write_shards
 from grpo.types import TrainedSequence
 from grpo.update.forward import precompute_logprobs
 from grpo.update.step import optimizer_step
@@ -113,11 +114,24 @@ def in_bfloat16(model: str, folder: Path, **changes: Any) -> dict[str, Any]:
     if policy.is_lora:
         found |= {"base": policy.base_state(), "adapter": policy.adapter_state()}
     policy.save_pretrained(folder)
+    if policy.sharded:
+        found["shards"] = gather_object([through_a_checkpoint(policy, folder / "shards")])
     backend = HFBackend(policy, max_batch_size=4)
     backend.sync(policy, 1)
     with backend._weights():
-        found["synced"] = {name: t.clone() for name, t in backend.model.state_dict().items()}
+        if not backend.shares_weights:
+            found["synced"] = {name: t.clone() for name, t in backend.model.state_dict().items()}
     return found
+
+
+def through_a_checkpoint(policy: Policy, folder: Path) -> bool:
+    """Whether shards are read back as they were written."""
+    state = policy.trained_state()
+    files = write_shards(folder, state, policy.accelerator.process_index)
+    back = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    read_shards(folder, back, together=True)
+    same = all(torch.equal(local(back[name]), local(tensor)) for name, tensor in state.items())
+    return same and sum(file.stat().st_size for file in files) > 0
 
 
 class RunsOut(torch.autograd.Function):

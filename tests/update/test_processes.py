@@ -93,7 +93,7 @@ def test_gradients_are_reduced_in_float32(found: Found) -> None:
     """A sum of two numbers of bfloat16 has more digits than they. In bfloat16 it would be rounded to their number."""
     for trained in {"full", "lora"} & found.keys():
         numbers = torch.cat([g.flatten() for g in found[trained]["at_once"].values()])
-        assert float((numbers != numbers.bfloat16()).float().mean()) > 0.5
+        assert float((numbers != numbers.bfloat16()).float().mean()) > 0.25
 
 
 def test_between_micro_batches_a_process_holds_its_share_of_the_gradient(found: Found, kind: str) -> None:
@@ -103,13 +103,21 @@ def test_between_micro_batches_a_process_holds_its_share_of_the_gradient(found: 
 
 
 def test_a_policy_hands_out_the_states_that_one_process_does(one_process: Found, found: Found) -> None:
-    """Whole, LoRA's adapters merged or apart; to the hf backend too."""
+    """Whole, LoRA's adapters merged or apart; the merged one to the hf backend too, where that has a copy."""
+    assert found["full"].keys() >= {"state", "synced"}
     for trained in {"full", "lora"} & found.keys():
-        for name in {"state", "base", "adapter", "synced"} & found[trained].keys():
+        for name, tensor in found[trained].get("synced", {}).items():
+            assert torch.equal(tensor, found[trained]["state"][name].bfloat16()), name
+        for name in {"state", "base", "adapter"} & found[trained].keys():
             one, several = one_process[trained][name], found[trained][name]
             assert one.keys() == several.keys()
             assert all(torch.equal(several[key], tensor) for key, tensor in one.items()), f"{trained} {name}"
     assert not torch.equal(one_process["lora"]["state"][Q], one_process["lora"]["base"][Q]), "adapters say something"
+
+
+def test_shards_are_read_back_as_they_were_written(found: Found, kind: str) -> None:
+    for trained in {"full", "lora"} & found.keys() if kind != "ddp" else ():
+        assert found[trained]["shards"] == [True] * KINDS[kind]
 
 
 def test_what_it_saves_loads(folder: Path, kind: str, found: Found) -> None:
