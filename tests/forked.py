@@ -23,7 +23,7 @@ LAUNCHES: dict[str, dict[str, str]] = {
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     },
 }
-LAUNCHES["hsdp"] = LAUNCHES["fsdp2"] | {  # of four
+LAUNCHES["hsdp"] = LAUNCHES["fsdp2"] | {  # of four processes
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",

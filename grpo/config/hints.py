@@ -222,7 +222,8 @@ NOT_HERE = {
 }
 PREFIXES = {
     "fsdp": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
-    "ddp_": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
+    "ddp_b": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
+    "ddp_find_": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
     "hub_": "not supported; push OUTPUT_DIR/final when the run is done",
 }
 

@@ -21,8 +21,10 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 SECONDS_TO_LEARN = 5.0  # between a collective's error and what this module hears of the same loss
@@ -183,16 +185,16 @@ def watch(store: Any, address: str, rank: int, world_size: int, seconds: float) 
     if rank == 0:
         listener, token = _listen(), uuid.uuid4().hex
         store.set(KEY, json.dumps({"port": listener.getsockname()[1], "token": token, "name": name}))
-        target, arguments = mine.watch_others, (listener, token)
+        listen: Callable[[], None] = partial(mine.watch_others, listener, token)
     else:
         first = json.loads(store.get(KEY))
         connection = socket.create_connection((address, first["port"]), timeout=seconds)
         connection.settimeout(None)
         mine.add(connection, first["name"]).send(token=first["token"], name=name)
-        target, arguments = mine.watch_first, ()
+        listen = mine.watch_first
     _watch = mine
     atexit.register(say_ended)
-    threading.Thread(target=target, args=arguments, name="peers", daemon=True).start()
+    threading.Thread(target=listen, name="peers", daemon=True).start()
 
 
 def at_step(step: int) -> None:

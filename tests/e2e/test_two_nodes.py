@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_two_nodes_meet_and_a_lost_one_ends_the_other(tiny_model: Path, tmp_path
         while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
             assert first.poll() is None, first.communicate()[0]
             assert second.poll() is None, second.communicate()[0]
+            time.sleep(0.05)
         nodes[1].kill()
         said = first.communicate(timeout=60)[0]
     assert first.returncode == 1

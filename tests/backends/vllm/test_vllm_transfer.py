@@ -25,6 +25,7 @@ from grpo.backends.vllm import scratch, serve, transfer
 from grpo.backends.vllm.api import Server, ServerGone, WeightSource, cast, why_no_nccl
 from grpo.backends.vllm.scratch import make_scratch
 from grpo.backends.vllm.transfer import (
+    HttpSender,
     IpcSender,
     NcclSender,
     PathSender,
@@ -212,6 +213,7 @@ def choose(device: str, **rollout: Any) -> Any:
 
 
 SERVER = {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:1"}
+ELSEWHERE = SERVER | {"vllm_server_base_url": "http://192.0.2.1:1"}
 
 
 @pytest.mark.parametrize(
@@ -219,6 +221,9 @@ SERVER = {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:1"}
     [
         ("cpu", {}, PathSender),
         ("cpu", SERVER, PathSender),
+        ("cpu", ELSEWHERE, HttpSender),
+        ("cpu", SERVER | {"vllm_weight_transfer": "http"}, HttpSender),
+        ("cpu", ELSEWHERE | {"vllm_weight_transfer": "path"}, PathSender),
         ("cpu", {"vllm_weight_transfer": "path"}, PathSender),
         ("cuda", {}, IpcSender),
         ("cuda", SERVER, NcclSender),
@@ -248,9 +253,10 @@ def test_without_a_vllm_beside_the_trainer_files_are_sent_and_nccl_is_refused(ca
     """As it is here: the trainer's environment has no vLLM."""
     with caplog.at_level("INFO", "grpo"):
         assert type(choose("cuda", **SERVER)) is PathSender
+        assert type(choose("cuda", **ELSEWHERE)) is HttpSender
     assert [record.getMessage() for record in caplog.records] == [
-        "rollout.vllm_weight_transfer: auto is path here, files in /dev/shm (servers on other machines need "
-        "rollout.vllm_sync_dir): vLLM is not installed beside the trainer, and nccl needs it"
+        f"rollout.vllm_weight_transfer: auto is {way} here: vLLM is not installed beside the trainer, and nccl needs it"
+        for way in ("path", "http")
     ]
     with pytest.raises(
         UserError, match=r"^rollout\.vllm_weight_transfer: nccl needs the servers' vLLM beside the .*path"
