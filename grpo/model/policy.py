@@ -63,6 +63,7 @@ class Policy:
         self.truncation = Truncation(recipe.rollout.top_k, recipe.rollout.top_p, recipe.rollout.min_p)
 
         self.trust_remote_code = recipe.model.trust_remote_code
+        self.kernels = recipe.model.kernels
         self.needs_reference = needs_reference
 
         weights = self.compute_dtype if self.is_lora else torch.float32
@@ -104,7 +105,7 @@ class Policy:
         config = self.causal_lm.config
         twin = shell(config, dtype, self.trust_remote_code, attn_implementation=config._attn_implementation)
         # Its linear layers then compute as the policy's do, to the bit.
-        kernels.install(twin, self.device, trains=False, alone=not self.sharded)
+        kernels.install(twin, self.device, trains=False, alone=not self.sharded, wanted=self.kernels)
         return twin
 
     def autocast(self) -> AbstractContextManager:

@@ -58,7 +58,7 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
     def read_and_check() -> str | None:
         # Every other type is rounded to while loading: some models keep a few layers in float32 then.
         dtype = weights if as_read or weights != torch.float32 else None
-        read.append(_equip(load_weights(recipe.model, dtype), recipe, device, sharded))
+        read.append(_equip(load_weights(recipe.model, dtype), recipe, device, sharded, says=True))
         logprob_lm = LogprobLM(read[0].causal_lm)
         with in_float32(logprob_lm):
             logprob_lm.check_head()
@@ -74,7 +74,7 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
         )
     if as_read:
         return Started(LogprobLM(read[0].causal_lm).train(), read[0].peft_model, why is None)
-    mine = _equip(_shell(recipe, weights), recipe, device, sharded)
+    mine = _equip(_shell(recipe, weights), recipe, device, sharded, says=False)
     if why is None and mine.cannot_pack:
         rank = accelerator.process_index
         raise RunError(f"the first process packs rows, but rank {rank} can't: {mine.cannot_pack}")
@@ -95,10 +95,14 @@ def _shell(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     return causal_lm
 
 
-def _equip(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sharded: bool) -> Equipped:
-    """Give a model adapters and fast passes, and learn why it can't compute packed rows, if so."""
+def _equip(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sharded: bool, *, says: bool) -> Equipped:
+    """Give a model adapters and fast passes, and learn why it can't compute packed rows, if so. The log tells of the
+    passes if ``says``."""
     torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
     peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
     if recipe.model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Equipped(causal_lm, peft_model, kernels.install(causal_lm, device, trains=True, alone=not sharded))
+    cannot_pack = kernels.install(
+        causal_lm, device, trains=True, alone=not sharded, wanted=recipe.model.kernels, says=says
+    )
+    return Equipped(causal_lm, peft_model, cannot_pack)
