@@ -81,9 +81,26 @@ class Recipe(Section):
                 "which never moves"
             )
             problems.append(Problem(("algorithm.sync_ref_model", "model.lora"), text))
+        problems += self._optimizer_problems()
         problems += self._prompts_problems()
         refuse(problems)
         return self
+
+    def _optimizer_problems(self) -> list[Problem]:
+        """What bitsandbytes' paged optimizer cannot be combined with."""
+        given = {
+            "optimizer.offload": self.optimizer.offload,
+            "model.weights": self.model.weights == "bfloat16",
+        }
+        return [
+            Problem(
+                ("optimizer.optim", key),
+                f"optimizer.optim: paged_adamw_8bit cannot be used with {key}; adamw_8bit can, and with "
+                "optimizer.offload: true it holds its state in the host's memory too",
+            )
+            for key, is_given in given.items()
+            if is_given and self.optimizer.optim == "paged_adamw_8bit"
+        ]
 
     def _prompts_problems(self) -> list[Problem]:
         """What the choice of prompts, and of advantages, cannot be combined with."""

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.gguf import load_gguf
+from grpo.model.quantized import quantization_config, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,11 +82,18 @@ def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig
     return config, generation_config
 
 
-def load_weights(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM in ``dtype``, on the CPU."""
+def load_weights(model: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal LM in ``dtype``, on the CPU. With ``load_in_4bit`` it is quantized, and on ``device``, where quantizing
+    is fast."""
     source, keywords = _source(model.name, model)
     if model.attn_implementation:
         keywords["attn_implementation"] = model.attn_implementation
+    if model.load_in_4bit:
+        keywords |= {"quantization_config": quantization_config(dtype), "device_map": {"": device or "cpu"}}
+        with _named("weights", model.name):
+            causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
+        settle(causal_lm)
+        return causal_lm
     with _named("weights", model.name):
         if file := keywords.pop("gguf_file", None):
             return load_gguf(Path(source) / file, dtype, **keywords)

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from grpo import kernels
 from grpo.config import Recipe
+from grpo.errors import UserError
 from grpo.model.devices import compute_dtype
 from grpo.model.loading import load_weights
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import add_adapters, base_of, merged_state
 from grpo.model.optimizer import make_optimizer
 from grpo.model.packed_check import why_padded
+from grpo.model.quantized import dequantized
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
 from grpo.randomness import Stream, key
@@ -38,8 +40,9 @@ class Policy:
 
     ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
     ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones.
-    Trained weights are float32; if ``compute_dtype`` is bfloat16, passes run under autocast. With LoRA the frozen
-    weights are held in the compute type and the adapters in float32.
+    Trained weights are float32, or bfloat16 where ``model.weights`` says so (``compact_adamw`` keeps the rest of each
+    number); if ``compute_dtype`` is bfloat16, passes run under autocast. With LoRA the frozen weights are held in the
+    compute type, or linear layers' in 4 bits (``quantized``), and the adapters in float32.
     """
 
     def __init__(
@@ -55,12 +58,20 @@ class Policy:
         self.stop_token_ids = stop_token_ids
         self.device = accelerator.device
         self.compute_dtype = compute_dtype(recipe.model.dtype, self.device)
+        self.weights_dtype = self._weights_dtype(recipe)
         self.max_grad_norm = recipe.optimizer.max_grad_norm
         self.is_lora = recipe.model.lora is not None
         self.truncation = Truncation(recipe.rollout.top_k, recipe.rollout.top_p, recipe.rollout.min_p)
 
         torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
-        causal_lm = load_weights(recipe.model, self.compute_dtype if self.is_lora else torch.float32)
+        self.is_quantized = recipe.model.load_in_4bit
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        if self.is_quantized and sharded:
+            raise UserError(
+                "model.load_in_4bit: 4-bit weights are not sharded, each process holds them all: start with "
+                "accelerate launch --config_file launch/ddp.yaml"
+            )
+        causal_lm = load_weights(recipe.model, self.compute_dtype if self.is_lora else self.weights_dtype, self.device)
         self.peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
         self.causal_lm = causal_lm
         if recipe.model.gradient_checkpointing:
@@ -72,9 +83,20 @@ class Policy:
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
         self.needs_reference = needs_reference
 
-        optimizer = make_optimizer(logprob_lm, recipe.optimizer, several_processes=accelerator.num_processes > 1)
+        optimizer = make_optimizer(logprob_lm, recipe.optimizer, sharded=sharded)
         self.model, self.optimizer = accelerator.prepare(logprob_lm.train(), optimizer)
         self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+
+    def _weights_dtype(self, recipe: Recipe) -> torch.dtype:
+        """The type of trained weights. Raises UserError where passes do not compute in it."""
+        if recipe.model.weights == "float32":
+            return torch.float32
+        if self.compute_dtype != torch.bfloat16:
+            raise UserError(
+                f"model.weights: bfloat16 needs the compute type bfloat16, which model.dtype: {recipe.model.dtype} is "
+                f"not on this {self.device.type}; set model.dtype: bfloat16, or model.weights: float32"
+            )
+        return torch.bfloat16
 
     def _can_pack(self, logprob_lm: LogprobLM, why: str | None) -> bool:
         why = why or why_padded(logprob_lm, self.device, self.compute_dtype)
@@ -145,8 +167,15 @@ class Policy:
 
     def clip_gradients(self) -> float:
         """Global gradient norm before clipping to ``max_grad_norm``; the same number on every process."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        limit = self.max_grad_norm or float("inf")
+        if self.weights_dtype == torch.bfloat16:  # torch's own norm would be rounded to it
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norms = [_whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in gradients]
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        else:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return float(_whole(norm))
 
     def step(self, learning_rate: float) -> None:
         """One optimizer step at this learning rate; gradients are cleared."""
@@ -169,17 +198,19 @@ class Policy:
     def full_state(self) -> dict[str, torch.Tensor]:
         """The causal LM's whole state by ``from_pretrained``'s names, gathered from every process, LoRA adapters merged
         (in a copy: the policy's own weights are not touched). Called by all processes."""
-        named = self.accelerator.unwrap_model(self.model).state_dict().items()
-        state = {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named}
-        if self.peft_model is None:
-            return state
-        return merged_state(self.causal_lm, state)
+        state = self._state()
+        return state if self.peft_model is None else merged_state(self.causal_lm, state)
 
     @torch.no_grad()
     def base_state(self) -> dict[str, torch.Tensor]:
         """With LoRA: the frozen weights without adapters, by ``from_pretrained``'s names. Called by all processes."""
+        return base_of(self.causal_lm, self._state())
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """The causal LM's own state, gathered, 4-bit weights as the numbers that they stand for."""
         named = self.accelerator.unwrap_model(self.model).state_dict().items()
-        return base_of(self.causal_lm, {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named})
+        state = {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named}
+        return dequantized(self.causal_lm, state) if self.is_quantized else state
 
     def save_adapter(self, folder: Path, adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
         """Write ``adapter_state`` as peft does, cast to ``dtype``."""
