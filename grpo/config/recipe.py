@@ -129,6 +129,11 @@ class Recipe(Section):
             problems.append(Problem(("algorithm.pass_at_k", "rollout.num_generations"), text))
         return problems
 
+    def sends_adapters(self) -> bool:
+        """Do LoRA adapters go to vLLM apart from the weights that they are added to? Over 4-bit weights always: merging
+        would round them."""
+        return self.model.lora is not None and (self.model.load_in_4bit or self.rollout.vllm_lora_sync == "adapter")
+
     def reward_names(self) -> list[str]:
         """The rewards' names in metrics and in `evaluation.reward`: a built-in's own, else the function's after the
         colon; the second of the same name is `name#2`."""
