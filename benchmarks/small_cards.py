@@ -233,7 +233,16 @@ def table(found: dict[str, dict[str, Any]], steps: int) -> str:
     part = max(1, steps // 4)
     spans = [(start, min(start + part, steps)) for start in range(0, steps, part)]
     head = [f"reward, steps {a + 1}-{b}" for a, b in spans]
-    head += ["trained, M", "weights", "gradients", "AdamW", "on the host", "bytes a trained weight", "peak, MB", "drift"]
+    head += [
+        "trained, M",
+        "weights",
+        "gradients",
+        "AdamW",
+        "on the host",
+        "bytes a trained weight",
+        "peak, MB",
+        "drift",
+    ]
     lines = ["| variant | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for variant, one in found.items():
         size = one["bytes"]
@@ -292,9 +301,9 @@ def report(options: argparse.Namespace) -> None:
     draw(found, options.page.with_suffix(".png"))
     machine = first["hardware"]
     about = (
-        f"SmolLM2-135M-Instruct, reward: the share of digits; {first['steps']} steps of 4 prompts x 8 completions of at "
-        f"most 32 tokens, seed {options.seed}, computed in bfloat16. Drift is that after {options.drift_steps} steps, of "
-        "the whole change of the weights. Bytes a trained weight are those on the device (weights, gradients, AdamW; "
+        f"SmolLM2-135M-Instruct, reward: the share of digits; {first['steps']} steps of 4 prompts x 8 completions of "
+        f"at most 32 tokens, seed {options.seed}, computed in bfloat16. Drift is that after {options.drift_steps} "
+        "steps, of the whole change of the weights. Bytes a trained weight are those on the device (weights, gradients, AdamW; "
         f"with LoRA without the frozen weights). {machine['cpu']}, {machine['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         + f"; commit {', '.join(sorted({one['commit'] for one in found.values()}))}."
@@ -347,7 +356,9 @@ def main() -> None:
             print(f"{folder}: finished before", flush=True)
             continue
         shutil.rmtree(folder, ignore_errors=True)
-        done = subprocess.run([sys.executable, "-m", "benchmarks.small_cards", *sys.argv[1:], "--one", run], check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.small_cards", *sys.argv[1:], "--one", run], check=False
+        )
         if done.returncode:
             sys.exit(f"{folder}: ended with exit code {done.returncode}; start again to go on from there")
     report(options)

@@ -143,6 +143,10 @@ class _Embedding(torch.autograd.Function):
             ids_N, grad_NH = ids_N[seen_N], grad_NH[seen_N]
         if ctx.weight.grad is None:
             ctx.weight.grad = torch.zeros_like(ctx.weight)
+        if ctx.weight.dtype != torch.float32:  # a frequent token's many small parts would be rounded away one by one
+            ids_N, place_N = ids_N.unique(return_inverse=True)
+            sums_UH = torch.zeros((len(ids_N), grad_NH.shape[1]), device=grad_NH.device)
+            grad_NH = sums_UH.index_add_(0, place_N, grad_NH.float())
         ctx.weight.grad.index_add_(0, ids_N, grad_NH.to(ctx.weight.dtype))
         return None, None, None
 

@@ -12,7 +12,5 @@ def import_bitsandbytes(key: str) -> ModuleType:
     try:
         import bitsandbytes
     except ImportError:
-        raise UserError(
-            f"{key} needs bitsandbytes, which is not installed: pip install 'grpo-train[8bit]'"
-        ) from None
+        raise UserError(f"{key} needs bitsandbytes, which is not installed: pip install 'grpo-train[8bit]'") from None
     return bitsandbytes

@@ -3,8 +3,8 @@
 The arithmetic is that of libraries, in float32: torch's fused AdamW, or bitsandbytes' with 8-bit moments. What is here
 is how numbers are held between steps, and a step goes through a weight in pieces, so that float32 copies stay small.
 
-- **bfloat16 weights** keep the lower half of a float32 number apart (``low``, 16 bits), so both together are the float32
-  weight. It is Kahan's compensation, but exact: an update far below a weight's last bit is never lost. The weight
+- **bfloat16 weights** keep the lower half of a float32 number apart (``low``, 16 bits): both together are the float32
+  weight. It is Kahan's compensation, but exact, so an update far below a weight's last bit is never lost. The weight
   itself is the float32 number rounded to nearest, as autocast would round it.
 - **8-bit moments** (arXiv:2110.02861) are quantized in blocks of 256 along a row. bitsandbytes' own optimizer lets
   blocks cross rows; here they don't, so FSDP2 may cut between rows, and a checkpoint is the same for any cut.

@@ -83,8 +83,8 @@ def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig
 
 
 def load_weights(model: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """The causal LM in ``dtype``, on the CPU. With ``load_in_4bit`` it is quantized, and on ``device``, where quantizing
-    is fast."""
+    """The causal LM in ``dtype``, on the CPU. With ``load_in_4bit`` it is quantized, and on ``device``, where
+    quantizing is fast."""
     source, keywords = _source(model.name, model)
     if model.attn_implementation:
         keywords["attn_implementation"] = model.attn_implementation

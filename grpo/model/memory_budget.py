@@ -102,7 +102,7 @@ class Budget:
 
 
 def budget(recipe: Recipe, shape: Shape, card: float) -> Budget:
-    """The budget of a bfloat16 run on one GPU of ``card`` bytes, with the hf backend or a colocated vLLM that sleeps."""
+    """The budget of a bfloat16 run on one GPU of ``card`` bytes, with hf or a colocated vLLM that sleeps."""
     model, training = recipe.model, recipe.training
     weights, trained, each = _weights(recipe, shape)
     gradients = trained * each

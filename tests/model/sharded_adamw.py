@@ -1,4 +1,4 @@
-"""Two processes step shards by AdamW's small forms; each prints "same" if they are the whole weights' steps, to the bit.
+"""Two processes step shards by AdamW in little memory. Each prints "same" if whole weights step so too, to the bit.
 
 The state then moves from two processes to one and back, as a checkpoint moves it.
 """

@@ -74,9 +74,7 @@ def test_the_optimizer_holds_what_is_counted_for_it(tmp_path: Path, weights: str
     layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
     held = sum(t.nbytes for t in optimizer.state[layer.weight].values()) / layer.weight.numel()
-    recipe = make_recipe(
-        tmp_path, model={"dtype": "bfloat16", "weights": weights}, optimizer={"optim": optim}
-    )
+    recipe = make_recipe(tmp_path, model={"dtype": "bfloat16", "weights": weights}, optimizer={"optim": optim})
     shape = QWEN["qwen2.5-3b"]
     found = budget(recipe, shape, 80e9)
     assert found.update["AdamW"] / shape.parameters == pytest.approx(held, rel=1e-3)

@@ -80,8 +80,9 @@ def test_blocks_of_a_row_step_as_bitsandbytes_does() -> None:
 
     ours, theirs = (torch.nn.Linear(512, 40, bias=False) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    optimizers = make_optimizer(ours, OptimizerConfig(optim="adamw_8bit", learning_rate=1e-3)), AdamW8bit(
-        [{"params": list(theirs.parameters())}], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    optimizers = (
+        make_optimizer(ours, OptimizerConfig(optim="adamw_8bit", learning_rate=1e-3)),
+        AdamW8bit([{"params": list(theirs.parameters())}], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
     )
     for seed in range(4):
         for optimizer in optimizers:
@@ -191,8 +192,8 @@ def test_a_state_of_another_form_is_refused_by_name() -> None:
 def test_what_can_not_be_stepped_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"paged_adamw_8bit can't step.*optimizer.offload"):
         make_optimizer(model(), OptimizerConfig(optim="paged_adamw_8bit"), sharded=True)
+    monkeypatch.setattr(policy_module, "compute_dtype", lambda *_: torch.float32)
     with pytest.raises(UserError, match=r"bfloat16 needs the compute type bfloat16"):
-        monkeypatch.setattr(policy_module, "compute_dtype", lambda *_: torch.float32)
         make_policy(tiny_model, dtype="auto", model={"weights": "bfloat16"})
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"needs bitsandbytes.*pip install"):

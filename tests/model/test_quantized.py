@@ -1,4 +1,4 @@
-"""QLoRA: a base in 4 bits that never changes, adapters that learn over it, the numbers that an engine and final/ get."""
+"""QLoRA: a base in 4 bits that never changes, adapters that learn over it, the numbers that an engine gets."""
 
 from __future__ import annotations
 
