@@ -16,6 +16,7 @@ CONTEXT = 1.0e9  # CUDA's own, and what the allocator can't give out
 LOGITS = 1.9e9  # a chunk of the head's logits, the chunk that is kept, and three float32 tiles: devices.LOGITS
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: the code, its block's scale in 8 bits, that scale's own
 CACHE_SHARE = 0.25  # of the card, for the hf backend's keys and values where the recipe gives no number
+KEPT_SHARE = 0.15  # of the card: up to this the hf backend keeps its weights and cache from one rollout to the next
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,12 @@ def budget(recipe: Recipe, shape: Shape, card: float) -> Budget:
         "logits": LOGITS,
         "CUDA": CONTEXT,
     }
-    return Budget(update, held | _engine(recipe, shape, card) | {"CUDA": CONTEXT}, {"AdamW": adamw_host})
+    engine = _engine(recipe, shape, card)
+    if recipe.rollout.backend != "hf":
+        update["vLLM asleep"] = CONTEXT
+    elif sum(engine.values()) <= KEPT_SHARE * card:
+        update["kept to sample"] = sum(engine.values())
+    return Budget(update, held | engine | {"CUDA": CONTEXT}, {"AdamW": adamw_host})
 
 
 def _weights(recipe: Recipe, shape: Shape) -> tuple[float, int, int]:
@@ -143,7 +149,7 @@ def _moments(recipe: Recipe) -> float:
 def _engine(recipe: Recipe, shape: Shape, card: float) -> dict[str, float]:
     """What generates takes while it does."""
     rollout = recipe.rollout
-    if rollout.backend == "vllm":
+    if rollout.backend != "hf":
         return {"vLLM": rollout.vllm_gpu_memory_utilization * card}
     shares = recipe.model.lora is not None or recipe.model.weights == "bfloat16"
     tokens = recipe.data.max_prompt_length + rollout.max_completion_length

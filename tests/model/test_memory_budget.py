@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from grpo import kernels
+from grpo.backends.hf import backend
 from grpo.config import OptimizerConfig
 from grpo.config.load import load_recipe
 from grpo.model.devices import LOGITS as SIZES
 from grpo.model.logprob_lm import LogprobLM
-from grpo.model.memory_budget import LOGITS, QWEN, Shape, budget, card_of, shape_of
+from grpo.model.memory_budget import CACHE_SHARE, KEPT_SHARE, LOGITS, QWEN, Shape, budget, card_of, shape_of
 from grpo.model.optimizer import make_optimizer
 from grpo.packing import collate
 from grpo.types import TrainedSequence
@@ -84,7 +85,8 @@ def test_the_optimizer_holds_what_is_counted_for_it(tmp_path: Path, weights: str
     assert budget(offloaded, shape, 80e9).update["AdamW"] == 0
 
 
-def test_the_head_s_working_memory_is_that_of_its_chunks() -> None:
+def test_sizes_that_are_written_down_twice_agree() -> None:
+    assert (CACHE_SHARE, KEPT_SHARE) == (backend.CACHE_SHARE, backend.KEPT_SHARE)
     chunk, tile, kept = SIZES["accelerator"]
     assert pytest.approx(2 * chunk + 2 * kept + 3 * 4 * tile, rel=0.03) == LOGITS
 
@@ -100,7 +102,7 @@ def test_a_header_states_the_budget_and_the_card_holds_it(file: Path) -> None:
     found = budget(load_recipe(file), shape, card)
     assert re.sub(r"\n# +", " ", stated) == " ".join(found.lines())
     for parts in (found.update, found.rollout):
-        assert sum(parts.values()) < 0.93 * card
+        assert sum(parts.values()) < 0.95 * card
     for line in found.lines():
         total, *parts = map(float, re.findall(r"\d+\.\d(?= |$)", line))
         assert sum(parts) == pytest.approx(total, abs=0.05 * (len(parts) + 1))
