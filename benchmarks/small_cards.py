@@ -303,8 +303,8 @@ def report(options: argparse.Namespace) -> None:
     about = (
         f"SmolLM2-135M-Instruct, reward: the share of digits; {first['steps']} steps of 4 prompts x 8 completions of "
         f"at most 32 tokens, seed {options.seed}, computed in bfloat16. Drift is that after {options.drift_steps} "
-        "steps, of the whole change of the weights. Bytes a trained weight are those on the device (weights, gradients, AdamW; "
-        f"with LoRA without the frozen weights). {machine['cpu']}, {machine['threads']} threads; "
+        "steps, of the whole change of the weights. Bytes a trained weight are those on the device (weights, "
+        f"gradients, AdamW; with LoRA without the frozen weights). {machine['cpu']}, {machine['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         + f"; commit {', '.join(sorted({one['commit'] for one in found.values()}))}."
     )
