@@ -17,7 +17,7 @@ from grpo.run.run import Run, start_run
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
 from grpo.types import Batch, TrainedSequence
 from grpo.update.forward import plan_for
-from grpo.update.micro_batch_size import fitting, within_memory
+from grpo.update.micro_batch_size import within_memory, work_through
 from grpo.update.step import backward
 
 Example = tuple[list[int], list[int]]  # token ids of prompt and completion
@@ -82,11 +82,13 @@ def held_out_loss(run: Run, examples: list[Example]) -> float:
 
     def attempt(max_tokens: int) -> torch.Tensor:
         sums_2 = torch.zeros(2, dtype=torch.float64, device=policy.device)
-        for micro_batch in _my_micro_batches(run, examples, max_tokens):
-            with fitting(policy, micro_batch):
-                batch = policy.collate(micro_batch)
-                logps_BT, _ = policy.logprobs(batch, temperature=1.0)
-                sums_2 += torch.stack([-(logps_BT * batch.mask_BT).sum(), batch.mask_BT.sum()]).double()
+
+        def work(micro_batch: MicroBatch) -> None:
+            batch = policy.collate(micro_batch)
+            logps_BT, _ = policy.logprobs(batch, temperature=1.0)
+            sums_2.add_(torch.stack([-(logps_BT * batch.mask_BT).sum(), batch.mask_BT.sum()]).double())
+
+        work_through(policy, _my_micro_batches(run, examples, max_tokens), work)
         return sums_2
 
     policy.model.eval()

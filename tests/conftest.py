@@ -30,7 +30,7 @@ from accelerate.state import AcceleratorState
 
 from data.tiny import write_tiny_model
 from grpo.config import Recipe
-from grpo.model import policy as policy_module
+from grpo.model import start as start_module
 from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
 from grpo.run.run import Run
@@ -100,7 +100,7 @@ def make_policy(
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if dtype == "bfloat16" else "no")
     with pytest.MonkeyPatch.context() as patch:
         if causal_lm is not None:
-            patch.setattr(policy_module, "load_weights", lambda *_: causal_lm)
+            patch.setattr(start_module, "load_weights", lambda *_: causal_lm)
         policy = Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], needs_reference)
     if sharpen != 1.0:
         with torch.no_grad():

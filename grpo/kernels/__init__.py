@@ -27,7 +27,7 @@ def prepare_process() -> None:
 def install(causal_lm: Any, device: torch.device, *, trains: bool, alone: bool) -> str | None:
     """Make a model's passes fast: layers that add their gradients in place, fewer activations kept, packed attention.
 
-    ``trains`` is False for a copy that is a reference or generates. ``alone`` is False where DDP or FSDP listen to the
+    ``trains`` is False for a copy that is a reference or generates. ``alone`` is False where FSDP listens to the
     gradients of the model's weights. A part that needs a private name which torch no longer has is left out, with a
     line in the log. Returns why the model can't compute packed rows on ``device``, or None if it can.
     """

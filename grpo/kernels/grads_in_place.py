@@ -8,7 +8,7 @@ is computed, and only rows of tokens that were seen are touched. Gradients are t
 Under autocast a weight is cast for its product, forward and again backward, and only the last cast is kept. Passes
 without gradients do the same, so that both give the same numbers.
 
-DDP and FSDP listen to gradients as autograd hands them over, so this is for one process alone.
+FSDP listens to gradients as autograd hands them over, so this is for weights that a process holds whole.
 """
 
 from __future__ import annotations

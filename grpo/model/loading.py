@@ -13,7 +13,6 @@ from transformers.utils import logging as transformers_logging
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.gguf import load_gguf
-from grpo.model.quantized import quantization_config, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,19 +81,25 @@ def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig
     return config, generation_config
 
 
-def load_weights(model: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """The causal LM in ``dtype``, on the CPU. With ``load_in_4bit`` it is quantized, and on ``device``, where
-    quantizing is fast."""
+def attention_keyword(model: ModelConfig) -> dict[str, str]:
+    return {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+
+
+def load_weights(model: ModelConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The causal LM in ``dtype``, or (None) in the type that its weights are stored in; on the CPU."""
     source, keywords = _source(model.name, model)
-    if model.attn_implementation:
-        keywords["attn_implementation"] = model.attn_implementation
-    if model.load_in_4bit:
-        keywords |= {"quantization_config": quantization_config(dtype), "device_map": {"": device or "cpu"}}
-        with _named("weights", model.name):
-            causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
-        settle(causal_lm)
-        return causal_lm
+    keywords |= attention_keyword(model)
     with _named("weights", model.name):
         if file := keywords.pop("gguf_file", None):
-            return load_gguf(Path(source) / file, dtype, **keywords)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
+            return load_gguf(Path(source) / file, dtype or torch.float32, **keywords)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **keywords)
+
+
+def load_quantized(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal LM with its linear layers in 4 bits and the rest in ``dtype``, on ``device``, where it is quantized."""
+    source, keywords = _source(model.name, model)
+    keywords |= attention_keyword(model) | {"quantization_config": quantization_config(dtype)}
+    with _named("weights", model.name):
+        causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map={"": device}, **keywords)
+    settle(causal_lm)
+    return causal_lm

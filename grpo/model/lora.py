@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from grpo.config import LoraConfig
 from grpo.errors import UserError
@@ -49,14 +53,40 @@ def base_of(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, t
     return base
 
 
-def merged_state(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with the adapters merged: base + scaling * B A, computed in float32."""
-    merged = base_of(causal_lm, state)
-    for owner, layer in _lora_layers(causal_lm).items():
-        weight = merged[f"{owner}.weight"]
-        delta = layer.get_delta_weight(layer.active_adapters[0])
-        merged[f"{owner}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
-    return merged
+def deltas_of(
+    causal_lm: nn.Module, state: dict[str, torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """For each weight with an adapter, by its name without: how to compute what the adapter adds, scaling * B A.
+    ``gather`` makes a tensor of ``state`` whole."""
+
+    def delta(owner: str, layer: Any) -> torch.Tensor:
+        names = [name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")]
+        # The layer's own parameters may be sharded.
+        return functional_call(_Delta(layer), {f"layer.{name}": gather(state[f"{owner}.{name}"]) for name in names})
+
+    return {f"{owner}.weight": partial(delta, owner, layer) for owner, layer in _lora_layers(causal_lm).items()}
+
+
+class _Delta(nn.Module):
+    """What an adapter adds to its layer's weight."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> torch.Tensor:
+        return self.layer.get_delta_weight(self.layer.active_adapters[0])
+
+
+@contextmanager
+def without_adapters(peft_model: Any) -> Iterator[None]:
+    """Within it, passes without gradients are those of the base."""
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    with peft_model.disable_adapter():
+        # peft freezes them meanwhile. FSDP2 asks once, at the first pass, which of its weights are trained.
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
 
 
 def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:

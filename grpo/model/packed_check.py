@@ -7,11 +7,14 @@ model that ignores ``position_ids``, or whose layers do not get the layout, fail
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.kernels import CannotPack
@@ -20,22 +23,22 @@ from grpo.packing import collate
 from grpo.types import Batch, Layout, TrainedSequence
 
 MIN_EFFECT_OF_A_MISTAKE = 8  # times the difference of packed and padded rows; less would prove nothing
-TOLERANCE = {torch.float32: 1e-3}  # nats, at a token
-TOLERANCE_BELOW_FLOAT32 = 0.3
+TOLERANCE = 1e-3  # nats, at a token
 
 
 def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch.dtype) -> str | None:
     """None if the model can compute packed rows on ``device``, else why it can't.
 
     ``kernels.install`` has given it the attention for them. The model is still whole and on the CPU, whatever it will
-    be trained on; another device's kernels are compared separately.
+    be trained on; another device's kernels are compared separately. It computes in float32 (``in_float32``), so that
+    rounding hides no mistake.
     """
     config = logprob_lm.config.get_text_config(decoder=True)
     if others := {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}:
         return f"it has layers of {sorted(others)[0].replace('_', ' ')}"
     was_training = logprob_lm.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float32(logprob_lm), _all_cores(device):
             _check_model(logprob_lm)
         if device.type != "cpu":
             _check_kernels(device, compute_dtype, logprob_lm.config)
@@ -48,6 +51,46 @@ def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch
     return None
 
 
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Within it, a module's weights are float32 while it runs, and afterwards what they were. So weights in another
+    type compute without rounding, and never is more than one module's share of them held in float32."""
+    stored: dict[nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                stored[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in stored:
+                parameter.data = stored.pop(parameter)
+
+    hooks = []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(widen))
+        hooks.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _all_cores(device: torch.device) -> Iterator[None]:
+    """Where the CPU works for an accelerator, all of its cores do: a launcher leaves each process one thread."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _check_model(logprob_lm: LogprobLM) -> None:
     sequences, swapped = made_up(logprob_lm.vocab_size)
     right = collate(sequences, pad_token_id=0)
@@ -56,8 +99,7 @@ def _check_model(logprob_lm: LogprobLM) -> None:
     packed_BT = logprob_lm(right, 1.0)[0]
     padded_BT = logprob_lm(collate(sequences, pad_token_id=0, packed=False), 1.0)[0]
     error = float((packed_BT - padded_BT).abs().max())
-    tolerance = TOLERANCE.get(next(logprob_lm.parameters()).dtype, TOLERANCE_BELOW_FLOAT32)
-    if not error <= tolerance:
+    if not error <= TOLERANCE:
         raise CannotPack(f"its log-probabilities differ by up to {error:.2g} in one")
     mistakes = {
         "positions that do not restart": logprob_lm(_without_restarts(right), 1.0)[0],
@@ -114,5 +156,5 @@ def _with_gradients(
 ) -> list[torch.Tensor]:
     inputs = [x.requires_grad_() for x in qkv]
     with torch.enable_grad():
-        out, _ = attention(torch.nn.Identity(), *inputs, None, layout=layout)
+        out, _ = attention(nn.Identity(), *inputs, None, layout=layout)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad)]

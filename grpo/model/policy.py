@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 from grpo import kernels
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.model.devices import compute_dtype
-from grpo.model.loading import load_weights
 from grpo.model.logprob_lm import LogprobLM
-from grpo.model.lora import add_adapters, base_of, merged_state
+from grpo.model.lora import base_of, deltas_of, without_adapters
+from grpo.model.moments import from_saved, load_moments, optimized
 from grpo.model.optimizer import make_optimizer
-from grpo.model.packed_check import why_padded
-from grpo.model.quantized import dequantized
+from grpo.model.placing import assign, is_sharded, local, materialize, shard, shell, whole
+from grpo.model.processes import Collectives, average_gradients, replicas, to_rest
+from grpo.model.quantized import is_quantized, numbers, without_scales
+from grpo.model.start import start
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
-from grpo.randomness import Stream, key
 from grpo.types import Batch, TrainedSequence
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ log = logging.getLogger("grpo")
 class Policy:
     """The trained module with everything that belongs to it.
 
-    ``model`` is what accelerate wrapped (DDP, FSDP2, ZeRO or nothing); ``causal_lm`` the transformers model inside it.
-    ``packed`` says whether it computes packed rows (``packed_check``) or needs padded ones.
+    ``model`` is a ``LogprobLM``, ``causal_lm`` the transformers model inside it. Over several processes it is whole on
+    each, or sharded by FSDP2 (``processes``), and so is ``reference``. ``packed`` says whether it computes packed rows
+    (``packed_check``) or needs padded ones.
     Trained weights are float32, or bfloat16 where ``model.weights`` says so (``compact_adamw`` keeps the rest of each
-    number); if ``compute_dtype`` is bfloat16, passes run under autocast. With LoRA the frozen weights are held in the
-    compute type, or linear layers' in 4 bits (``quantized``), and the adapters in float32.
+    number). If ``compute_dtype`` is bfloat16, passes run under autocast, and sharded weights are gathered in bfloat16.
+    With LoRA the frozen weights are held in the compute type, or linear layers' in 4 bits (``quantized``), and the
+    adapters in float32.
     """
 
     def __init__(
@@ -57,80 +60,56 @@ class Policy:
         self.tokenizer = tokenizer
         self.stop_token_ids = stop_token_ids
         self.device = accelerator.device
+        self.sharded = is_sharded(accelerator)
         self.compute_dtype = compute_dtype(recipe.model.dtype, self.device)
-        self.weights_dtype = self._weights_dtype(recipe)
+        self.weights_dtype = _weights_dtype(recipe, self.compute_dtype)
         self.max_grad_norm = recipe.optimizer.max_grad_norm
         self.is_lora = recipe.model.lora is not None
         self.truncation = Truncation(recipe.rollout.top_k, recipe.rollout.top_p, recipe.rollout.min_p)
 
-        torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
-        self.is_quantized = recipe.model.load_in_4bit
-        sharded = accelerator.distributed_type == DistributedType.FSDP
-        if self.is_quantized and sharded:
-            raise UserError(
-                "model.load_in_4bit: 4-bit weights are not sharded, each process holds them all: start with "
-                "accelerate launch --config_file launch/ddp.yaml"
-            )
-        causal_lm = load_weights(recipe.model, self.compute_dtype if self.is_lora else self.weights_dtype, self.device)
-        self.peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
-        self.causal_lm = causal_lm
-        if recipe.model.gradient_checkpointing:
-            causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        cannot_pack = kernels.install(causal_lm, self.device, trains=True, alone=self._alone())
-        logprob_lm = LogprobLM(causal_lm)
-        logprob_lm.check_head()
-        self.packed = self._can_pack(logprob_lm, cannot_pack)
-        self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
+        self.trust_remote_code = recipe.model.trust_remote_code
         self.needs_reference = needs_reference
 
-        optimizer = make_optimizer(logprob_lm, recipe.optimizer, sharded=sharded)
-        self.model, self.optimizer = accelerator.prepare(logprob_lm.train(), optimizer)
-        self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
-
-    def _weights_dtype(self, recipe: Recipe) -> torch.dtype:
-        """The type of trained weights. Raises UserError where passes do not compute in it."""
-        if recipe.model.weights == "float32":
-            return torch.float32
-        if self.compute_dtype != torch.bfloat16:
-            raise UserError(
-                f"model.weights: bfloat16 needs the compute type bfloat16, which model.dtype: {recipe.model.dtype} is "
-                f"not on this {self.device.type}; set model.dtype: bfloat16, or model.weights: float32"
-            )
-        return torch.bfloat16
-
-    def _can_pack(self, logprob_lm: LogprobLM, why: str | None) -> bool:
-        why = why or why_padded(logprob_lm, self.device, self.compute_dtype)
-        if self.accelerator.is_main_process:
-            log.info(
-                "update: %s",
-                "packed rows, each prompt computed once for its completions"
-                if why is None
-                else f"padded rows, which are slower, for {type(self.causal_lm).__name__}: {why}",
-            )
-        return why is None
+        weights = self.compute_dtype if self.is_lora else self.weights_dtype
+        self.model, self.peft_model, self.packed = start(recipe, accelerator, weights, self.compute_dtype)
+        self.causal_lm = self.model.causal_lm
+        optimizer = make_optimizer(self.model, recipe.optimizer, sharded=self.sharded)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
+        self.replicas = replicas(accelerator)
+        held = [model for model in (self.model, self.reference) if model is not None]
+        self.collectives = Collectives(*held) if self.sharded else None
 
     def collate(self, micro_batch: list[TrainedSequence]) -> Batch:
         """The tensors that ``logprobs`` takes, on this process's device."""
         return collate(micro_batch, pad_token_id=self.tokenizer.pad_token_id, device=self.device, packed=self.packed)
 
+    @torch.no_grad()
     def _frozen_reference(self, recipe: Recipe) -> LogprobLM:
+        """A copy of the policy's weights, sharded if they are."""
         # A moving reference accumulates small steps, which bfloat16 would round away.
         dtype = torch.float32 if recipe.algorithm.sync_ref_model else self.compute_dtype
-        reference = self.empty_copy(dtype)
-        reference.load_state_dict({name: t.to(dtype) for name, t in self.causal_lm.state_dict().items()})
-        return LogprobLM(reference).eval().requires_grad_(False)
+        reference = LogprobLM(self._twin(dtype)).eval().requires_grad_(False)
+        if self.sharded:
+            shard(reference, self.accelerator)
+        materialize(reference, self.device)
+        policy = dict(self.causal_lm.state_dict())
+        for name, tensor in reference.causal_lm.state_dict().items():
+            local(tensor).copy_(local(policy[name]))
+        return reference
 
     def empty_copy(self, dtype: torch.dtype) -> PreTrainedModel:
-        """A model of the same shape and device, weights not yet loaded: to generate with, or as a reference."""
-        twin = AutoModelForCausalLM.from_config(
-            self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
-        )
-        # Its linear layers then compute as the policy's do, to the bit.
-        kernels.install(twin, self.device, trains=False, alone=self._alone())
-        return twin.to(self.device).eval().requires_grad_(False)
+        """A model of the same shape on the same device, whole, weights not yet loaded: to generate with."""
+        twin = self._twin(dtype)
+        materialize(twin, self.device)
+        return twin.eval().requires_grad_(False)
 
-    def _alone(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.NO
+    def _twin(self, dtype: torch.dtype) -> PreTrainedModel:
+        config = self.causal_lm.config
+        twin = shell(config, dtype, self.trust_remote_code, attn_implementation=config._attn_implementation)
+        # Its linear layers then compute as the policy's do, to the bit.
+        kernels.install(twin, self.device, trains=False, alone=not self.sharded)
+        return twin
 
     def autocast(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:
@@ -139,8 +118,7 @@ class Policy:
 
     def logprobs(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (with gradient where enabled) and entropies of a micro-batch, (B,T)."""
-        with self.autocast():
-            logps_BT, entropy_BT, _ = self.model(batch, temperature)
+        logps_BT, entropy_BT, _ = self._pass(self.model, batch, temperature)
         return logps_BT, entropy_BT
 
     def statistics(
@@ -148,34 +126,47 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same, the entropies with gradient if ``entropy_gradient``, and the log of the probability that the
         rollout's top-k, top-p and min-p leave of each distribution."""
-        with self.autocast():
-            return self.model(batch, temperature, entropy_gradient, self.truncation)
+        return self._pass(self.model, batch, temperature, entropy_gradient, self.truncation)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
         """The same under the reference model: a frozen copy, or with LoRA the model without its adapters."""
-        with self.autocast():
-            if self.peft_model is not None:
-                with self.peft_model.disable_adapter():
-                    return self.model(batch, temperature)[0]
-            assert self.reference is not None
-            return self.reference(batch, temperature)[0]
+        if self.peft_model is not None:
+            with without_adapters(self.peft_model):
+                return self._pass(self.model, batch, temperature)[0]
+        assert self.reference is not None
+        return self._pass(self.reference, batch, temperature)[0]
 
-    def no_sync(self) -> AbstractContextManager:
-        """Within it, backward passes do not synchronize gradients (for all but the last micro-batch of a step)."""
-        return self.accelerator.no_sync(self.model)
+    def _pass(self, model: LogprobLM, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with self.autocast():
+            found = model(*arguments)
+        if not torch.is_grad_enabled():
+            self.end_pass()
+        return found
+
+    def end_pass(self) -> None:
+        """After a pass that failed, or that no backward pass follows."""
+        if self.sharded:
+            to_rest(self.model)
+            if self.reference is not None:
+                to_rest(self.reference)
+
+    def average_gradients(self) -> None:
+        """Over the processes that hold the same weights. Sharded gradients are averaged over shards already."""
+        if self.replicas is not None:
+            average_gradients([p for p in self.model.parameters() if p.requires_grad], self.replicas)
 
     def clip_gradients(self) -> float:
         """Global gradient norm before clipping to ``max_grad_norm``; the same number on every process."""
         limit = self.max_grad_norm or float("inf")
         if self.weights_dtype == torch.bfloat16:  # torch's own norm would be rounded to it
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norms = [_whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in gradients]
-            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+            norms = [whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in gradients]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         else:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return float(_whole(norm))
+        return float(whole(norm))
 
     def step(self, learning_rate: float) -> None:
         """One optimizer step at this learning rate; gradients are cleared."""
@@ -190,27 +181,57 @@ class Policy:
     def mix_reference(self, alpha: float) -> None:
         """ref = alpha * policy + (1 - alpha) * ref (TR-DPO, arXiv:2404.09656)."""
         assert self.reference is not None, "the reference of a LoRA policy is its base and does not move"
-        state = self.full_state()
+        policy = dict(self.causal_lm.named_parameters())
         for name, parameter in self.reference.causal_lm.named_parameters():  # tied weights come once here
-            parameter.lerp_(state[name].to(parameter), alpha)
+            local(parameter).lerp_(local(policy[name]).to(parameter.dtype), alpha)
 
     @torch.no_grad()
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """The causal LM's whole state by ``from_pretrained``'s names, gathered from every process, LoRA adapters merged
-        (in a copy: the policy's own weights are not touched). Called by all processes."""
+    def state_stream(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The causal LM's whole state by ``from_pretrained``'s names, LoRA adapters merged (in a copy: the policy's own
+        weights are not touched), in ``dtype`` where one is given. Called by all processes.
+
+        One tensor at a time is gathered from the processes. Whoever wants little memory must not keep them.
+        """
         state = self._state()
-        return state if self.peft_model is None else merged_state(self.causal_lm, state)
+        base, deltas = state, {}
+        if self.peft_model is not None:
+            base, deltas = base_of(self.causal_lm, state), deltas_of(self.causal_lm, state, whole)
+        names_of = Counter(id(tensor) for tensor in base.values())
+        tied: dict[int, torch.Tensor] = {}
+        for name, tensor in base.items():
+            to = dtype if tensor.is_floating_point() or is_quantized(tensor) else None
+            if name in deltas:  # computed in float32
+                weight = whole(numbers(tensor))
+                gathered = (weight.float() + deltas[name]().float()).to(to or weight.dtype)
+            else:
+                gathered = tied.get(id(tensor))
+                gathered = whole(numbers(tensor), to) if gathered is None else gathered
+                if names_of[id(tensor)] > 1:
+                    tied[id(tensor)] = gathered
+            yield name, gathered
+            del gathered
+
+    def full_state(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """What ``state_stream`` gives, all at once, on every process."""
+        return dict(self.state_stream(dtype))
+
+    @torch.no_grad()
+    def copy_into(self, twin: PreTrainedModel) -> None:
+        """Copy the policy's weights into an ``empty_copy``, one tensor after the other. Called by all processes."""
+        targets = twin.state_dict()
+        for name, tensor in self.state_stream(twin.dtype):
+            targets[name].copy_(tensor)
 
     @torch.no_grad()
     def base_state(self) -> dict[str, torch.Tensor]:
         """With LoRA: the frozen weights without adapters, by ``from_pretrained``'s names. Called by all processes."""
-        return base_of(self.causal_lm, self._state())
+        state = self._state()
+        gathered = {key: whole(numbers(tensor)) for key, tensor in {id(t): t for t in state.values()}.items()}
+        return base_of(self.causal_lm, {name: gathered[id(tensor)] for name, tensor in state.items()})
 
     def _state(self) -> dict[str, torch.Tensor]:
-        """The causal LM's own state, gathered, 4-bit weights as the numbers that they stand for."""
-        named = self.accelerator.unwrap_model(self.model).state_dict().items()
-        state = {name.removeprefix("causal_lm."): _whole(tensor) for name, tensor in named}
-        return dequantized(self.causal_lm, state) if self.is_quantized else state
+        """The causal LM's own tensors by name."""
+        return without_scales(self.causal_lm.state_dict(keep_vars=True))
 
     def save_adapter(self, folder: Path, adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
         """Write ``adapter_state`` as peft does, cast to ``dtype``."""
@@ -222,39 +243,30 @@ class Policy:
         """The LoRA adapters alone, by peft's names."""
         from peft import get_peft_model_state_dict
 
-        return {name: _whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
+        return {name: whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """The part of the model that a checkpoint holds: all weights, or with LoRA the adapters (the base is fixed)."""
-        named = self.accelerator.unwrap_model(self.model).named_parameters()
-        if self.peft_model is not None:
-            return {name: _whole(p.detach()) for name, p in named if p.requires_grad}
-        return {name: _whole(p.detach()) for name, p in named}
+        """The weights that a checkpoint holds, where they are: all, or with LoRA the adapters (the base is fixed)."""
+        named = self.model.named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad or self.peft_model is None}
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Inverse of ``trained_state``."""
-        named = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        """Inverse of ``trained_state``, for whole tensors, which every process has."""
+        targets = self.trained_state()
         for name, tensor in state.items():
-            _assign(named[name], tensor)
+            assign(targets[name], tensor)
 
     def optimizer_state(self) -> dict[str, Any]:
-        """AdamW's moments, gathered from every process where they are sharded. Called by all processes."""
-        if not self.sharded:
-            return self.optimizer.state_dict()
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        """AdamW's moments, by the places of their weights in the optimizer."""
+        return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Inverse of ``optimizer_state``."""
-        if not self.sharded:
+        """Inverse of ``optimizer_state``, for whole tensors, which every process has."""
+        if not self.sharded and all(isinstance(key, int) for key in state["state"]):
             self.optimizer.load_state_dict(state)
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
+        else:
+            named = optimized(self.model, self.optimizer)
+            load_moments(named, self.optimizer, from_saved(named, state))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that ``from_pretrained`` loads: weights in the compute type, LoRA adapters merged. The
@@ -262,11 +274,14 @@ class Policy:
 
         Called by all processes; the first one writes.
         """
-        state = {name: t.to(self.compute_dtype).cpu() for name, t in self.full_state().items()}
+        main, state = self.accelerator.is_main_process, {}
+        for name, tensor in self.state_stream(self.compute_dtype):
+            if main:
+                state[name] = tensor.cpu()
         adapter = self.adapter_state() if self.peft_model is not None else None
-        if self.accelerator.is_main_process:
-            twin = AutoModelForCausalLM.from_config(self.causal_lm.config, dtype=self.compute_dtype)
-            twin.load_state_dict(state)
+        if main:
+            twin = shell(self.causal_lm.config, self.compute_dtype, self.trust_remote_code)
+            twin.load_state_dict(state, assign=True)
             twin.tie_weights()
             twin.generation_config = self.causal_lm.generation_config
             twin.save_pretrained(folder)
@@ -276,14 +291,13 @@ class Policy:
         self.accelerator.wait_for_everyone()
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def _assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
+def _weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
+    """The type of trained weights but adapters. Raises UserError where passes do not compute in it."""
+    if recipe.model.weights == "float32":
+        return torch.float32
+    if compute != torch.bfloat16:
+        raise UserError(
+            f"model.weights: bfloat16 needs the compute type bfloat16, which model.dtype: {recipe.model.dtype} is not "
+            "on this device; set model.dtype: bfloat16, or model.weights: float32"
+        )
+    return torch.bfloat16

@@ -1,8 +1,8 @@
 """QLoRA (arXiv:2305.14314): a base whose linear layers hold 4-bit weights, under adapters that are trained in float32.
 
 bitsandbytes holds the weights (NF4 in blocks of 64, their scales in 8 bits) and computes with them: in a product each
-is the number of the compute type that its code stands for. Those numbers are what ``dequantized`` gives, so an engine
-that holds them computes as the trainer does, and only adapters have to travel to it after the first time.
+is the number of the compute type that its code stands for (``numbers``). So an engine that holds those numbers computes
+as the trainer does, and only adapters have to travel to it after the first time.
 """
 
 from __future__ import annotations
@@ -41,21 +41,24 @@ def settle(causal_lm: PreTrainedModel) -> None:
     del causal_lm.config.quantization_config
 
 
-def dequantized(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's ``state`` with the weights of 4-bit layers as numbers of the compute type, and without what else these
-    layers hold."""
-    state = dict(state)
-    for name, layer in _layers(causal_lm):
-        for key in [key for key in state if key.startswith(f"{name}.weight.")]:
-            del state[key]
-        state[f"{name}.weight"] = _dequantized(layer)
-    return state
+def is_quantized(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "quant_state", None) is not None
 
 
-def _dequantized(layer: Any) -> torch.Tensor:
+def numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What the codes of a 4-bit weight stand for, in the compute type; another tensor as it is."""
+    if not is_quantized(tensor):
+        return tensor.detach()
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    quantized: Any = tensor
+    return dequantize_4bit(quantized.data, quantized.quant_state)
+
+
+def without_scales(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's ``state_dict`` (of the parameters themselves) without what 4-bit weights hold besides their codes."""
+    quantized = tuple(f"{name}." for name, tensor in state.items() if is_quantized(tensor))
+    return {name: tensor for name, tensor in state.items() if not name.startswith(quantized)} if quantized else state
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

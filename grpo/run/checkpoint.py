@@ -1,24 +1,26 @@
 """Atomic, verified checkpoints. Here are files and folders only; ``state.py`` knows what is in them.
 
 A checkpoint is a folder ``step_000100/`` with one ``.safetensors`` file per dictionary of tensors, one ``.pt`` file per
-other state, and ``manifest.json``, which holds the sha256 of every file and of itself. It is written aside
-(``step_000100.tmp/``), the manifest last, synced to the disk, and renamed, so a folder that bears the final name is
-whole. The hashes find what happens to it later: neither ``torch.load`` nor safetensors notices a flipped bit. There is
-no pointer file: the latest checkpoint is the newest folder that verifies.
+other state, and ``manifest.json``, which holds the sha256 of every file and of itself. Tensors that are split over
+processes are in ``shards/`` (``shards.py``). It is written aside (``step_000100.tmp/``), the manifest last, synced to
+the disk, and renamed, so a folder that bears the final name is whole. The hashes find what happens to it later: neither
+``torch.load`` nor safetensors notices a flipped bit. There is no pointer file: the latest checkpoint is the newest
+folder that verifies.
 
-One process writes. Folder names beside ``step_N``: ``.tmp`` is an unfinished write; ``.old`` is a checkpoint while its
-replacement moves in; ``.abandoned`` is newer than the checkpoint a run went back to (see ``set_aside_newer``).
+One process writes all but the shards. Folder names beside ``step_N``: ``.tmp`` is an unfinished write; ``.old`` is a
+checkpoint while its replacement moves in; ``.abandoned`` is newer than the checkpoint a run went back to (see
+``set_aside_newer``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +31,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo.errors import RunError, UserError
+from grpo.run.manifest import MANIFEST, SHARDS, DamagedCheckpoint, fsync, verify, write_manifest
 
 log = logging.getLogger("grpo")
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 _FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
 
 # numpy.random.get_state() holds one array; these globals let weights_only loading rebuild it.
 # The function that does so is taken from pickle's protocol, because its name in numpy is private and has changed.
 _REBUILD: Any = np.empty(0, np.uint32).__reduce__()[0]
 _NUMPY_GLOBALS = [_REBUILD, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint does not verify; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,8 @@ class Checkpoint:
     tensors: dict[str, dict[str, torch.Tensor]]
     states: dict[str, Any]
     manifest: dict[str, Any]
+    shards: Path | None
+    """Where the tensors are that were split over processes."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,33 +78,76 @@ def save_checkpoint(
     Raises RunError where the disk refuses (full, quota, read-only, I/O error): the partial folder is gone and earlier
     checkpoints are untouched. Raises TypeError for a state that could not be loaded back safely.
     """
-    if keep < 2:
-        raise ValueError(f"keep must be at least 2, so that a damaged checkpoint has a predecessor (given: {keep})")
-    if clash := {"format", "files", "checksum"} & manifest.keys():
-        raise ValueError(f"the manifest key(s) {sorted(clash)} are checkpoint.py's own")
-    tensors = {name: _storable(group) for name, group in tensors.items()}
+    aside = begin(root, step)
+    return commit(aside, tensors=tensors, states=states, manifest=manifest, keep=keep)
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make the folder in which a checkpoint is written, and return it. ``commit`` or ``discard`` must follow.
+
+    Raises RunError where the disk refuses.
+    """
     final = root / f"step_{step:06d}"
     aside = final.with_name(final.name + ".tmp")
-    try:
+    with _explained(final, needed=0):
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
         aside.mkdir()
-        for name, group in tensors.items():
-            save_file(group, path := aside / f"{name}.safetensors")
-            _fsync(path)
-        for name, state in states.items():
-            torch.save(state, path := aside / f"{name}.pt")
-            _fsync(path)
-            _refuse_unsafe(path)
-        _write_manifest(aside, {**manifest, "step": step})
-        _move_in(aside, final)
+    return aside
+
+
+def discard(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def commit(
+    aside: Path,
+    *,
+    states: dict[str, Any],
+    manifest: dict[str, Any],
+    keep: int,
+    tensors: Mapping[str, dict[str, torch.Tensor]] | None = None,
+    shards: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """The rest of ``save_checkpoint``, whose arguments and errors these are. ``shards`` are the files in ``shards/``
+    that all processes have written, with their ``facts``."""
+    final = aside.with_suffix("")
+    tensors, shards = {name: _storable(group) for name, group in (tensors or {}).items()}, shards or {}
+    try:
+        if keep < 2:
+            raise ValueError(f"keep must be at least 2, so that a damaged checkpoint has a predecessor (given: {keep})")
+        if clash := {"format", "files", "checksum"} & manifest.keys():
+            raise ValueError(f"the manifest key(s) {sorted(clash)} are checkpoint.py's own")
+        if missing := [name for name in shards if not (aside / SHARDS / name).exists()]:
+            raise RunError(
+                f"not all processes wrote into {aside} ({missing[0]} is missing): training.output_dir must be in a "
+                "folder that all nodes share"
+            )
+        with _explained(final, needed=_nbytes([tensors, states])):
+            for name, group in tensors.items():
+                save_file(group, path := aside / f"{name}.safetensors")
+                fsync(path)
+            for name, state in states.items():
+                torch.save(state, path := aside / f"{name}.pt")
+                fsync(path)
+                _refuse_unsafe(path)
+            if shards:
+                fsync(aside / SHARDS)
+            write_manifest(aside, {**manifest, "step": _step(final)}, shards)
+            _move_in(aside, final)
+    finally:
+        discard(aside)
+    _prune(final.parent, keep)
+    return final
+
+
+@contextmanager
+def _explained(final: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # Where a write fails, torch.save may raise RuntimeError and safetensors its own error, instead of OSError.
-        raise RunError(_explain(final, error, needed=_nbytes([tensors, states]))) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _prune(root, keep)
-    return final
+        raise RunError(_explain(final, error, needed)) from error
 
 
 def _storable(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -132,28 +174,17 @@ def _refuse_unsafe(path: Path) -> None:
         )
 
 
-def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
-    # A trip through JSON first: what is hashed must be what a reader will get (lists for tuples, strings for keys).
-    content = json.loads(json.dumps({"format": FORMAT, **content, "files": files}))
-    content["checksum"] = _checksum(content)
-    path = folder / MANIFEST
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _fsync(path)
-    _fsync(folder)
-
-
 def _move_in(aside: Path, final: Path) -> None:
     """Rename; where the step was saved before, keep that one readable as ``.old`` until the new one is in place."""
     if final.exists():
         replaced = final.with_name(final.name + ".old")
         os.rename(final, replaced)
         os.rename(aside, final)
-        _fsync(final.parent)
+        fsync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(aside, final)
-        _fsync(final.parent)
+        fsync(final.parent)
 
 
 def _sweep(root: Path) -> None:
@@ -207,35 +238,43 @@ def latest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint in ``root`` that verifies, or None. A warning names each one skipped, and why."""
     for path in _folders(root):
         try:
-            _verify(path)
+            verify(path)
             return path
         except DamagedCheckpoint as damage:
             log.warning("skipping checkpoint %s: %s", path, damage)
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that someone named. Raises UserError where it is missing or does not verify."""
+def verified_checkpoint(path: Path) -> Path:
+    """A checkpoint that someone named. Raises UserError where it is missing or does not verify."""
     if not path.is_dir() or not ((path / MANIFEST).exists() or _FOLDER.fullmatch(path.name)):
         raise UserError(f"no checkpoint at {path}: {_what_there_is(path)}")
     try:
-        manifest = _verify(path)
+        verify(path)
     except DamagedCheckpoint as damage:
         raise UserError(
             f"the checkpoint {path} cannot be used: {damage}. Name another one, or give --resume alone to take the "
             "newest that verifies."
         ) from damage
-    files = [path / name for name in manifest["files"]]
+    return path
+
+
+def load_checkpoint(path: Path, *, lazily: bool = False) -> Checkpoint:
+    """Read a checkpoint that has been verified. ``lazily``: tensors are read from the disk when they are used."""
+    manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
+    files = [path / name for name in manifest["files"] if not name.startswith(f"{SHARDS}/")]
+    has_shards = len(files) < len(manifest["files"])
     with torch.serialization.safe_globals(_NUMPY_GLOBALS):
         return Checkpoint(
             step=manifest["step"],
             tensors={file.stem: load_file(file) for file in files if file.suffix == ".safetensors"},
             states={
-                file.stem: torch.load(file, map_location="cpu", weights_only=True)
+                file.stem: torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
                 for file in files
                 if file.suffix == ".pt"
             },
             manifest=manifest,
+            shards=path / SHARDS if has_shards else None,
         )
 
 
@@ -255,28 +294,6 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
     return aside
 
 
-def _verify(path: Path) -> dict[str, Any]:
-    """The manifest, once every file has the size and hash that it names. Raises DamagedCheckpoint otherwise."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
-        files, checksum = manifest["files"], manifest.pop("checksum")
-        if checksum != _checksum(manifest):
-            raise DamagedCheckpoint(f"{MANIFEST} does not match its own checksum")
-        if manifest["format"] != FORMAT:
-            raise DamagedCheckpoint(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
-        for name, facts in files.items():
-            size = (path / name).stat().st_size
-            if size != facts["bytes"]:
-                raise DamagedCheckpoint(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
-            if _sha256(path / name) != facts["sha256"]:
-                raise DamagedCheckpoint(f"{name} has changed since it was written (sha256 differs)")
-    except OSError as error:
-        raise DamagedCheckpoint(f"{Path(error.filename or path).name}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{MANIFEST} is not readable ({error})") from error
-    return manifest
-
-
 def _folders(root: Path) -> list[Path]:
     """Complete checkpoints by name, newest first; a ``.old`` one comes after the one that replaced it."""
     found = [path for path in root.glob("step_*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
@@ -293,27 +310,3 @@ def _what_there_is(path: Path) -> str:
         if names := [folder.name for folder in reversed(_folders(root))]:
             return f"{root} has {', '.join(names)}"
     return "the folder does not exist" if not path.parent.is_dir() else f"{path.parent} holds no checkpoint"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hashing and syncing
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

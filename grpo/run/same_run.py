@@ -1,7 +1,8 @@
 """Is a resumed run the one that wrote the checkpoint? If not, it is refused, with the keys that differ.
 
-Exact resume replays the same draws in the same shapes on the same number of threads and processes, so a run that goes
-on under another seed, model or thread count would be neither the old run nor a new one.
+Exact resume replays the same draws in the same shapes on the same number of threads and processes. A run that goes on
+under another seed or model would be neither the old run nor a new one. On another number of processes it is the same
+run, to rounding: that is what a user has who gets fewer GPUs, or more.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import platform
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from grpo.config import Recipe
 from grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from grpo.config import Recipe
 
 log = logging.getLogger("grpo")
 
@@ -50,6 +51,7 @@ ROUNDS_DIFFERENTLY = (
     "recipe.training.micro_batch_tokens",
     "recipe.training.micro_batch_size",
     "versions",
+    "world_size",
 )
 
 
@@ -68,18 +70,21 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to resume as another run: raises UserError that lists each differing key of ``now``, old -> new.
 
     Keys under MAY_CHANGE pass; those under ROUNDS_DIFFERENTLY pass with a warning that the run will not be equal to the
-    bit. Keys of the manifest that ``now`` does not name are not compared.
+    bit, and so does the number of threads on another number of processes. Keys of the manifest that ``now`` does not
+    name are not compared.
     """
     shared = {key: manifest[key] for key in now.keys() & manifest.keys()}
     if "recipe" in shared:
         shared["recipe"] = _of_this_version(shared["recipe"])
-    found = _differences(shared, json.loads(json.dumps(now)), "")
+    found = list(_differences(shared, json.loads(json.dumps(now)), ""))
+    # A launch of several processes sets the number of threads too.
+    rounds = ROUNDS_DIFFERENTLY + (("threads",) if "world_size" in [key for key, *_ in found] else ())
     lines = {
         key: f"{key.removeprefix('recipe.')}: {old} -> {new}"
         for key, old, new in found
         if not key.startswith(MAY_CHANGE)
     }
-    if refused := [line for key, line in lines.items() if not key.startswith(ROUNDS_DIFFERENTLY)]:
+    if refused := [line for key, line in lines.items() if not key.startswith(rounds)]:
         raise UserError(
             "the checkpoint belongs to another run; it differs in\n  "
             + "\n  ".join(refused)
@@ -87,14 +92,6 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
     if lines:
         log.warning("resumed with changes that round differently (not equal to the bit): %s", "; ".join(lines.values()))
-
-
-def _of_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that an earlier version wrote, with its defaults for the keys that have come since."""
-    try:
-        return Recipe.model_validate(recipe).model_dump(mode="json")
-    except ValidationError:  # it has a key that is gone: compared as it is
-        return recipe
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]:

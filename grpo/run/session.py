@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable
 from datetime import timedelta
 from time import sleep
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -20,19 +19,20 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    broadcast_object_list,
+    ParallelismConfig,
 )
 
 from grpo.config import Recipe
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from grpo.kernels import prepare_process
 from grpo.model.devices import compute_dtype, has_bfloat16
+from grpo.model.first_process import on_main as on_main
 from grpo.model.loading import load_configs, load_tokenizer
+from grpo.model.processes import mixed_precision_policy
 from grpo.prompts.checks import check_before_loading, stop_token_ids
 from grpo.prompts.task import Task, load_task
 
 log = logging.getLogger("grpo")
-T = TypeVar("T")
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -42,17 +42,26 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     # cpu=True where there is no accelerator: otherwise accelerate would not join the processes of a launch (over gloo).
     on_cpu = not torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    precision = "bf16" if compute_dtype(recipe.model.dtype, device) == torch.bfloat16 else "no"
+    patience = _patience(recipe)
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if shards and on_cpu:
+        allow_fsdp_on_cpu(patience)
+    plugin = sharding(compute_dtype(recipe.model.dtype, device)) if shards else None
     accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1, kwargs_handlers=[_patience(recipe)]
+        cpu=on_cpu,
+        mixed_precision="no",  # the policy's passes and the plugin say what is computed in which type
+        gradient_accumulation_steps=1,
+        fsdp_plugin=plugin,
+        parallelism_config=hybrid_sharding() if shards else None,
+        kwargs_handlers=[patience],
     )
+    if plugin is not None and accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin = plugin  # a second accelerator of a process would keep the first one's
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
             "DeepSpeed steps its own optimizer and is not supported; FSDP2 shards the same state: "
             "accelerate launch --config_file launch/fsdp2.yaml"
         )
-    if on_cpu:
-        allow_fsdp_on_cpu(accelerator)
     prepare_process()
     P, W = recipe.training.prompts_per_step, accelerator.num_processes
     if P % W:
@@ -98,26 +107,51 @@ def _patience(recipe: Recipe) -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=timedelta(seconds=max(seconds, 1800.0)))
 
 
-def allow_fsdp_on_cpu(accelerator: Accelerator) -> None:
-    """Let ``accelerate launch --use_fsdp`` shard over gloo: accelerate reads the switch on accelerators only."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
-        PartialState().distributed_type = DistributedType.FSDP  # AcceleratorState copies it whenever it is asked for
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+def sharding(compute_dtype: torch.dtype) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as ``accelerate launch`` configured it, under our own mixed precision (``mixed_precision_policy``).
+
+    Raises UserError for FSDP1.
+    """
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError("FSDP1 is not supported; set fsdp_version: 2, as launch/fsdp2.yaml does")
+    plugin.mixed_precision_policy = mixed_precision_policy(compute_dtype)
+    return plugin
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Run ``work`` on the first process and give its result, or its UserError or RunError, to every process."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [work(), None]
-        except (UserError, RunError) as error:
-            outcome = [None, error]
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+class _HybridSharding(ParallelismConfig):
+    """HSDP whose gradients FSDP2 reduces over a node alone. The update averages them over nodes, once a step."""
+
+    @property
+    def fsdp_dim_names(self) -> list[str]:
+        return ["dp_shard_cp"]
+
+
+def hybrid_sharding() -> ParallelismConfig | None:
+    """HSDP, where ``accelerate launch`` configured it (launch/hsdp.yaml); None where FSDP2 shards over all processes.
+
+    Raises UserError where its sizes do not fit the launch.
+    """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return None
+    config, processes = _HybridSharding(), int(os.environ.get("WORLD_SIZE", "1"))
+    replicate, shard = config.dp_replicate_size, config.dp_shard_size
+    if config.non_data_parallel_size > 1:
+        raise UserError("tensor, context and sequence parallelism are not supported; launch/hsdp.yaml shows what is")
+    if replicate * shard != processes or shard == 1:
+        raise UserError(
+            f"{processes} processes can't be dp_replicate_size {replicate} times dp_shard_size {shard}. Give "
+            "accelerate launch --parallelism_config_dp_replicate_size NODES and --parallelism_config_dp_shard_size "
+            "PROCESSES_OF_A_NODE (2 or more)"
+        )
+    return config
+
+
+def allow_fsdp_on_cpu(patience: InitProcessGroupKwargs) -> None:
+    """Let ``accelerate launch --use_fsdp`` shard over gloo: accelerate reads FSDP's switches on accelerators only."""
+    state = PartialState(cpu=True, **patience.to_kwargs())
+    if state.distributed_type == DistributedType.MULTI_CPU and state.num_processes > 1:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
@@ -138,10 +172,10 @@ def leave(accelerator: Accelerator, policy: Any) -> None:
 
     When a gloo group is destroyed, it waits for its thread while holding the interpreter's lock. The thread may need
     that lock to free the last tensors it sent: a deadlock, in a few of a thousand runs. So the thread gets a moment
-    first, and what holds the group (DDP's model) is never destroyed.
+    first, and what holds a group is never destroyed.
     """
     if accelerator.num_processes > 1:
-        _kept.append(policy)
+        _kept.extend([policy, torch.distributed.group.WORLD])
         sleep(0.2)
     accelerator.end_training()
 

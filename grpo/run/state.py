@@ -13,9 +13,25 @@ from typing import Any
 import torch
 
 from grpo.config import Recipe
+from grpo.errors import RunError
+from grpo.model.first_process import on_each, on_main
+from grpo.model.moments import empty_moments, load_moments, moments, optimized
+from grpo.model.placing import assign
 from grpo.model.policy import Policy
-from grpo.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, set_aside_newer
+from grpo.run.checkpoint import (
+    Checkpoint,
+    begin,
+    commit,
+    discard,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_newer,
+    verified_checkpoint,
+)
+from grpo.run.manifest import SHARDS, facts
 from grpo.run.same_run import check_same_run, run_identity
+from grpo.run.shards import read_shards, stored_tensors, write_shards
 
 log = logging.getLogger("grpo")
 
@@ -50,21 +66,47 @@ def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:
 
 
 def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress) -> None:
-    """Write checkpoints/step_N. Called by all processes, which gather what is sharded; the first one writes."""
+    """Write checkpoints/step_N. Called by all processes. The first one writes; where weights are sharded, each writes
+    its own part."""
+    root, states = folder / "checkpoints", {"progress": asdict(progress)}
+    manifest, keep = identity(recipe, policy), recipe.training.save_total_limit
+    if policy.sharded:
+        aside = on_main(policy.accelerator, lambda: begin(root, progress.step))
+        try:
+            rank = policy.accelerator.process_index
+            files = write_shards(aside / SHARDS, _tensors(recipe, policy) | _moments(policy), rank)
+            shards = dict(item for mine in on_each(lambda: {f.name: facts(f) for f in files}) for item in mine.items())
+        except RunError:
+            on_main(policy.accelerator, lambda: discard(aside))
+            raise
+        on_main(policy.accelerator, lambda: commit(aside, states=states, manifest=manifest, keep=keep, shards=shards))
+        return
     tensors = {"model": policy.trained_state()}
-    if policy.reference is not None and recipe.algorithm.sync_ref_model:
+    if _moves(recipe, policy):
         tensors["reference"] = policy.reference.causal_lm.state_dict()
-    optimizer = policy.optimizer_state()
-    if policy.accelerator.is_main_process:
-        save_checkpoint(
-            folder / "checkpoints",
-            progress.step,
-            tensors=tensors,
-            states={"optimizer": optimizer, "progress": asdict(progress)},
-            manifest=identity(recipe, policy),
-            keep=recipe.training.save_total_limit,
-        )
-    policy.accelerator.wait_for_everyone()
+    states["optimizer"] = policy.optimizer_state()
+    on_main(
+        policy.accelerator,
+        lambda: save_checkpoint(root, progress.step, tensors=tensors, states=states, manifest=manifest, keep=keep),
+    )
+
+
+def _moves(recipe: Recipe, policy: Policy) -> bool:
+    return policy.reference is not None and recipe.algorithm.sync_ref_model
+
+
+def _tensors(recipe: Recipe, policy: Policy) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint holds, by the names that they have in its shards: they themselves, not copies."""
+    found = {f"model.{name}": tensor for name, tensor in policy.trained_state().items()}
+    if _moves(recipe, policy):
+        named = policy.reference.causal_lm.named_parameters()
+        found |= {f"reference.{name}": parameter.detach() for name, parameter in named}
+    return found
+
+
+def _moments(policy: Policy) -> dict[str, torch.Tensor]:
+    found = moments(optimized(policy.model, policy.optimizer), policy.optimizer)
+    return {f"optimizer.{name}": tensor for name, tensor in found.items()}
 
 
 def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
@@ -72,7 +114,7 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
     if not resume:
         return None
     if isinstance(resume, str):
-        return Path(resume)
+        return verified_checkpoint(Path(resume))
     found = latest_checkpoint(folder / "checkpoints")
     if found is None:
         log.warning("--resume: no checkpoint in %s yet, starting at step 0", folder / "checkpoints")
@@ -80,15 +122,16 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
 
 
 def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress:
-    """Load a checkpoint into the policy; every process reads it. Raises UserError where it is another run's."""
+    """Load a checkpoint, which was verified, into the policy; every process reads its part. Raises UserError where it
+    is another run's."""
     if path is None:
         return Progress()
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, lazily=policy.sharded)
     check_same_run(checkpoint.manifest, identity(recipe, policy))
-    policy.load_trained_state(checkpoint.tensors["model"])
-    policy.load_optimizer_state(checkpoint.states["optimizer"])
-    if "reference" in checkpoint.tensors and policy.reference is not None:
-        policy.reference.causal_lm.load_state_dict(checkpoint.tensors["reference"])
+    if checkpoint.shards is None:
+        _restore_whole(checkpoint, policy)
+    else:
+        _restore_shards(checkpoint.shards, recipe, policy)
     policy.accelerator.wait_for_everyone()
     if policy.accelerator.is_main_process:
         set_aside_newer(Path(recipe.training.output_dir) / "checkpoints", checkpoint.step)
@@ -97,3 +140,21 @@ def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress
     if checkpoint.manifest["recipe"]["training"]["micro_batch_tokens"] != recipe.training.micro_batch_tokens:
         progress.micro_batch_limit = None  # a recipe that asks for another size gets it
     return progress
+
+
+def _restore_whole(checkpoint: Checkpoint, policy: Policy) -> None:
+    policy.load_trained_state(checkpoint.tensors["model"])
+    policy.load_optimizer_state(checkpoint.states["optimizer"])
+    if "reference" in checkpoint.tensors and policy.reference is not None:
+        targets = policy.reference.causal_lm.state_dict()
+        for name, tensor in checkpoint.tensors["reference"].items():
+            assign(targets[name], tensor)
+
+
+def _restore_shards(folder: Path, recipe: Recipe, policy: Policy) -> None:
+    prefix, named = "optimizer.", optimized(policy.model, policy.optimizer)
+    stored = {n.removeprefix(prefix): of for n, of in stored_tensors(folder).items() if n.startswith(prefix)}
+    empty = empty_moments(named, stored)
+    into = _tensors(recipe, policy) | {f"{prefix}{name}": tensor for name, tensor in empty.items()}
+    read_shards(folder, into, together=policy.sharded)
+    load_moments(named, policy.optimizer, empty)

@@ -15,7 +15,7 @@ from grpo.model.policy import Policy
 from grpo.packing import MicroBatch, plan_micro_batches
 from grpo.run.run import Run
 from grpo.types import Group, TrainedSequence
-from grpo.update.micro_batch_size import fitting, within_memory
+from grpo.update.micro_batch_size import within_memory, work_through
 
 
 class TokenStatistics(NamedTuple):
@@ -51,12 +51,11 @@ def sequence_statistics(run: Run, sequences: list[TrainedSequence], *, reference
 
     def attempt(max_tokens: int) -> list[tuple[int, TokenStatistics]]:
         found = []
-        plan = plan_for(policy, sequences, run.recipe.training, max_tokens)
-        for micro_batch in plan[policy.accelerator.process_index]:
-            with fitting(policy, micro_batch):
-                batch = policy.collate(micro_batch)
-                of_policy = policy.statistics(batch, temperature)
-                ref_logps_BT = policy.reference_logprobs(batch, temperature) if reference else None
+
+        def work(micro_batch: MicroBatch) -> None:
+            batch = policy.collate(micro_batch)
+            of_policy = policy.statistics(batch, temperature)
+            ref_logps_BT = policy.reference_logprobs(batch, temperature) if reference else None
             for row, s in enumerate(micro_batch):
                 if s.weight == 0:
                     continue
@@ -64,6 +63,9 @@ def sequence_statistics(run: Run, sequences: list[TrainedSequence], *, reference
                 ref = ref_logps_BT[row, span].tolist() if ref_logps_BT is not None else None
                 logprobs, entropies, log_left = (x_BT[row, span].tolist() for x_BT in of_policy)
                 found.append((place_of[id(s)], TokenStatistics(logprobs, entropies, log_left, ref)))
+
+        plan = plan_for(policy, sequences, run.recipe.training, max_tokens)
+        work_through(policy, plan[policy.accelerator.process_index], work)
         return found
 
     return [statistics for _, statistics in sorted(gather_object(within_memory(run, attempt)))]

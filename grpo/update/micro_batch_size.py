@@ -2,15 +2,16 @@
 
 Without ``training.micro_batch_tokens`` the size is found before the first update: a share of the free memory, divided
 by the bytes that a token keeps for the backward pass, as measured on made-up sequences. If memory runs out all the
-same, the size is halved and the step repeated. Denominators are those of the whole step, so its gradient is the same.
+same, on any process, the size is halved and the step repeated. Denominators are those of the whole step, so its
+gradient is the same.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -33,18 +34,17 @@ MEASURED_TOKENS = (128, 384)
 
 
 class DoesNotFit(Exception):
-    """A micro-batch ran out of memory."""
+    """A micro-batch of ``sequences`` and ``tokens`` ran out of memory on process ``rank``. Raised on all processes."""
 
-    def __init__(self, sequences: int, tokens: int):
+    def __init__(self, sequences: int, tokens: int, rank: int = 0):
         super().__init__(f"a micro-batch of {tokens} tokens ({sequences} sequences)")
-        self.sequences, self.tokens = sequences, tokens
+        self.sequences, self.tokens, self.rank = sequences, tokens, rank
 
 
 def within_memory(run: Run, attempt: Callable[[int], Result]) -> Result:
-    """``attempt(max_tokens)``; on DoesNotFit, halve ``max_tokens`` and retry.
+    """``attempt(max_tokens)``; on DoesNotFit, halve ``max_tokens`` and retry, on all processes.
 
-    Raises RunError where a single sequence does not fit. It also does where there are several processes: the others
-    wait inside a collective operation, from which nothing calls them back.
+    Raises RunError where a single sequence does not fit.
     """
     policy, progress, given = run.policy, run.progress, run.recipe.training.micro_batch_tokens
     if given is None and progress.micro_batch_limit is None:
@@ -55,38 +55,80 @@ def within_memory(run: Run, attempt: Callable[[int], Result]) -> Result:
             return attempt(tokens)
         except DoesNotFit as error:
             what, sequences, halved = str(error), error.sequences, min(tokens, error.tokens) // 2
+            where = f"rank {error.rank}: " if policy.accelerator.num_processes > 1 else ""
         # Outside the except clause: its traceback holds the tensors that did not fit.
         policy.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if policy.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _give_back(policy)
         if sequences == 1:
             raise RunError(
-                f"out of memory in {what}: a single sequence does not fit. Set model.gradient_checkpointing=true, or "
-                "lower rollout.max_completion_length or data.max_prompt_length; then go on with --resume"
-            )
-        if policy.accelerator.num_processes > 1:
-            raise RunError(
-                f"rank {policy.accelerator.process_index}: out of memory in {what}. Go on with --resume and "
-                f"training.micro_batch_tokens={halved}, or with model.gradient_checkpointing=true"
+                f"{where}out of memory in {what}: a single sequence does not fit. Set "
+                "model.gradient_checkpointing=true, or lower rollout.max_completion_length or data.max_prompt_length; "
+                "then go on with --resume"
             )
         progress.micro_batch_limit = halved
-        log.warning("out of memory in %s: begun again with training.micro_batch_tokens=%d", what, halved)
+        if policy.accelerator.is_main_process:
+            log.warning("%sout of memory in %s: begun again with training.micro_batch_tokens=%d", where, what, halved)
 
 
-@contextmanager
-def fitting(policy: Policy, micro_batch: MicroBatch) -> Iterator[None]:
-    """Within it, running out of memory raises DoesNotFit."""
-    ran_out = False
+def work_through(policy: Policy, micro_batches: list[MicroBatch], work: Callable[[MicroBatch], None]) -> None:
+    """``work(micro_batch)`` for each of this process's micro-batches: a pass through the policy and what goes with it.
+
+    Raises DoesNotFit on all processes, after the last micro-batch, if memory ran out on any. All processes call this,
+    with as many micro-batches.
+    """
+    failed: DoesNotFit | None = None
+    for micro_batch in micro_batches:
+        if failed is None:
+            failed = _does_not_fit(policy, micro_batch, work)
+        elif policy.collectives is not None:  # the others still gather weights in theirs
+            policy.collectives.begin()
+            work(_smallest(micro_batch))
+    if policy.accelerator.num_processes > 1:
+        failed = _any(policy, failed)
+    if failed is not None:
+        raise failed
+
+
+def _does_not_fit(policy: Policy, micro_batch: MicroBatch, work: Callable[[MicroBatch], None]) -> DoesNotFit | None:
+    if policy.collectives is not None:
+        policy.collectives.begin()
     try:
-        yield
+        work(micro_batch)
+        return None
     except (RuntimeError, MemoryError) as error:
-        ran_out = is_out_of_memory(error)
-        if not ran_out:
+        if not is_out_of_memory(error):
             raise
-    if ran_out:  # not within the except clause: DoesNotFit would keep what did not fit alive
-        tokens_of = packed_tokens if policy.packed else padded_tokens
-        raise DoesNotFit(len(micro_batch), tokens_of(micro_batch))
+    # Not within the except clause: its traceback holds the tensors that did not fit.
+    policy.end_pass()
+    _give_back(policy)
+    if policy.collectives is not None:  # the others wait in this pass
+        policy.collectives.begin(skipped=policy.collectives.joined)
+        work(_smallest(micro_batch))
+    tokens_of = packed_tokens if policy.packed else padded_tokens
+    return DoesNotFit(len(micro_batch), tokens_of(micro_batch), policy.accelerator.process_index)
+
+
+def _any(policy: Policy, mine: DoesNotFit | None) -> DoesNotFit | None:
+    """The smallest micro-batch that did not fit on any process; the same on every process."""
+    sizes = [mine.sequences, mine.tokens] if mine is not None else [0, 0]
+    found_W2 = policy.accelerator.gather(torch.tensor([sizes], device=policy.device)).tolist()
+    failed = [DoesNotFit(sequences, tokens, rank) for rank, (sequences, tokens) in enumerate(found_W2) if sequences]
+    return min(failed, key=lambda one: (one.sequences > 1, one.tokens), default=None)
+
+
+def _smallest(micro_batch: MicroBatch) -> MicroBatch:
+    """A micro-batch of two tokens and no weight, with the same fields."""
+    one = min(micro_batch, key=len)
+    per_token = ("completion_ids", "sampler_logprobs", "old_logprobs", "ref_logprobs", "kept", "log_left")
+    cut = {name: getattr(one, name)[:1] for name in per_token if getattr(one, name) is not None}
+    return [replace(one, prompt_ids=one.prompt_ids[:1], weight=0.0, **cut)]
+
+
+def _give_back(policy: Policy) -> None:
+    """Memory that is free to the device."""
+    gc.collect()
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -130,8 +172,9 @@ def _kept(policy: Policy, tokens: int) -> int:
     batch = policy.collate(
         [TrainedSequence(ids[: tokens // 4], ids[tokens // 4 :], [0.0] * (tokens - tokens // 4), 1.0)]
     )
-    with policy.no_sync():
-        return measure_kept(lambda: policy.logprobs(batch, 1.0)[0])
+    kept = measure_kept(lambda: policy.logprobs(batch, 1.0)[0])
+    policy.end_pass()
+    return kept
 
 
 def _still_to_come(policy: Policy) -> int:

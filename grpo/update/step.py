@@ -1,15 +1,15 @@
 """The optimizer steps made from a rollout: count, plan, forward, backward, check, step.
 
 The gradient is that of the whole step's loss whatever the number of micro-batches or processes: denominators are
-counted over everything before the first backward; each process's loss is multiplied by the world size, because wrappers
-average gradients over processes; gradients synchronize on the last micro-batch only.
+counted over everything before the first backward; each process's loss is multiplied by the world size, because
+gradients are averaged over processes. Sharded ones are reduced in every micro-batch, so that no process holds all of
+them; whole ones after the last, when all processes know that every micro-batch fit into memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -18,13 +18,13 @@ import torch
 from grpo.config import AlgorithmConfig
 from grpo.errors import RunError
 from grpo.losses import Counts, EntropyControl, find_loss, next_entropy_control
-from grpo.packing import to_sequences
+from grpo.packing import MicroBatch, to_sequences
 from grpo.run.run import Run
 from grpo.types import Batch, Group, TrainedSequence
 from grpo.update.forward import plan_for, precompute_logprobs, select_tokens, selects_tokens, with_sampler_as_old
 from grpo.update.loss import micro_batch_loss
 from grpo.update.metrics import combined, over_processes, step_metrics
-from grpo.update.micro_batch_size import fitting, within_memory
+from grpo.update.micro_batch_size import within_memory, work_through
 
 LossOf = Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -96,23 +96,25 @@ def with_signal(sequences: list[TrainedSequence], algorithm: AlgorithmConfig) ->
     return [s for s in sequences if s.valid and (s.advantage != 0 or regardless)]
 
 
-def backward(run: Run, micro_batches: list[list[TrainedSequence]], loss_of: LossOf) -> tuple[dict[str, float], float]:
+def backward(run: Run, micro_batches: list[MicroBatch], loss_of: LossOf) -> tuple[dict[str, float], float]:
     """Accumulate the gradient of the sum of ``loss_of`` over all processes' micro-batches, and clip it.
 
     ``loss_of`` gives a micro-batch's share of the step's loss and its sums for the metrics. Returns these combined over
     micro-batches and processes (see ``metrics.combined``), ``loss`` among them, and the gradient norm before clipping.
-    Raises RunError on every process where loss or norm is not finite, and DoesNotFit where memory runs out.
+    Raises on every process: RunError where loss or norm is not finite, DoesNotFit where memory runs out on one.
     """
     policy, accelerator = run.policy, run.accelerator
     sums: dict[str, torch.Tensor] = {}
-    for i, micro_batch in enumerate(micro_batches):
-        sync = nullcontext() if i == len(micro_batches) - 1 else policy.no_sync()
-        with fitting(policy, micro_batch), sync:
-            loss, metrics = loss_of(policy.collate(micro_batch))
-            (loss * accelerator.num_processes).backward()
+
+    def work(micro_batch: MicroBatch) -> None:
+        loss, metrics = loss_of(policy.collate(micro_batch))
+        (loss * accelerator.num_processes).backward()
         for name, value in ({"loss": loss.detach()} | metrics).items():
             value = value.double()
             sums[name] = combined(name, torch.stack([sums[name], value])) if name in sums else value
+
+    work_through(policy, micro_batches, work)
+    policy.average_gradients()
     totals = over_processes(accelerator, sums)
     norm = policy.clip_gradients()
     if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
@@ -120,7 +122,7 @@ def backward(run: Run, micro_batches: list[list[TrainedSequence]], loss_of: Loss
     return totals, norm
 
 
-def _stop_before_step(run: Run, micro_batches: list[list[TrainedSequence]], loss: float, norm: float) -> None:
+def _stop_before_step(run: Run, micro_batches: list[MicroBatch], loss: float, norm: float) -> None:
     rank = run.accelerator.process_index
     path = run.folder / f"nonfinite_rank_{rank}.pt"
     torch.save([[asdict(s) for s in micro_batch] for micro_batch in micro_batches], path)

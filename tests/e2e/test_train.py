@@ -84,21 +84,6 @@ def test_two_processes_draw_the_same_prompts_as_one(tiny_model: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_fsdp2_resumes_from_its_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    five = (*SHORT, "training.max_steps=5", "training.save_every=1")
-    assert launch(FSDP2, *command(tiny_model, whole, *five)).returncode == 0
-    assert launch(FSDP2, *command(tiny_model, stopped, *five, "training.max_steps=3")).returncode == 0
-    done = launch(FSDP2, *command(tiny_model, stopped, "--resume", *five))
-    assert done.returncode == 0, done.stderr
-    resumed = [row for row in lines(stopped) if "reward" in row]
-    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5]
-    for one, two in zip([row for row in lines(whole) if "reward" in row][3:], resumed[3:], strict=True):
-        assert one["completions/mean_length"] == two["completions/mean_length"]
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "says"),
     [

@@ -16,7 +16,14 @@ import pytest
 import torch
 
 from grpo.errors import UserError
-from grpo.run.checkpoint import MANIFEST, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside_newer
+from grpo.run.checkpoint import (
+    MANIFEST,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_newer,
+    verified_checkpoint,
+)
 
 ROOM = Path(__file__).parents[2]
 
@@ -112,7 +119,7 @@ def test_a_truncated_file_is_named_and_the_previous_checkpoint_used(tmp_path, ca
     assert "step_000020" in caplog.text
     assert name in caplog.text
     with pytest.raises(UserError, match=f"step_000020.*{name}"):
-        load_checkpoint(newest)
+        verified_checkpoint(newest)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", MANIFEST])
@@ -144,9 +151,9 @@ def test_a_path_that_is_no_checkpoint_is_a_user_error_that_names_the_ones_there(
     save(tmp_path / "checkpoints", 20)
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "step_000030"):
         with pytest.raises(UserError, match="step_0000"):
-            load_checkpoint(path)
+            verified_checkpoint(path)
     with pytest.raises(UserError, match="no checkpoint"):
-        load_checkpoint(tmp_path / "nowhere" / "step_000001")
+        verified_checkpoint(tmp_path / "nowhere" / "step_000001")
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 

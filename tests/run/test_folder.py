@@ -165,7 +165,6 @@ def stored(**extra: object) -> dict:
         ({"training__seed": 2}, r"training\.seed: 1 -> 2"),
         ({"model__name": "big"}, r'model\.name: "tiny" -> "big"'),
         ({"model__lora": {"r": 8}}, r'model\.lora: null -> \{"r": 8'),
-        ({"world_size": 2}, r"world_size: 1 -> 2"),
         ({"threads": 1}, r"threads: 2 -> 1"),
         ({"optimizer__learning_rate": 1e-5}, r"optimizer\.learning_rate: 1e-06 -> 1e-05"),
     ],
@@ -187,3 +186,11 @@ def test_what_rounds_differently_passes_with_a_warning(caplog):
     check_same_run(stored(versions=versions), identity(training__micro_batch_tokens=1024))
     assert "training.micro_batch_tokens: null -> 1024" in caplog.text
     assert 'versions.torch: "2.8.0"' in caplog.text
+
+
+def test_another_number_of_processes_is_the_same_run_to_rounding(caplog):
+    """Its launch may have set another number of threads."""
+    check_same_run(stored(), identity(world_size=4, threads=1))
+    assert "not equal to the bit" in caplog.text
+    assert "world_size: 1 -> 4" in caplog.text
+    assert "threads: 2 -> 1" in caplog.text

@@ -129,7 +129,7 @@ class HFBackend:
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         if policy.sharded:
-            self.model.load_state_dict(policy.full_state())  # gathered by all processes together
+            policy.copy_into(self.model)  # gathered by all processes together
         self.version, self.as_synced = version, _changes(policy)
         return {}
 
@@ -237,7 +237,7 @@ class HFBackend:
             return
         try:
             _resize(self.model, holds=True)
-            self.model.load_state_dict(self.policy.full_state())
+            self.policy.copy_into(self.model)
             yield
         finally:
             if self.kept is None:

@@ -120,7 +120,7 @@ class VLLMBackend:
                 Raised on every process.
         """
         self.policy, self.version = policy, version
-        state = policy.base_state() if self.adapters else policy.full_state()
+        state = policy.base_state() if self.adapters else policy.full_state(self.dtype)
         adapter = policy.adapter_state() if self.adapters else {}
         deadline = time.monotonic() + self.rollout.vllm_server_timeout
         for down in gather_object([dict(self.pool.down)]):  # a keeper may not know that others lost its server

@@ -1,0 +1,120 @@
+"""How the trained model comes to be: read once, checked, and brought to every process in little memory.
+
+One process on a CPU trains on the model as it is read. Otherwise only the first process reads the weights, in the type
+that they are stored in. Every process makes a shell (a model without weights), shards it under FSDP2, and gives it
+memory. The first process then sends what it read, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from grpo import kernels
+from grpo.config import Recipe
+from grpo.errors import RunError, UserError
+from grpo.model.first_process import on_main
+from grpo.model.loading import attention_keyword, load_configs, load_quantized, load_weights
+from grpo.model.logprob_lm import LogprobLM
+from grpo.model.lora import add_adapters
+from grpo.model.packed_check import in_float32, why_padded
+from grpo.model.placing import fill, is_sharded, match, materialize, shard, shell
+from grpo.randomness import Stream, key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("grpo")
+
+
+class Started(NamedTuple):
+    """The model that trains, on this process's device."""
+
+    logprob_lm: LogprobLM
+    peft_model: Any  # with LoRA: peft's model around the same transformers model
+    packed: bool  # whether it computes packed rows
+
+
+class Equipped(NamedTuple):
+    causal_lm: PreTrainedModel
+    peft_model: Any
+    cannot_pack: str | None
+
+
+def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, compute_dtype: torch.dtype) -> Started:
+    """The model of ``recipe``, its trained weights in ``weights``. Called by all processes.
+
+    Raises:
+        UserError: the model can't be loaded.
+        RunError: it makes logits in a way that is not known, or processes differ in what they can compute.
+    """
+    device, sharded = accelerator.device, is_sharded(accelerator)
+    if recipe.model.load_in_4bit and sharded:
+        raise UserError(
+            "model.load_in_4bit: 4-bit weights are not sharded, each process holds them all: start with "
+            "accelerate launch --config_file launch/ddp.yaml"
+        )
+    as_read = accelerator.num_processes == 1 and device.type == "cpu" and not sharded
+    read: list[Equipped] = []
+
+    def read_and_check() -> str | None:
+        # Every other type is rounded to while loading: some models keep a few layers in float32 then.
+        dtype = weights if as_read or weights != torch.float32 else None
+        read.append(_equip(load_weights(recipe.model, dtype), recipe, device, sharded))
+        logprob_lm = LogprobLM(read[0].causal_lm)
+        with in_float32(logprob_lm):
+            logprob_lm.check_head()
+        return read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype)
+
+    why = on_main(accelerator, read_and_check)
+    if accelerator.is_main_process:
+        log.info(
+            "update: %s",
+            "packed rows, each prompt computed once for its completions"
+            if why is None
+            else f"padded rows, which are slower, for {type(read[0].causal_lm).__name__}: {why}",
+        )
+    if recipe.model.load_in_4bit:  # how a model packs was found without quantizing it
+        read.clear()
+        mine = _quantized(recipe, device, compute_dtype)
+        return Started(LogprobLM(mine.causal_lm).train(), mine.peft_model, why is None)
+    if as_read:
+        return Started(LogprobLM(read[0].causal_lm).train(), read[0].peft_model, why is None)
+    mine = _equip(_shell(recipe, weights), recipe, device, sharded)
+    if why is None and mine.cannot_pack:
+        rank = accelerator.process_index
+        raise RunError(f"the first process packs rows, but rank {rank} can't: {mine.cannot_pack}")
+    logprob_lm = LogprobLM(mine.causal_lm).train()
+    source = LogprobLM(read.pop().causal_lm) if read else None
+    match(logprob_lm, source, weights)
+    if sharded:
+        shard(logprob_lm, accelerator)
+    materialize(logprob_lm, device)
+    fill(logprob_lm, source, several=accelerator.num_processes > 1)
+    return Started(logprob_lm, mine.peft_model, why is None)
+
+
+def _quantized(recipe: Recipe, device: torch.device, compute_dtype: torch.dtype) -> Equipped:
+    """The model with a base in 4 bits, which every process reads and quantizes for itself."""
+    mine = _equip(load_quantized(recipe.model, compute_dtype, device), recipe, device, sharded=False)
+    mine.causal_lm.to(device)  # the adapters
+    return mine
+
+
+def _shell(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    config, generation_config = load_configs(recipe.model)
+    causal_lm = shell(config, dtype, recipe.model.trust_remote_code, **attention_keyword(recipe.model))
+    causal_lm.generation_config = generation_config
+    return causal_lm
+
+
+def _equip(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sharded: bool) -> Equipped:
+    """Give a model adapters and fast passes, and learn why it can't compute packed rows, if so."""
+    torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
+    peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
+    if recipe.model.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Equipped(causal_lm, peft_model, kernels.install(causal_lm, device, trains=True, alone=not sharded))
