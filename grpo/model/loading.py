@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.gguf import load_gguf
+from grpo.model.quantized import quantization_config, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +97,7 @@ def load_weights(model: ModelConfig, dtype: torch.dtype | None) -> PreTrainedMod
 
 
 def load_quantized(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal LM with its linear layers in 4 bits and the rest in ``dtype``, on ``device``, where it is quantized."""
+    """The causal LM with linear layers in 4 bits and the rest in ``dtype``, on ``device``, where it is quantized."""
     source, keywords = _source(model.name, model)
     keywords |= attention_keyword(model) | {"quantization_config": quantization_config(dtype)}
     with _named("weights", model.name):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from grpo import kernels
 from grpo.config import Recipe

@@ -13,12 +13,12 @@ import platform
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import ValidationError
+
+from grpo.config import Recipe
 from grpo.errors import UserError
-
-if TYPE_CHECKING:
-    from grpo.config import Recipe
 
 log = logging.getLogger("grpo")
 
@@ -92,6 +92,14 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
     if lines:
         log.warning("resumed with changes that round differently (not equal to the bit): %s", "; ".join(lines.values()))
+
+
+def _of_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier version wrote, with its defaults for the keys that have come since."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:  # it has a key that is gone: compared as it is
+        return recipe
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]:
