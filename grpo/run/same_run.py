@@ -27,6 +27,7 @@ _ABSENT = object()
 # Keys of the manifest that a resumed run may change: they say when to stop and save, what to watch, where to write.
 MAY_CHANGE = (
     "recipe.evaluation",
+    "recipe.optimizer.offload",
     "recipe.tracking",
     "recipe.scoring.workers",
     "recipe.scoring.timeout",
