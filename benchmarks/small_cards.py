@@ -44,15 +44,10 @@ VARIANTS = {
 }
 
 
-def digits(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
-    """The reward: the share of a completion's characters that are digits."""
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
-
-
 def settings(variant: str, folder: Path, steps: int, options: argparse.Namespace) -> list[str]:
     return [
         *(f"model.name={options.model}", "model.dtype=bfloat16", "data.template=chat", "data.eval_size=0"),
-        *(f"rewards=[{{path: '{Path(__file__)}:digits'}}]", "rollout.max_completion_length=32"),
+        *(f"rewards=[{{path: '{ROOT}/benchmarks/digits.py:digits'}}]", "rollout.max_completion_length=32"),
         *(f"training.output_dir={folder}", f"training.max_steps={steps}", "training.save_every=0"),
         *("data.max_prompt_length=128", f"training.seed={options.seed}", "training.log_rollouts_every=0"),
         *VARIANTS[variant],
