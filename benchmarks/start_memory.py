@@ -71,7 +71,7 @@ def measure(folder: Path, kind: dict[str, str], processes: int, beta: float, por
     """Gigabytes over all processes, beyond those of their imports."""
     several = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.start_memory", "--within", str(folder), "--beta", str(beta)]
+    command = [sys.executable, __file__, "--within", str(folder), "--beta", str(beta)]
     running = [
         subprocess.Popen(
             command,
