@@ -13,7 +13,7 @@ from contextlib import closing
 
 from grpo.advantages import rewards_array, step_advantages
 from grpo.audit.rows import warn_of_unscorable_rows
-from grpo.backends import find_backend, make_backend
+from grpo.backends import find_backend, make_backend, resolve_backend, rest
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
@@ -38,7 +38,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     find_loss(recipe.algorithm.loss_type)  # user's own code: its mistakes are found before any waiting
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
-    recipe = resolve_dtype(recipe, accelerator)
+    recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
@@ -66,6 +66,8 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
     prompts = prompts_of_step(recipe.prompts, task, progress.step, extra=extra, pass_rates=pass_rates)
     drawn = draw_groups(recipe, rollouts, scorer, prompts, restored(task, progress.replay), progress.step, clock)
     groups, sampled = drawn.groups, drawn.sampled
+    with clock("rollout"):
+        rest(rollouts.backend)
     with clock("train"):
         rewards_PG, kl_metrics = less_kl(run, rewards_array(groups), groups)
     weights_F = [reward.weight for reward in recipe.rewards]

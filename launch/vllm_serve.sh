@@ -10,6 +10,8 @@
 # Several servers: one call each, with a port and GPUs of its own, and all of them in the recipe:
 #   rollout.vllm_server_base_url='[http://127.0.0.1:8000, http://127.0.0.1:8001]'
 # On another node: --host 0.0.0.0 here, that node's name in the URL, and model.name a hub id or a folder that both see.
+# Weights then need vLLM beside the trainer too (NCCL; servers connect back to ports from rollout.vllm_group_port on), or
+# a folder that both see in rollout.vllm_sync_dir.
 #
 # Whoever reaches the port can replace the weights and read what is sampled: there is no password. So the server listens
 # on 127.0.0.1 alone unless --host opens it, and then it belongs on a private network.

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -21,10 +22,11 @@ class FakeServer:
 
     A completion is two tokens that follow from the request's seed, labelled ``label``. ``gate`` closed keeps requests
     for completions waiting, ``waits`` those of which it is true; ``routes`` replaces what is answered; ``asked`` is
-    what came. ``die`` breaks off everything that is open, ``start`` listens again on the same port.
+    what came, over ``connections``. ``die`` breaks off everything that is open, ``start`` listens again on the same
+    port, or on the Unix socket ``at``.
     """
 
-    def __init__(self, label: str = "0"):
+    def __init__(self, label: str = "0", at: Path | None = None):
         self.label = label
         self.asked: list[tuple[str, Body]] = []
         self.routes: dict[str, Callable[[Body], Answer]] = {GENERATE: self.completion}
@@ -35,7 +37,10 @@ class FakeServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.at = at
+        self.url = f"unix:{at}" if at else f"http://127.0.0.1:{self.port}"
+        self.connections: set[Any] = set()
+        self.queries: list[tuple[str, str]] = []
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -74,6 +79,8 @@ class FakeServer:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json() if request.can_read_body else {}
         self.asked.append((request.path, body))
+        self.queries.append((request.path, request.query_string))
+        self.connections.add(request.transport)
         if request.path == GENERATE:
             self.open += 1
             self.most_open = max(self.open, self.most_open)
@@ -95,7 +102,10 @@ class FakeServer:
         app.router.add_route("*", "/{path:.*}", self._answer)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)  # 0 would wait for ever
         await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True).start()
+        if self.at is not None:
+            await web.UnixSite(self.runner, self.at).start()
+        else:
+            await web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True).start()
 
     async def _break_off(self) -> None:
         if self.runner is None:

@@ -1,19 +1,25 @@
 """Rollout backends: one file or folder each, chosen by ``rollout.backend``; ``own`` holds what loads one of the user's.
 
-Others take ``make_backend`` and, before anything heavy is loaded, ``find_backend``; from ``base`` the protocol, and
-what a backend is asked for.
+Others take ``make_backend`` and, before anything heavy is loaded, ``find_backend`` and ``resolve_backend``; ``rest``
+after a step's rollouts; from ``base`` the protocol, and what a backend is asked for.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Literal
 
+from grpo.errors import UserError
 from grpo.user_code import is_place
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from grpo.backends.base import Backend
     from grpo.config import Recipe, RolloutConfig
     from grpo.model.policy import Policy
+
+log = logging.getLogger("grpo")
 
 
 def find_backend(rollout: RolloutConfig) -> None:
@@ -24,8 +30,55 @@ def find_backend(rollout: RolloutConfig) -> None:
         load_backend(rollout)
 
 
+def resolve_backend(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """The recipe with ``rollout.backend: auto`` replaced by what can be had here; a line in the log says why.
+
+    The first process looks, and all take what it found. The backend is then part of the run's identity.
+
+    Raises:
+        UserError: the recipe has settings that the backend cannot serve.
+    """
+    if recipe.rollout.backend != "auto":
+        return recipe
+    from pydantic import ValidationError  # here, because an engine's Python reads this file too
+
+    from grpo.run.session import on_main
+
+    backend, why = on_main(accelerator, lambda: what_can_be_had(recipe.rollout, accelerator.device.type))
+    if accelerator.is_main_process:
+        log.info("rollout.backend: auto is %s here: %s", backend, why)
+    try:
+        return recipe.with_backend(backend)
+    except ValidationError as error:
+        problems = [problem.text for detail in error.errors() for problem in detail["ctx"]["error"].problems]
+        raise UserError("\n".join(f"rollout.backend: auto is {backend} here: {why}. {p}" for p in problems)) from None
+
+
+def what_can_be_had(rollout: RolloutConfig, device: str) -> tuple[Literal["hf", "vllm"], str]:
+    """What ``rollout.backend: auto`` means on a device, and why."""
+    from grpo.backends.vllm import serve
+
+    if device != "cuda":
+        return "hf", f"training runs on a {device}, and vLLM is for GPUs (rollout.backend: vllm takes it all the same)"
+    if rollout.vllm_mode == "server":
+        return "vllm", "rollout.vllm_server_base_url names a server"
+    if rollout.vllm_python is not None:
+        return "vllm", f"rollout.vllm_python is {rollout.vllm_python}"
+    version = serve.installed_version()
+    if version is None:
+        return (
+            "hf",
+            f"vLLM is not installed here (pip install 'vllm{serve.RANGE}'), nor does rollout.vllm_python say where",
+        )
+    if not serve.supported(version):
+        return "hf", f"vLLM {version} is installed, and grpo supports vllm{serve.RANGE}"
+    if serve.for_cpus():
+        return "hf", f"the vLLM that is installed ({version}) is its CPU build"
+    return "vllm", f"vLLM {version} is installed"
+
+
 def make_backend(recipe: Recipe, policy: Policy) -> Backend:
-    """The backend that the recipe names, holding no weights yet: ``sync`` comes first."""
+    """The backend that the recipe names (``resolve_backend`` comes first), holding no weights yet: ``sync`` is next."""
     rollout = recipe.rollout
     if is_place(rollout.backend):
         from grpo.backends.own import make_own_backend
@@ -35,6 +88,14 @@ def make_backend(recipe: Recipe, policy: Policy) -> Backend:
         from grpo.backends.vllm.backend import VLLMBackend
 
         return VLLMBackend(policy, recipe)
+    if rollout.backend != "hf":
+        raise ValueError(f"make_backend: rollout.backend is {rollout.backend}; resolve_backend comes first")
     from grpo.backends.hf.backend import HFBackend
 
     return HFBackend(policy, max_batch_size=rollout.max_batch_size, kv_cache_gb=rollout.kv_cache_gb)
+
+
+def rest(backend: Backend) -> None:
+    """Tell a backend that nothing is asked of it until the next ``sync``, if it cares. Every process calls it."""
+    if (pause := getattr(backend, "rest", None)) is not None:
+        pause()

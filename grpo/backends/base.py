@@ -50,7 +50,11 @@ requests go on. A backend that cannot tell need not call it."""
 
 
 class Backend(Protocol):
-    """A rollout backend. One instance a process; every process generates for its own share of the prompts."""
+    """A rollout backend. One instance a process; every process generates for its own share of the prompts.
+
+    One that holds memory which an update could use may also have ``rest()``. It is called on every process after a
+    step's rollouts, and nothing is asked for between it and the next ``sync``.
+    """
 
     def generate(
         self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None

@@ -135,7 +135,7 @@ class AlgorithmConfig(Section):
         Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
     ) = None
     """Weigh the loss by the trainer's probability over the sampler's, of a token or of the whole completion, truncated
-    or masked; null takes `none` with `rollout.backend: hf`, else `token_truncate`."""
+    or masked; null takes `none` with `rollout.backend: hf` (or where `auto` is that), else `token_truncate`."""
     importance_sampling_clip_max: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0
     """Largest ratio: a larger one counts as this one (truncate), or its tokens give no gradient (mask)."""
     importance_sampling_clip_min: BelowOne | None = None

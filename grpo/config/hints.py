@@ -186,7 +186,7 @@ NOT_HERE = {
     "load_in_8bit": "8-bit weights are not supported; model.load_in_4bit with model.lora takes less",
     "bnb_4bit_quant_type": "leave it out: model.load_in_4bit is NF4",
     "use_bnb_nested_quant": "leave it out: with model.load_in_4bit scales are always quantized too",
-    "use_vllm": "set rollout.backend: vllm, or leave it out for hf",
+    "use_vllm": "set rollout.backend: vllm, auto (vllm where it can be had) or hf",
     "vllm_device": "leave it out: an engine is on the devices of training (vllm_mode: colocate), or on those that "
     "CUDA_VISIBLE_DEVICES gave its server",
     "vllm_guided_decoding_regex": "not supported: it changes the sampling distribution",

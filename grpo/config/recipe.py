@@ -25,6 +25,7 @@ from grpo.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
+from grpo.config.vllm import VllmOptions
 
 
 class Recipe(Section):
@@ -55,7 +56,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.algorithm.importance_sampling_mode is None:
+        if self.algorithm.importance_sampling_mode is None and self.rollout.backend != "auto":
             mode = "none" if self.rollout.backend == "hf" else "token_truncate"
             self.algorithm = self.algorithm.model_copy(update={"importance_sampling_mode": mode})
         problems: list[Problem] = []
@@ -101,6 +102,18 @@ class Recipe(Section):
             for key, is_given in given.items()
             if is_given and self.optimizer.optim == "paged_adamw_8bit"
         ]
+
+    def with_backend(self, backend: Literal["hf", "vllm"]) -> Recipe:
+        """The recipe with what ``rollout.backend: auto`` turned out to be, checked again.
+
+        With hf, settings of vLLM's are back at their defaults: they were for a machine that has it. Raises pydantic's
+        ValidationError where other settings do not fit the backend.
+        """
+        values = self.model_dump()
+        rollout = values["rollout"] | {"backend": backend}
+        if backend == "hf":
+            rollout |= VllmOptions().model_dump()
+        return Recipe.model_validate(values | {"rollout": rollout})
 
     def _prompts_problems(self) -> list[Problem]:
         """What the choice of prompts, and of advantages, cannot be combined with."""

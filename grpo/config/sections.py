@@ -168,7 +168,7 @@ class ScoringConfig(Section):
     """Share of a step's completions that may be unscorable; above it the run stops with the first traceback."""
 
 
-BACKENDS = ("hf", "vllm")
+BACKENDS = ("auto", "hf", "vllm")
 
 
 def _known_backend(name: Any) -> Any:
@@ -182,8 +182,9 @@ class RolloutConfig(VllmOptions):
     backend: Annotated[str, BeforeValidator(_known_backend), WithJsonSchema({"enum": [*BACKENDS, "file.py:name"]})] = (
         "hf"
     )
-    """What generates: `hf` is transformers in the training process, `vllm` an engine beside it or servers elsewhere; or
-    a class of yours with `generate`, `sync` and `close`."""
+    """What generates: `hf` is transformers in the training process, `vllm` an engine beside it or servers elsewhere.
+    `auto` is `vllm` where training runs on a GPU and vLLM can be had (installed here, in `vllm_python`, or as a
+    server), else `hf`; the log says which, and why. Or a class of yours with `generate`, `sync` and `close`."""
     num_generations: Annotated[int, Field(ge=2, strict=True)] = 8
     """Completions per prompt, G. At least 2: an advantage compares a completion with its group."""
     max_completion_length: PositiveInt = 512

@@ -18,15 +18,22 @@ class VllmOptions(Section):
     """With `vllm_mode: server`: the server's URL (`http://host:8000`), or several; requests are balanced over them."""
     vllm_server_timeout: Positive = 240.0
     """Seconds that a server may take to come up, and to come back after it was lost."""
+    vllm_start_timeout: Positive = 900.0
+    """With `colocate`: seconds that an engine may take from its start to its first answer. With an empty cache it
+    compiles the model and captures graphs meanwhile, on several GPUs at once."""
     vllm_generation_timeout: Positive = 1800.0
     """Seconds that one completion may take before its server counts as hung."""
     vllm_sync_timeout: Positive = 300.0
     """Seconds that handing over the weights may take before the server counts as hung."""
     vllm_weight_transfer: Literal["auto", "path", "ipc", "nccl"] = "auto"
     """How weights travel: `path` as a file in memory or on a shared disk, `ipc` as handles of GPU memory (colocate),
-    `nccl` broadcast between GPUs (server). `auto`: `path` where training runs on CPUs, else `ipc` or `nccl`."""
+    `nccl` broadcast between GPUs (server). `auto`: `path` where training runs on CPUs, else `ipc` or `nccl`; `path`
+    too where `nccl` needs a vLLM beside the trainer and there is none."""
     vllm_sync_dir: NonEmpty | None = None
     """Folder that trainer and engine both see, for `path`; null is shared memory (/dev/shm)."""
+    vllm_group_host: NonEmpty | None = None
+    """The trainer's address for the NCCL group of `nccl`, as servers see it; null is the address of the interface that
+    leads to the server."""
     vllm_group_port: PositiveInt = 51216
     """First port for the NCCL group of `nccl`; each further server takes the next."""
     vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
@@ -35,8 +42,9 @@ class VllmOptions(Section):
     """With `colocate`: longest prompt and completion together; null is the sum of both limits of the recipe."""
     vllm_tensor_parallel_size: PositiveInt = 1
     """With `colocate`: processes whose devices share one engine."""
-    vllm_enable_sleep_mode: bool = False
-    """With `colocate` on a GPU: the engine gives up weights and cache while the update runs."""
+    vllm_enable_sleep_mode: bool | None = None
+    """With `colocate` on a GPU: the engine gives up weights and cache while the update runs. null does so, but for
+    rollouts that go on during the update."""
     vllm_dtype: Literal["float32", "bfloat16"] | None = None
     """Type that the engine computes in; null takes `model.dtype`."""
     vllm_lora_sync: Literal["merged", "adapter"] = "merged"
@@ -60,16 +68,16 @@ class VllmOptions(Section):
         # By value, not by what was written: the resolved recipe of a run names every key.
         options = VllmOptions.model_fields.items()
         given = [name for name, field in options if getattr(self, name) != field.get_default(call_default_factory=True)]
-        if backend != "vllm":
+        if backend not in ("vllm", "auto"):
             return [
-                Problem((name, "backend"), f"{name} is only used with backend: vllm (backend is {backend})")
+                Problem((name, "backend"), f"{name} is only used with backend: vllm or auto (backend is {backend})")
                 for name in given
             ]
         return self._server_problems(given) if self.vllm_mode == "server" else self._colocate_problems(given)
 
     def _server_problems(self, given: list[str]) -> list[Problem]:
         own = ("gpu_memory_utilization", "max_model_length", "tensor_parallel_size", "enable_sleep_mode", "python")
-        colocate_only = {f"vllm_{name}" for name in (*own, "args")}
+        colocate_only = {f"vllm_{name}" for name in (*own, "args", "start_timeout")}
         text = "belongs to the server's own command line (launch/vllm_serve.sh), vllm_mode is server"
         problems = [Problem((name, "vllm_mode"), f"{name} {text}") for name in given if name in colocate_only]
         urls = self.server_urls()
@@ -91,7 +99,7 @@ class VllmOptions(Section):
         problems = [
             Problem((name, "vllm_mode"), f"{name} is only used with vllm_mode: server (vllm_mode is colocate)")
             for name in given
-            if name in ("vllm_server_base_url", "vllm_group_port")
+            if name in ("vllm_server_base_url", "vllm_group_host", "vllm_group_port")
         ]
         if self.vllm_weight_transfer == "nccl":
             text = "vllm_weight_transfer: nccl needs GPUs of the engine's own, so vllm_mode: server"

@@ -24,8 +24,18 @@ log = logging.getLogger("grpo")
 
 _ABSENT = object()
 
-# Keys of the manifest that a resumed run may change: they say when to stop and save, what to watch, where to write.
+# Keys of the manifest that a resumed run may change: they say when to stop and save, what to watch, where to write,
+# where engines are and how weights get there.
 MAY_CHANGE = (
+    "recipe.rollout.vllm_enable_sleep_mode",
+    "recipe.rollout.vllm_generation_timeout",
+    "recipe.rollout.vllm_gpu_memory_utilization",
+    "recipe.rollout.vllm_group_",
+    "recipe.rollout.vllm_python",
+    "recipe.rollout.vllm_server_",
+    "recipe.rollout.vllm_start_timeout",
+    "recipe.rollout.vllm_sync_",
+    "recipe.rollout.vllm_weight_transfer",
     "recipe.evaluation",
     "recipe.optimizer.offload",
     "recipe.tracking",

@@ -102,8 +102,9 @@ def _patience(recipe: Recipe) -> InitProcessGroupKwargs:
     processes would fail first."""
     rollout = recipe.rollout
     seconds = 600.0
-    if rollout.backend == "vllm":
-        seconds += rollout.vllm_generation_timeout + rollout.vllm_server_timeout + rollout.vllm_sync_timeout
+    if rollout.backend in ("auto", "vllm"):
+        seconds += rollout.vllm_generation_timeout + rollout.vllm_sync_timeout
+        seconds += max(rollout.vllm_server_timeout, rollout.vllm_start_timeout)
     return InitProcessGroupKwargs(timeout=timedelta(seconds=max(seconds, 1800.0)))
 
 

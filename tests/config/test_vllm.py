@@ -65,7 +65,7 @@ def problems(load):
          "`vllm_importance_sampling_clip_max` is `algorithm.importance_sampling_clip_max` here"),
         ("vllm_importance_sampling_clip_min",
          "`vllm_importance_sampling_clip_min` is `algorithm.importance_sampling_clip_min` here"),
-        ("use_vllm", "set rollout.backend: vllm, or leave it out for hf"),
+        ("use_vllm", "set rollout.backend: vllm, auto (vllm where it can be had) or hf"),
         ("vllm_device", "leave it out: an engine is on the devices of training (vllm_mode: colocate), or on those that "
          "CUDA_VISIBLE_DEVICES gave its server"),
         ("vllm_guided_decoding_regex", "not supported: it changes the sampling distribution"),
@@ -90,7 +90,8 @@ def test_names_of_other_projects(name, hint):
 def test_names_of_other_projects_in_a_file(problems):
     lines = ("use_vllm: true", "vllm_server_host: 10.0.0.1", "vllm_importance_sampling_cap: 2.0")
     assert problems(*lines) == [
-        "recipe.yaml:6: rollout.use_vllm: unknown key: set rollout.backend: vllm, or leave it out for hf",
+        "recipe.yaml:6: rollout.use_vllm: unknown key: set rollout.backend: vllm, auto (vllm where it can be had) or "
+        "hf",
         "recipe.yaml:7: rollout.vllm_server_host: unknown key: `vllm_server_host` is `rollout.vllm_server_base_url` "
         "here (http://HOST:PORT)",
         "recipe.yaml:8: rollout.vllm_importance_sampling_cap: unknown key: `vllm_importance_sampling_cap` is "
@@ -129,9 +130,11 @@ def test_a_name_that_nobody_knows_is_not_called_a_typing_slip(problems):
     [
         ("backend: hf", "vllm_mode: colocate", "vllm_args: []"),  # defaults, as a run's resolved recipe writes them
         ("backend: vllm",),
+        ("backend: auto", "vllm_gpu_memory_utilization: 0.5", "vllm_python: x", "overlap: true"),
+        ("backend: auto", *SERVER[1:], "vllm_group_host: 10.0.0.1"),
         ("backend: my_backend.py:Mine", "overlap: true"),
         ("backend: my_package.backends:Mine",),
-        ("backend: vllm", "vllm_enable_sleep_mode: true", "overlap: true", "vllm_weight_transfer: ipc"),
+        ("backend: vllm", "vllm_enable_sleep_mode: true", "vllm_weight_transfer: ipc"),
         SERVER,
         (*SERVER, "vllm_weight_transfer: nccl", "vllm_group_port: 6000"),
         (*SERVER[:2], "vllm_server_base_url: [http://127.0.0.1:8000, 'https://node2:8000/']"),
@@ -145,13 +148,13 @@ def test_what_fits_together(load, lines):
     ("lines", "expected"),
     [
         (["backend: hf", "vllm_mode: server", "vllm_dtype: float32"],
-         ["7: rollout: vllm_mode is only used with backend: vllm (backend is hf)",
-          "8: rollout: vllm_dtype is only used with backend: vllm (backend is hf)"]),
+         ["7: rollout: vllm_mode is only used with backend: vllm or auto (backend is hf)",
+          "8: rollout: vllm_dtype is only used with backend: vllm or auto (backend is hf)"]),
         (["backend: my_backend.py:Mine", "vllm_mode: server"],
-         ["7: rollout: vllm_mode is only used with backend: vllm (backend is my_backend.py:Mine)"]),
-        (["backend: vlm"], ["6: rollout.backend: must be hf or vllm, got 'vlm'; did you mean vllm?"]),
-        (["backend: 'my_backend.py:'"], ["6: rollout.backend: must be hf or vllm, got 'my_backend.py:'"]),
-        (["backend: 3"], ["6: rollout.backend: must be hf or vllm, got 3"]),
+         ["7: rollout: vllm_mode is only used with backend: vllm or auto (backend is my_backend.py:Mine)"]),
+        (["backend: vlm"], ["6: rollout.backend: must be auto, hf or vllm, got 'vlm'; did you mean vllm?"]),
+        (["backend: 'my_backend.py:'"], ["6: rollout.backend: must be auto, hf or vllm, got 'my_backend.py:'"]),
+        (["backend: 3"], ["6: rollout.backend: must be auto, hf or vllm, got 3"]),
         (["num_generations: 4", "overlap: true"],
          ["7: rollout: overlap needs backend: vllm (backend is hf, which samples with the trainer)"]),
         (["backend: vllm", "num_generations: 4", "vllm_mode: server"],
@@ -162,9 +165,12 @@ def test_what_fits_together(load, lines):
          ["7: rollout: vllm_weight_transfer: nccl needs GPUs of the engine's own, so vllm_mode: server"]),
         ([*SERVER, "vllm_weight_transfer: ipc"],
          ["9: rollout: vllm_weight_transfer: ipc shares memory of one GPU, so it needs vllm_mode: colocate"]),
-        (["backend: vllm", SERVER[2], "vllm_group_port: 6000"],
+        (["backend: vllm", SERVER[2], "vllm_group_port: 6000", "vllm_group_host: 10.0.0.1"],
          ["7: rollout: vllm_server_base_url is only used with vllm_mode: server (vllm_mode is colocate)",
-          "8: rollout: vllm_group_port is only used with vllm_mode: server (vllm_mode is colocate)"]),
+          "8: rollout: vllm_group_port is only used with vllm_mode: server (vllm_mode is colocate)",
+          "9: rollout: vllm_group_host is only used with vllm_mode: server (vllm_mode is colocate)"]),
+        (["backend: auto", "vllm_mode: server"],
+         ["7: rollout: vllm_mode: server needs vllm_server_base_url, such as http://127.0.0.1:8000"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together(problems, lines, expected):
@@ -176,6 +182,7 @@ def test_what_does_not_fit_together(problems, lines, expected):
     [
         "vllm_gpu_memory_utilization: 0.5", "vllm_max_model_length: 512", "vllm_tensor_parallel_size: 2",
         "vllm_enable_sleep_mode: true", "vllm_python: /opt/vllm/bin/python", "vllm_args: [--enforce-eager]",
+        "vllm_start_timeout: 60",
     ],
 )  # fmt: skip
 def test_a_server_has_its_own_command_line(problems, line):

@@ -99,9 +99,11 @@ def test_a_header_states_the_budget_and_the_card_holds_it(file: Path) -> None:
     card, shape = card_of(hardware), shape_of(file.stem)
     assert card is not None
     assert shape is not None
-    found = budget(load_recipe(file), shape, card)
+    recipe = load_recipe(file)
+    found = budget(recipe, shape, card)
     assert re.sub(r"\n# +", " ", stated) == " ".join(found.lines())
-    for parts in (found.update, found.rollout):
+    with_hf = budget(recipe.with_backend("hf"), shape, card)
+    for parts in (found.update, found.rollout, with_hf.update, with_hf.rollout):
         assert sum(parts.values()) < 0.95 * card
     for line in found.lines():
         total, *parts = map(float, re.findall(r"\d+\.\d(?= |$)", line))

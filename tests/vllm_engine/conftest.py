@@ -94,6 +94,11 @@ def serve(model: Path, folder: Path, *arguments: str, dtype: str = "float32", le
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     extension = "tests.vllm_engine.perturbing_worker.PerturbingWorkerExtension"
-    server = serve(TINY, tmp_path_factory.mktemp("tiny_server"), f"--worker-extension-cls={extension}")
+    server = serve(
+        TINY,
+        tmp_path_factory.mktemp("tiny_server"),
+        f"--worker-extension-cls={extension}",
+        '--weight-transfer-config={"backend": "ipc"}',
+    )
     yield server.wait()
     server.kill()

@@ -154,6 +154,6 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = train(recipe(folder, rollout=colocated(vllm_args=["--no-such-option"])))
     assert done.returncode == 1
-    assert "rank 0, step 0: the vllm engine ended with code 2 while starting. The end of" in done.stderr
+    assert "rank 0, step 0: the vllm engine ended with code 2 while starting (rollout.backend: hf" in done.stderr
     assert "--no-such-option" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,12 +39,12 @@ def check(folder: Path, model: Path, steps: int, difference: float) -> None:
 def test_a_colocated_engine_trains_the_tiny_model(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     path = recipe(folder, rollout=colocated(vllm_weight_transfer="path"))
-    before = set(Path("/dev/shm").glob("grpo-vllm-*"))
     done = train(path)
     assert done.returncode == 0, done.stderr
     check(folder, Path("data/tiny_base"), 3, 1e-4)
-    assert (folder / "vllm_rank0.log").stat().st_size > 0
-    assert not set(Path("/dev/shm").glob("grpo-vllm-*")) - before
+    listened = re.search(r"server on unix:(/dev/shm/grpo-vllm-\d+-)", (folder / "vllm_rank0.log").read_text())
+    assert listened, "on a socket, not on a port"
+    assert not list(Path("/dev/shm").glob(Path(listened[1]).name + "*")), "of this run, all others being others'"
 
 
 def test_a_server_trains_the_tiny_model(tmp_path: Path, tiny_server: ServerProcess) -> None:

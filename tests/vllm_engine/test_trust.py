@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import json
+import pickle
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,10 @@ import torch
 from grpo.backends.base import Request, Sampling
 from grpo.backends.vllm import backend as backend_module
 from grpo.backends.vllm import keeper as keeper_module
+from grpo.backends.vllm import transfer
+from grpo.backends.vllm.api import Server, ServerGone
 from grpo.backends.vllm.backend import VLLMBackend
+from grpo.backends.vllm.transfer import IpcSender
 from grpo.errors import BackendFailed, RunError, UserError
 from grpo.model.policy import Policy
 from grpo.randomness import key
@@ -183,6 +190,107 @@ def test_one_perturbed_tensor_is_caught_by_name_in_memory(
         BackendFailed, match=r"1 of 27 parameters differ .*: model\.layers\.1\.input_layernorm\.weight\."
     ):
         backend.sync(policy, 1)
+
+
+# --- sleep, and transfers that break off ---
+
+
+def is_right(backend: VLLMBackend, policy: Policy, version: int) -> bool:
+    """The engine samples from the policy; the checks after a sync compare weights, this the distribution."""
+    completions = backend.generate(requests(policy), Sampling(30), version)
+    for prompt, group in zip(prompts(policy), completions, strict=True):
+        for completion in group:
+            expected = teacher_forced(policy, prompt, completion.token_ids, 1.0)
+            torch.testing.assert_close(torch.tensor(completion.sampler_logprobs), expected, atol=1e-4, rtol=0)
+    return True
+
+
+def asleep(server: ServerProcess) -> bool:
+    return json.load(urllib.request.urlopen(f"{server.url}/is_sleeping", timeout=10))["is_sleeping"]
+
+
+def test_an_engine_that_slept_without_its_weights_samples_from_those_of_the_next_sync(
+    backend: VLLMBackend, policy: Policy, tiny_server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU vLLM gives up no memory, so the test spoils the weights. The states of its scheduler are real."""
+    backend.sleeps = True
+    (server,) = backend.keeper.servers
+    compare = backend.keeper._check_weights
+    at_comparison: list[bool] = []
+
+    def watched(*arguments: Any) -> None:
+        at_comparison.append(asleep(tiny_server))
+        compare(*arguments)
+
+    monkeypatch.setattr(backend.keeper, "_check_weights", watched)
+    for version in (1, 2):
+        backend.rest()
+        backend.rest()
+        assert asleep(tiny_server)
+        backend.pool.run(server.on_workers("lose_weights", timeout=20))
+        shift(policy)
+        backend.sync(policy, version)
+        assert not asleep(tiny_server)
+        assert is_right(backend, policy, version)
+    assert at_comparison == [True, True], "keys and values take their memory last"
+    backend.rest()
+    backend.pool.run(server.on_workers("lose_weights", timeout=20))
+    assert is_right(backend, policy, 2), "who is asked in its sleep gets the weights first"
+
+
+def test_a_file_that_breaks_off_half_way_is_followed_by_a_right_one(
+    backend: VLLMBackend, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine had taken two thirds of a layer's fused tensor. It must not wait there for what comes next."""
+    write, broken = transfer._write, []
+    (server,) = backend.keeper.servers
+
+    def half(state: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
+        names = list(state)
+        cut = len(names) if broken else names.index("model.layers.1.self_attn.k_proj.weight") + 1
+        write({name: state[name] for name in names[:cut]}, dtype, folder)
+        if not broken:
+            (folder / "more.safetensors").write_bytes(b"the disk was full")
+            broken.append(folder)
+        else:
+            assert backend.pool.run(server.on_workers("half_loaded", timeout=20)) == [[]]
+
+    monkeypatch.setattr(transfer, "_write", half)
+    shift(policy)
+    backend.sync(policy, 1)
+    assert broken
+    assert is_right(backend, policy, 1)
+
+
+def bytes_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """NOT CUDA IPC: in place of ``handle_of``, for ``perturbing_worker.IpcOfBytes``."""
+    return {"bytes": pickle.dumps(tensor.numpy())}
+
+
+@pytest.mark.parametrize("where", ["trainer", "engine"])
+def test_an_update_that_breaks_off_is_ended_and_followed_by_a_right_one(
+    backend: VLLMBackend, policy: Policy, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Between the start and the end of an update, in the trainer or while the engine loads a chunk."""
+    monkeypatch.setattr(transfer, "handle_of", bytes_of)
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 100_000)
+    update, updates = transfer._update, []
+
+    async def breaks(server: Server, info: dict[str, Any], timeout: float) -> None:
+        updates.append(info["names"])
+        if len(updates) == 5:
+            if where == "trainer":
+                raise ServerGone("the network was gone")
+            info = info | {"ipc_handles_pickled": base64.b64encode(pickle.dumps([{}] * len(info["names"]))).decode()}
+        await update(server, info, timeout)
+
+    monkeypatch.setattr(transfer, "_update", breaks)
+    sender = backend.keeper.sender = IpcSender(backend.pool, lambda value: [value], 20.0)
+    shift(policy)
+    backend.sync(policy, 1)
+    assert len(updates) > 10
+    assert not sender.unfinished
+    assert is_right(backend, policy, 1)
 
 
 def test_a_wrong_temperature_is_caught_and_named(

@@ -1,40 +1,44 @@
 """vLLM's HTTP interface. Only this file knows its routes and their answers.
 
-| used                                                  | for                                         | since |
-|-------------------------------------------------------|---------------------------------------------|-------|
-| GET /health, /version, /server_info                   | is it up, which vLLM, with which settings    | 0.32  |
-| POST /inference/v1/generate (--enable-scale-out)      | tokens in, tokens out, with logprobs and the | 0.32  |
-|                                                       | weight version that sampled each token       |       |
-| POST /pause?mode=keep, /resume                        | hold requests while weights change           | 0.32  |
-| POST /collective_rpc (worker.WorkerExtension)         | load from a file, fingerprint                | 0.32  |
-| POST /update_weight_version, GET /weight_info         | label the weights                            | 0.32  |
-| POST /init_weight_transfer_engine,                    | weights over NCCL or CUDA IPC                | 0.32  |
-|      /start_, /update_, /finish_weight_update         |                                              |       |
-| POST /reset_prefix_cache                              | forget keys and values of old weights        | 0.32  |
-| POST /sleep, /wake_up                                 | give up and take back GPU memory             | 0.32  |
-| POST /v1/load_lora_adapter, /v1/unload_lora_adapter   | adapter-only sync                            | 0.32  |
-| --worker-extension-cls, --logprobs-mode,              | see serve.py                                 | 0.32  |
-|   --generation-config, --weight-transfer-config       |                                              |       |
-| vllm.distributed.weight_transfer (trainer's side)     | the sending end of NCCL                      | 0.32  |
+| used                                                  | for                                          |
+|-------------------------------------------------------|----------------------------------------------|
+| GET /health, /version, /server_info                   | is it up, which vLLM, with which settings    |
+| POST /inference/v1/generate (--enable-scale-out)      | tokens in, tokens out, with logprobs and the |
+|                                                       | weight version that sampled each token       |
+| POST /pause?mode=keep, /resume                        | hold requests while weights change           |
+| POST /collective_rpc (worker.WorkerExtension)         | load from a file, fingerprint                |
+| POST /update_weight_version                           | label the weights                            |
+| POST /init_weight_transfer_engine,                    | weights over NCCL or CUDA IPC                |
+|      /start_, /update_, /finish_weight_update         |                                              |
+| POST /reset_prefix_cache                              | forget keys and values of old weights        |
+| POST /sleep?level=&mode=wait, /wake_up?tags=          | give up and take back GPU memory             |
+| POST /v1/load_lora_adapter, /v1/unload_lora_adapter   | adapter-only sync                            |
+| --worker-extension-cls, --logprobs-mode, --uds,       | see serve.py, process.py                     |
+|   --generation-config, --weight-transfer-config       |                                              |
+| vllm.distributed.weight_transfer (trainer's side)     | the sending end of NCCL                      |
 
-"Since" is the oldest version that grpo's tests ran against. An older one may have it too. The range is in ``serve.py``.
+docs/backends.md says which versions were looked at, and how. The range is in ``serve.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import aiohttp
 import torch
 
 from grpo.backends.base import Sampling
+from grpo.backends.vllm import serve
 from grpo.errors import BackendFailed
 
 HEALTH = 5.0  # seconds for a server to say that it is up
 QUICK = 20.0  # seconds for a request that a healthy server answers at once
+UNIX = "unix:"  # what the URL of a Unix socket begins with
 UNLABELLED = "default"  # a server's weight version before anybody has sent it weights
 
 
@@ -45,12 +49,14 @@ class ServerGone(Exception):
 class Server:
     """One engine over HTTP. Methods are coroutines of the pool's loop.
 
-    They raise ServerGone where trying later may help, and BackendFailed where the server has refused.
+    ``url`` is ``http://HOST:PORT``, or ``unix:PATH`` for a socket of this machine. Methods raise ServerGone where
+    trying later may help, and BackendFailed where the server has refused.
     """
 
     def __init__(self, url: str, session: aiohttp.ClientSession):
         self.url = url
         self.session = session
+        self.base = "http://localhost" if url.startswith(UNIX) else url  # the session knows the socket
 
     async def check_health(self) -> None:
         await self._call("GET", "/health", timeout=HEALTH)
@@ -90,11 +96,18 @@ class Server:
                 f"vllm server {self.url} did not reset its prefix cache: old keys and values would be used"
             )
 
-    async def sleep(self, timeout: float) -> None:
-        await self._call("POST", "/sleep?level=1&mode=wait", timeout=timeout)
+    async def sleep(self, level: int, timeout: float) -> None:
+        """Give up GPU memory. At level 1 the weights wait in the host's memory, at level 2 they are gone: vLLM keeps
+        the model's buffers alone (rotary tables)."""
+        await self._call("POST", f"/sleep?level={level}&mode=wait", timeout=timeout)
 
-    async def wake(self, timeout: float) -> None:
-        await self._call("POST", "/wake_up", timeout=timeout)
+    async def wake_weights(self, timeout: float) -> None:
+        """Take memory for the weights back. Nothing is sampled before ``wake_cache``."""
+        await self._call("POST", "/wake_up?tags=weights", timeout=timeout)
+
+    async def wake_cache(self, timeout: float) -> None:
+        """Take memory for keys and values back, and go on sampling."""
+        await self._call("POST", "/wake_up?tags=kv_cache", timeout=timeout)
 
     async def load(self, folder: str, timeout: float) -> None:
         """Load weights from a folder that the server sees too."""
@@ -131,6 +144,17 @@ class Server:
     async def finish_update(self, timeout: float) -> None:
         await self._call("POST", "/finish_weight_update", {}, timeout=timeout)
 
+    async def abandon_update(self, timeout: float) -> None:
+        """End an update that broke off. What weights the server then holds is not known.
+
+        While one is active, vLLM answers 500 to the start of the next. After one that failed in the engine none is
+        active, but what had come of it waits in the layers and would be mixed with the next one's; only the end of an
+        update clears that away, so one is started for it.
+        """
+        with contextlib.suppress(ServerGone):  # one is active
+            await self.start_update(timeout)
+        await self.finish_update(timeout)
+
     async def _call(
         self,
         verb: str,
@@ -149,7 +173,7 @@ class Server:
         route = f"{verb} {path.split('?')[0]}"
         limit = aiohttp.ClientTimeout(total=timeout)
         try:
-            async with self.session.request(verb, self.url + path, json=body, timeout=limit) as response:
+            async with self.session.request(verb, self.base + path, json=body, timeout=limit) as response:
                 text = await response.text()
                 status = response.status
         except asyncio.TimeoutError:
@@ -206,25 +230,63 @@ def generate_payload(
     } | ({"model": model} if model else {})
 
 
+class _Declared(list[Any]):
+    """vLLM 0.32 calls ``metadata``, 0.33 reads it."""
+
+    def __call__(self) -> list[Any]:
+        return self
+
+
 class WeightSource:
-    """A state in the form that vLLM's sending end wants: names and shapes first, then tensors, cast one by one."""
+    """A state in the form that vLLM's sending end wants: names and shapes first, then tensors, cast one by one.
+
+    vLLM 0.32 iterates over a source; 0.33 asks it for ``iter_full``.
+    """
 
     def __init__(self, state: dict[str, torch.Tensor], dtype: torch.dtype):
         self.state, self.dtype = state, dtype
 
-    def metadata(self) -> list[Any]:
+    @cached_property
+    def metadata(self) -> _Declared:
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        return [ParamMeta(name, self.dtype, tuple(tensor.shape)) for name, tensor in self.state.items()]
+        return _Declared(ParamMeta(name, self.dtype, tuple(tensor.shape)) for name, tensor in self.state.items())
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return cast(self.state, self.dtype)
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self)
+
+    def implements_iter_full(self) -> bool:
+        return True
 
 
 def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors in the engine's type, one at a time."""
     for name, tensor in state.items():
         yield name, tensor.detach().to(dtype)
+
+
+def why_no_nccl() -> str | None:
+    """What keeps this process from being the sending end of NCCL; None where nothing does.
+
+    The import is tried, because it takes CUDA's libraries too.
+    """
+    version = serve.installed_version()
+    if version is None:
+        return "vLLM is not installed beside the trainer"
+    if not serve.supported(version):
+        return f"vLLM {version} is installed beside the trainer, and grpo supports vllm{serve.RANGE}"
+    if serve.for_cpus():
+        return f"the vLLM beside the trainer ({version}) is its CPU build"
+    try:
+        import requests  # noqa: F401  (vLLM's client imports it when it is used)
+        import vllm.distributed.weight_transfer.clients
+        import vllm.distributed.weight_transfer.nccl_engine  # noqa: F401
+    except Exception as error:  # whatever an import of that size may raise
+        return f"vLLM {version} cannot be imported beside the trainer ({error or type(error).__name__})"
+    return None
 
 
 def nccl_sending_end(url: str, address: str, port: int, workers: int, timeout: float) -> Any:

@@ -22,9 +22,9 @@ from grpo.backends.vllm import trust
 from grpo.backends.vllm.api import generate_payload
 from grpo.backends.vllm.keeper import Keeper, adapter_name, version_of
 from grpo.backends.vllm.pool import Answers, Lost, Pool
-from grpo.backends.vllm.process import make_engine
+from grpo.backends.vllm.process import engine_sleeps, make_engine
 from grpo.backends.vllm.scratch import make_scratch
-from grpo.backends.vllm.transfer import make_sender
+from grpo.backends.vllm.transfer import choose_way, make_sender
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, RunError, UserError
 from grpo.model.devices import DTYPES
@@ -56,18 +56,22 @@ class VLLMBackend:
         self.dtype = DTYPES[rollout.vllm_dtype or recipe.model.dtype]
         self.adapters = recipe.sends_adapters()
         self.scratch = make_scratch(rollout.vllm_sync_dir)
+        self.private = make_scratch(None)  # for sockets, which a disk that is shared may not take
         scratch = Path(self.scratch.name)
+        on_gpu = policy.device.type == "cuda"
         urls, engine = rollout.server_urls(), None
         if rollout.vllm_mode == "colocate":
-            engine = make_engine(recipe, policy, scratch)
+            engine = make_engine(recipe, policy, scratch, Path(self.private.name))
             self._everywhere(engine.start if engine else lambda: None)
             group = self.rank - self.rank % rollout.vllm_tensor_parallel_size
             urls = [gather_object([engine.url if engine else ""])[group]]
         self.pool = Pool(urls, rollout.vllm_generation_timeout)
         keeps = engine is not None if rollout.vllm_mode == "colocate" else self.rank == 0
         servers = self.pool.servers if keeps else []
-        sender = make_sender(recipe, policy, self.pool, scratch)
+        way = self._everywhere(lambda: choose_way(recipe, on_gpu=on_gpu) if self.rank == 0 else "")[0]
+        sender = make_sender(way, recipe, policy, self.pool, scratch)
         self.keeper = Keeper(recipe, self.pool, servers, engine, sender, scratch, self.rank)
+        self.sleeps = rollout.vllm_mode == "colocate" and engine_sleeps(recipe, on_gpu=on_gpu)
         self.asleep = False
 
     def generate(
@@ -80,8 +84,7 @@ class VLLMBackend:
         if version != self.version:
             raise RunError(f"rollout asked for policy version {version}, the vllm backend holds {self.version}")
         if self.asleep:
-            self._everywhere(self.keeper.wake)
-            self.asleep = False
+            self.sync(self.policy, self.version)  # asleep, an engine has no weights
         return InFlight(requests, sampling, version, self.pool.submit(self._payloads(requests, sampling)))
 
     def collect(self, flight: InFlight, on_group: OnGroup | None = None) -> list[list[Completion]]:
@@ -105,10 +108,13 @@ class VLLMBackend:
                 f"rank {self.rank}, step {self.version}: vllm servers were lost {RECOVERIES} times within one rollout; "
                 f"last error: {errors[0]}"
             )
-        if self.rollout.vllm_enable_sleep_mode:
+        return landing.groups
+
+    def rest(self) -> None:
+        """Nothing is asked for until the next sync: colocated engines give their memory to the update."""
+        if self.sleeps and not self.asleep:
             self._everywhere(self.keeper.sleep)
             self.asleep = True
-        return landing.groups
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         """Hand the policy's weights to every server that can be reached, and check that it samples from them.
@@ -120,26 +126,34 @@ class VLLMBackend:
                 Raised on every process.
         """
         self.policy, self.version = policy, version
+        if self.asleep and policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the update no longer needs is the engine's
         state = policy.base_state() if self.adapters else policy.full_state(self.dtype)
         adapter = policy.adapter_state() if self.adapters else {}
-        deadline = time.monotonic() + self.rollout.vllm_server_timeout
         for down in gather_object([dict(self.pool.down)]):  # a keeper may not know that others lost its server
             self.pool.lose(down)
+        deadline = self._deadline()
+        self._everywhere(lambda: self.keeper.reach(version, deadline))
+        deadline = self._deadline()
         while True:
-            self._everywhere(lambda: self.keeper.reach(version, deadline))
             found = self._everywhere(lambda: self.keeper.hand_over(policy, version, state, adapter, self.asleep))
             probes = [probe for mine in found for probe in mine]
             self.pool.up([probe.url for probe in probes])
             if all(gather_object([bool(self.pool.live())])):
                 break
             self._everywhere(lambda: self.keeper.wait_to_retry(version, deadline))
+            self._everywhere(lambda: self.keeper.reach(version, deadline))
         self.asleep = False
         return self._check_probes(probes)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.rollout.vllm_server_timeout
 
     def close(self) -> None:
         self.pool.close()
         self.keeper.close()
         self.scratch.cleanup()
+        self.private.cleanup()
 
     def _payloads(self, requests: list[Request], sampling: Sampling) -> list[dict[str, Any]]:
         adapter = adapter_name(self.version) if self.adapters else None

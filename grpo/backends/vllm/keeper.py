@@ -53,6 +53,8 @@ class Keeper:
         self.adapters = recipe.sends_adapters()
         self.reached: list[Server] = []  # servers of this hand-over; the pool has them up after it
         self.has_base: set[str] = set()  # servers that hold the frozen weights (with adapters)
+        # Asleep, an engine keeps only weights that the next sync does not bring.
+        self.level = 1 if self.adapters else 2
         self.met = False  # all servers have been up once
 
     # ---------------------------------------------------------------- up and down
@@ -76,11 +78,12 @@ class Keeper:
             answering = [server for server in self._answering() if self._fits(server)]
             if len(answering) >= (1 if self.met else len(self.servers)):
                 break
-            if time.monotonic() > deadline:
+            limit, key = self._limit(deadline)
+            if time.monotonic() > limit:
                 missing = ", ".join(s.url for s in self.servers if s not in answering)
                 raise BackendFailed(
-                    f"{where}: vllm server {missing} did not answer within rollout.vllm_server_timeout "
-                    f"({self.rollout.vllm_server_timeout:g} s); last error: {self.pool.last_error()}{self._log_tail()}"
+                    f"{where}: vllm server {missing} did not answer within rollout.{key} "
+                    f"({getattr(self.rollout, key):g} s); last error: {self.pool.last_error()}{self._log_tail()}"
                 )
             time.sleep(SECONDS_BETWEEN_TRIES)
         for server in answering:
@@ -101,15 +104,19 @@ class Keeper:
             )
         time.sleep(SECONDS_BETWEEN_TRIES)
 
-    def wake(self) -> None:
-        self._on(self._live(), lambda server: server.wake(self.rollout.vllm_sync_timeout))
-
     def sleep(self) -> None:
-        self._on(self._live(), lambda server: server.sleep(self.rollout.vllm_sync_timeout))
+        """Have the servers give up their memory. ``hand_over`` wakes them."""
+        self._on(self._live(), lambda server: server.sleep(self.level, self.rollout.vllm_sync_timeout))
 
     def close(self) -> None:
         if self.engine is not None:
             self.engine.stop()
+
+    def _limit(self, deadline: float) -> tuple[float, str]:
+        """When to give up on who does not answer, and the key that says so: an engine that starts gets longer."""
+        if self.engine is not None and self.engine.starting:
+            return self.engine.started + self.rollout.vllm_start_timeout, "vllm_start_timeout"
+        return deadline, "vllm_server_timeout"
 
     def _answering(self) -> list[Server]:
         failed = self.pool.run(on_each(self.servers, lambda server: server.check_health()))
@@ -127,7 +134,10 @@ class Keeper:
         if self.engine is None or code is None:
             return
         if self.engine.starting:
-            raise BackendFailed(f"{where}: the vllm engine ended with code {code} while starting{self._log_tail()}")
+            raise BackendFailed(
+                f"{where}: the vllm engine ended with code {code} while starting (rollout.backend: hf samples without "
+                f"one){self._log_tail()}"
+            )
         log.warning("%s: the vllm engine ended with code %d; starting it again", where, code)
         self.engine.start()
 
@@ -149,13 +159,14 @@ class Keeper:
     def hand_over(self, policy: Policy, version: int, state: State, adapter: State, asleep: bool) -> list[trust.Probe]:
         """Give weights to the servers that were reached, label and check them. Returns their probes.
 
-        Servers that fail are marked down.
+        Where they are ``asleep``, they take memory back for the weights first, and for keys and values last: until
+        then the trainer has it for the comparison. Servers that fail are marked down.
         """
         timeout = self.rollout.vllm_sync_timeout
 
         async def hold(server: Server) -> None:
             if asleep:
-                await server.wake(timeout)
+                await server.wake_weights(timeout)
             await server.pause(timeout)
 
         self._on(self.reached, hold)
@@ -174,6 +185,8 @@ class Keeper:
             self._check_weights(server, version, found, state)
 
         async def probe(server: Server) -> trust.Probe:
+            if asleep:
+                await server.wake_cache(timeout)
             await server.resume()
             return await self._probe(server, policy, version)
 

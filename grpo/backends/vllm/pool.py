@@ -13,12 +13,15 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from grpo.backends.vllm.api import UNLABELLED, Server, ServerGone
+from grpo.backends.vllm.api import UNIX, UNLABELLED, Server, ServerGone
 
 log = logging.getLogger("grpo")
 T = TypeVar("T")
 
 MAX_IN_FLIGHT = 512  # requests open on one server at once. vLLM runs no more by default, and sockets are finite.
+# Seconds that a connection may wait for its next request. A server closes idle ones too (serve.py: after 60 seconds, by
+# itself after 5), and a request that is written to one just then looks as if the server had broken off.
+IDLE = 3.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,8 @@ class Pool:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="vllm requests", daemon=True)
         self.thread.start()
-        session = self.run(_session())
-        self.servers = [Server(url, session) for url in urls]
+        self.servers = [Server(url, self.run(_session(url))) for url in urls]
         self.down: dict[str, str] = dict.fromkeys(urls, "not yet reached")
-        self._session = session
         self._outstanding = dict.fromkeys(urls, 0)
         self._slots = {url: asyncio.Semaphore(MAX_IN_FLIGHT) for url in urls}
 
@@ -105,7 +106,8 @@ class Pool:
     async def _stop(self) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        await self._session.close()
+        for server in self.servers:
+            await server.session.close()
 
     async def _all(self, payloads: list[dict[str, Any]], came: SimpleQueue[Came]) -> None:
         async def one(place: int, payload: dict[str, Any]) -> None:
@@ -140,7 +142,12 @@ class Pool:
         return Lost(self.last_error())
 
 
-async def _session() -> aiohttp.ClientSession:
-    # No connection is used twice. A server closes idle connections after a few seconds, and a request that is written
-    # to one just then looks as if the server had broken off.
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), trust_env=False)
+async def _session(url: str) -> aiohttp.ClientSession:
+    """Connections to one server. Each serves one request at a time, and then the next."""
+    kept: dict[str, Any] = {"limit": 0, "keepalive_timeout": IDLE}  # MAX_IN_FLIGHT is the limit
+    connector: aiohttp.BaseConnector = (
+        aiohttp.UnixConnector(path=url.removeprefix(UNIX), **kept)
+        if url.startswith(UNIX)
+        else aiohttp.TCPConnector(**kept)
+    )
+    return aiohttp.ClientSession(connector=connector, trust_env=False)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
 import torch
 
 import grpo
+from grpo.backends.vllm.api import UNIX
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.model.policy import Policy
@@ -21,22 +22,40 @@ from grpo.model.policy import Policy
 PACKAGE = Path(grpo.__file__).resolve().parent
 SECONDS_TO_STOP = 20.0
 LINES_OF_LOG = 12
+LONGEST_SOCKET = 107  # bytes of a Unix socket's path
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM accepts these as --max-lora-rank
 
 
 class EngineProcess:
-    """Starts, stops and restarts one server. The server dies with this process, however this process dies."""
+    """Starts, stops and restarts one server. The server dies with this process, however this process dies.
+
+    It listens on a Unix socket in ``private``, a folder that only this user may enter: whoever reaches a server can
+    replace its weights.
+    """
 
     def __init__(
-        self, model: Path, arguments: list[str], python: str | None, devices: list[int], *, log: Path, scratch: Path
+        self,
+        model: Path,
+        arguments: list[str],
+        python: str | None,
+        devices: list[int],
+        *,
+        log: Path,
+        scratch: Path,
+        private: Path,
     ):
-        self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.socket = private / "engine.sock"
+        if len(os.fsencode(self.socket)) > LONGEST_SOCKET:
+            raise UserError(
+                f"{self.socket} is too long for a socket's path ({LONGEST_SOCKET} bytes): set TMPDIR to a shorter one"
+            )
+        self.url = f"{UNIX}{self.socket}"
         self.log = log
         self.command = [python or sys.executable, "-m", "grpo.backends.vllm.serve", "--die-with", str(os.getpid())]
-        self.command += [str(model), f"--port={self.port}", *arguments]
+        self.command += [str(model), f"--uds={self.socket}", *arguments]
         self.environment = _environment(devices, _only_grpo(scratch))
         self.starting = False  # started, and has not answered yet
+        self.started = 0.0  # when, by time.monotonic
         self.process: subprocess.Popen[bytes] | None = None
         self.output: IO[bytes] | None = None
 
@@ -45,7 +64,8 @@ class EngineProcess:
         if self.exit_code() is None and self.process is not None:
             return
         self.stop()
-        self.starting = True
+        self.starting, self.started = True, time.monotonic()
+        self.socket.unlink(missing_ok=True)  # a killed server leaves it, and the next could not bind it
         self.output = self.log.open("ab")
         # A session of its own: Ctrl-C is the trainer's to handle, and stop() reaches vLLM's children too.
         try:
@@ -78,15 +98,31 @@ class EngineProcess:
             self.output = None
 
 
-def make_engine(recipe: Recipe, policy: Policy, scratch: Path) -> EngineProcess | None:
+def engine_sleeps(recipe: Recipe, *, on_gpu: bool) -> bool:
+    """Whether a colocated engine gives up its memory during updates.
+
+    Raises:
+        UserError: it shall, and cannot.
+    """
+    asked, busy = recipe.rollout.vllm_enable_sleep_mode, recipe.rollout.overlap
+    if asked and not on_gpu:
+        raise UserError("rollout.vllm_enable_sleep_mode needs a GPU: vLLM does not support it on CPUs")
+    if asked and busy:
+        raise UserError(
+            "rollout.vllm_enable_sleep_mode: an engine cannot sleep during updates with rollout.overlap, which samples "
+            "then; leave one of them out"
+        )
+    return on_gpu and not busy if asked is None else asked
+
+
+def make_engine(recipe: Recipe, policy: Policy, scratch: Path, private: Path) -> EngineProcess | None:
     """The engine of this process's group, not yet started. None on all but the group's first process."""
     rank, world = policy.accelerator.process_index, policy.accelerator.num_processes
     size = recipe.rollout.vllm_tensor_parallel_size
     on_gpu = policy.device.type == "cuda"
     if world % size:
         raise UserError(f"rollout.vllm_tensor_parallel_size ({size}) does not divide the {world} processes")
-    if recipe.rollout.vllm_enable_sleep_mode and not on_gpu:
-        raise UserError("rollout.vllm_enable_sleep_mode needs a GPU: vLLM does not support it on CPUs")
+    engine_sleeps(recipe, on_gpu=on_gpu)
     if rank % size:
         return None
     model = write_model_folder(policy, scratch / "model")
@@ -95,7 +131,10 @@ def make_engine(recipe: Recipe, policy: Policy, scratch: Path) -> EngineProcess 
     output = Path(recipe.training.output_dir)
     log = (output if output.is_dir() else scratch) / f"vllm_rank{rank}.log"
     arguments = engine_arguments(recipe, on_gpu=on_gpu)
-    return EngineProcess(model, arguments, recipe.rollout.vllm_python, devices, log=log, scratch=scratch)
+    if on_gpu:
+        torch.cuda.empty_cache()  # an engine measures what is free while it starts
+    python = recipe.rollout.vllm_python
+    return EngineProcess(model, arguments, python, devices, log=log, scratch=scratch, private=private)
 
 
 def longest_sequence(recipe: Recipe) -> int:
@@ -132,7 +171,7 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
         arguments.append("--enforce-eager")  # compiling for a CPU takes longer than a small run
     elif rollout.vllm_weight_transfer in ("auto", "ipc"):
         arguments.append('--weight-transfer-config={"backend": "ipc"}')
-    if rollout.vllm_enable_sleep_mode:
+    if engine_sleeps(recipe, on_gpu=on_gpu):
         arguments.append("--enable-sleep-mode")
     return [*arguments, *rollout.vllm_args]
 
@@ -161,9 +200,3 @@ def _environment(devices: list[int], packages: Path) -> dict[str, str]:
         variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     return variables
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

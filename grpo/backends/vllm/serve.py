@@ -14,7 +14,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-SUPPORTED = ("0.32", "0.33")  # from the first, up to but not including the second
+SUPPORTED = ("0.32", "0.34")  # from the first, up to but not including the second
 RANGE = f">={SUPPORTED[0]},<{SUPPORTED[1]}"
 
 # vLLM's arguments in any case, and why.
@@ -30,6 +30,7 @@ GPU_ARGUMENTS = {"--weight-transfer-config": '{"backend": "nccl"}'}  # a colocat
 VARIABLES = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause, hand over weights and reset the prefix cache
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",  # seconds; vLLM's 5 are few for a trainer that is busy between two requests
 }
 
 
@@ -48,6 +49,14 @@ def installed_version() -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def for_cpus() -> bool:
+    """Whether the installed vLLM is a CPU build, which has a distribution or a version of its own."""
+    try:
+        return "cpu" in metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return True
 
 
 def command(model: str, arguments: list[str]) -> list[str]:

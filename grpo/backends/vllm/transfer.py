@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import pickle
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import torch
 from accelerate.utils import gather_object
 
-from grpo.backends.vllm.api import Server, ServerGone, WeightSource, cast, nccl_sending_end
+from grpo.backends.vllm.api import Server, ServerGone, WeightSource, cast, nccl_sending_end, why_no_nccl
 from grpo.backends.vllm.pool import Pool
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, UserError
 from grpo.model.policy import Policy
+
+log = logging.getLogger("grpo")
 
 CHUNK_BYTES = 1 << 30  # cast and shared at once over CUDA IPC
 
@@ -82,23 +89,26 @@ class IpcSender:
 
     def __init__(self, pool: Pool, gather: Callable[[Any], list[Any]], timeout: float):
         self.pool, self.gather, self.timeout = pool, gather, timeout
-        self.greeted: set[str] = set()
+        self.unfinished: set[str] = set()  # servers on which an update was begun and has not ended
 
     def send(self, servers: list[Server], state: State, dtype: torch.dtype) -> dict[str, str]:
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
         failed: dict[str, str] = {}
+        refused: list[Exception] = []
 
         def post(work: Callable[[Server], Any]) -> None:
-            up = [server for server in servers if server.url not in failed]
-            failed.update(self.pool.run(on_each(up, work)))
+            """Do it on the servers that have not failed. A refusal is raised only after the last exchange of handles:
+            the group's other processes take part in each."""
+            if not refused:
+                up = [server for server in servers if server.url not in failed]
+                try:
+                    failed.update(self.pool.run(on_each(up, work)))
+                except BackendFailed as refusal:
+                    refused.append(refusal)
 
-        post(lambda server: server.init_transfer({"packed": False}, self.timeout))
-        post(lambda server: server.start_update(self.timeout))
+        post(self._begin)
         for chunk in _chunks(state, dtype):
             tensors = [tensor.contiguous() for _, tensor in chunk]
-            mine = [{uuid: reduce_tensor(tensor)[1]} for tensor in tensors]
+            mine = [handle_of(tensor) for tensor in tensors]
             handles = [
                 {k: v for part in parts for k, v in part.items()} for parts in zip(*self.gather(mine), strict=True)
             ]
@@ -110,53 +120,145 @@ class IpcSender:
             }
             post(partial(_update, info=info, timeout=self.timeout))
             self.gather(None)  # wait: another process's worker may still read this chunk
-        post(lambda server: server.finish_update(self.timeout))
-        torch.cuda.ipc_collect()
+        post(self._end)
+        if torch.cuda.is_available():
+            torch.cuda.ipc_collect()
+        if refused:
+            raise refused[0]
         return failed
+
+    async def _begin(self, server: Server) -> None:
+        if server.url in self.unfinished:
+            await server.abandon_update(self.timeout)
+        self.unfinished.add(server.url)
+        await server.init_transfer({"packed": False}, self.timeout)
+        await server.start_update(self.timeout)
+
+    async def _end(self, server: Server) -> None:
+        await server.finish_update(self.timeout)
+        self.unfinished.discard(server.url)
+
+
+def handle_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """What another process opens this tensor's GPU memory with, by the GPU's name."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    return {str(torch.cuda.get_device_properties(tensor.device).uuid): reduce_tensor(tensor)[1]}
 
 
 class NcclSender:
-    """Broadcasts from the first process's GPU to each server's. vLLM's sending end must be installed here too."""
+    """Broadcasts from the first process's GPU to those of all servers at once, in a group of its own with each.
 
-    def __init__(self, pool: Pool, address: str, first_port: int, timeout: float):
-        self.pool, self.address, self.first_port, self.timeout = pool, address, first_port, timeout
+    vLLM's sending end must be installed here too (``api.why_no_nccl``). It holds two buffers of a gigabyte a server.
+    """
+
+    def __init__(self, pool: Pool, host: str | None, first_port: int, timeout: float, device: torch.device):
+        self.pool, self.host, self.first_port, self.timeout = pool, host, first_port, timeout
+        self.device = device
         self.ends: dict[str, Any] = {}
+        self.unfinished: set[str] = set()  # servers whose last transfer broke off
 
     def send(self, servers: list[Server], state: State, dtype: torch.dtype) -> dict[str, str]:
-        failed = {}
-        for server in servers:
-            place = self.pool.servers.index(server)
+        done: dict[str, Any] = {}  # the sending ends of servers that hold the weights
+        why = {server.url: f"no end within {self.timeout:g} s" for server in servers}
+        raised: list[Exception] = []
+
+        def give(server: Server) -> None:
             try:
-                if server.url not in self.ends:
-                    settings = self.pool.run(server.settings())
-                    workers = settings["parallel_config"]["tensor_parallel_size"]
-                    port = self.first_port + place
-                    self.ends[server.url] = nccl_sending_end(server.url, self.address, port, workers, self.timeout)
-                end = self.ends[server.url]
-                end.source = WeightSource(state, dtype)
-                end.send_weights()
+                with on_device(self.device):  # a thread begins on the first one
+                    done[server.url] = self._give(server, state, dtype)
             except (ServerGone, OSError, RuntimeError) as error:  # requests' errors are OSErrors, NCCL's RuntimeErrors
-                self.ends.pop(server.url, None)
-                failed[server.url] = f"NCCL weight transfer: {error}"
+                why[server.url] = str(error)
+            except Exception as error:
+                raised.append(error)
+
+        # A thread each, for which the process does not wait at its end: a server that hangs within NCCL holds its own.
+        threads = [threading.Thread(target=give, args=(server,), daemon=True) for server in servers]
+        deadline = time.monotonic() + self.timeout
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        if raised:
+            raise raised[0]
+        failed = {url: f"NCCL weight transfer: {why[url]}" for url in why if url not in done}
+        self.unfinished = (self.unfinished | set(failed)) - set(done)
+        self.ends = {url: end for url, end in (self.ends | done).items() if url not in failed}
         return failed
+
+    def _give(self, server: Server, state: State, dtype: torch.dtype) -> Any:
+        """The sending end of a server, after it has sent."""
+        if server.url in self.unfinished:
+            self.pool.run(server.abandon_update(self.timeout))
+        end = self.ends.get(server.url)
+        if end is None:
+            settings = self.pool.run(server.settings())
+            workers = settings["parallel_config"]["tensor_parallel_size"]
+            port = self.first_port + self.pool.servers.index(server)
+            end = nccl_sending_end(server.url, self.host or address_towards(server.url), port, workers, self.timeout)
+        end.source = WeightSource(state, dtype)
+        end.send_weights()
+        return end
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """What this thread does on GPUs without naming one is done on this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def address_towards(url: str) -> str:
+    """This machine's address on the interface that leads to a server.
+
+    Not that of this machine's name, which many a machine's own table says is 127.0.1.1. Raises OSError where no
+    interface leads there.
+    """
+    there = urlsplit(url)
+    family, kind, protocol, _, address = socket.getaddrinfo(there.hostname, there.port or 80, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing
+        return probe.getsockname()[0]
 
 
 async def _update(server: Server, info: dict[str, Any], timeout: float) -> None:
     await server.update(info, timeout)
 
 
-def make_sender(recipe: Recipe, policy: Policy, pool: Pool, folder: Path) -> Sender:
-    """The sender that ``rollout.vllm_weight_transfer`` names."""
+def choose_way(recipe: Recipe, *, on_gpu: bool) -> str:
+    """``path``, ``ipc`` or ``nccl``, as ``rollout.vllm_weight_transfer`` says or as fits. The first process chooses.
+
+    Raises:
+        UserError: the recipe's way is not open here.
+    """
+    rollout = recipe.rollout
+    way, server = rollout.vllm_weight_transfer, rollout.vllm_mode == "server"
+    if not on_gpu and way in ("ipc", "nccl"):
+        raise UserError(f"rollout.vllm_weight_transfer: {way} needs GPUs; path works without")
+    if way == "auto" and not server:
+        return "ipc" if on_gpu else "path"
+    if not on_gpu or way not in ("auto", "nccl"):
+        return "path" if way == "auto" else way
+    if (why := why_no_nccl()) is None:
+        return "nccl"
+    if way == "nccl":
+        raise UserError(
+            f"rollout.vllm_weight_transfer: nccl needs the servers' vLLM beside the trainer too: {why}. Install it "
+            "here, or set it to path, with rollout.vllm_sync_dir a folder that trainer and servers see"
+        )
+    log.info(
+        "rollout.vllm_weight_transfer: auto is path here, files in %s: %s, and nccl needs it",
+        rollout.vllm_sync_dir or "/dev/shm (servers on other machines need rollout.vllm_sync_dir)",
+        why,
+    )
+    return "path"
+
+
+def make_sender(way: str, recipe: Recipe, policy: Policy, pool: Pool, folder: Path) -> Sender:
+    """The sender of a way of ``choose_way``."""
     rollout, timeout = recipe.rollout, recipe.rollout.vllm_sync_timeout
-    way = rollout.vllm_weight_transfer
-    if way == "auto":
-        way = "path" if policy.device.type != "cuda" else "ipc" if rollout.vllm_mode == "colocate" else "nccl"
     if way == "path":
         return PathSender(pool, folder, timeout)
-    if policy.device.type != "cuda":
-        raise UserError(f"rollout.vllm_weight_transfer: {way} needs GPUs; path works without")
     if way == "nccl":
-        return NcclSender(pool, socket.gethostbyname(socket.gethostname()), rollout.vllm_group_port, timeout)
+        return NcclSender(pool, rollout.vllm_group_host, rollout.vllm_group_port, timeout, policy.device)
     size, rank = rollout.vllm_tensor_parallel_size, policy.accelerator.process_index
     first = rank - rank % size
     return IpcSender(pool, lambda value: gather_object([value])[first : first + size], timeout)

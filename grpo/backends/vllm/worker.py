@@ -36,15 +36,26 @@ if not torch.accelerator.is_available():
 
 class WorkerExtension:
     model_runner: Any  # the worker's
+    model_config: Any
     reload_weights: Any
 
     def grpo_load(self, folder: str) -> None:
         """Replace all weights by those in ``folder``'s safetensors files, under the names of the checkpoint."""
-        self.reload_weights(weights_iterator=_tensors(Path(folder)))
+        try:
+            self.reload_weights(weights_iterator=_tensors(Path(folder)))
+        except BaseException:
+            self._forget_what_came()
+            raise
         for layer in self.model_runner.get_model().modules():
             # vLLM 0.32 reloads the embedding and forgets the copy that a tied output head computes with on a CPU.
             if hasattr(layer, "cpu_linear") and layer.weight.numel() > 0:
                 layer.quant_method.process_weights_after_loading(layer)
+
+    def _forget_what_came(self) -> None:
+        """After a load that broke off. vLLM keeps what had come of a layer, and would mix it with the next load's."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
 
     def grpo_fingerprint(self) -> dict[str, Any]:
         """Sum and sum of squares, in float64, of every weight that the model computes with, by vLLM's names.

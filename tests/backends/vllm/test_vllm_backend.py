@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,67 @@ def test_weights_are_labelled_and_old_keys_and_values_dropped_before_anything_is
     ]
     assert set(order[6:]) == {GENERATE}
     assert engine.label == "3"
+
+
+def test_an_engine_sleeps_once_a_step_and_wakes_in_the_order_in_which_memory_is_needed(
+    connect: Callable[..., VLLMBackend], engine: FakeEngine, policy: Policy
+) -> None:
+    """Weights, the transfer and its comparison, then keys and values. Rounds of a step find it awake."""
+    asked: list[str] = []
+    answer = engine.on_workers
+
+    def on_workers(body: dict[str, Any]) -> Any:
+        asked.append(body["method"])
+        return answer(body)
+
+    engine.routes["/collective_rpc"] = on_workers
+    backend = connect(engine)
+    backend.sleeps = True
+    backend.sync(policy, 0)
+    engine.routes |= {
+        path: lambda body, path=path: asked.append(path) or {}  # type: ignore[func-returns-value, misc]
+        for path in ("/sleep", "/wake_up", "/pause", "/resume")
+    }
+    for version in (1, 2):
+        for _ in range(3):
+            backend.generate(requests(policy), Sampling(4), version - 1)
+        asked.clear()
+        backend.rest()
+        assert asked == ["/sleep"]
+        asked.clear()
+        backend.sync(policy, version)
+        assert asked == ["/wake_up", "/pause", "grpo_load", "grpo_fingerprint", "/wake_up", "/resume"]
+    queries = [query for path, query in engine.queries if path in ("/sleep", "/wake_up")]
+    assert queries == ["level=2&mode=wait", "tags=weights", "tags=kv_cache"] * 2
+
+
+@pytest.mark.parametrize(("way", "level"), [("merged", 2), ("adapter", 1)])
+def test_frozen_weights_that_come_once_are_kept_through_the_sleep(
+    connect: Callable[..., VLLMBackend], tiny_model: Path, engine: FakeEngine, way: str, level: int
+) -> None:
+    backend = connect(engine, policy=adapted(tiny_model), lora=LORA, vllm_lora_sync=way)
+    backend.sync(backend.policy, 0)
+    backend.sleeps = True
+    backend.rest()
+    assert engine.queries[-1] == ("/sleep", f"level={level}&mode=wait")
+
+
+def test_an_engine_that_starts_gets_longer_than_a_server_that_is_lost(
+    connect: Callable[..., VLLMBackend], engine: FakeEngine, policy: Policy, tmp_path: Path
+) -> None:
+    backend = connect(engine, seconds=0.1)
+    engine.die()
+    starting = SimpleNamespace(
+        starting=True, started=time.monotonic(), exit_code=lambda: None, log=tmp_path / "log", last_lines=lambda: "  …"
+    )
+    backend.keeper.engine = starting  # type: ignore[assignment]
+    backend.keeper.rollout = backend.rollout.model_copy(update={"vllm_start_timeout": 0.4})
+    began = time.monotonic()
+    with pytest.raises(BackendFailed, match=r"did not answer within rollout\.vllm_start_timeout \(0\.4 s\).*\n  …"):
+        in_time(lambda: backend.sync(policy, 0))
+    assert time.monotonic() - began > 0.3
+    backend.keeper.engine = None
+    engine.start()
 
 
 def test_an_engine_that_keeps_its_weights_is_caught(

@@ -213,6 +213,43 @@ def test_no_more_than_so_many_requests_are_open_on_a_server(servers, connect, mo
     assert (a.most_open, b.most_open) == (3, 3)
 
 
+def test_a_connection_serves_one_request_after_the_other(servers, connect, monkeypatch) -> None:
+    a, _ = servers
+    monkeypatch.setattr(pool, "MAX_IN_FLIGHT", 3)
+    assert tokens(all_of(connect(a).submit(payloads(30)))) == list(range(30))
+    assert len(a.connections) <= 3
+
+
+def test_a_connection_that_waited_too_long_is_not_used_again(servers, connect, monkeypatch) -> None:
+    """The server may be closing it just then."""
+    a, _ = servers
+    monkeypatch.setattr(pool, "IDLE", 0.02)
+    one = connect(a)
+    for _ in range(3):
+        all_of(one.submit(payloads(1)))
+        time.sleep(0.05)
+    assert len(a.connections) == 3
+
+
+def test_a_server_started_again_is_not_asked_over_its_old_connections(servers, connect) -> None:
+    a, _ = servers
+    one = connect(a)
+    all_of(one.submit(payloads(4)))
+    a.die(), a.start()
+    assert tokens(all_of(one.submit(payloads(4)))) == [0, 1, 2, 3]
+
+
+def test_a_server_is_reached_over_a_unix_socket(connect, tmp_path) -> None:
+    server = FakeServer(at=tmp_path / "s")
+    one = connect(server)
+    assert tokens(all_of(one.submit(payloads(5)))) == list(range(5))
+    server.die()
+    with pytest.raises(ServerGone, match=r"^GET /health: .*[Cc]onnect"):
+        ask(one, "check_health")
+    assert one.servers[0].url == f"unix:{tmp_path}/s"
+    server.close()
+
+
 def test_requests_that_wait_for_a_dead_server_are_not_sent_to_it(servers, connect, monkeypatch) -> None:
     a, b = servers
     monkeypatch.setattr(pool, "MAX_IN_FLIGHT", 2)
@@ -331,7 +368,7 @@ def test_a_deadline_names_route_and_seconds(servers, connect) -> None:
     a, _ = servers
     a.routes["/sleep"] = lambda body: time.sleep(0.4) or {}
     with pytest.raises(ServerGone, match=r"^no answer to POST /sleep within 0\.1 s$"):
-        ask(connect(a), "sleep", 0.1)
+        ask(connect(a), "sleep", 2, 0.1)
 
 
 def test_a_server_that_nobody_started_may_come_up(servers, connect) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import torch
 
 from grpo.backends.vllm import process, serve
 from grpo.backends.vllm.process import EngineProcess, engine_arguments, make_engine
+from grpo.backends.vllm.scratch import make_scratch
 from grpo.errors import UserError
 from tests.conftest import make_policy, make_recipe
 from tests.launching import ROOT
@@ -76,7 +79,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
     ("version", "fits"),
     [
         ("0.32.0", True), ("0.32", True), ("0.32.9", True), ("0.32.1+cpu", True), ("0.32.1.dev3+g0a1b", True),
-        ("0.31.9", False), ("0.33.0", False), ("0.33.0rc1", False), ("0.4.0", False), ("1.0", False), ("1.32.0", False),
+        ("0.33.0", True),
+        ("0.31.9", False), ("0.34.0", False), ("0.34.0rc1", False), ("0.4.0", False), ("1.0", False), ("1.32.0", False),
         ("0", False), ("", False), ("unknown", False),
     ],
 )  # fmt: skip
@@ -130,13 +134,14 @@ def test_the_transfer_between_gpus_is_opened_unless_another_was_asked_for(monkey
     ],
 )
 def test_variables_open_no_more_than_is_used(arguments: list[str], more: dict[str, str]) -> None:
-    assert serve.environment(arguments) == {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"} | more
+    always = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60"}
+    assert serve.environment(arguments) == always | more
 
 
 def test_without_vllm_it_says_what_to_install() -> None:
     done = serve_alone("some/model")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"vLLM is not installed for {sys.executable}: pip install 'vllm>=0.32,<0.33', or")
+    assert done.stderr.startswith(f"vLLM is not installed for {sys.executable}: pip install 'vllm>=0.32,<0.34', or")
     assert "rollout.vllm_python" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -145,7 +150,7 @@ def test_without_vllm_it_says_what_to_install() -> None:
 def test_with_another_version_it_says_which_are_supported(tmp_path: Path, distribution: str) -> None:
     done = serve_alone("some/model", path=stand_in(tmp_path, "0.31.2", distribution))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"vLLM 0.31.2 is installed for {sys.executable}; grpo supports vllm>=0.32,<0.33\n"
+    assert done.stderr == f"vLLM 0.31.2 is installed for {sys.executable}; grpo supports vllm>=0.32,<0.34\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--port=8000"], ["--port", "8000", "some/model"]])
@@ -193,9 +198,10 @@ def test_an_engine_on_cpus_compiles_nothing() -> None:
 
 def test_an_engine_on_gpus_takes_weights_from_their_memory_unless_a_file_is_wanted() -> None:
     ipc = '--weight-transfer-config={"backend": "ipc"}'
-    assert arguments(on_gpu=True) == [*COMMON, ipc]
-    assert arguments(on_gpu=True, vllm_weight_transfer="ipc") == [*COMMON, ipc]
-    assert arguments(on_gpu=True, vllm_weight_transfer="path") == COMMON
+    awake = {"on_gpu": True, "vllm_enable_sleep_mode": False}
+    assert arguments(**awake) == [*COMMON, ipc]
+    assert arguments(**awake, vllm_weight_transfer="ipc") == [*COMMON, ipc]
+    assert arguments(**awake, vllm_weight_transfer="path") == COMMON
 
 
 @pytest.mark.parametrize(("r", "largest"), [(1, 8), (8, 8), (9, 16), (129, 256), (257, 320), (512, 512), (513, 513)])
@@ -205,11 +211,25 @@ def test_adapters_are_given_the_next_rank_that_vllm_has(r: int, largest: int) ->
     assert arguments(lora={"r": r}) == [*COMMON, "--enforce-eager"], "merged weights need no adapters"
 
 
-def test_an_engine_that_sleeps_is_told_so() -> None:
-    assert arguments(on_gpu=True, vllm_weight_transfer="path", vllm_enable_sleep_mode=True) == [
-        *COMMON,
-        "--enable-sleep-mode",
-    ]
+@pytest.mark.parametrize(
+    ("rollout", "sleeps"),
+    [
+        ({}, True),
+        ({"vllm_enable_sleep_mode": True}, True),
+        ({"vllm_enable_sleep_mode": False}, False),
+        ({"overlap": True}, False),
+    ],
+)
+def test_an_engine_on_gpus_sleeps_unless_it_samples_during_updates(rollout: dict[str, Any], sleeps: bool) -> None:
+    found = arguments(on_gpu=True, vllm_weight_transfer="path", **rollout)
+    assert found == ([*COMMON, "--enable-sleep-mode"] if sleeps else COMMON)
+    if rollout.get("vllm_enable_sleep_mode") is not True:
+        assert arguments(**rollout) == [*COMMON, "--enforce-eager"], "vLLM cannot on CPUs"
+
+
+def test_an_engine_cannot_sleep_and_sample() -> None:
+    with pytest.raises(UserError, match=r"cannot sleep during updates with rollout\.overlap, which samples then"):
+        arguments(on_gpu=True, vllm_enable_sleep_mode=True, overlap=True)
 
 
 def test_the_recipes_arguments_come_last() -> None:
@@ -275,16 +295,21 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     """Engines, not yet started, whose vLLM is the stand-in."""
     monkeypatch.setenv("PYTHONPATH", str(stand_in(tmp_path / "stand_in")))
     made: list[EngineProcess] = []
+    folder = make_scratch(None)
+    private = Path(folder.name)
 
     def make(model: str = "stays", python: str | None = None) -> EngineProcess:
         scratch = tmp_path / f"scratch{len(made)}"
         scratch.mkdir()
-        made.append(EngineProcess(Path(model), ["--x"], python, [], log=tmp_path / "log", scratch=scratch))
+        made.append(
+            EngineProcess(Path(model), ["--x"], python, [], log=tmp_path / "log", scratch=scratch, private=private)
+        )
         return made[-1]
 
     yield make
     for one in made:
         one.stop()
+    folder.cleanup()
 
 
 def ready(engine: EngineProcess) -> int:
@@ -309,8 +334,9 @@ def test_an_engine_starts_once_and_stops(engine: Callable[..., EngineProcess]) -
     assert one.process is not None
     assert one.process.pid == pid, "it runs already"
     came = json.loads(one.log.read_text().splitlines()[0])
-    assert came["arguments"][-2:] == [f"--port={one.port}", "--x"]
-    assert one.url == f"http://127.0.0.1:{one.port}"
+    assert came["arguments"][-2:] == [f"--uds={one.socket}", "--x"]
+    assert one.url == f"unix:{one.socket}"
+    assert stat.S_IMODE(one.socket.parent.stat().st_mode) == 0o700, "nobody else reaches the engine"
     assert "grpo" in os.listdir(came["variables"]["PYTHONPATH"].split(os.pathsep)[0])
     one.stop()
     assert not alive(pid)
@@ -349,6 +375,20 @@ def test_an_engine_that_ended_says_how_and_starts_again(engine: Callable[..., En
     one.start()
     wait_for(lambda: one.exit_code() is not None)
     assert one.log.read_text().count('"arguments"') == 2, "the log goes on"
+
+
+def test_what_a_killed_server_left_is_no_hindrance_to_the_next(engine: Callable[..., EngineProcess]) -> None:
+    one = engine()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(one.socket))
+    one.start()
+    assert not one.socket.exists()
+
+
+def test_a_socket_whose_path_is_too_long_is_an_error_that_says_what_to_set(tmp_path: Path) -> None:
+    private = tmp_path / ("x" * 100)
+    with pytest.raises(UserError, match=r"engine\.sock is too long for a socket's path \(107 bytes\): set TMPDIR to"):
+        EngineProcess(Path("m"), [], None, [], log=tmp_path / "log", scratch=tmp_path, private=private)
 
 
 def test_a_python_that_cannot_be_started_is_named(engine: Callable[..., EngineProcess], tmp_path: Path) -> None:
@@ -397,8 +437,10 @@ def test_the_first_process_of_a_group_makes_its_engine(
     policy = make_policy(tiny_model)
     rollout = {"backend": "vllm", "vllm_tensor_parallel_size": 2}
     recipe = make_recipe(tiny_model, rollout=rollout, training={"output_dir": str(tmp_path)})
-    assert make_engine(recipe, rank_of(policy, 3, 4, "cuda:3"), tmp_path) is None
-    made = make_engine(recipe, rank_of(policy, 2, 4, "cuda:2"), tmp_path)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    private = Path("/dev/shm/grpo-vllm-x")
+    assert make_engine(recipe, rank_of(policy, 3, 4, "cuda:3"), tmp_path, private) is None
+    made = make_engine(recipe, rank_of(policy, 2, 4, "cuda:2"), tmp_path, private)
     assert made is not None
     assert made.environment["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert made.log == tmp_path / "vllm_rank2.log"
@@ -412,10 +454,10 @@ def test_the_first_process_of_a_group_makes_its_engine(
 def test_groups_must_divide_the_processes(tiny_model: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tiny_model, rollout={"backend": "vllm", "vllm_tensor_parallel_size": 2})
     with pytest.raises(UserError, match=r"rollout\.vllm_tensor_parallel_size \(2\) does not divide the 3 processes"):
-        make_engine(recipe, rank_of(make_policy(tiny_model), 0, 3, "cuda:0"), tmp_path)
+        make_engine(recipe, rank_of(make_policy(tiny_model), 0, 3, "cuda:0"), tmp_path, tmp_path)
 
 
 def test_sleeping_needs_a_gpu(tiny_model: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tiny_model, rollout={"backend": "vllm", "vllm_enable_sleep_mode": True})
     with pytest.raises(UserError, match=r"rollout\.vllm_enable_sleep_mode needs a GPU"):
-        make_engine(recipe, rank_of(make_policy(tiny_model), 0, 1, "cpu"), tmp_path)
+        make_engine(recipe, rank_of(make_policy(tiny_model), 0, 1, "cpu"), tmp_path, tmp_path)

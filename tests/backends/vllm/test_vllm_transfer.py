@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
+import pickle
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +21,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from grpo.backends.vllm import scratch, transfer
-from grpo.backends.vllm.api import ServerGone, cast
+from grpo.backends.vllm import scratch, serve, transfer
+from grpo.backends.vllm.api import Server, ServerGone, WeightSource, cast, why_no_nccl
 from grpo.backends.vllm.scratch import make_scratch
-from grpo.backends.vllm.transfer import IpcSender, NcclSender, PathSender, make_sender, on_each
+from grpo.backends.vllm.transfer import (
+    IpcSender,
+    NcclSender,
+    PathSender,
+    address_towards,
+    choose_way,
+    make_sender,
+    on_each,
+)
 from grpo.errors import BackendFailed, RunError, UserError
 from tests.conftest import make_policy, make_recipe
 from tests.launching import ROOT
@@ -196,7 +207,8 @@ def test_a_refusal_counts_more_than_a_server_that_is_gone() -> None:
 def choose(device: str, **rollout: Any) -> Any:
     policy = SimpleNamespace(device=torch.device(device), accelerator=SimpleNamespace(process_index=3, num_processes=4))
     recipe = make_recipe(Path("tiny"), rollout={"backend": "vllm"} | rollout)
-    return make_sender(recipe, policy, FakePool(), Path("/scratch"))  # type: ignore[arg-type]
+    way = choose_way(recipe, on_gpu=device == "cuda")
+    return make_sender(way, recipe, policy, FakePool(), Path("/scratch"))  # type: ignore[arg-type]
 
 
 SERVER = {"vllm_mode": "server", "vllm_server_base_url": "http://a:1"}
@@ -217,16 +229,237 @@ SERVER = {"vllm_mode": "server", "vllm_server_base_url": "http://a:1"}
     ],
 )
 def test_the_way_is_that_of_the_recipe_or_fits_device_and_mode(
-    device: str, rollout: dict[str, Any], kind: type
+    device: str, rollout: dict[str, Any], kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(transfer, "why_no_nccl", lambda: None)
     sender = choose(device, vllm_sync_timeout=7.0, **rollout)
     assert type(sender) is kind
     assert sender.timeout == 7.0
 
 
-def test_senders_know_where_to_send() -> None:
+def test_senders_know_where_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "why_no_nccl", lambda: None)
     assert choose("cpu").folder == Path("/scratch")
-    assert choose("cuda", **SERVER, vllm_group_port=6000).first_port == 6000
+    sender = choose("cuda", **SERVER, vllm_group_port=6000, vllm_group_host="10.0.0.1")
+    assert (sender.first_port, sender.host) == (6000, "10.0.0.1")
+
+
+def test_without_a_vllm_beside_the_trainer_files_are_sent_and_nccl_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """As it is here: the trainer's environment has no vLLM."""
+    with caplog.at_level("INFO", "grpo"):
+        assert type(choose("cuda", **SERVER)) is PathSender
+    assert [record.getMessage() for record in caplog.records] == [
+        "rollout.vllm_weight_transfer: auto is path here, files in /dev/shm (servers on other machines need "
+        "rollout.vllm_sync_dir): vLLM is not installed beside the trainer, and nccl needs it"
+    ]
+    with pytest.raises(
+        UserError, match=r"^rollout\.vllm_weight_transfer: nccl needs the servers' vLLM beside the .*path"
+    ):
+        choose("cuda", **SERVER, vllm_weight_transfer="nccl")
+
+
+def test_a_vllm_that_cannot_send_over_nccl_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "installed_version", lambda: "0.31.0")
+    assert why_no_nccl() == "vLLM 0.31.0 is installed beside the trainer, and grpo supports vllm>=0.32,<0.34"
+    monkeypatch.setattr(serve, "installed_version", lambda: "0.33.0")
+    assert why_no_nccl() == "the vLLM beside the trainer (0.33.0) is its CPU build"
+    monkeypatch.setattr(serve, "for_cpus", lambda: False)
+    assert why_no_nccl() == "vLLM 0.33.0 cannot be imported beside the trainer (No module named 'vllm')"
+
+
+def test_the_address_is_that_of_the_interface_that_leads_to_the_server() -> None:
+    assert address_towards("http://127.0.0.1:8000") == "127.0.0.1"
+    assert address_towards("https://localhost") in ("127.0.0.1", "::1")
+    with pytest.raises(OSError, match=r"[Nn]ame|[Aa]ddress"):
+        address_towards("http://no-such-host.invalid:1")
+
+
+# --- between GPUs, imitated ---
+
+
+class RecordingServer:
+    """In place of a vLLM server that is given weights over CUDA IPC or NCCL: what it is asked, in order, and vLLM's
+    own rule that an update cannot start while another is active (gpu_worker.py of 0.32)."""
+
+    def __init__(self, url: str = "http://127.0.0.1:1"):
+        self.url, self.asked, self.active = url, [], False
+        self.fails: dict[str, Exception] = {}
+        self.updates: list[dict[str, Any]] = []
+
+    def _ask(self, what: str) -> None:
+        self.asked.append(what)
+        if what in self.fails:
+            raise self.fails.pop(what)
+
+    async def settings(self) -> dict[str, Any]:
+        return {"parallel_config": {"tensor_parallel_size": 2}}
+
+    async def init_transfer(self, init_info: dict[str, Any], timeout: float) -> None:
+        self._ask("init")
+
+    async def start_update(self, timeout: float) -> None:
+        self._ask("start")
+        if self.active:
+            raise ServerGone("start_weight_update called while a weight update is already active")
+        self.active = True
+
+    async def update(self, update_info: dict[str, Any], timeout: float) -> None:
+        self._ask("update")
+        self.updates.append(update_info)
+
+    async def finish_update(self, timeout: float) -> None:
+        self._ask("finish")
+        if not self.active:
+            raise ServerGone("finish_weight_update called without a matching start_weight_update")
+        self.active = False
+
+    abandon_update = Server.abandon_update
+
+
+@pytest.fixture
+def ipc(monkeypatch: pytest.MonkeyPatch) -> IpcSender:
+    """Of the only process of its group, in chunks of a tensor; a handle is the tensor's sum."""
+    monkeypatch.setattr(transfer, "handle_of", lambda tensor: {"GPU-0": float(tensor.sum())})
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1)
+    return IpcSender(FakePool(), lambda value: [value], 5.0)  # type: ignore[arg-type]
+
+
+def test_handles_are_sent_chunk_by_chunk_between_start_and_finish(ipc: IpcSender) -> None:
+    server: Any = RecordingServer()
+    assert ipc.send([server], {"a": torch.ones(2, 3), "b": torch.ones(4)}, BF16) == {}
+    assert server.asked == ["init", "start", "update", "update", "finish"]
+    handles = [pickle.loads(base64.b64decode(info.pop("ipc_handles_pickled"))) for info in server.updates]
+    assert handles == [[{"GPU-0": 6.0}], [{"GPU-0": 4.0}]]
+    assert server.updates[0] == {"names": ["a"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]]}
+
+
+@pytest.mark.parametrize("what", ["start", "update", "finish"])
+def test_after_a_transfer_that_broke_off_the_next_one_ends_it_first(ipc: IpcSender, what: str) -> None:
+    broken: Any = RecordingServer()
+    fine: Any = RecordingServer("http://127.0.0.1:2")
+    broken.fails[what] = ServerGone("it broke off")
+    assert ipc.send([broken, fine], state(), F32) == {broken.url: "it broke off"}
+    assert fine.asked == ["init", "start", "update", "update", "finish"]
+    broken.asked.clear(), fine.asked.clear()
+    assert ipc.send([broken, fine], state(), F32) == {}
+    assert broken.asked == ["start", "finish", "init", "start", "update", "update", "finish"]
+    assert fine.asked == ["init", "start", "update", "update", "finish"]
+
+
+def test_a_refusal_is_raised_after_the_last_exchange_of_handles(
+    monkeypatch: pytest.MonkeyPatch, ipc: IpcSender
+) -> None:
+    """Another process of the group would wait for the exchanges that are left."""
+    exchanged: list[Any] = []
+    ipc.gather = lambda value: exchanged.append(value) or [value]  # type: ignore[func-returns-value]
+    server: Any = RecordingServer()
+    server.fails["init"] = BackendFailed("refused")
+    with pytest.raises(BackendFailed, match="refused"):
+        ipc.send([server], state(), F32)
+    assert len(exchanged) == 4
+    assert server.asked == ["init"]
+
+
+class RecordedEnd:
+    """NOT vLLM's sending end: like it, it starts, sends and finishes an update on its server, and blocks meanwhile."""
+
+    def __init__(self, server: RecordingServer, sends: Callable[[], None]):
+        self.server, self.sends, self.source = server, sends, None
+
+    def send_weights(self) -> None:
+        asyncio.run(self.server.start_update(5.0))
+        self.sends()
+        assert self.source is not None
+        self.server.updates.append(dict(iter(self.source)))
+        asyncio.run(self.server.finish_update(5.0))
+
+
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[NcclSender, list[Any], list[Any]]]:
+    """A sender for two servers, those, and the arguments with which sending ends were made."""
+
+    def make(sends: Callable[[RecordingServer], None]) -> tuple[NcclSender, list[Any], list[Any]]:
+        servers: list[Any] = [RecordingServer(f"http://127.0.0.1:{n}") for n in (1, 2)]
+        by_url = {server.url: server for server in servers}
+        made: list[Any] = []
+
+        def end(*arguments: Any) -> RecordedEnd:
+            made.append(arguments)
+            return RecordedEnd(by_url[arguments[0]], lambda: sends(by_url[arguments[0]]))
+
+        monkeypatch.setattr(transfer, "nccl_sending_end", end)
+        pool = FakePool()
+        pool.servers = servers  # type: ignore[attr-defined]
+        return NcclSender(pool, None, 6000, 2.0, torch.device("cpu")), servers, made  # type: ignore[arg-type]
+
+    return make
+
+
+def test_servers_are_sent_to_at_once_each_by_an_end_of_its_own(nccl: Any) -> None:
+    together = threading.Barrier(2, timeout=5)
+    sender, servers, made = nccl(lambda server: together.wait())
+    sent = state()
+    assert sender.send(servers, sent, F32) == {}
+    assert all(torch.equal(server.updates[0]["a.weight"], sent["a.weight"]) for server in servers)
+    assert sorted(made) == [
+        ("http://127.0.0.1:1", "127.0.0.1", 6000, 2, 2.0),
+        ("http://127.0.0.1:2", "127.0.0.1", 6001, 2, 2.0),
+    ]
+    assert sender.send(servers, sent, F32) == {}
+    assert len(made) == 2, "an end is used again"
+    assert sender.send([], sent, F32) == {}
+
+
+def test_a_server_that_breaks_off_gets_a_new_end_after_the_old_update_was_ended(nccl: Any) -> None:
+    broken: list[Any] = []
+
+    def sends(server: RecordingServer) -> None:
+        if broken == [server]:
+            raise RuntimeError("NCCL error: remote process exited")
+
+    sender, servers, made = nccl(sends)
+    assert sender.send(servers, state(), F32) == {}
+    broken.append(servers[1])
+    why = "NCCL weight transfer: NCCL error: remote process exited"
+    assert sender.send(servers, state(), F32) == {servers[1].url: why}
+    assert servers[1].active
+    broken.clear()
+    servers[1].asked.clear()
+    assert sender.send(servers, state(), F32) == {}
+    assert servers[1].asked == ["start", "finish", "start", "finish"]
+    assert [arguments[0] for arguments in made].count(servers[1].url) == 2
+    assert [arguments[0] for arguments in made].count(servers[0].url) == 1
+
+
+def test_a_server_that_hangs_holds_up_nobody_for_longer_than_its_seconds(nccl: Any) -> None:
+    let_go = threading.Event()
+    sender, servers, _ = nccl(lambda server: let_go.wait(10) if server is servers[0] else None)
+    sender.timeout = 0.3
+    assert sender.send(servers, state(), F32) == {servers[0].url: "NCCL weight transfer: no end within 0.3 s"}
+    let_go.set()
+
+
+def test_a_bug_is_no_lost_server(nccl: Any) -> None:
+    def sends(server: RecordingServer) -> None:
+        raise KeyError("a bug")
+
+    sender, servers, _ = nccl(sends)
+    with pytest.raises(KeyError):
+        sender.send(servers, state(), F32)
+
+
+def test_a_state_is_declared_and_iterated_over_as_both_versions_of_vllm_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.32 calls ``metadata()`` and iterates, 0.33 reads ``metadata`` and calls ``iter_full()``."""
+    module = ModuleType("vllm.distributed.weight_transfer.base")
+    module.ParamMeta = lambda *fields: fields  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = WeightSource(state(), BF16)
+    assert source.metadata() == source.metadata == [("a.weight", BF16, (5, 7)), ("b.weight", BF16, (3,))]
+    assert source.implements_iter_full()
+    for rows in (iter(source), source.iter_full()):
+        assert [(name, tensor.dtype) for name, tensor in rows] == [("a.weight", BF16), ("b.weight", BF16)]
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_settings_that_fit_have_no_problem() -> None:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"version": "0.33.0"}, "it is vLLM 0.33.0; grpo supports vllm>=0.32,<0.33"),
+        ({"version": "0.34.0"}, "it is vLLM 0.34.0; grpo supports vllm>=0.32,<0.34"),
         ({"model_config__logprobs_mode": "raw_logprobs"},
          "its --logprobs-mode is raw_logprobs; training needs processed_logprobs (temperature included)"),
         ({"model_config__dtype": "torch.float16"},
