@@ -23,6 +23,11 @@ LAUNCHES: dict[str, dict[str, str]] = {
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     },
 }
+LAUNCHES["hsdp"] = LAUNCHES["fsdp2"] | {  # of four processes
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
 
 
 def run_forked(kind: str, processes: int, work: Callable[..., None], *arguments: Any) -> list[int]:

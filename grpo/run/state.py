@@ -126,7 +126,8 @@ def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress
     is another run's."""
     if path is None:
         return Progress()
-    checkpoint = load_checkpoint(path, lazily=policy.sharded)
+    # Else each process of a machine would hold all of it in the host's memory, to keep a part, or a copy on its device.
+    checkpoint = load_checkpoint(path, lazily=policy.sharded or policy.device.type != "cpu")
     check_same_run(checkpoint.manifest, identity(recipe, policy))
     if checkpoint.shards is None:
         _restore_whole(checkpoint, policy)

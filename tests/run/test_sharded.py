@@ -32,7 +32,7 @@ def test_every_part_ends_well_but_for_the_killed_one(ended: dict[str, list[int]]
     """What each part checks is in the script."""
     assert {part for part, statuses in ended.items() if any(statuses)} == {"killed"}
     assert ended["killed"] == [1, -9]
-    assert len(ended) == 26
+    assert len(ended) == 29
 
 
 def test_a_resumed_run_of_two_shards_is_the_whole_run_to_the_bit(ended: dict[str, list[int]], root: Path) -> None:
