@@ -23,6 +23,8 @@ RENAMED = {
     "tokenizer_name_or_path": "model.tokenizer",
     "enable_gradient_checkpointing": "model.gradient_checkpointing",
     "flash_attn": "model.attn_implementation: flash_attention_2",
+    "load_in_4bit": "model.load_in_4bit: with `model.lora`",
+    "quantization": "model.load_in_4bit: true, with `model.lora`",
     "lora_r": "model.lora.r",
     "lora_rank": "model.lora.r",
     "lora_target_modules": "model.lora.target_modules",
@@ -132,6 +134,8 @@ RENAMED = {
     "warmup_style": "optimizer.lr_scheduler_type",
     "min_lr_ratio": "optimizer.lr_min_ratio",
     "lr_scheduler_kwargs": "optimizer.lr_min_ratio",
+    "adam_offload": "optimizer.offload",
+    "optimizer_offload": "optimizer.offload",
     "adam_betas": "optimizer.adam_beta1: and `optimizer.adam_beta2`",
     # training
     "per_device_train_batch_size": "training.prompts_per_step: prompts over all processes; memory is set by "
@@ -179,8 +183,9 @@ NOT_HERE = {
     "bf16": "set model.dtype: bfloat16",
     "fp16": "float16 is not supported; set model.dtype: bfloat16 or float32",
     "use_peft": "give model.lora a section, such as {r: 16}",
-    "load_in_4bit": "quantized training is not supported; model.lora saves memory",
-    "load_in_8bit": "quantized training is not supported; model.lora saves memory",
+    "load_in_8bit": "8-bit weights are not supported; model.load_in_4bit with model.lora takes less",
+    "bnb_4bit_quant_type": "leave it out: model.load_in_4bit is NF4",
+    "use_bnb_nested_quant": "leave it out: with model.load_in_4bit scales are always quantized too",
     "use_vllm": "set rollout.backend: vllm, auto (vllm where it can be had) or hf",
     "vllm_device": "leave it out: an engine is on the devices of training (vllm_mode: colocate), or on those that "
     "CUDA_VISIBLE_DEVICES gave its server",

@@ -82,9 +82,26 @@ class Recipe(Section):
                 "which never moves"
             )
             problems.append(Problem(("algorithm.sync_ref_model", "model.lora"), text))
+        problems += self._optimizer_problems()
         problems += self._prompts_problems()
         refuse(problems)
         return self
+
+    def _optimizer_problems(self) -> list[Problem]:
+        """What bitsandbytes' paged optimizer cannot be combined with."""
+        given = {
+            "optimizer.offload": self.optimizer.offload,
+            "model.weights": self.model.weights == "bfloat16",
+        }
+        return [
+            Problem(
+                ("optimizer.optim", key),
+                f"optimizer.optim: paged_adamw_8bit cannot be used with {key}; adamw_8bit can, and with "
+                "optimizer.offload: true it holds its state in the host's memory too",
+            )
+            for key, is_given in given.items()
+            if is_given and self.optimizer.optim == "paged_adamw_8bit"
+        ]
 
     def with_backend(self, backend: Literal["hf", "vllm"]) -> Recipe:
         """The recipe with what ``rollout.backend: auto`` turned out to be, checked again.
@@ -124,6 +141,11 @@ class Recipe(Section):
             )
             problems.append(Problem(("algorithm.pass_at_k", "rollout.num_generations"), text))
         return problems
+
+    def sends_adapters(self) -> bool:
+        """Do LoRA adapters go to vLLM apart from the weights that they are added to? Over 4-bit weights always: merging
+        would round them."""
+        return self.model.lora is not None and (self.model.load_in_4bit or self.rollout.vllm_lora_sync == "adapter")
 
     def reward_names(self) -> list[str]:
         """The rewards' names in metrics and in `evaluation.reward`: a built-in's own, else the function's after the

@@ -40,7 +40,14 @@ class ModelConfig(Section):
     name: NonEmpty
     """Hub id, a folder that `from_pretrained` loads, another run's `final/`, or a GGUF file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; `auto`: bfloat16 where the device has instructions for it, or float32. Weights train in float32."""
+    """Compute type; `auto`: bfloat16 where the device has instructions for it, or float32."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Type that trained weights and their gradients are held in. `bfloat16` halves both and needs the compute type
+    bfloat16. The optimizer keeps the 16 bits that are missing to float32, so no update is rounded away. With
+    `model.lora` the adapters are float32 and the rest is in the compute type."""
+    load_in_4bit: bool = False
+    """QLoRA (needs `model.lora` and bitsandbytes): the frozen weights of linear layers, but for the output head, in 4
+    bits (NF4, scales quantized too)."""
     attn_implementation: str | None = None
     """Attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); null lets transformers choose."""
     kernels: Literal["auto", "none"] | list[Literal["liger", "float32_head"]] = "auto"
@@ -57,6 +64,24 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run model code that comes with the weights."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        problems = []
+        if self.load_in_4bit and self.lora is None:
+            text = "load_in_4bit holds weights that can't be trained, so it needs lora: {r: 16}, or another section"
+            problems.append(Problem(("load_in_4bit", "lora"), text))
+        if self.load_in_4bit and self.name.endswith(".gguf"):
+            text = "load_in_4bit can't read a GGUF file: make it a folder first (python -m grpo.model.gguf FILE FOLDER)"
+            problems.append(Problem(("load_in_4bit", "name"), text))
+        if self.weights == "bfloat16" and self.lora is not None:
+            text = "weights: bfloat16 is for training all weights; with lora the frozen ones are in the compute type"
+            problems.append(Problem(("weights", "lora"), text))
+        if self.weights == "bfloat16" and self.dtype == "float32":
+            text = "weights: bfloat16 needs dtype: bfloat16 (or auto, on a device with instructions for it)"
+            problems.append(Problem(("weights", "dtype"), text))
+        refuse(problems)
+        return self
 
 
 class DataConfig(Section):
@@ -201,7 +226,10 @@ class RolloutConfig(VllmOptions):
 class OptimizerConfig(Section):
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
     """AdamW with its moments in float32 (8 bytes a weight), in 8 bits (2 bytes; bitsandbytes), or in 8 bits and paged
-    out to the host's memory where the GPU's runs short."""
+    out to the host's memory where the GPU's runs short (bitsandbytes; not with FSDP2 or `model.weights: bfloat16`)."""
+    offload: bool = False
+    """Hold AdamW's state in the host's memory; each step moves it to the device and back, a piece at a time. The
+    numbers are those of a state that stays on the device."""
     learning_rate: Positive = 1e-6
     """Peak learning rate of AdamW."""
     weight_decay: NonNegative = 0.0

@@ -49,7 +49,8 @@ class VllmOptions(Section):
     vllm_dtype: Literal["float32", "bfloat16"] | None = None
     """Type that the engine computes in; null takes `model.dtype`."""
     vllm_lora_sync: Literal["merged", "adapter"] = "merged"
-    """With `model.lora`: hand over merged weights, or the adapters alone (a server must run with --enable-lora)."""
+    """With `model.lora`: hand over merged weights, or the adapters alone (a server must run with --enable-lora). With
+    `model.load_in_4bit` it is always the adapters alone."""
     vllm_probe_tolerance: Positive | None = None
     """Mean difference in nats that log-probabilities of engine and trainer may have over the probe of each sync; above
     it the run stops. null is 0.001 in float32 and 0.15 in bfloat16."""

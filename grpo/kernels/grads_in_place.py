@@ -161,6 +161,9 @@ class _Embedding(torch.autograd.Function):
             grad_NH = grad_NH.masked_fill((ids_N == ctx.padding_idx)[:, None], 0.0)
         if ctx.weight.grad is None:
             ctx.weight.grad = torch.zeros_like(ctx.weight)
+        if ctx.weight.dtype != torch.float32:  # a frequent token's many small parts would be rounded away one by one
+            ids_N, grad_NH = _summed_by_token(ids_N, grad_NH)
+            grad_NH = grad_NH.to(ctx.weight.dtype)
         if grad_NH.device.type == "cpu":
             ctx.weight.grad.index_add_(0, ids_N, grad_NH)
         else:  # a GPU's index_add_ adds in another order each time; this sorts rows by their token first
@@ -180,3 +183,13 @@ def _add_product(weight_OI: torch.Tensor, grad_NO: torch.Tensor, x_NI: torch.Ten
         weight_OI.grad = torch.zeros_like(weight_OI)
     for total_oI, grad_No in zip(weight_OI.grad.split(BLOCK), grad_NO.split(BLOCK, dim=1), strict=True):
         total_oI += grad_No.T @ x_NI
+
+
+def _summed_by_token(ids_N: torch.Tensor, rows_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token once, with the sum of its rows in float32. There are still N entries, so that no host waits for their
+    number: the last ones are rows of zeros, for token 0."""
+    sorted_N, order_N = ids_N.sort(stable=True)
+    place_N = torch.cat([torch.zeros_like(ids_N[:1]), (sorted_N[1:] != sorted_N[:-1]).long()]).cumsum(0)
+    sums_NH = torch.zeros(rows_NH.shape, device=rows_NH.device)
+    sums_NH.index_put_((place_N,), rows_NH.float()[order_N], accumulate=True)
+    return torch.zeros_like(ids_N).scatter_(0, place_N, sorted_N), sums_NH

@@ -3,3 +3,9 @@
 Others take ``policy.Policy``, ``loading``, ``optimizer``, ``logprob_lm``, ``truncation``, ``processes``,
 ``placing``, ``moments``, ``first_process``, ``devices`` and ``device_memory``.
 """
+
+import logging
+
+# peft imports bitsandbytes, which on a CPU warns that it has not found a kernel for inference: it is never used here
+# (quantized.py says why).
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

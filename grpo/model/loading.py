@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.gguf import load_gguf
+from grpo.model.quantized import quantization_config, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,3 +94,13 @@ def load_weights(model: ModelConfig, dtype: torch.dtype | None) -> PreTrainedMod
         if file := keywords.pop("gguf_file", None):
             return load_gguf(Path(source) / file, dtype or torch.float32, **keywords)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **keywords)
+
+
+def load_quantized(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal LM with linear layers in 4 bits and the rest in ``dtype``, on ``device``, where it is quantized."""
+    source, keywords = _source(model.name, model)
+    keywords |= attention_keyword(model) | {"quantization_config": quantization_config(dtype)}
+    with _named("weights", model.name):
+        causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map={"": device}, **keywords)
+    settle(causal_lm)
+    return causal_lm

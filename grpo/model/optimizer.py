@@ -4,51 +4,62 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
 
 from grpo.config import OptimizerConfig
 from grpo.errors import UserError
+from grpo.model.bitsandbytes import import_bitsandbytes
+from grpo.model.compact_adamw import CompactAdamW
 
 
-def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, *, several_processes: bool = False
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, *, sharded: bool = False) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) over the trained parameters; weight decay on matrices only.
 
+    ``sharded`` says that FSDP2 or ZeRO will cut the parameters.
+
     Raises:
-        UserError: ``optim`` is for one process only, or needs bitsandbytes, which is not installed.
+        UserError: ``optim`` can't step such parameters, or needs bitsandbytes, which is not installed.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return _adamw(config.optim, several_processes)(
-        [group for group in groups if group["params"]],
+    groups = [group for group in groups if group["params"]]
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optim != "adamw_torch":
+        import_bitsandbytes(f"optimizer.optim: {config.optim}")
+    if config.optim == "paged_adamw_8bit":
+        return _paged(groups, config, betas, sharded=sharded)
+    in_bfloat16 = any(p.dtype == torch.bfloat16 for p in trained)
+    if config.optim == "adamw_torch" and not (config.offload or in_bfloat16):
+        # fused: one pass over memory, without temporary tensors
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+    return CompactAdamW(
+        groups,
         lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
+        betas=betas,
         eps=config.adam_epsilon,
+        eight_bit=config.optim == "adamw_8bit",
+        offload=config.offload,
     )
 
 
-def _adamw(name: str, several_processes: bool) -> Callable[..., torch.optim.Optimizer]:
-    if name == "adamw_torch":
-        return partial(torch.optim.AdamW, fused=True)  # one pass over memory, without temporary tensors
-    if several_processes:  # its state is not sharded, while FSDP's weights are
-        raise UserError(f"optimizer.optim: {name} is for one process; with several, shard the state with FSDP2 instead")
-    try:
-        import bitsandbytes
-    except ImportError:
+def _paged(
+    groups: list[dict], config: OptimizerConfig, betas: tuple[float, float], *, sharded: bool
+) -> torch.optim.Optimizer:
+    if sharded:  # its state can't be sharded
         raise UserError(
-            f"optimizer.optim: {name} needs bitsandbytes, which is not installed: pip install 'grpo-train[8bit]'"
-        ) from None
+            "optimizer.optim: paged_adamw_8bit can't step weights that are sharded over processes; use adamw_8bit with "
+            "optimizer.offload: true, which holds its state in the host's memory too"
+        )
     # On a CPU the paged optimizer works as the plain one, and warns of that at every tensor.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    return {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    return PagedAdamW8bit(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:

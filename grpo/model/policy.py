@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from grpo import kernels
 from grpo.config import Recipe
+from grpo.errors import UserError
 from grpo.model.devices import compute_dtype
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import base_of, deltas_of, without_adapters
 from grpo.model.moments import from_saved, load_moments, optimized
 from grpo.model.optimizer import make_optimizer
-from grpo.model.placing import assign, is_sharded, local, materialize, shard, shell, whole, with_ties
+from grpo.model.placing import assign, is_sharded, local, materialize, shard, shell, whole
 from grpo.model.processes import Collectives, average_gradients, replicas, to_rest
+from grpo.model.quantized import is_quantized, numbers, without_scales
 from grpo.model.start import start
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
@@ -40,8 +41,10 @@ class Policy:
     ``model`` is a ``LogprobLM``, ``causal_lm`` the transformers model inside it. Over several processes it is whole on
     each, or sharded by FSDP2 (``processes``), and so is ``reference``. ``packed`` says whether it computes packed rows
     (``packed_check``) or needs padded ones.
-    Trained weights are float32; if ``compute_dtype`` is bfloat16, passes run under autocast, and sharded weights are
-    gathered in bfloat16. With LoRA the frozen weights are held in the compute type and the adapters in float32.
+    Trained weights are float32, or bfloat16 where ``model.weights`` says so (``compact_adamw`` keeps the rest of each
+    number). If ``compute_dtype`` is bfloat16, passes run under autocast, and sharded weights are gathered in bfloat16.
+    With LoRA the frozen weights are held in the compute type, or linear layers' in 4 bits (``quantized``), and the
+    adapters in float32.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Policy:
         self.device = accelerator.device
         self.sharded = is_sharded(accelerator)
         self.compute_dtype = compute_dtype(recipe.model.dtype, self.device)
+        self.weights_dtype = _weights_dtype(recipe, self.compute_dtype)
         self.max_grad_norm = recipe.optimizer.max_grad_norm
         self.is_lora = recipe.model.lora is not None
         self.truncation = Truncation(recipe.rollout.top_k, recipe.rollout.top_p, recipe.rollout.min_p)
@@ -66,11 +70,10 @@ class Policy:
         self.kernels = recipe.model.kernels
         self.needs_reference = needs_reference
 
-        weights = self.compute_dtype if self.is_lora else torch.float32
+        weights = self.compute_dtype if self.is_lora else self.weights_dtype
         self.model, self.peft_model, self.packed = start(recipe, accelerator, weights, self.compute_dtype)
         self.causal_lm = self.model.causal_lm
-        several = accelerator.num_processes > 1
-        optimizer = make_optimizer(self.model, recipe.optimizer, several_processes=several)
+        optimizer = make_optimizer(self.model, recipe.optimizer, sharded=self.sharded)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
         self.replicas = replicas(accelerator)
@@ -155,8 +158,15 @@ class Policy:
 
     def clip_gradients(self) -> float:
         """Global gradient norm before clipping to ``max_grad_norm``; the same number on every process."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        limit = self.max_grad_norm or float("inf")
+        if self.weights_dtype == torch.bfloat16:  # torch's own norm would be rounded to it
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norms = [whole(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in gradients]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        else:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return float(whole(norm))
 
     def step(self, learning_rate: float) -> None:
         """One optimizer step at this learning rate; gradients are cleared."""
@@ -182,20 +192,20 @@ class Policy:
 
         One tensor at a time is gathered from the processes. Whoever wants little memory must not keep them.
         """
-        state = self.causal_lm.state_dict(keep_vars=True)
+        state = self._state()
         base, deltas = state, {}
         if self.peft_model is not None:
             base, deltas = base_of(self.causal_lm, state), deltas_of(self.causal_lm, state, whole)
         names_of = Counter(id(tensor) for tensor in base.values())
         tied: dict[int, torch.Tensor] = {}
         for name, tensor in base.items():
-            to = dtype if tensor.is_floating_point() else None
+            to = dtype if tensor.is_floating_point() or is_quantized(tensor) else None
             if name in deltas:  # computed in float32
-                weight = whole(tensor.detach())
+                weight = whole(numbers(tensor))
                 gathered = (weight.float() + deltas[name]().float()).to(to or weight.dtype)
             else:
                 gathered = tied.get(id(tensor))
-                gathered = whole(tensor.detach(), to) if gathered is None else gathered
+                gathered = whole(numbers(tensor), to) if gathered is None else gathered
                 if names_of[id(tensor)] > 1:
                     tied[id(tensor)] = gathered
             yield name, gathered
@@ -215,15 +225,13 @@ class Policy:
     @torch.no_grad()
     def base_state(self) -> dict[str, torch.Tensor]:
         """With LoRA: the frozen weights without adapters, by ``from_pretrained``'s names. Called by all processes."""
-        return base_of(
-            self.causal_lm,
-            {
-                name: tensor
-                for names, t in with_ties(self.causal_lm)
-                for tensor in [whole(t.detach())]
-                for name in names
-            },
-        )
+        state = self._state()
+        gathered = {key: whole(numbers(tensor)) for key, tensor in {id(t): t for t in state.values()}.items()}
+        return base_of(self.causal_lm, {name: gathered[id(tensor)] for name, tensor in state.items()})
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """The causal LM's own tensors by name."""
+        return without_scales(self.causal_lm.state_dict(keep_vars=True))
 
     def save_adapter(self, folder: Path, adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
         """Write ``adapter_state`` as peft does, cast to ``dtype``."""
@@ -281,3 +289,15 @@ class Policy:
             if adapter is not None:
                 self.peft_model.save_pretrained(folder / "adapter", state_dict=adapter)
         self.accelerator.wait_for_everyone()
+
+
+def _weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
+    """The type of trained weights but adapters. Raises UserError where passes do not compute in it."""
+    if recipe.model.weights == "float32":
+        return torch.float32
+    if compute != torch.bfloat16:
+        raise UserError(
+            f"model.weights: bfloat16 needs the compute type bfloat16, which model.dtype: {recipe.model.dtype} is not "
+            "on this device; set model.dtype: bfloat16, or model.weights: float32"
+        )
+    return torch.bfloat16

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 
 from grpo import kernels
 from grpo.config import Recipe
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.model.first_process import on_main
-from grpo.model.loading import attention_keyword, load_configs, load_weights
+from grpo.model.loading import attention_keyword, load_configs, load_quantized, load_weights
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import add_adapters
 from grpo.model.packed_check import in_float32, why_padded
@@ -52,6 +52,11 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
         RunError: it makes logits in a way that is not known, or processes differ in what they can compute.
     """
     device, sharded = accelerator.device, is_sharded(accelerator)
+    if recipe.model.load_in_4bit and sharded:
+        raise UserError(
+            "model.load_in_4bit: 4-bit weights are not sharded, each process holds them all: start with "
+            "accelerate launch --config_file launch/ddp.yaml"
+        )
     as_read = accelerator.num_processes == 1 and device.type == "cpu" and not sharded
     read: list[Equipped] = []
 
@@ -72,6 +77,10 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
             if why is None
             else f"padded rows, which are slower, for {type(read[0].causal_lm).__name__}: {why}",
         )
+    if recipe.model.load_in_4bit:  # how a model packs was found without quantizing it
+        read.clear()
+        mine = _quantized(recipe, device, compute_dtype)
+        return Started(LogprobLM(mine.causal_lm).train(), mine.peft_model, why is None)
     if as_read:
         return Started(LogprobLM(read[0].causal_lm).train(), read[0].peft_model, why is None)
     mine = _equip(_shell(recipe, weights), recipe, device, sharded, says=False)
@@ -86,6 +95,13 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
     materialize(logprob_lm, device)
     fill(logprob_lm, source, several=accelerator.num_processes > 1)
     return Started(logprob_lm, mine.peft_model, why is None)
+
+
+def _quantized(recipe: Recipe, device: torch.device, compute_dtype: torch.dtype) -> Equipped:
+    """The model with a base in 4 bits, which every process reads and quantizes for itself."""
+    mine = _equip(load_quantized(recipe.model, compute_dtype, device), recipe, device, sharded=False)
+    mine.causal_lm.to(device)  # the adapters
+    return mine
 
 
 def _shell(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:

@@ -13,12 +13,12 @@ import platform
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import ValidationError
+
+from grpo.config import Recipe
 from grpo.errors import UserError
-
-if TYPE_CHECKING:
-    from grpo.config import Recipe
 
 log = logging.getLogger("grpo")
 
@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "recipe.rollout.vllm_sync_",
     "recipe.rollout.vllm_weight_transfer",
     "recipe.evaluation",
+    "recipe.optimizer.offload",
     "recipe.tracking",
     "recipe.scoring.workers",
     "recipe.scoring.timeout",
@@ -86,6 +87,8 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     name are not compared.
     """
     shared = {key: manifest[key] for key in now.keys() & manifest.keys()}
+    if "recipe" in shared:
+        shared["recipe"] = _of_this_version(shared["recipe"])
     found = list(differences(shared, json.loads(json.dumps(now))))
     # A launch of several processes sets the number of threads too.
     rounds = ROUNDS_DIFFERENTLY + (("threads",) if "world_size" in [key for key, *_ in found] else ())
@@ -102,6 +105,14 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
     if lines:
         log.warning("resumed with changes that round differently (not equal to the bit): %s", "; ".join(lines.values()))
+
+
+def _of_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier version wrote, with its defaults for the keys that have come since."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:  # it has a key that is gone: compared as it is
+        return recipe
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str, str]]:

@@ -83,6 +83,7 @@ def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress)
         return
     tensors = {"model": policy.trained_state()}
     if _moves(recipe, policy):
+        assert policy.reference is not None
         tensors["reference"] = policy.reference.causal_lm.state_dict()
     states["optimizer"] = policy.optimizer_state()
     on_main(
@@ -99,6 +100,7 @@ def _tensors(recipe: Recipe, policy: Policy) -> dict[str, torch.Tensor]:
     """The weights that a checkpoint holds, by the names that they have in its shards: they themselves, not copies."""
     found = {f"model.{name}": tensor for name, tensor in policy.trained_state().items()}
     if _moves(recipe, policy):
+        assert policy.reference is not None
         named = policy.reference.causal_lm.named_parameters()
         found |= {f"reference.{name}": parameter.detach() for name, parameter in named}
     return found

@@ -387,7 +387,12 @@ WORST = {  # sections that break as many rules as fit into one section at once
         {"backend": "vllm", "vllm_group_port": 9, "vllm_weight_transfer": "nccl"},
     ],
     "evaluation": [{"temperature": 0.0, "num_generations": 2}],
+    "model": [
+        {"name": "x.gguf", "load_in_4bit": True},
+        {"name": "x", "weights": "bfloat16", "dtype": "float32", "lora": {}},
+    ],
     "": [
+        {"model": {"name": "x", "weights": "bfloat16"}, "optimizer": {"optim": "paged_adamw_8bit", "offload": True}},
         {"evaluation": {"reward": "x"}, "training": {"output_dir": "x", "prompts_per_step": 3}, "rewards": [],
          "algorithm": {"num_minibatches": 2, "sync_ref_model": True, "beta": 1.0, "pass_at_k": 64},
          "model": {"name": "x", "lora": {}}, "prompts": {"replay_groups": 1},

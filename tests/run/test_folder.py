@@ -176,13 +176,22 @@ def test_another_run_is_refused_by_the_keys_that_differ(changes, line):
 
 
 def test_what_may_change_passes_in_silence(caplog):
-    now = identity(Path("moved"), training__max_steps=9, training__eval_every=1, tracking__wandb="offline")
+    now = identity(Path("moved"), training__max_steps=9, tracking__wandb="offline", optimizer__offload=True)
     check_same_run(stored(), now)
     of_a_server = {"rollout__backend": "vllm", "rollout__vllm_mode": "server"}
     before = identity(**of_a_server, rollout__vllm_server_base_url="http://a:1")
     moved = {"rollout__vllm_server_base_url": "http://b:1", "rollout__vllm_group_host": "10.0.0.1"}
     check_same_run(before, identity(**of_a_server, **moved, rollout__vllm_server_timeout=9.0))
     assert caplog.text == ""
+
+
+def test_keys_that_came_later_have_their_defaults_in_an_earlier_run(caplog):
+    earlier = stored()
+    del earlier["recipe"]["model"]["weights"], earlier["recipe"]["optimizer"]["offload"]
+    check_same_run(earlier, identity())
+    assert caplog.text == ""
+    with pytest.raises(UserError, match=r'model\.weights: "float32" -> "bfloat16"'):
+        check_same_run(earlier, identity(model__weights="bfloat16"))
 
 
 def test_what_rounds_differently_passes_with_a_warning(caplog):

@@ -81,11 +81,12 @@ def test_a_colocated_engine_trains_smollm2_in_bfloat16(tmp_path: Path) -> None:
     check(folder, SMOLLM2, 2, 0.1)
 
 
-@pytest.mark.parametrize("way", ["merged", "adapter"])
-def test_lora_reaches_the_engine(tmp_path: Path, way: str) -> None:
-    """Adapters start at zero: a later step's log-probabilities agree only if what was learned has arrived."""
+@pytest.mark.parametrize(("way", "in_4_bits"), [("merged", False), ("adapter", False), ("merged", True)])
+def test_lora_reaches_the_engine(tmp_path: Path, way: str, in_4_bits: bool) -> None:
+    """Adapters start at zero: a later step's log-probabilities agree only if what was learned has arrived. Over 4-bit
+    weights adapters travel apart, whatever is asked for, and the engine holds what the 4 bits stand for."""
     folder = tmp_path / "run"
-    model = {"lora": {"r": 4, "lora_alpha": 8}}
+    model = {"lora": {"r": 4, "lora_alpha": 8}, "load_in_4bit": in_4_bits}
     rollout = colocated(vllm_lora_sync=way)
     done = train(recipe(folder, model=model, rollout=rollout, optimizer={"learning_rate": 0.03}))
     assert done.returncode == 0, done.stderr

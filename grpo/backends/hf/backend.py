@@ -106,7 +106,7 @@ class HFBackend:
         self.device = policy.device
         self.version = -1
         self.kept: tuple[DecodeCache, NextLogits] | None = None  # a cache that rollouts share, and what reads it
-        self.shares_weights = not policy.sharded and (policy.compute_dtype == torch.float32 or policy.is_lora)
+        self.shares_weights = not policy.sharded and (policy.compute_dtype == policy.weights_dtype or policy.is_lora)
         model = policy.causal_lm if self.shares_weights else policy.empty_copy(policy.compute_dtype)
         casts = policy.is_lora and policy.compute_dtype != torch.float32
         self.autocast_dtype = policy.compute_dtype if casts else None

@@ -54,7 +54,7 @@ class VLLMBackend:
         self.policy, self.version = policy, -1
         self.rank = policy.accelerator.process_index
         self.dtype = DTYPES[rollout.vllm_dtype or recipe.model.dtype]
-        self.adapters = policy.is_lora and rollout.vllm_lora_sync == "adapter"
+        self.adapters = recipe.sends_adapters()
         self.scratch = make_scratch(rollout.vllm_sync_dir)
         self.private = make_scratch(None)  # for sockets, which a disk that is shared may not take
         scratch = Path(self.scratch.name)

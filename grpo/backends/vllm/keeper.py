@@ -50,7 +50,7 @@ class Keeper:
         self.recipe, self.rollout, self.rank = recipe, recipe.rollout, rank
         self.pool, self.servers, self.engine, self.sender, self.scratch = pool, servers, engine, sender, scratch
         self.dtype = DTYPES[self.rollout.vllm_dtype or recipe.model.dtype]
-        self.adapters = recipe.model.lora is not None and self.rollout.vllm_lora_sync == "adapter"
+        self.adapters = recipe.sends_adapters()
         self.uploads = isinstance(sender, HttpSender) or servers_elsewhere(recipe)
         self.reached: list[Server] = []  # servers of this hand-over; the pool has them up after it
         self.has_base: set[str] = set()  # servers that hold the frozen weights (with adapters)

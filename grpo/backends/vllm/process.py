@@ -164,7 +164,7 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
     ]
     if recipe.model.trust_remote_code:
         arguments.append("--trust-remote-code")
-    if recipe.model.lora is not None and rollout.vllm_lora_sync == "adapter":
+    if recipe.model.lora is not None and recipe.sends_adapters():
         rank = next((r for r in LORA_RANKS if r >= recipe.model.lora.r), recipe.model.lora.r)
         arguments += ["--enable-lora", "--max-loras=2", f"--max-lora-rank={rank}"]
     if not on_gpu:

@@ -54,7 +54,7 @@ def settings_problems(version: str, settings: dict[str, Any], *, dtype: str, len
             f"together are {length}"
         )
     if adapters and not settings.get("lora_config"):
-        problems.append("rollout.vllm_lora_sync: adapter needs --enable-lora --max-lora-rank R")
+        problems.append("adapters travel alone (rollout.vllm_lora_sync), which needs --enable-lora --max-lora-rank R")
     extension = settings["parallel_config"]["worker_extension_cls"]
     if not extension.endswith("WorkerExtension"):
         problems.append("it lacks grpo's worker extension")

@@ -327,7 +327,8 @@ def test_settings_that_fit_have_no_problem() -> None:
          "rollout.vllm_dtype: float32"),
         ({"model_config__max_model_len": 511},
          "its --max-model-len is 511; data.max_prompt_length and the longest completion together are 512"),
-        ({"lora_config": None}, "rollout.vllm_lora_sync: adapter needs --enable-lora --max-lora-rank R"),
+        ({"lora_config": None},
+         "adapters travel alone (rollout.vllm_lora_sync), which needs --enable-lora --max-lora-rank R"),
         ({"parallel_config__worker_extension_cls": ""}, "it lacks grpo's worker extension"),
     ],
 )  # fmt: skip
