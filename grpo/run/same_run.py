@@ -12,12 +12,12 @@ import platform
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import ValidationError
+
+from grpo.config import Recipe
 from grpo.errors import UserError
-
-if TYPE_CHECKING:
-    from grpo.config import Recipe
 
 log = logging.getLogger("grpo")
 
@@ -71,6 +71,8 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     bit. Keys of the manifest that ``now`` does not name are not compared.
     """
     shared = {key: manifest[key] for key in now.keys() & manifest.keys()}
+    if "recipe" in shared:
+        shared["recipe"] = _in_todays_keys(shared["recipe"])
     found = _differences(shared, json.loads(json.dumps(now)), "")
     lines = {
         key: f"{key.removeprefix('recipe.')}: {old} -> {new}"
@@ -85,6 +87,14 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
     if lines:
         log.warning("resumed with changes that round differently (not equal to the bit): %s", "; ".join(lines.values()))
+
+
+def _in_todays_keys(recipe: Any) -> Any:
+    """A recipe that an older version of this program has written: keys of today that it lacks have their defaults."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe  # then the keys that differ are named
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]:

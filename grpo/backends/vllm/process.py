@@ -14,7 +14,7 @@ from typing import IO
 import torch
 
 import grpo
-from grpo.config import Recipe
+from grpo.config import Recipe, RolloutConfig
 from grpo.errors import UserError
 from grpo.model.policy import Policy
 
@@ -127,7 +127,7 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
         arguments.append("--trust-remote-code")
     if recipe.model.lora is not None and rollout.vllm_lora_sync == "adapter":
         rank = next((r for r in LORA_RANKS if r >= recipe.model.lora.r), recipe.model.lora.r)
-        arguments += ["--enable-lora", "--max-loras=2", f"--max-lora-rank={rank}"]
+        arguments += ["--enable-lora", f"--max-loras={adapters_held(rollout)}", f"--max-lora-rank={rank}"]
     if not on_gpu:
         arguments.append("--enforce-eager")  # compiling for a CPU takes longer than a small run
     elif rollout.vllm_weight_transfer in ("auto", "ipc"):
@@ -135,6 +135,11 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
     if rollout.vllm_enable_sleep_mode:
         arguments.append("--enable-sleep-mode")
     return [*arguments, *rollout.vllm_args]
+
+
+def adapters_held(rollout: RolloutConfig) -> int:
+    """How many adapters a server holds: the newest, and those that completions in flight may have been asked of."""
+    return max(rollout.max_staleness, 1) + 1
 
 
 def _only_grpo(scratch: Path) -> Path:
