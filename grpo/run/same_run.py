@@ -72,7 +72,7 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     shared = {key: manifest[key] for key in now.keys() & manifest.keys()}
     if "recipe" in shared:
-        shared["recipe"] = _in_todays_keys(shared["recipe"])
+        shared["recipe"] = _of_this_version(shared["recipe"])
     found = _differences(shared, json.loads(json.dumps(now)), "")
     lines = {
         key: f"{key.removeprefix('recipe.')}: {old} -> {new}"
@@ -89,12 +89,12 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         log.warning("resumed with changes that round differently (not equal to the bit): %s", "; ".join(lines.values()))
 
 
-def _in_todays_keys(recipe: Any) -> Any:
-    """A recipe that an older version of this program has written: keys of today that it lacks have their defaults."""
+def _of_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier version wrote, with its defaults for the keys that have come since."""
     try:
         return Recipe.model_validate(recipe).model_dump(mode="json")
-    except ValidationError:
-        return recipe  # then the keys that differ are named
+    except ValidationError:  # it has a key that is gone: compared as it is
+        return recipe
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]:

@@ -205,6 +205,10 @@ def test_adapters_are_given_the_next_rank_that_vllm_has(r: int, largest: int) ->
     assert arguments(lora={"r": r}) == [*COMMON, "--enforce-eager"], "merged weights need no adapters"
 
 
+def test_adapters_of_all_steps_that_may_be_in_flight_fit() -> None:
+    assert "--max-loras=5" in arguments(lora={"r": 1}, vllm_lora_sync="adapter", max_staleness=4)
+
+
 def test_an_engine_that_sleeps_is_told_so() -> None:
     assert arguments(on_gpu=True, vllm_weight_transfer="path", vllm_enable_sleep_mode=True) == [
         *COMMON,
