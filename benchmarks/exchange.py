@@ -3,8 +3,8 @@
     python -m benchmarks.exchange [--completions 8192] [--tokens 1024] [--processes 2] [--rounds 3]
 
 Starts the processes over gloo. Each makes its share of the completions and gets all of them, both ways in turn. The
-last line is JSON: for each way the CPU seconds of the first process (median over the rounds) and the bytes that it
-sends. Fails where the two ways do not give the same completions.
+last line is JSON: for each way the CPU seconds of the first process (median over the rounds), the bytes that it sends,
+and the bytes of memory that a received token takes. Fails where the two ways do not give the same completions.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ def groups(of: range, tokens: int) -> dict[int, Group]:
     return made
 
 
+def bytes_of(completion: Completion) -> int:
+    """What its token ids and log-probabilities take: an array its numbers, a list also an object for each."""
+    parts = (completion.token_ids, completion.sampler_logprobs)
+    return sum(sys.getsizeof(p) + (sum(map(sys.getsizeof, p)) if isinstance(p, list) else 0) for p in parts)
+
+
 def measure(options: argparse.Namespace) -> None:
     """What each of the processes does; the first one prints."""
     state = PartialState(cpu=True)
@@ -58,11 +64,13 @@ def measure(options: argparse.Namespace) -> None:
     ways = {"lists": lambda: gather_object(list(mine.values())), "arrays": lambda: gather_groups(mine)}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     held: dict[str, list[Any]] = {}
+    memory: dict[str, float] = {}
     for _ in range(options.rounds):
         for way, gather in ways.items():
             start = time.process_time()
             found = gather()
             seconds[way].append(time.process_time() - start)
+            memory[way] = bytes_of(found[-1].completions[-1]) / options.tokens
             held[way] = [(list(c.token_ids), list(c.sampler_logprobs)) for group in found for c in group.completions]
             del found
         if held["lists"] != held["arrays"]:
@@ -70,7 +78,14 @@ def measure(options: argparse.Namespace) -> None:
     completions = [c for group in mine.values() for c in group.completions]
     sent = {"lists": len(pickle.dumps(list(mine.values()))), "arrays": len(pickle.dumps(pack(completions)))}
     if state.is_main_process:
-        found = {way: {"cpu_seconds": statistics.median(seconds[way]), "bytes": sent[way]} for way in ways}
+        found = {
+            way: {
+                "cpu_seconds": statistics.median(seconds[way]),
+                "bytes": sent[way],
+                "memory_bytes_per_token": round(memory[way], 1),
+            }
+            for way in ways
+        }
         print(json.dumps({"completions": options.completions, "tokens": options.tokens, **found, **versions()}))
     state.destroy_process_group()
 
