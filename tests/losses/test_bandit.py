@@ -293,7 +293,7 @@ def expected_of_stale(*, old: str, mode: str, **options: float) -> torch.Tensor:
 
 
 def test_stale_completions_are_corrected_by_weights_whatever_the_clip_range() -> None:
-    """The decoupled objective (AReaL, arXiv:2505.24298, eq. 5): a clip range around the policy that is trained, and a
+    """The decoupled objective (AReaL, arXiv:2505.24298): a clip range around the policy that is trained, and a
     weight for the sampler. With a completion's weight there is no bias. With a token's there is the bias of PPO without
     a clip; PPO's clip range around the sampler adds a bias of its own, because tokens outside of it have no gradient.
     """
