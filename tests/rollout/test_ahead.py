@@ -35,7 +35,9 @@ def test_a_run_that_samples_ahead_keeps_its_bound_and_is_exact_on_resume(
     whole = run("whole", training={"output_dir": str(tmp_path / "whole"), **TRAINING}, **settings)
     rows = lines(tmp_path / "whole")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert max(row["sampling/staleness/max"] for row in rows) == 2
+    oldest = max(row["sampling/staleness/max"] for row in rows)
+    assert 0 < oldest <= 2
+    assert prompts or oldest == 2, "with a fixed number of prompts a step, the bound is used"
     for row in rows:
         assert row["sampling/staleness/mean"] <= row["sampling/staleness/max"] <= min(row["step"] - 1, 2)
         assert row.get("sampling/importance_sampling_ratio/mean", 1.0) > 0
