@@ -11,7 +11,7 @@ PARITY_VENV := .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-vllm test-nodes fuzz bench parity algorithms lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-vllm test-nodes fuzz bench parity algorithms staleness lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -100,6 +100,9 @@ parity: $(PARITY_STAMP) ## every loss beside TRL's own code, or plain loops from
 
 algorithms: setup ## the demo under every variant of the loss, two seeds each (an hour): docs/results/algorithms.md
 	$(BIN)/python -m benchmarks.algorithms
+
+staleness: setup setup-vllm ## the demo through vLLM, sampled 0, 1 and 4 steps ahead, two seeds (half an hour): docs/results/staleness.md
+	$(BIN)/python -m benchmarks.staleness
 
 lint: setup ## style, formatting, imports between the rooms, types of the public surface
 	$(BIN)/ruff check .

@@ -171,7 +171,7 @@ def by_variant(curves: list[Curve]) -> Iterator[tuple[str, list[Curve]]]:
         yield variant, [c for c in curves if c.variant == variant]
 
 
-def draw(curves: list[Curve], path: Path) -> None:
+def draw(curves: list[Curve], path: Path, seconds: str = "seconds of training") -> None:
     """Accuracy over seconds and samples: a thin line for every run, and each variant's mean over the common range."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -183,7 +183,7 @@ def draw(curves: list[Curve], path: Path) -> None:
         for ax, name, label in zip(
             figure.subplots(1, 2, sharey=True),
             ("seconds_E", "samples_E"),
-            ("seconds of training", "samples"),
+            (seconds, "samples"),
             strict=True,
         ):
             for i, (variant, of_variant) in enumerate(by_variant(curves)):
@@ -206,12 +206,6 @@ def draw(curves: list[Curve], path: Path) -> None:
 def report(curves: list[Curve], runs: list[RunRecord], options: argparse.Namespace) -> None:
     """Write the page's table and picture. Text around them, which people wrote, stays."""
     draw(curves, options.page.with_suffix(".png"))
-    environments = [run.environment for run in runs]
-    packages = environments[0]["packages"]
-    commits = sorted({(e.get("source") or {}).get("commit") or "unknown" for e in environments})
-    machines = sorted(
-        {f"{e['cpu']['model']}, {e['cpu']['cores']} cores, {e['threads']} threads a run" for e in environments}
-    )
     again = [
         "--seconds",
         f"{options.seconds:g}",
@@ -226,8 +220,7 @@ def report(curves: list[Curve], runs: list[RunRecord], options: argparse.Namespa
         f"`{RECIPE}` from the committed base, {options.minibatches} optimizer steps a rollout, at most {options.steps} "
         f"rollouts and {options.seconds:g} s of training a run. Held-out: "
         f"{runs[0].setting('data.eval_size')} tasks, one completion each at temperature 1, 95% intervals in brackets. "
-        f"{'; '.join(machines)}; torch {packages['torch']}, transformers {packages['transformers']}, Python "
-        f"{environments[0]['python']}; commit {', '.join(c[:7] for c in commits)}."
+        f"{machine_and_versions(runs)}."
     )
     part = f"""{BEGIN}
     python -m benchmarks.algorithms {shlex.join(again)}
@@ -238,14 +231,34 @@ def report(curves: list[Curve], runs: list[RunRecord], options: argparse.Namespa
 
 ![held-out accuracy over time and over samples]({options.page.with_suffix(".png").name})
 {END}"""
-    before, after = "# Policy-gradient variants on the demo's task\n\n", "\n"
-    if options.page.exists():
-        text = options.page.read_text(encoding="utf-8")
-        if BEGIN not in text or END not in text:
-            sys.exit(f"{options.page} has no lines {BEGIN} and {END}: put them where the table belongs")
-        before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
-    options.page.write_text(before + part + after, encoding="utf-8")
+    put(part, options.page, "# Policy-gradient variants on the demo's task")
     print(f"\n{table(curves)}\n\n{options.page}")
+
+
+def machine_and_versions(runs: list[RunRecord]) -> str:
+    """Hardware, versions and commit that the runs were made with."""
+    environments = [run.environment for run in runs]
+    packages = environments[0]["packages"]
+    commits = sorted({(e.get("source") or {}).get("commit") or "unknown" for e in environments})
+    machines = sorted(
+        {f"{e['cpu']['model']}, {e['cpu']['cores']} cores, {e['threads']} threads a run" for e in environments}
+    )
+    return (
+        f"{'; '.join(machines)}; torch {packages['torch']}, transformers {packages['transformers']}, Python "
+        f"{environments[0]['python']}; commit {', '.join(c[:7] for c in commits)}"
+    )
+
+
+def put(part: str, page: Path, title: str) -> None:
+    """Write ``part``, which has the markers as its first and last line, where they are in the page, or to a new one."""
+    begin, end = part.splitlines()[0], part.splitlines()[-1]
+    before, after = f"{title}\n\n", "\n"
+    if page.exists():
+        text = page.read_text(encoding="utf-8")
+        if begin not in text or end not in text:
+            sys.exit(f"{page} has no lines {begin} and {end}: put them where the table belongs")
+        before, after = text[: text.index(begin)], text[text.index(end) + len(end) :]
+    page.write_text(before + part + after, encoding="utf-8")
 
 
 def main() -> None:

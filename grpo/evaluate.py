@@ -8,13 +8,13 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate.utils import gather_object
 
 from grpo.backends.base import Backend, Request, Sampling
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.metrics import completion_metrics, rollout_rows
 from grpo.randomness import Stream, key
+from grpo.run.exchange import gather_groups
 from grpo.types import Group, Prompt
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def evaluate(
     ]
     groups = [Group(p, c) for p, c in zip(mine, backend.generate(requests, sampling, version), strict=True)]
     scorer.score(groups, version)
-    groups = sorted(gather_object(groups), key=lambda group: group.prompt.id)
+    groups = gather_groups({group.prompt.id: group for group in groups})
 
     name = evaluation.reward or next(iter(groups[0].rewards_by_function))
     # A prompt with an unscored completion says nothing about the model. If all have one, unscored counts as unsolved.

@@ -30,6 +30,19 @@ def completion_metrics(groups: list[Group]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+def staleness_metrics(groups: list[Group], step: int) -> dict[str, float]:
+    """How many steps before ``step`` the policy was made that drew a token: mean over tokens, and the largest."""
+    spans = [span for group in groups for completion in group.completions for span in completion.versions]
+    ages = np.array([step - span.version for span in spans], dtype=float)
+    tokens = np.array([span.end - span.start for span in spans])
+    if not tokens.sum():
+        return {}
+    return {
+        "sampling/staleness/mean": float(ages @ tokens / tokens.sum()),
+        "sampling/staleness/max": float(ages[tokens > 0].max()),
+    }
+
+
 def reward_metrics(groups: list[Group]) -> dict[str, float]:
     """Mean reward, spread within groups, share of groups without signal, each function's part, verdicts, and metrics
     that reward functions logged."""

@@ -244,5 +244,5 @@ def _padded_rows(micro_batch: MicroBatch, pad_token_id: int) -> torch.Tensor:
     """(B,N) tokens, padded on the right: causal attention alone keeps padding out of everything that counts."""
     input_ids_BN = torch.full((len(micro_batch), max(map(len, micro_batch))), pad_token_id)
     for i, s in enumerate(micro_batch):
-        input_ids_BN[i, : len(s)] = torch.tensor(s.prompt_ids + s.completion_ids)
+        input_ids_BN[i, : len(s)] = torch.tensor([*s.prompt_ids, *s.completion_ids])
     return input_ids_BN

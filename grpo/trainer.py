@@ -18,7 +18,7 @@ from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
 from grpo.losses import find_loss
-from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows
+from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, staleness_metrics
 from grpo.model.optimizer import learning_rate
 from grpo.prompts.order import curriculum_metrics, prompts_of_step, updated_pass_rates
 from grpo.report.write import write_report
@@ -46,8 +46,8 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
         run = start_run(recipe, accelerator, tokenizer, stop_ids, resume, needs_reference=recipe.algorithm.beta > 0)
         with closing(make_backend(recipe, run.policy)) as backend, run:
             backend.sync(run.policy, run.progress.step)
-            rollouts = Rollouts(recipe.rollout, recipe.training, task, backend, accelerator)
-            rollouts.restore(run.progress.rollout_ahead)
+            rollouts = Rollouts(recipe, task, backend, accelerator)
+            rollouts.restore(run.progress.rollout_ahead, run.progress.step)
             try:
                 for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer), ahead=rollouts.state):
                     train_step(run, rollouts, scorer)
@@ -62,8 +62,8 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
 def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
     """One rollout and the updates made from it. Moves the run's progress on by a step and logs it."""
     recipe, policy, progress, task, clock = run.recipe, run.policy, run.progress, rollouts.task, Clock()
-    extra, pass_rates = progress.extra_prompts, progress.pass_rates
-    prompts = prompts_of_step(recipe.prompts, task, progress.step, extra=extra, pass_rates=pass_rates)
+    extra, pass_rates, ahead = progress.extra_prompts, progress.pass_rates, rollouts.ahead
+    prompts = prompts_of_step(recipe.prompts, task, progress.step, extra=extra, pass_rates=pass_rates, ahead=ahead)
     drawn = draw_groups(recipe, rollouts, scorer, prompts, restored(task, progress.replay), progress.step, clock)
     groups, sampled = drawn.groups, drawn.sampled
     with clock("rollout"):
@@ -81,9 +81,11 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
 
     generated = sum(len(c.token_ids) for group in sampled for c in group.completions)
     metrics = reward_metrics(sampled) | completion_metrics(sampled) | mean_over_updates(updates)
+    if recipe.rollout.max_staleness:
+        metrics |= staleness_metrics(sampled, progress.step)
     metrics |= learn_of_prompts(run, drawn, rows=len(task.train))
     progress.step += 1
-    progress.rollout_ahead = None  # if there was one, this step has used it
+    progress.rollout_ahead = None  # what it held, this step has taken over
     progress.num_tokens += generated + sum(len(g.prompt.token_ids) * len(g.completions) for g in sampled)
     metrics |= kl_metrics | {"learning_rate": rate, "num_tokens": float(progress.num_tokens)}
     try:

@@ -12,7 +12,8 @@ describes the completion's token ``t`` itself (its logprob given its prompt and 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -70,23 +71,14 @@ class Completion:
 
     ``sampler_logprobs[i]`` is the log-probability of ``token_ids[i]`` under the distribution it was actually drawn
     from: after temperature and after top-k/top-p/min-p truncation (renormalized). ``text`` has special tokens removed.
+    Both sequences are the backend's lists, or arrays of numbers where the completion has come from another process.
     """
 
-    token_ids: list[int]
-    sampler_logprobs: list[float]
+    token_ids: Sequence[int]
+    sampler_logprobs: Sequence[float]
     status: Status
     text: str
     versions: list[VersionSpan]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The completion as plain values, which a checkpoint can hold."""
-        return {**asdict(self), "status": self.status.value}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Completion:
-        """Inverse of ``to_dict``."""
-        versions = [VersionSpan(**span) for span in values["versions"]]
-        return cls(**{**values, "status": Status(values["status"]), "versions": versions})
 
 
 @dataclass
@@ -116,11 +108,11 @@ class TrainedSequence:
     """
 
     prompt_ids: list[int]
-    completion_ids: list[int]
-    sampler_logprobs: list[float]
+    completion_ids: Sequence[int]
+    sampler_logprobs: Sequence[float]
     advantage: float
     valid: bool = True  # False: left out of loss and denominators (truncated and masked, or unscorable)
-    old_logprobs: list[float] | None = None
+    old_logprobs: Sequence[float] | None = None
     ref_logprobs: list[float] | None = None
     kept: list[float] | None = None  # 0 at tokens that a selection excludes, else 1; None without one
     log_left: list[float] | None = None  # log of what truncation leaves of the old policy's probability

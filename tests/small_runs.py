@@ -24,14 +24,23 @@ TIMES = ("time/", "step_time", "tokens_per_second")
 class CallsCounted:
     """The real hf backend. ``calls`` are what it was asked for: versions with prompt ids; the ``fails_at``-th fails."""
 
-    def __init__(self, backend: Any, fails_at: int | None, calls: list[tuple[int, list[int]]]):
-        self.backend, self.fails_at, self.calls = backend, fails_at, calls
+    def __init__(
+        self, backend: Any, fails_at: int | None, calls: list[tuple[int, list[int]]], failure: type[Exception]
+    ):
+        self.backend, self.fails_at, self.calls, self.failure = backend, fails_at, calls, failure
 
     def generate(self, requests: Any, sampling: Any, version: int, on_group: Any = None) -> Any:
         if len(self.calls) == self.fails_at:
-            raise BackendFailed("lost")
+            raise self.failure("lost")
         self.calls.append((version, [request.prompt.id for request in requests]))
         return self.backend.generate(requests, sampling, version, on_group)
+
+    def submit(self, requests: Any, sampling: Any, version: int) -> Any:
+        """Sampled at once, by the policy that is asked: so that runs ahead repeat to the bit."""
+        return self.generate(requests, sampling, version)
+
+    def collect(self, flight: Any, on_group: Any = None) -> Any:
+        return flight
 
     def sync(self, policy: Any, version: int) -> dict[str, float]:
         return self.backend.sync(policy, version)
@@ -51,9 +60,13 @@ def small_run(
     steps: int = 6,
     train_size: int = 24,
     reward: str = "length_divides_by_eight",
+    failure: type[Exception] = BackendFailed,
     **sections: Any,
 ) -> list[tuple[int, list[int]]]:
-    """Train; returns the calls of the backend. ``sections`` of the recipe are merged over those here."""
+    """Train; returns the calls of the backend. ``sections`` of the recipe are merged over those here.
+
+    With ``rollout: {backend: vllm, max_staleness: N}`` the hf backend stands for an engine that samples ahead.
+    """
     base: dict[str, Any] = {
         "data": {"args": {"question": "compact"}, "train_size": train_size, "eval_size": 0, "max_prompt_length": 32},
         "rewards": [{"path": f"{ROOT}/tests/rewards_for_tests.py:{reward}"}],
@@ -65,7 +78,12 @@ def small_run(
     for name, content in sections.items():
         base[name] = base.get(name, {}) | content
     calls: list[tuple[int, list[int]]] = []
-    patch.setattr(trainer, "make_backend", lambda r, p: CallsCounted(make_backend(r, p), fails_at, calls))
+
+    def make(recipe: Any, policy: Any) -> CallsCounted:
+        on_hf = {"rollout": recipe.rollout.model_copy(update={"backend": "hf"})}
+        return CallsCounted(make_backend(recipe.model_copy(update=on_hf), policy), fails_at, calls, failure)
+
+    patch.setattr(trainer, "make_backend", make)
     patch.setattr(trainer, "write_report", lambda folder: None)  # takes seconds
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import algorithms
+from benchmarks import algorithms, staleness
 from benchmarks.common import timed
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import shapes as gpu_shapes
@@ -167,7 +169,7 @@ def test_the_gpu_suite_runs_on_a_cpu(tmp_path):
     assert "KeyError" in found["update_nonsense"]["output"]
 
 
-def variant_run(variant: str, seed: int, accuracies: list[float], drawn: list[float] | None = None) -> algorithms.Curve:
+def a_run(accuracies: list[float], drawn: list[float] | None = None) -> RunRecord:
     """Steps of 10 and 20 seconds and 4 prompts of 2 completions, evaluated before, between and after."""
     training = [{"step": i + 1, "step_time": 10.0 * (i + 1)} for i in range(2)]
     for row, groups in zip(training, drawn or [], strict=False):
@@ -190,7 +192,11 @@ def variant_run(variant: str, seed: int, accuracies: list[float], drawn: list[fl
         "threads": 1,
         "source": {"commit": "abcdef0123"},
     }
-    return algorithms.curve(variant, seed, RunRecord(Path("r"), training, evaluation, recipe, "", environment))
+    return RunRecord(Path("r"), training, evaluation, recipe, "", environment)
+
+
+def variant_run(variant: str, seed: int, accuracies: list[float], drawn: list[float] | None = None) -> algorithms.Curve:
+    return algorithms.curve(variant, seed, a_run(accuracies, drawn))
 
 
 def test_curves_count_seconds_and_samples_until_each_evaluation():
@@ -199,6 +205,29 @@ def test_curves_count_seconds_and_samples_until_each_evaluation():
     assert plain.samples_E.tolist() == [0, 8, 16]
     dynamic = variant_run("dapo+dynamic", 0, [0.1, 0.3, 0.5], drawn=[6.0, 9.0])
     assert dynamic.samples_E.tolist() == [0, 12, 30]
+
+
+def test_staleness_is_compared_over_wall_clock_evaluations_included(tmp_path: Path):
+    """The clock starts with the first evaluation's line; a line of metrics that is not an evaluation's is a step's."""
+    run = replace(a_run([0.1, 0.2, 0.4]), folder=tmp_path)
+    for row, age in zip(run.training, (0.0, 1.5), strict=True):
+        row |= {"sampling/staleness/mean": age, "sampling/staleness/max": 2 * age, "time/rollout": 4.0}
+    lines = [run.evaluation[0], run.training[0], run.evaluation[1], run.training[1], run.evaluation[2]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / staleness.WALL).write_text(json.dumps([0.0, 7.0, 9.0, 20.0, 25.0]))
+    found = staleness.wall_curve(2, 0, run)
+    assert (found.variant, found.seconds_E.tolist(), found.samples_E.tolist()) == (
+        "max_staleness 2", [0, 9, 25], [0, 8, 16]
+    )  # fmt: skip
+    cells = [cell.strip() for cell in staleness.of_steps([found], [run]).splitlines()[-1].split("|")[1:-1]]
+    assert cells[:6] == ["`max_staleness 2`", "0", "0.75", "3", "15.0", "4.0"]
+
+
+def test_the_staleness_runs_are_recipes(tmp_path: Path):
+    options = argparse.Namespace(steps=3, eval_every=2, vllm_python="python", set=["data.eval_size=8"])
+    _, _, name, *overrides = staleness.command(4, 1, tmp_path, options)
+    recipe = load_recipe(name, overrides)
+    assert (recipe.rollout.max_staleness, recipe.training.seed, recipe.training.max_seconds) == (4, 1, None)
 
 
 def test_variants_are_compared_after_the_same_seconds_and_the_same_samples():

@@ -80,12 +80,17 @@ class Backend(Protocol):
 
 
 class OverlappingBackend(Backend, Protocol):
-    """A backend that samples while the policy trains (``rollout.overlap``)."""
+    """A backend that samples while the policy trains (``rollout.max_staleness``).
+
+    Several flights may be open at once. They are collected in the order in which they were submitted, each once.
+    ``generate`` may be called meanwhile, for an evaluation, and so may ``sync``.
+    """
 
     def submit(self, requests: list[Request], sampling: Sampling, version: int) -> Any:
-        """Ask for completions of policy ``version`` and return at once. ``collect`` takes what it returns."""
+        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes."""
         ...
 
-    def collect(self, flight: Any) -> list[list[Completion]]:
-        """Wait for the completions. Those in flight during a sync were finished by the new weights, and say so."""
+    def collect(self, flight: Any, on_group: OnGroup | None = None) -> list[list[Completion]]:
+        """Wait for the completions. Those in flight during a sync were finished by the new weights, and say so. A
+        backend of the user's own is called with the flight alone."""
         ...

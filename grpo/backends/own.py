@@ -1,7 +1,8 @@
 """A backend of the user's own (``rollout.backend: my_backend.py:MyBackend``): loaded, and checked at every call.
 
 It is a class (or a function that makes one) called with ``(policy, rollout)``: the policy, and the recipe's ``rollout``
-section. What it must be able to do is ``base.Backend``; with ``rollout.overlap`` it is ``base.OverlappingBackend``.
+section. What it must be able to do is ``base.Backend``, and with ``rollout.max_staleness`` above 0
+``base.OverlappingBackend``.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def make_own_backend(policy: Policy, rollout: RolloutConfig) -> CheckedBackend:
 
 
 def _check_methods(backend: Any, rollout: RolloutConfig, what: str, first: tuple[str, ...]) -> None:
-    needed = METHODS | (OVERLAPPING if rollout.overlap else {})
+    needed = METHODS | (OVERLAPPING if rollout.max_staleness else {})
     missing = [name for name in needed if not callable(getattr(backend, name, None))]
     if missing:
-        why = " (rollout.overlap needs submit and collect)" if set(missing) & set(OVERLAPPING) else ""
+        why = " (rollout.max_staleness needs submit and collect)" if set(missing) & set(OVERLAPPING) else ""
         raise UserError(f"{what} has no {' and no '.join(missing)}; a backend has {', '.join(needed)}{why}")
     for name, arguments in needed.items():
         user_code.must_take(getattr(backend, name), (*first, *arguments), f"{what}: {name}")
@@ -109,7 +110,7 @@ class CheckedBackend:
         with self._submitting.call():
             return requests, sampling, self.backend.submit(requests, sampling, version)
 
-    def collect(self, flight: Any) -> list[list[Completion]]:
+    def collect(self, flight: Any, on_group: OnGroup | None = None) -> list[list[Completion]]:
         requests, sampling, flying = flight
         with self._collecting.call():
             groups = self.backend.collect(flying)

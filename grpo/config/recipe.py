@@ -118,15 +118,7 @@ class Recipe(Section):
     def _prompts_problems(self) -> list[Problem]:
         """What the choice of prompts, and of advantages, cannot be combined with."""
         prompts, rollout, k = self.prompts, self.rollout, self.algorithm.pass_at_k
-        problems = [
-            Problem(
-                (f"prompts.{key}", "rollout.overlap"),
-                f"prompts.{key} cannot be used with rollout.overlap, which asks for a step's prompts before the "
-                "rewards of the step before are known; turn one of them off",
-            )
-            for key in ("dynamic_sampling", "curriculum", "replay_groups")
-            if rollout.overlap and getattr(prompts, key)
-        ]
+        problems: list[Problem] = []
         if prompts.replay_groups and (rollout.top_p < 1 or rollout.top_k or rollout.min_p):
             text = (
                 "prompts.replay_groups needs importance ratios to the distribution sampled from, which rollout.top_p, "

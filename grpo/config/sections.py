@@ -208,17 +208,26 @@ class RolloutConfig(VllmOptions):
     kv_cache_gb: Positive | None = None
     """Keys and values held at once, in GB per process (`backend: hf`); null is a quarter of the device's memory. Where
     they do not fit, fewer completions run at once, and some are computed again."""
-    overlap: bool = False
-    """With `backend: vllm` (or one of yours that can): sample the next step's completions while this step trains, one
-    step off-policy; what is in flight goes on under the new weights. `algorithm.importance_sampling_mode` corrects for
-    it."""
+    max_staleness: NonNegativeInt = 0
+    """With `backend: vllm` (or one of yours that can): sample up to this many steps ahead while training goes on. No
+    token that a step learns from is of a policy more than so many steps old. What is in flight goes on under new
+    weights; `algorithm.importance_sampling_mode` corrects for the difference. 0 samples on-policy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _was_overlap(cls, given: Any) -> Any:
+        """Recipes, run folders and checkpoints of before `max_staleness` have `overlap`, which was one step ahead."""
+        if isinstance(given, dict) and isinstance(given.get("overlap"), bool):
+            rest = {name: value for name, value in given.items() if name != "overlap"}
+            return {"max_staleness": int(given["overlap"])} | rest
+        return given
 
     @model_validator(mode="after")
     def _backend_settings(self) -> RolloutConfig:
         problems = self.vllm_problems(self.backend)
-        if self.overlap and self.backend == "hf":
-            text = "overlap needs backend: vllm (backend is hf, which samples with the trainer)"
-            problems.append(Problem(("overlap", "backend"), text))
+        if self.max_staleness and self.backend == "hf":
+            text = "max_staleness above 0 needs backend: vllm (backend is hf, which samples with the trainer)"
+            problems.append(Problem(("max_staleness", "backend"), text))
         refuse(problems)
         return self
 

@@ -22,18 +22,26 @@ if TYPE_CHECKING:
 
 
 def prompts_of_step(
-    config: PromptsConfig, task: Task, step: int, *, extra: int, pass_rates: Mapping[int, float]
+    config: PromptsConfig,
+    task: Task,
+    step: int,
+    *,
+    extra: int,
+    pass_rates: Mapping[int, float],
+    ahead: Sequence[int] = (),
 ) -> Iterator[Prompt]:
     """The prompts of a step, one after the other and without end; the step takes as many as it needs.
 
     ``extra`` is how many prompts earlier steps drew beyond ``prompts_per_step`` each. ``pass_rates`` are those of the
-    rows seen so far, by row id; the curriculum alone uses them.
+    rows seen so far, by row id; the curriculum alone uses them. ``ahead`` are rows asked for already, of which the step
+    makes use first: the prompts are those behind them, and the curriculum draws such rows last.
     """
     P = task.prompts_per_step
     if config.curriculum:
-        rows: Iterator[int] = cycle(curriculum(config, task.train.ids, pass_rates, task.seed, step))
+        order, taken = curriculum(config, task.train.ids, pass_rates, task.seed, step), set(ahead)
+        rows: Iterator[int] = cycle(sorted(order, key=lambda row: row in taken))
     else:
-        rows = (row for start in count(step * P + extra, P) for row in task.rows_at(start))
+        rows = (row for start in count(step * P + extra + len(ahead), P) for row in task.rows_at(start))
     return (task.prompt(task.train, row) for row in rows)
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-
-from accelerate.utils import gather_object
 
 from grpo.advantages import rewards_array, step_advantages
 from grpo.config import AlgorithmConfig, Recipe
 from grpo.metrics import Clock
 from grpo.packing import counts_in_loss
 from grpo.rollout.rollouts import Rollouts
+from grpo.run.exchange import gather_groups
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Prompt
 
@@ -60,7 +58,7 @@ def draw_groups(
     step: int,
     clock: Clock,
 ) -> Drawn:
-    """Sample and score groups of ``prompts``, on all processes together.
+    """Take and score groups, on all processes together; ``prompts`` are those behind what is already asked for.
 
     With dynamic sampling there are up to ``max_resample`` more rounds, until ``prompts_per_step`` groups have a signal.
     Missing groups are taken from ``replay``, the last ones first, and then from those sampled without a signal.
@@ -68,18 +66,16 @@ def draw_groups(
     P, weights_F = recipe.training.prompts_per_step, [reward.weight for reward in recipe.rewards]
     most = 1 + (recipe.prompts.max_resample if recipe.prompts.dynamic_sampling else 0)
     scoring = scorer.start(step)
-    asked: list[Prompt] = []
     sampled: list[Group] = []
     signal: list[bool] = []
     rounds = 0
     while rounds < most and sum(signal) < P:
-        new = list(islice(prompts, round_size(P, len(sampled), sum(signal))))
+        wanted = round_size(P, len(sampled), sum(signal))
         with clock("rollout"):
-            mine = rollouts.take(step, new, on_group=scoring.add, before=asked)
+            mine = rollouts.take(step, prompts, wanted, on_group=scoring.add)
         with clock("score"):  # the rest of scoring: groups are scored while others are sampled
             scoring.finish()
-            sampled += gather_object(mine)  # every process now holds all groups, in the order of prompts
-        asked += new
+            sampled += gather_groups(mine)
         rounds += 1
         signal = has_signal(sampled, weights_F, recipe.algorithm)
     return choose(sampled, signal, replay, P, rounds)

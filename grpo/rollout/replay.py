@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo.types import Completion, Group
+from grpo.run.exchange import pack, unpack
+from grpo.types import Group
 
 if TYPE_CHECKING:
     from grpo.prompts.task import Task
 
 SavedGroup = dict[str, Any]
-"""A group as plain values: ``prompt_id``, ``completions`` (of ``Completion.to_dict``), ``rewards`` and
-``rewards_by_function``."""
+"""A group in a checkpoint: ``prompt_id``, ``completions`` (packed), ``rewards`` and ``rewards_by_function``."""
 
 
 def restored(task: Task, saved: Sequence[SavedGroup]) -> list[Group]:
@@ -24,7 +24,7 @@ def restored(task: Task, saved: Sequence[SavedGroup]) -> list[Group]:
     return [
         Group(
             task.prompt(task.train, values["prompt_id"]),
-            [Completion.from_dict(completion) for completion in values["completions"]],
+            unpack(values["completions"]),
             values["rewards"],
             values["rewards_by_function"],
             replayed=True,
@@ -41,7 +41,7 @@ def remembered(saved: list[SavedGroup], *, used: int, groups: Sequence[Group], m
     new = [
         {
             "prompt_id": group.prompt.id,
-            "completions": [completion.to_dict() for completion in group.completions],
+            "completions": pack(group.completions),
             "rewards": group.rewards,
             "rewards_by_function": group.rewards_by_function,
         }

@@ -62,12 +62,13 @@ class Run:
             resume_offset=self.progress.metrics_offset if self.resumed else None,
         )
 
-    def steps(self, evaluate: Callable[[], None], ahead: Callable[[], Any] = lambda: None) -> Iterator[int]:
+    def steps(self, evaluate: Callable[[], None], ahead: Callable[[bool], Any] = lambda wait: None) -> Iterator[int]:
         """The number of each step to make, until steps or seconds are used up or the run is asked to stop.
 
         The body of the loop makes the step and moves ``progress`` on by one. Between two steps ``evaluate`` is called
-        and a checkpoint written where the recipe says so; ``ahead`` returns what is already sampled of the next step,
-        for the checkpoint. Raises Preempted, after a checkpoint, where a process was asked to stop.
+        and a checkpoint written where the recipe says so; ``ahead`` returns what is already asked for of later steps,
+        for the checkpoint: it waits for what is in flight, but not where the run was asked to stop. Raises Preempted,
+        after a checkpoint, where a process was asked to stop.
         """
         training = self.recipe.training
         if self.progress.step == 0 and self.recipe.evaluation.at_start:
@@ -80,7 +81,7 @@ class Run:
             if done or due(training.eval_every, self.progress.step):
                 evaluate()
             if done or stopping or due(training.save_every, self.progress.step):
-                self.progress.rollout_ahead = None if done else ahead()
+                self.progress.rollout_ahead = None if done else ahead(not stopping)
                 self.save()
             if stopping and not done:
                 raise Preempted(f"asked to stop: {self.saved()}")

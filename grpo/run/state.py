@@ -48,7 +48,7 @@ class Progress:
     metrics_offset: int = 0
     """Bytes of metrics.jsonl when the checkpoint was written."""
     rollout_ahead: list[dict[str, Any]] | None = None
-    """Completions of the next step, where they were sampled before the checkpoint."""
+    """What was asked for of later steps before the checkpoint: ``Rollouts.state``."""
     micro_batch_limit: int | None = None
     """Tokens found to fit in a micro-batch; None while the recipe's number alone counts."""
     entropy_control: tuple[float, float] | None = None

@@ -145,7 +145,7 @@ class StepScoring:
         return Request(
             row=self._rows[piece.group],
             completions=texts,
-            completion_ids=[completion.token_ids for completion in completions] if wants_ids else None,
+            completion_ids=[list(completion.token_ids) for completion in completions] if wants_ids else None,
             status=[completion.status.value for completion in completions],
             prefill=prompt.prefill,
         )

@@ -122,7 +122,7 @@ def select_tokens(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSeq
     if select is None:
         kept_M = top_entropy_kept(entropies_M, algorithm.top_entropy_quantile)
     else:
-        digest = zlib.crc32(repr([s.completion_ids for s in sequences]).encode())
+        digest = zlib.crc32(repr([list(s.completion_ids) for s in sequences]).encode())
         generator = torch.Generator().manual_seed(seed << 32 | digest)
         kept_M = select(StepTokens(logps_M, logps_M - old_M, entropies_M, advantages_M), algorithm, generator)
     parts = kept_M.split(lengths)

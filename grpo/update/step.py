@@ -36,6 +36,7 @@ def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_ra
     current ones, and no forward pass is spent on them. Those of a replayed group are always the sampler's.
     """
     algorithm = run.recipe.algorithm
+    check_staleness(groups, run.progress.step, run.recipe.rollout.max_staleness)
     sequences = to_sequences(groups, advantages_PG, algorithm)
     if algorithm.num_iterations * algorithm.num_minibatches > 1 or any(group.replayed for group in groups):
         needed = [s for s in sequences if s.valid] if selects_tokens(algorithm) else with_signal(sequences, algorithm)
@@ -47,6 +48,18 @@ def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_ra
         for _ in range(algorithm.num_iterations)
         for start in range(0, len(sequences), size)
     ]
+
+
+def check_staleness(groups: list[Group], step: int, most: int) -> None:
+    """Raise RunError where a token of ``groups`` is of a policy more than ``most`` versions older than the one that
+    ``step`` trains, or of a later one. Replayed groups are older by the recipe's wish."""
+    for group in groups:
+        for span in (span for completion in group.completions for span in completion.versions):
+            if not group.replayed and not step - most <= span.version <= step:
+                raise RunError(
+                    f"prompt {group.prompt.id}: tokens {span.start} to {span.end} of a completion are of policy "
+                    f"version {span.version}, and version {step} is trained; rollout.max_staleness is {most}"
+                )
 
 
 def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: float) -> dict[str, float]:

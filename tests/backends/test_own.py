@@ -69,13 +69,13 @@ def test_what_is_no_backend_is_refused_before_a_model_is_loaded(find, text, said
         find(text)
 
 
-def test_overlap_needs_its_two_methods(find):
+def test_sampling_ahead_needs_its_two_methods(find):
     with pytest.raises(
-        UserError, match=r"Mine has no submit and no collect.*\(rollout.overlap needs submit and collect\)"
+        UserError, match=r"Mine has no submit and no collect.*\(rollout.max_staleness needs submit and collect\)"
     ):
-        find(RIGHT, overlap=True)
+        find(RIGHT, max_staleness=1)
     more = "    def submit(self, requests, sampling, version): ...\n    def collect(self, flight): ...\n"
-    find(RIGHT + more, file="overlapping.py", overlap=True)
+    find(RIGHT + more, file="overlapping.py", max_staleness=1)
 
 
 def test_a_function_that_makes_one_is_looked_at_when_it_has(tmp_path, find):

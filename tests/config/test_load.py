@@ -381,7 +381,7 @@ WORST = {  # sections that break as many rules as fit into one section at once
     "data": [{"system_prompt": "x", "chat_template_kwargs": {"a": 1}}],
     "rewards": [{}, {"path": "no_colon"}],
     "rollout": [
-        {"vllm_mode": "server", "vllm_python": "x", "overlap": True},
+        {"vllm_mode": "server", "vllm_python": "x", "max_staleness": 1},
         {"backend": "vllm", "vllm_mode": "server", "vllm_python": "x", "vllm_weight_transfer": "ipc"},
         {"backend": "vllm", "vllm_mode": "server", "vllm_server_base_url": ["x", "x"]},
         {"backend": "vllm", "vllm_group_port": 9, "vllm_weight_transfer": "nccl"},
@@ -396,7 +396,7 @@ WORST = {  # sections that break as many rules as fit into one section at once
         {"evaluation": {"reward": "x"}, "training": {"output_dir": "x", "prompts_per_step": 3}, "rewards": [],
          "algorithm": {"num_minibatches": 2, "sync_ref_model": True, "beta": 1.0, "pass_at_k": 64},
          "model": {"name": "x", "lora": {}}, "prompts": {"replay_groups": 1},
-         "rollout": {"backend": "vllm", "overlap": True, "top_k": 1}},
+         "rollout": {"backend": "vllm", "top_k": 1}},
         {"rewards": [{"name": "format", "weight": 0.0}]},
     ],
 }  # fmt: skip

@@ -79,7 +79,7 @@ def problems(load):
         ("vllm_enable_sleep", "`vllm_enable_sleep` is `rollout.vllm_enable_sleep_mode` here"),
         ("vllm_num_engines",
          "`vllm_num_engines` is `rollout.vllm_server_base_url` here (a list with every server's URL)"),
-        ("async_train", "`async_train` is `rollout.overlap` here"),
+        ("async_train", "`async_train` is `rollout.max_staleness` here (steps that sampling may be ahead; 1 at least)"),
     ],
 )  # fmt: skip
 def test_names_of_other_projects(name, hint):
@@ -122,6 +122,21 @@ def test_a_name_that_nobody_knows_is_not_called_a_typing_slip(problems):
     ]
 
 
+@pytest.mark.parametrize(
+    ("lines", "staleness"),
+    [(("overlap: true",), 1), (("overlap: false",), 0), (("max_staleness: 3", "overlap: false"), 3), ((), 0)],
+)
+def test_recipes_and_run_folders_from_before_max_staleness_are_read(load, lines, staleness):
+    assert load("backend: vllm", *lines).rollout.max_staleness == staleness
+
+
+def test_what_was_no_overlap_before_is_explained(problems):
+    assert problems("backend: vllm", "overlap: 2") == [
+        "recipe.yaml:7: rollout.overlap: unknown key: `overlap` is `rollout.max_staleness` here (1 is what "
+        "`overlap: true` was, 0 what false was)"
+    ]
+
+
 # --- settings that do not fit together ---
 
 
@@ -130,9 +145,9 @@ def test_a_name_that_nobody_knows_is_not_called_a_typing_slip(problems):
     [
         ("backend: hf", "vllm_mode: colocate", "vllm_args: []"),  # defaults, as a run's resolved recipe writes them
         ("backend: vllm",),
-        ("backend: auto", "vllm_gpu_memory_utilization: 0.5", "vllm_python: x", "overlap: true"),
+        ("backend: auto", "vllm_gpu_memory_utilization: 0.5", "vllm_python: x", "max_staleness: 3"),
         ("backend: auto", *SERVER[1:], "vllm_group_host: 10.0.0.1"),
-        ("backend: my_backend.py:Mine", "overlap: true"),
+        ("backend: my_backend.py:Mine", "max_staleness: 3"),
         ("backend: my_package.backends:Mine",),
         ("backend: vllm", "vllm_enable_sleep_mode: true", "vllm_weight_transfer: ipc"),
         SERVER,
@@ -155,8 +170,8 @@ def test_what_fits_together(load, lines):
         (["backend: vlm"], ["6: rollout.backend: must be auto, hf or vllm, got 'vlm'; did you mean vllm?"]),
         (["backend: 'my_backend.py:'"], ["6: rollout.backend: must be auto, hf or vllm, got 'my_backend.py:'"]),
         (["backend: 3"], ["6: rollout.backend: must be auto, hf or vllm, got 3"]),
-        (["num_generations: 4", "overlap: true"],
-         ["7: rollout: overlap needs backend: vllm (backend is hf, which samples with the trainer)"]),
+        (["num_generations: 4", "max_staleness: 1"],
+         ["7: rollout: max_staleness above 0 needs backend: vllm (backend is hf, which samples with the trainer)"]),
         (["backend: vllm", "num_generations: 4", "vllm_mode: server"],
          ["8: rollout: vllm_mode: server needs vllm_server_base_url, such as http://127.0.0.1:8000"]),
         ([*SERVER[:2], "vllm_server_base_url: [http://a:1, 'http://a:1/']"],

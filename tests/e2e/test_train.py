@@ -75,8 +75,9 @@ def test_two_processes_draw_the_same_prompts_as_one(tiny_model: Path, tmp_path: 
     assert any(number % 2 for number in drawn), "some round was of an odd number"
     names = ("extra_prompts", "pass_rates", "replay")
     held = [torch.load(f / "checkpoints/step_000005/progress.pt", weights_only=True) for f in (alone, together)]
-    for row in [row for state in held for group in state["replay"] for row in group["completions"]]:
-        del row["sampler_logprobs"]  # equal to rounding
+    for completions in [group["completions"] for state in held for group in state["replay"]]:
+        del completions["logprobs"]  # equal to rounding
+        completions |= {name: completions[name].tolist() for name in ("token_ids", "lengths", "versions")}
     assert all(held[0][name] == held[1][name] for name in names)
     for step in range(1, 6):
         one, two = ((f / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines() for f in (alone, together))

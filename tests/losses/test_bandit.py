@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from grpo.advantages import group_advantages
-from grpo.losses import Counts, kl_estimate
+from grpo.losses import Counts, importance_weights, kl_estimate
 from tests.losses.calling import policy_loss
 
 OUTCOMES = [(0,), *((a, b) for a in (1, 2) for b in range(3))]
@@ -255,3 +255,51 @@ def test_the_value_of_k1_and_k3_is_the_kl_on_average_and_k2_s_is_not() -> None:
     assert means["k1"] == pytest.approx(kl)
     assert means["k3"] == pytest.approx(kl)
     assert means["k2"] != pytest.approx(kl, rel=0.01)
+
+
+# --- completions of an older policy ---
+
+
+STALE = 0.3  # how far the older policy is from the present one, on the way to an unrelated one
+
+
+def expected_of_stale(*, old: str, mode: str, **options: float) -> torch.Tensor:
+    """Minus the gradient of the loss expected where completions are of an older policy.
+
+    ``old`` is the policy that the clip range is centred on: the one that is trained ("proximal"), or the sampler.
+    """
+    table = parameters()
+    logps_NT, sampler_NT = logps_of(table), logps_of(table + STALE * (parameters(1) - table)).detach()
+    chances_N = (sampler_NT * MASK_NT).sum(1).exp()
+    weights = None
+    if mode != "none":
+        compared = (logps_NT.detach(), sampler_NT, MASK_NT)
+        weights = importance_weights(*compared, mode=mode, clip_min=None, clip_max=1e9)
+    total = torch.zeros((), dtype=torch.float64)
+    for n in range(len(OUTCOMES)):
+        loss, _ = policy_loss(
+            logps_NT[[n]],
+            sampler_NT[[n]] if old == "sampler" else None,
+            None,
+            torch.tensor(REWARDS[[n]]),
+            MASK_NT[[n]],
+            constant_counts(MASK_NT[[n]]),
+            weights_BT=None if weights is None else weights[[n]],
+            loss_type="dapo",
+            **options,
+        )
+        total = total + chances_N[n] * loss
+    return -gradient(total, table)
+
+
+def test_stale_completions_are_corrected_by_weights_whatever_the_clip_range() -> None:
+    """The decoupled objective (AReaL, arXiv:2505.24298): a clip range around the policy that is trained, and a
+    weight for the sampler. With a completion's weight there is no bias. With a token's there is the bias of PPO without
+    a clip; PPO's clip range around the sampler adds a bias of its own, because tokens outside of it have no gradient.
+    """
+    truth, narrow, wide = true_gradient(), {"epsilon": 0.2}, {"epsilon": 0.999999, "epsilon_high": 1e9}
+    assert error(expected_of_stale(old="proximal", mode="sequence_truncate", **narrow), truth) < 1e-12
+    by_token = expected_of_stale(old="proximal", mode="token_truncate", **narrow)
+    assert error(expected_of_stale(old="sampler", mode="none", **wide), by_token) < 1e-12
+    assert error(expected_of_stale(old="sampler", mode="none", **narrow), by_token) > 0.1
+    assert error(by_token, truth) < error(expected_of_stale(old="proximal", mode="none", **narrow), truth)

@@ -110,6 +110,14 @@ def test_a_step_of_the_curriculum_draws_every_row_once_before_any_twice() -> Non
     assert rows[10:] == rows[:10]
 
 
+def test_rows_that_are_asked_for_already_are_behind_a_step_and_come_last_in_the_curriculum() -> None:
+    assert drawn(4, 1, ahead=[4, 5, 6]) == [7, 8, 9, 0]
+    assert drawn(4, 2, extra=5, ahead=[3, 4]) == [5, 6, 7, 8]
+    rows = drawn(10, 3, config=ON)
+    assert drawn(10, 3, config=ON, ahead=rows[2:4]) == [*rows[:2], *rows[4:], *rows[2:4]]
+    assert drawn(10, 3, config=ON, ahead=range(10)) == rows, "in a small data set all may be ahead"
+
+
 # --- what is learned ---
 
 

@@ -216,13 +216,6 @@ def test_without_what_a_checkpoint_holds_of_prompts_a_resumed_run_would_differ(
 # --- what does not go together ---
 
 
-@pytest.mark.parametrize("key", ["dynamic_sampling", "curriculum", "replay_groups"])
-def test_overlap_is_refused_by_name(key: str) -> None:
-    value = 8 if key == "replay_groups" else True
-    with pytest.raises(ValueError, match=rf"prompts\.{key} cannot be used with rollout\.overlap"):
-        make_recipe(Path("tiny"), prompts={key: value}, rollout={"backend": "vllm", "overlap": True})
-
-
 def test_replay_is_refused_where_the_sampler_cuts_its_distribution() -> None:
     with pytest.raises(ValueError, match=r"prompts\.replay_groups needs importance ratios"):
         make_recipe(Path("tiny"), prompts={"replay_groups": 8}, rollout={"top_p": 0.9})

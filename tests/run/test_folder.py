@@ -194,6 +194,15 @@ def test_keys_that_came_later_have_their_defaults_in_an_earlier_run(caplog):
         check_same_run(earlier, identity(model__weights="bfloat16"))
 
 
+def test_keys_that_are_newer_than_a_checkpoint_have_their_defaults_in_it():
+    manifest = stored()
+    del manifest["recipe"]["rollout"]["max_staleness"], manifest["recipe"]["algorithm"]["pass_at_k"]
+    manifest["recipe"]["rollout"]["overlap"] = False  # a key of then
+    check_same_run(manifest, identity())
+    with pytest.raises(UserError, match=r"\n  rollout\.max_staleness: 0 -> 2\n"):
+        check_same_run(manifest, identity(rollout__backend="vllm", rollout__max_staleness=2))
+
+
 def test_what_rounds_differently_passes_with_a_warning(caplog):
     versions = stored()["versions"] | {"torch": "2.8.0"}
     check_same_run(stored(versions=versions), identity(training__micro_batch_tokens=1024))

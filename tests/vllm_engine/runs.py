@@ -33,7 +33,7 @@ def recipe(folder: Path, base: Path = TINY, **sections: dict[str, Any]) -> Path:
         "evaluation": {"at_start": False},
     }
     for name, section in sections.items():
-        content[name] = content[name] | section
+        content[name] = content.get(name, {}) | section
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(content))
     return path

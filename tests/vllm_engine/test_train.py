@@ -1,4 +1,4 @@
-"""Training runs with completions of real engines: colocated and as servers, two models, LoRA both ways, overlap."""
+"""Training with completions of real engines: colocated and as servers, two models, LoRA both ways, steps ahead."""
 
 from __future__ import annotations
 
@@ -94,30 +94,35 @@ def test_lora_reaches_the_engine(tmp_path: Path, way: str, in_4_bits: bool) -> N
     assert (folder / "final/adapter/adapter_model.safetensors").exists()
 
 
-def test_overlap_samples_one_step_ahead_and_resumes_with_what_was_in_flight(
-    tmp_path: Path, tiny_server: ServerProcess
+@pytest.mark.parametrize(("staleness", "dynamic"), [(1, False), (3, True)])
+def test_steps_ahead_are_sampled_within_the_bound_and_resumed_with_what_was_in_flight(
+    tmp_path: Path, tiny_server: ServerProcess, staleness: int, dynamic: bool
 ) -> None:
     folder, again = tmp_path / "run", tmp_path / "again"
-    rollout = on(tiny_server, overlap=True, max_completion_length=64)
-    training = {"max_steps": 6, "save_every": 3, "save_total_limit": 4}
-    done = train(recipe(folder, rollout=rollout, training=training))
+    sections = {
+        "rollout": on(tiny_server, max_staleness=staleness, max_completion_length=64),
+        "prompts": {"dynamic_sampling": dynamic, "curriculum": dynamic},
+        "training": {"max_steps": 7, "save_every": 4, "save_total_limit": 4},
+    }
+    done = train(recipe(folder, **sections))
     assert done.returncode == 0, done.stderr
-    for step in range(2, 7):
-        versions = {v for row in rollouts(folder, step) for _, _, v in row["versions"]}
-        assert versions <= {step - 2, step - 1}, "of the policy before the last update, or crossing it"
-        assert step - 2 in versions
-    assert all(row["sampling/importance_sampling_ratio/mean"] > 0 for row in metrics(folder))
-    assert {row["step"] for row in metrics(folder)} == set(range(1, 7))
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    for row in rows:
+        versions = {v for r in rollouts(folder, row["step"]) for _, _, v in r["versions"]}
+        assert versions <= set(range(row["step"] - 1 - staleness, row["step"]))
+        assert row["sampling/importance_sampling_ratio/mean"] > 0
+    assert max(row["sampling/staleness/max"] for row in rows) == staleness
 
     # The same run from its checkpoint on: the next step trains on the very completions that were ahead.
     shutil.copytree(folder, again)
-    for newer in (again / "checkpoints").glob("step_000006"):
+    for newer in (again / "checkpoints").glob("step_000007"):
         shutil.rmtree(newer)
-    done = train(recipe(again, rollout=rollout, training=training), "--resume")
+    done = train(recipe(again, **sections), "--resume")
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stderr
     assert "is lost" not in done.stderr
-    for first, second in zip(rollouts(folder, 4), rollouts(again, 4), strict=True):
+    for first, second in zip(rollouts(folder, 5), rollouts(again, 5), strict=True):
         assert first == second
 
 

@@ -16,7 +16,7 @@ from grpo.backends.base import Sampling
 from grpo.backends.vllm import trust
 from grpo.backends.vllm.api import Server, ServerGone, generate_payload
 from grpo.backends.vllm.pool import Pool
-from grpo.backends.vllm.process import EngineProcess, longest_sequence
+from grpo.backends.vllm.process import EngineProcess, adapters_held, longest_sequence
 from grpo.backends.vllm.transfer import HttpSender, Sender, on_each, servers_elsewhere
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, UserError
@@ -196,13 +196,14 @@ class Keeper:
         return probes
 
     def _give_adapter(self, policy: Policy, version: int, adapter: State) -> None:
-        """Load this version's adapter. The one before stays, because completions in flight may still use it.
+        """Load this version's adapter. Those that completions in flight may still use stay: ``adapters_held`` in all.
 
         A server may hold an adapter of this name already, from before it was lost or from a run that is resumed.
         """
         if not self.reached:
             return
-        name, before, timeout = adapter_name(version), adapter_name(version - 2), self.rollout.vllm_sync_timeout
+        name, before = adapter_name(version), adapter_name(version - adapters_held(self.rollout))
+        timeout = self.rollout.vllm_sync_timeout
         shutil.rmtree(self.scratch / before, ignore_errors=True)
         folder = policy.save_adapter(self.scratch / name, adapter, self.dtype)
 

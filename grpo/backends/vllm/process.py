@@ -15,7 +15,7 @@ import torch
 
 import grpo
 from grpo.backends.vllm.api import UNIX
-from grpo.config import Recipe
+from grpo.config import Recipe, RolloutConfig
 from grpo.errors import UserError
 from grpo.model.policy import Policy
 
@@ -104,13 +104,13 @@ def engine_sleeps(recipe: Recipe, *, on_gpu: bool) -> bool:
     Raises:
         UserError: it shall, and cannot.
     """
-    asked, busy = recipe.rollout.vllm_enable_sleep_mode, recipe.rollout.overlap
+    asked, busy = recipe.rollout.vllm_enable_sleep_mode, recipe.rollout.max_staleness > 0
     if asked and not on_gpu:
         raise UserError("rollout.vllm_enable_sleep_mode needs a GPU: vLLM does not support it on CPUs")
     if asked and busy:
         raise UserError(
-            "rollout.vllm_enable_sleep_mode: an engine cannot sleep during updates with rollout.overlap, which samples "
-            "then; leave one of them out"
+            "rollout.vllm_enable_sleep_mode: an engine cannot sleep during updates with rollout.max_staleness above 0, "
+            "which samples then; leave one of them out"
         )
     return on_gpu and not busy if asked is None else asked
 
@@ -166,7 +166,7 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
         arguments.append("--trust-remote-code")
     if recipe.model.lora is not None and recipe.sends_adapters():
         rank = next((r for r in LORA_RANKS if r >= recipe.model.lora.r), recipe.model.lora.r)
-        arguments += ["--enable-lora", "--max-loras=2", f"--max-lora-rank={rank}"]
+        arguments += ["--enable-lora", f"--max-loras={adapters_held(rollout)}", f"--max-lora-rank={rank}"]
     if not on_gpu:
         arguments.append("--enforce-eager")  # compiling for a CPU takes longer than a small run
     elif rollout.vllm_weight_transfer in ("auto", "ipc"):
@@ -174,6 +174,11 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
     if engine_sleeps(recipe, on_gpu=on_gpu):
         arguments.append("--enable-sleep-mode")
     return [*arguments, *rollout.vllm_args]
+
+
+def adapters_held(rollout: RolloutConfig) -> int:
+    """How many adapters a server holds: the newest, and those that completions in flight may have been asked of."""
+    return max(rollout.max_staleness, 1) + 1
 
 
 def _only_grpo(scratch: Path) -> Path:

@@ -279,11 +279,12 @@ def adapted(tiny_model: Path) -> Policy:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("staleness", "held"), [(0, 2), (2, 3)])
 def test_each_step_has_adapters_of_its_own_and_those_that_nobody_uses_any_more_go(
-    connect: Callable[..., VLLMBackend], tiny_model: Path, engine: FakeEngine
+    connect: Callable[..., VLLMBackend], tiny_model: Path, engine: FakeEngine, staleness: int, held: int
 ) -> None:
     policy = adapted(tiny_model)
-    backend = connect(engine, policy=policy, lora=LORA, vllm_lora_sync="adapter")
+    backend = connect(engine, policy=policy, lora=LORA, vllm_lora_sync="adapter", max_staleness=staleness)
     loads = []
     for version in range(4):
         engine.asked.clear()
@@ -291,7 +292,7 @@ def test_each_step_has_adapters_of_its_own_and_those_that_nobody_uses_any_more_g
         loads.append([body["method"] for path, body in engine.asked if path == "/collective_rpc"].count("grpo_load"))
         assert versions(backend.generate(requests(policy), Sampling(4), version)) == {version}
         assert {body["model"] for path, body in engine.asked if path == GENERATE} == {f"grpo-{version}"}
-        assert list(engine.adapters) == [f"grpo-{v}" for v in (version - 1, version) if v >= 0]
+        assert list(engine.adapters) == [f"grpo-{v}" for v in range(max(version + 1 - held, 0), version + 1)]
         assert {path.name for path in backend.keeper.scratch.glob("grpo-*")} == set(engine.adapters)
     assert loads == [1, 0, 0, 0], "the frozen weights go over once"
 

@@ -217,7 +217,7 @@ def test_adapters_are_given_the_next_rank_that_vllm_has(r: int, largest: int) ->
         ({}, True),
         ({"vllm_enable_sleep_mode": True}, True),
         ({"vllm_enable_sleep_mode": False}, False),
-        ({"overlap": True}, False),
+        ({"max_staleness": 1}, False),
     ],
 )
 def test_an_engine_on_gpus_sleeps_unless_it_samples_during_updates(rollout: dict[str, Any], sleeps: bool) -> None:
@@ -228,8 +228,14 @@ def test_an_engine_on_gpus_sleeps_unless_it_samples_during_updates(rollout: dict
 
 
 def test_an_engine_cannot_sleep_and_sample() -> None:
-    with pytest.raises(UserError, match=r"cannot sleep during updates with rollout\.overlap, which samples then"):
-        arguments(on_gpu=True, vllm_enable_sleep_mode=True, overlap=True)
+    with pytest.raises(
+        UserError, match=r"cannot sleep during updates with rollout\.max_staleness above 0, which samples then"
+    ):
+        arguments(on_gpu=True, vllm_enable_sleep_mode=True, max_staleness=1)
+
+
+def test_adapters_of_all_steps_that_may_be_in_flight_fit() -> None:
+    assert "--max-loras=5" in arguments(lora={"r": 1}, vllm_lora_sync="adapter", max_staleness=4)
 
 
 def test_the_recipes_arguments_come_last() -> None:
