@@ -66,7 +66,7 @@ def small_run(
         base[name] = base.get(name, {}) | content
     calls: list[tuple[int, list[int]]] = []
     patch.setattr(trainer, "make_backend", lambda r, p: CallsCounted(make_backend(r, p), fails_at, calls))
-    patch.setattr(trainer, "write_report", lambda folder: None)  # takes seconds
+    patch.setattr(trainer, "write_report_at_end", lambda folder: None)  # takes seconds
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     try:
