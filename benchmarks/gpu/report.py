@@ -17,6 +17,7 @@ SIZED = {
     "rollout": {
         "decode_tokens_per_s": "decoding, tokens/s",
         "decode_step_ms": "ms a decoding step",
+        "masked_decode_step_ms": "ms with attention under masks",
         "plain_decode_step_ms": "ms without a graph",
         "floor_ms": "ms to read the weights once",
         "floor_with_cache_ms": "ms with keys and values",

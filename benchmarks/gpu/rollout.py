@@ -28,12 +28,12 @@ from benchmarks.gpu.machine import bandwidth, matrix_peak, synchronize
 from benchmarks.gpu.models import make_policy, model_folder
 from benchmarks.gpu.shapes import cache_bytes_per_token, counts
 from grpo.backends.base import Request, Sampling
-from grpo.backends.hf.backend import HFBackend, make_plain_step
+from grpo.backends.hf.backend import HFBackend, make_graph_step, make_plain_step
 from grpo.randomness import key
 from grpo.types import Prompt
 
 PREFILL = {"cuda": (64, 512), "cpu": (2, 16)}  # prompts, and tokens of each
-PLAIN_LENGTH = 64
+OTHERS_LENGTH = 64
 
 
 @contextmanager
@@ -122,13 +122,18 @@ def spread(backend: HFBackend, options: argparse.Namespace, wanted: dict[int, in
     return {"rollout_tokens_per_s_spread": sum(lengths) / seconds(backend, requests, lengths, wanted)}
 
 
-def plain_steps(backend: HFBackend, options: argparse.Namespace, wanted: dict[int, int]) -> dict[str, Any]:
-    """Decoding steps through transformers, a kernel at a time, to compare with the way that the backend chose."""
+def other_steps(backend: HFBackend, options: argparse.Namespace, wanted: dict[int, int]) -> dict[str, Any]:
+    """Decoding steps in the ways that the backend did not choose: through transformers, a kernel at a time; and on a
+    GPU one graph with attention under masks."""
     requests = make_requests(options.prompts, options.completions, options.prompt_length)
-    B, T = options.prompts * options.completions, min(PLAIN_LENGTH, options.length)
-    backend.make_step = make_plain_step
-    short, long = (seconds(backend, requests, [n] * B, wanted) for n in (max(1, T // 2), T))
-    return {"plain_decode_step_ms": 1e3 * (long - short) / (T - max(1, T // 2))}
+    B, T = options.prompts * options.completions, min(OTHERS_LENGTH, options.length)
+    ways = {"plain": make_plain_step} | ({"masked": make_graph_step} if backend.device.type == "cuda" else {})
+    found = {}
+    for name, make_step in ways.items():
+        backend.make_step, backend.kept = make_step, None
+        short, long = (seconds(backend, requests, [n] * B, wanted) for n in (max(1, T // 2), T))
+        found[f"{name}_decode_step_ms"] = 1e3 * (long - short) / (T - max(1, T // 2))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -160,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
             say({"peak_gb": torch.cuda.max_memory_allocated() / 1e9})
         say(spread(backend, options, wanted))
         say(decoding_few(backend, options, wanted, rate))
-        say(plain_steps(backend, options, wanted))
+        say(other_steps(backend, options, wanted))
 
 
 if __name__ == "__main__":
