@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks import algorithms
 from benchmarks.common import timed
@@ -192,7 +193,9 @@ def test_a_suite_without_time_left_says_so_of_each_part(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["rollout", "update"])
 def test_a_part_of_the_suite_measures_a_tiny_model(module, capsys):
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests' policies compute in float32
     import_module(f"benchmarks.gpu.{module}").main(["tiny", "--device=cpu", *suite.CPU_SIZES[module]])
+    AcceleratorState._reset_state(reset_partial_state=True)
     found = {}
     for line in capsys.readouterr().out.splitlines():
         found |= json.loads(line)
