@@ -249,7 +249,7 @@ def test_a_state_that_leaks_between_packed_rows_is_found_however_little(share: f
 def test_recurrent_layers_are_named_and_found_where_nobody_names_them(
     kind: str, layers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real hybrids, whose states nothing resets in a packed row. The second time the check is not told of their layers."""
+    """Real hybrids, whose states nothing resets in a packed row. Then the check is not told of their layers."""
     delta = {f"linear_{name}": 16 for name in ("key_head_dim", "value_head_dim")}
     delta |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
     kinds = [layers, "full_attention"]
