@@ -45,9 +45,12 @@ ON_CPU = {
     "training.prompts_per_step": 2,
     "training.micro_batch_tokens": 512,
     "training.save_every": 0,
-    "data.eval_size": 8,
+    "data.eval_size": 4,
     "rollout.num_generations": 2,
 }
+
+
+SHORT_ON_CPU = {"countdown_smollm2_cpu": {"rollout.max_completion_length": 24}}
 
 
 def write_rows(data: dict[str, Any], split: str, size: int | None, folder: Path) -> Path:
@@ -109,7 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = Path(options.model).resolve() if options.model else None
     with tempfile.TemporaryDirectory() as name:
         for recipe, on_gpu in RUNS[options.which]:
-            changes = dict(ON_CPU) if options.device == "cpu" else on_gpu | {"model.dtype": "bfloat16"}
+            short = ON_CPU | SHORT_ON_CPU.get(recipe, {})
+            changes = short if options.device == "cpu" else on_gpu | {"model.dtype": "bfloat16"}
             if model is not None:
                 changes["model.name"] = model
             folder = train(recipe, changes, Path(name))
