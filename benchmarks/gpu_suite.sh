@@ -13,7 +13,9 @@ out="${OUT:-docs/results/gpu}"
 python="${PYTHON:-python3}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-[[ " $* " == *" --device cpu "* || " $* " == *" --device=cpu "* ]] && export CUDA_VISIBLE_DEVICES=""
+if [[ " $* " == *" --device cpu "* || " $* " == *" --device=cpu "* ]]; then
+  export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 # where other jobs run, threads mostly wait for each other
+fi
 
 if [[ -n "${WHEELS:-}" ]] && compgen -G "$WHEELS/*.whl" >/dev/null; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" "$WHEELS"/*.whl >&2 &&

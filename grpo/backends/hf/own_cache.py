@@ -46,6 +46,7 @@ class Rows:
         width = max(map(len, prompts))
         ids_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
         self.mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        self.padded = any(len(ids) < width for ids in prompts)
         self.model, self.cache = model, DynamicCache(config=model.causal_lm.config)
         self.logits_BV = self._forward(ids_BT, (self.mask_BT.cumsum(1) - 1).clamp(min=0))
 
@@ -65,10 +66,9 @@ class Rows:
         return sum(t.nbytes for layer in self.cache.layers for t in _tensors(vars(layer)))
 
     def _forward(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
-        padded = bool(self.mask_BT.shape[1] > 1) and not bool(self.mask_BT.all())
         hidden_BTH = self.model.causal_lm.base_model(
             input_ids=ids_BT,
-            attention_mask=self.mask_BT if padded else None,
+            attention_mask=self.mask_BT if self.padded else None,
             position_ids=positions_BT,
             past_key_values=self.cache,
             use_cache=True,
