@@ -7,11 +7,13 @@ VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.setup-done
 GPU_VENV := .venv-gpu-machine
 GPU_STAMP := $(GPU_VENV)/.setup-done
+LIGER_VENV := .venv-liger
+LIGER_STAMP := $(LIGER_VENV)/.setup-done
 PARITY_VENV := .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-vllm fuzz bench gpu-suite-dry parity algorithms lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-vllm fuzz bench gpu-suite-dry parity algorithms lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,6 +53,21 @@ test: setup ## run the tests
 
 test-fast: setup ## run the tests that take under a second each: 90 seconds in all on two cores
 	$(BIN)/python -m pytest -m "not slow"
+
+test-fake-cuda: setup ## run the tests of what a GPU would refuse or wait for: shapes, types and devices, without numbers
+	GRPO_FAKE_CUDA=all $(BIN)/python -m pytest --numprocesses=0 tests/fake_cuda
+
+# Of its own: triton would make torch look for compilers of kernels in all the other tests.
+$(LIGER_STAMP): pyproject.toml constraints.txt | setup
+	$(PYTHON) -m venv $(LIGER_VENV)
+	$(LIGER_VENV)/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools torch
+	$(LIGER_VENV)/bin/python -m pip install --quiet --constraint constraints.txt triton
+	$(LIGER_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[gpu]' \
+	  pytest pytest-timeout pytest-xdist hypothesis
+	@touch $@
+
+test-liger: $(LIGER_STAMP) ## run Liger's kernels in Triton's interpreter, beside a model's own forward and backward pass
+	TRITON_INTERPRET=1 $(LIGER_VENV)/bin/python -m pytest --numprocesses=0 tests/kernels/test_liger.py
 
 # One test at a time: each starts engines, and an engine takes what cores there are.
 test-vllm: setup setup-vllm smollm2 ## run the tests of the vLLM backend against real engines
@@ -129,4 +146,4 @@ wheel-check: wheel ## install the wheel in an empty environment and run the smok
 	tests/wheel_check.sh dist/*.whl
 
 clean: ## remove what was built and the environments (runs and models stay)
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LIGER_VENV) $(GPU_VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

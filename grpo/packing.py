@@ -198,6 +198,7 @@ def collate(
         completion_ids_BT=completion_ids_BT.to(device),
         predicts_BT=predicts_BT.to(device),
         completion_mask_BT=completion_mask_BT.to(device),
+        places_M=torch.cat([torch.arange(len(s.completion_ids)) + i * T for i, s in enumerate(micro_batch)]).to(device),
         mask_BT=mask_BT.to(device),
         advantages_B=torch.tensor([s.advantage for s in micro_batch], dtype=torch.float32).to(device),
         sampler_logps_BT=per_token["sampler_logprobs"],

@@ -163,6 +163,7 @@ class Batch:
     completion_ids_BT: torch.Tensor
     predicts_BT: torch.Tensor
     completion_mask_BT: torch.Tensor  # bool: positions whose logprob is computed
+    places_M: torch.Tensor  # those positions as indices into the B x T; an index of booleans makes the host wait
     mask_BT: torch.Tensor  # float: positions that count in the loss
     advantages_B: torch.Tensor
     sampler_logps_BT: torch.Tensor

@@ -43,6 +43,10 @@ class ModelConfig(Section):
     """Compute type; `auto`: bfloat16 where the device has instructions for it, or float32. Weights train in float32."""
     attn_implementation: str | None = None
     """Attention kernel by transformers' name (`sdpa`, `eager`, `flash_attention_2`); null lets transformers choose."""
+    kernels: Literal["auto", "none"] | list[Literal["liger", "float32_head"]] = "auto"
+    """Kernels that GPUs gain from. `auto`: on a GPU, all that can be had; on a CPU none. `liger`: norms and gated MLPs
+    by Liger's (`pip install 'grpo-train[gpu]'`), compared at start with the model's own. `float32_head`: logits in
+    float32 where the model computes in bfloat16, in the update, `rollout.backend: hf` and evaluation."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, far less memory."""
     lora: LoraConfig | None = None

@@ -14,6 +14,7 @@ DDP and FSDP listen to gradients as autograd hands them over, so this is for one
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import MethodType
 from typing import NamedTuple
@@ -32,6 +33,17 @@ def missing() -> str | None:
     return next((f"Tensor.{name}" for name in HOOKS if not hasattr(weight, name)), None)
 
 
+# x, weight, bias to their product.
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def linear(layer: nn.Linear, x: torch.Tensor, product: Product) -> torch.Tensor | None:
+    """What a layer of ``install`` makes of x, but by ``product``. None where something waits for the gradient."""
+    if not torch.is_grad_enabled():
+        return _linear(x, layer.weight, layer.bias, product)
+    return None if _is_watched(layer.weight) else _Linear.apply(x, layer.weight, layer.bias, product)
+
+
 def install(module: nn.Module) -> None:
     """Make every plain linear layer and embedding in ``module`` add its gradient itself. Any other stays as it is."""
     for layer in module.modules():
@@ -48,13 +60,11 @@ def _linear_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return _linear(x, self.weight, self.bias)
     if _is_watched(self.weight):
         return nn.Linear.forward(self, x)
-    return _Linear.apply(x, self.weight, self.bias)
+    return _Linear.apply(x, self.weight, self.bias, None)
 
 
 def _embedding_forward(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    # Rows come in any order. An accelerator would add them in a different order each time.
-    learns = torch.is_grad_enabled() and self.weight.requires_grad and not _is_watched(self.weight)
-    if not (learns and self.weight.device.type == "cpu"):
+    if not (torch.is_grad_enabled() and self.weight.requires_grad) or _is_watched(self.weight):
         return nn.Embedding.forward(self, ids)
     return _Embedding.apply(ids, self.weight, self.padding_idx)
 
@@ -64,13 +74,19 @@ def _is_watched(weight: torch.Tensor) -> bool:
     return not weight.is_leaf or any(getattr(weight, name) for name in HOOKS)
 
 
-def _linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, product: Product | None = None
+) -> torch.Tensor:
     device = x.device.type
-    cast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
-    with torch.autocast(device, enabled=False) if cast else nullcontext():
+    dtype = _computed_in(x)
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         bias_O = None if bias_O is None else bias_O.to(dtype)
-        return nn.functional.linear(x.to(dtype), _cast(weight_OI, dtype), bias_O)
+        return (product or nn.functional.linear)(x.to(dtype), _cast(weight_OI, dtype), bias_O)
+
+
+def _computed_in(x: torch.Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _Last(NamedTuple):
@@ -107,23 +123,25 @@ def _capturing(tensor: torch.Tensor) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_OI, bias_O):
-        ctx.x_dtype, ctx.weight = x.dtype, weight_OI
+    def forward(ctx, x, weight_OI, bias_O, product: Product | None):
+        ctx.x_dtype, ctx.weight, ctx.dtype = x.dtype, weight_OI, _computed_in(x)
         ctx.save_for_backward(x if weight_OI.requires_grad else None, weight_OI)
-        return _linear(x, weight_OI, bias_O)
+        return _linear(x, weight_OI, bias_O, product)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, _ = ctx.saved_tensors
+        grad = grad.to(ctx.dtype)  # float32 where the product was wider than what it was made of
         grad_NO = grad.flatten(0, -2)
         if x is not None:
             _add_product(ctx.weight, grad_NO, x.to(grad.dtype).flatten(0, -2))
-        needs_x, _, needs_bias = ctx.needs_input_grad
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
         return (
             (grad @ _cast(ctx.weight, grad.dtype)).to(ctx.x_dtype) if needs_x else None,
             None,
             grad_NO.sum(0).float() if needs_bias else None,
+            None,
         )
 
 
@@ -138,12 +156,15 @@ class _Embedding(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         ids_N, grad_NH = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2)
+        grad_NH = grad_NH.to(ctx.weight.dtype)
         if ctx.padding_idx is not None:
-            seen_N = ids_N != ctx.padding_idx
-            ids_N, grad_NH = ids_N[seen_N], grad_NH[seen_N]
+            grad_NH = grad_NH.masked_fill((ids_N == ctx.padding_idx)[:, None], 0.0)
         if ctx.weight.grad is None:
             ctx.weight.grad = torch.zeros_like(ctx.weight)
-        ctx.weight.grad.index_add_(0, ids_N, grad_NH.to(ctx.weight.dtype))
+        if grad_NH.device.type == "cpu":
+            ctx.weight.grad.index_add_(0, ids_N, grad_NH)
+        else:  # a GPU's index_add_ adds in another order each time; this sorts rows by their token first
+            ctx.weight.grad.index_put_((ids_N,), grad_NH, accumulate=True)
         return None, None, None
 
 

@@ -27,12 +27,16 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from grpo.kernels import elementwise
+from grpo.kernels import elementwise, liger
 
-Compiled = elementwise.Norm | elementwise.Gated
+Compiled = elementwise.Norm | elementwise.Gated | liger.Norm | liger.Gated
+
+COMPILED = elementwise.Norm, elementwise.Gated, liger.Norm, liger.Gated
 
 NORMS = ("RMSNorm", "LayerNorm")
-GATED_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+GATED_MLP = (*PROJECTIONS, "act_fn")
+SMALL = 16  # width of the layers with which an MLP is tried
 
 # Private names of autograd that say where a kept tensor came from.
 OF_A_TENSOR = ("_base", "_is_view", "_version")
@@ -57,17 +61,19 @@ def missing() -> str | None:
     return None if node.name() == CAST else CAST
 
 
-def install(causal_lm: Any) -> None:
+def install(causal_lm: Any, liger_on: torch.device | None = None) -> int:
     """Make the model's norms and gated MLPs keep less in training. Any other module stays as it is.
 
-    Not for a model with gradient checkpointing, which makes whole layers again; one that gets it later is still right.
+    A model with gradient checkpointing makes whole layers again, so it gains nothing but the faster code. Returns how
+    many modules compute through Liger on the GPU ``liger_on``.
     """
     found = [(module, forward) for module in causal_lm.modules() if (forward := _lean_forward(module))]
     for module, forward in found:
+        module.compiled = _compiled(module, liger_on)
         module.forward = MethodType(forward, module)
-        module.compiled = _compiled(module)
-    if found and "forward" not in vars(causal_lm.base_model):
+    if found and "forward" not in vars(causal_lm.base_model) and not causal_lm.is_gradient_checkpointing:
         causal_lm.base_model.forward = MethodType(_base_model_forward, causal_lm.base_model)
+    return sum(isinstance(module.compiled, (liger.Norm, liger.Gated)) for module, _ in found)
 
 
 @contextmanager
@@ -88,29 +94,38 @@ def _lean_forward(module: nn.Module) -> Callable | None:
     return _mlp_forward if all(hasattr(module, name) for name in GATED_MLP) and _is_gated_mlp(module) else None
 
 
-def _compiled(module: Any) -> Compiled | None:
+def _compiled(module: Any, gpu: torch.device | None) -> Compiled | None:
+    """``gpu``: where Liger's kernels are to be used."""
     if hasattr(module, "gate_proj"):
-        weight = next(module.parameters())
-        return elementwise.gated_of(partial(_gated, module.act_fn), weight.device)
-    return elementwise.norm_of(module, partial(_norm, module))
+        forward = partial(_gated, module.act_fn)
+        return liger.gated_of(forward, gpu) if gpu else elementwise.gated_of(forward, next(module.parameters()).device)
+    forward = partial(_norm, module)
+    return liger.norm_of(module, forward, gpu) if gpu else elementwise.norm_of(module, forward)
 
 
 @torch.no_grad()
 def _is_gated_mlp(mlp: Any) -> bool:
-    """Does it compute what ``_mlp_forward`` does? Found by running it on two made-up tokens, not by its class."""
+    """Does it compute what ``_mlp_forward`` does? Found by running it on made-up tokens, not by its class.
+
+    It is run with small linear layers in place of its own, which may be on the meta device, or sharded.
+    """
     if isinstance(mlp.act_fn, nn.Module) and list(mlp.act_fn.parameters()):
         return False
-    was_training = mlp.training
-    mlp.eval()
+    twin = copy.copy(mlp)
+    twin._modules = dict(mlp._modules) | {name: _small_linear(i) for i, name in enumerate(PROJECTIONS)}
+    twin.training = False  # the twin's alone
     try:
-        weight = next(p for p in mlp.parameters() if p.is_floating_point())
-        x = torch.linspace(-2, 2, 2 * mlp.gate_proj.in_features, device=weight.device, dtype=weight.dtype).sin()
-        x_NH = x.view(2, -1)
-        return torch.equal(mlp(x_NH), mlp.down_proj(_gated(mlp.act_fn, mlp.gate_proj(x_NH), mlp.up_proj(x_NH))))
+        x_NH = torch.linspace(-3, 3, 8 * SMALL).cos().view(8, SMALL)
+        made = twin.down_proj(_gated(twin.act_fn, twin.gate_proj(x_NH), twin.up_proj(x_NH)))
+        return torch.equal(twin(x_NH), made)
     except Exception:  # a module of someone's own, with these names for something else
         return False
-    finally:
-        mlp.train(was_training)
+
+
+def _small_linear(i: int) -> nn.Linear:
+    made = nn.Linear(SMALL, SMALL, bias=False, device="meta")
+    made.weight = nn.Parameter(torch.linspace(-2, 2 + i, SMALL**2).sin().view(SMALL, SMALL))
+    return made
 
 
 def _learns(module: nn.Module) -> bool:
@@ -177,7 +192,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        if isinstance(ctx.function, (elementwise.Norm, elementwise.Gated)):
+        if isinstance(ctx.function, COMPILED):
             ctx.second = None
             return None, *ctx.function.gradients(grad, *ctx.saved_tensors)
         leaves, out = _second_pass(ctx)

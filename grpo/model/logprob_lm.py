@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
 class LogprobLM(nn.Module):
     """A causal LM whose forward returns log-probabilities of given completion tokens instead of logits.
 
@@ -34,6 +37,15 @@ class LogprobLM(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.config.get_text_config(decoder=True).vocab_size
+
+    def no_mask(self, device: torch.device) -> torch.Tensor | None:
+        """For attention that needs no mask: given one of four dimensions, transformers makes none. To make one, it
+        would look at positions, for which the host waits. None where layers of another kind may multiply by it."""
+        config = self.config.get_text_config(decoder=True)
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if not (hasattr(config, "num_attention_heads") and kinds <= ATTENTION):
+            return None
+        return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, as the model's own forward makes them (scaling and soft-capping included)."""
@@ -57,9 +69,10 @@ class LogprobLM(nn.Module):
         """Log-probabilities, entropies and what ``truncation`` leaves of each distribution (``token_statistics``),
         (B,T), 0 outside the completion mask."""
         hidden_RNH = self.hidden_states(batch)
+        predicts_M, targets_M = (x.flatten()[batch.places_M] for x in (batch.predicts_BT, batch.completion_ids_BT))
         of_tokens = token_statistics(
-            hidden_RNH.flatten(0, 1).index_select(0, batch.predicts_BT[batch.completion_mask_BT]),
-            batch.completion_ids_BT[batch.completion_mask_BT],
+            hidden_RNH.flatten(0, 1).index_select(0, predicts_M),
+            targets_M,
             self.head,
             vocab_size=self.vocab_size,
             temperature=temperature,
@@ -67,17 +80,18 @@ class LogprobLM(nn.Module):
             entropy_gradient=entropy_gradient,
             truncation=truncation,
         )
-        zeros_BT = torch.zeros_like(batch.mask_BT)
-        logps_BT, entropy_BT, log_left_BT = (zeros_BT.masked_scatter(batch.completion_mask_BT, x) for x in of_tokens)
+        B, T = batch.mask_BT.shape
+        logps_BT, entropy_BT, log_left_BT = (
+            x_M.new_zeros(B * T).index_copy(0, batch.places_M, x_M).view(B, T) for x_M in of_tokens
+        )
         return logps_BT, entropy_BT, log_left_BT
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """The last hidden states of the batch's tokens, (R,N,H)."""
         rows: dict[str, Any] = {"input_ids": batch.input_ids_RN, "use_cache": False}
         if batch.layout is not None:
-            # transformers makes no mask if it gets one of four dimensions; attention over a packed row ignores it.
-            no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=batch.input_ids_RN.device)
-            rows |= {"layout": batch.layout, "position_ids": batch.layout.position_ids_1N, "attention_mask": no_mask}
+            rows |= {"layout": batch.layout, "position_ids": batch.layout.position_ids_1N}
+            rows["attention_mask"] = self.no_mask(batch.input_ids_RN.device)
         return self.causal_lm.base_model(**rows).last_hidden_state
 
     @torch.no_grad()

@@ -65,7 +65,10 @@ class Policy:
         self.causal_lm = causal_lm
         if recipe.model.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        cannot_pack = kernels.install(causal_lm, self.device, trains=True, alone=self._alone())
+        self.kernels, says = recipe.model.kernels, accelerator.is_main_process
+        cannot_pack = kernels.install(
+            causal_lm, self.device, trains=True, alone=self._alone(), wanted=self.kernels, says=says
+        )
         logprob_lm = LogprobLM(causal_lm)
         logprob_lm.check_head()
         self.packed = self._can_pack(logprob_lm, cannot_pack)
@@ -104,7 +107,7 @@ class Policy:
             self.causal_lm.config, dtype=dtype, attn_implementation=self.causal_lm.config._attn_implementation
         )
         # Its linear layers then compute as the policy's do, to the bit.
-        kernels.install(twin, self.device, trains=False, alone=self._alone())
+        kernels.install(twin, self.device, trains=False, alone=self._alone(), wanted=self.kernels)
         return twin.to(self.device).eval().requires_grad_(False)
 
     def _alone(self) -> bool:

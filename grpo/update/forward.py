@@ -69,19 +69,23 @@ def sequence_statistics(run: Run, sequences: list[TrainedSequence], *, reference
     return [statistics for _, statistics in sorted(gather_object(within_memory(run, attempt)))]
 
 
-def precompute_logprobs(run: Run, sequences: list[TrainedSequence], *, reference: bool) -> list[TrainedSequence]:
+def precompute_logprobs(
+    run: Run, sequences: list[TrainedSequence], *, reference: bool, needed: list[TrainedSequence] | None = None
+) -> list[TrainedSequence]:
     """The sequences with the rollout policy's log-probabilities (and the reference's), for several updates per rollout.
-    With truncated sampling, ``log_left`` is set too."""
-    statistics = sequence_statistics(run, sequences, reference=reference)
-    return [
-        replace(
-            s,
-            old_logprobs=found.logprobs,
-            ref_logprobs=found.ref_logprobs,
-            log_left=found.log_left if run.policy.truncation else None,
-        )
-        for s, found in zip(sequences, statistics, strict=True)
-    ]
+    With truncated sampling, ``log_left`` is set too. Those that no update needs (None: all do) stay as they are."""
+    needed = sequences if needed is None else needed
+    statistics = dict(zip(map(id, needed), sequence_statistics(run, needed, reference=reference), strict=True))
+    return [_with(s, statistics[id(s)], run) if id(s) in statistics else s for s in sequences]
+
+
+def _with(sequence: TrainedSequence, found: TokenStatistics, run: Run) -> TrainedSequence:
+    return replace(
+        sequence,
+        old_logprobs=found.logprobs,
+        ref_logprobs=found.ref_logprobs,
+        log_left=found.log_left if run.policy.truncation else None,
+    )
 
 
 def with_sampler_as_old(sequences: list[TrainedSequence], groups: list[Group]) -> list[TrainedSequence]:

@@ -38,7 +38,8 @@ def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_ra
     algorithm = run.recipe.algorithm
     sequences = to_sequences(groups, advantages_PG, algorithm)
     if algorithm.num_iterations * algorithm.num_minibatches > 1 or any(group.replayed for group in groups):
-        sequences = precompute_logprobs(run, sequences, reference=algorithm.kl_in_loss)
+        needed = [s for s in sequences if s.valid] if selects_tokens(algorithm) else with_signal(sequences, algorithm)
+        sequences = precompute_logprobs(run, sequences, reference=algorithm.kl_in_loss, needed=needed)
         sequences = with_sampler_as_old(sequences, groups)
     size = len(sequences) // algorithm.num_minibatches
     return [

@@ -146,7 +146,11 @@ def test_text_like_a_number_is_dumped_as_text_for_any_reader(text):
 
 @pytest.mark.slow
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.text(min_size=1, max_size=20), stop=st.lists(st.text(max_size=5), max_size=3), rate=st.floats(1e-12, 1))
+@given(
+    name=st.text(min_size=1, max_size=20),
+    stop=st.lists(st.text(min_size=1, max_size=5), max_size=3),
+    rate=st.floats(1e-12, 1),
+)
 def test_recipe_round_trip(tmp_path, name, stop, rate):
     raw: dict[str, Any] = yaml.safe_load(GOOD)
     raw |= {"tracking": {"run_name": name}, "optimizer": {"learning_rate": rate}}

@@ -159,7 +159,7 @@ def test_a_token_keeps_half_as_much(
         return kept_per_token(policy), (alive[1] - alive[0]) / 128
 
     less = kept()
-    monkeypatch.setattr(lean_activations, "install", lambda _: None)
+    monkeypatch.setattr(lean_activations, "install", lambda *_: 0)
     plain = kept()
     assert less[0] < share * plain[0]
     assert less[1] < share * plain[1]
@@ -273,3 +273,12 @@ def test_only_training_with_gradients_is_different(monkeypatch: pytest.MonkeyPat
     loss(lean.eval(), sequences()).backward()
     with pytest.raises(AssertionError):
         loss(lean.train(), sequences())
+
+
+def test_gated_mlps_are_known_where_there_are_no_numbers_yet() -> None:
+    """On the meta device, where large models are made."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config)
+    install(made)
+    assert all("forward" in vars(layer.mlp) for layer in made.model.layers)

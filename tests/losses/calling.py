@@ -32,6 +32,7 @@ def policy_loss(
         completion_ids_BT=nothing,
         predicts_BT=nothing,
         completion_mask_BT=nothing,
+        places_M=nothing,
         mask_BT=mask_BT,
         advantages_B=advantages_B,
         sampler_logps_BT=nothing if sampler_logps_BT is None else sampler_logps_BT,

@@ -45,7 +45,10 @@ def step_through_transformers(model: LogprobLM, tokens_B: torch.Tensor, cache: D
     """``NextLogits`` by the model's own modules. Call it within ``decoding_into``."""
     step = cache.begin_step()
     hidden_B1H = model.causal_lm.base_model(
-        input_ids=tokens_B[:, None], position_ids=step.positions_B[:, None], use_cache=False
+        input_ids=tokens_B[:, None],
+        position_ids=step.positions_B[:, None],
+        attention_mask=model.no_mask(tokens_B.device),
+        use_cache=False,
     ).last_hidden_state
     return model.head(hidden_B1H[:, 0])
 

@@ -183,7 +183,10 @@ class GraphStep:
         tokens_S, written_S = inputs["tokens"][: size.sequences], inputs["written"][: size.sequences]
         step = cache.step = self._step_of(size)
         hidden_S1H = self.model.causal_lm.base_model(
-            input_ids=tokens_S[:, None], position_ids=step.positions_B[:, None], use_cache=False
+            input_ids=tokens_S[:, None],
+            position_ids=step.positions_B[:, None],
+            attention_mask=self.model.no_mask(tokens_S.device),
+            use_cache=False,
         ).last_hidden_state
         logits_SV = self.model.head(hidden_S1H[:, 0])
         if distribution is None:
