@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.setup-done
+GPU_VENV := .venv-gpu-machine
+GPU_STAMP := $(GPU_VENV)/.setup-done
 LIGER_VENV := .venv-liger
 LIGER_STAMP := $(LIGER_VENV)/.setup-done
 PARITY_VENV := .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-vllm test-nodes fuzz bench parity algorithms staleness lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-vllm test-nodes fuzz bench gpu-suite-dry parity algorithms staleness lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -85,6 +87,19 @@ bench: setup smollm2 ## measure, small sizes (15 minutes): rewards, rollout, upd
 	$(BIN)/python -m benchmarks.update
 	$(BIN)/python -m benchmarks.vs_trl --prompts 2 --steps 2 --rows "same work"
 
+# What the GPU machine has, except that its torch is a CPU build: no datasets, aiohttp, matplotlib or vLLM.
+$(GPU_STAMP): constraints-gpu-machine.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $$($(PYTHON) --version) is not what GPU machines have: set PYTHON to Python 3.11 or newer"; exit 1; }
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints-gpu-machine.txt pip torch
+	$(GPU_VENV)/bin/python -m pip install --quiet --no-deps --requirement constraints-gpu-machine.txt
+	@touch $@
+
+gpu-suite-dry: $(GPU_STAMP) ## benchmarks/gpu_suite.sh from start to end on the CPU, tiny shapes (two minutes)
+	PYTHON="$(CURDIR)/$(GPU_VENV)/bin/python" OUT=runs/gpu_suite_dry SMOLLM2="$(wildcard models/smollm2-135m)" \
+	  benchmarks/gpu_suite.sh --device cpu --shapes tiny
+
 # Of its own, so that what is compared with is the TRL of constraints.txt whatever .venv has.
 $(PARITY_STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or newer, or set PYTHON=/path/to/python3"; exit 1; }
@@ -138,4 +153,4 @@ wheel-check: wheel ## install the wheel in an empty environment and run the smok
 	tests/wheel_check.sh dist/*.whl
 
 clean: ## remove what was built and the environments (runs and models stay)
-	rm -rf $(VENV) $(VLLM_VENV) $(LIGER_VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LIGER_VENV) $(GPU_VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

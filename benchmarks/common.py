@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import logging
 import os
 import platform
 import signal
@@ -44,6 +45,12 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def log_to_stderr() -> None:
+    """Show what the trainer's rooms say of themselves: which way they took, and why not another."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("grpo").setLevel(logging.INFO)
 
 
 def descendants(pid: int) -> list[int]:

@@ -25,47 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from benchmarks.common import end_in_order, hardware, median, print_table, timed, turn, versions
+from benchmarks.models import make_backend
 from benchmarks.rollout_agreement import agreement
 from benchmarks.rollout_vllm import vllm_server, vllm_version
 from benchmarks.trl.case import Case
 from grpo.backends.base import Request, Sampling
 from grpo.backends.hf.backend import HFBackend
 from grpo.backends.hf.draw import sample
-from grpo.config import Recipe
-from grpo.kernels import prepare_process
 from grpo.model.devices import DTYPES
-from grpo.model.loading import load_tokenizer
-from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Prompt
 
 Way = Callable[[list[Request], int], list[int]]  # from requests and longest length to the completions' lengths
-
-
-def make_policy(model: str, dtype: str) -> tuple[Policy, Recipe]:
-    recipe = Recipe.model_validate(
-        {
-            "model": {"name": model, "dtype": dtype},
-            "data": {"name": "countdown"},
-            "rewards": [{"name": "countdown"}],
-            "training": {"output_dir": "unused"},
-        }
-    )
-    tokenizer = load_tokenizer(recipe.model)
-    on_cpu = not torch.accelerator.is_available()
-    prepare_process()  # as make_accelerator does
-    accelerator = Accelerator(cpu=on_cpu)
-    return Policy(recipe, accelerator, tokenizer, [tokenizer.eos_token_id], False), recipe
-
-
-def make_backend(model: str, dtype: str) -> tuple[HFBackend, Policy]:
-    policy, recipe = make_policy(model, dtype)
-    backend = HFBackend(policy, max_batch_size=recipe.rollout.max_batch_size)
-    backend.sync(policy, 0)
-    return backend, policy
 
 
 def make_requests(tokenizer: Any, prompts: int, completions: int, round_: int) -> list[Request]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import hardware, median, peak_memory_mb, print_table, turn, versions
-from benchmarks.rollout import make_policy
+from benchmarks.models import make_policy
 from grpo.config import Recipe
 from grpo.kernels import grads_in_place, prepare_process
 from grpo.model.logprobs import token_statistics

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import combinations, combinations_with_replacement, count, islice
 from math import comb
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from datasets import Dataset
+
+from data.dataset import builds_dataset
 
 Split = Literal["train", "eval"]
 Task = tuple[list[int], int]  # numbers in the order shown, target
@@ -40,7 +41,7 @@ QUESTIONS = {
 }
 
 
-def build(
+def rows(
     split: Split,
     size: int | None = None,
     seed: int = 0,
@@ -52,7 +53,7 @@ def build(
     min_target: int = 10,
     max_target: int = 100,
     question: str = "tinyzero",
-) -> Dataset:
+) -> list[dict[str, Any]]:
     """Rows of solvable tasks: ``prompt`` (the question), ``nums`` (list of integers), ``target``.
 
     ``size`` None gives ``DEFAULT_SIZE`` rows, or all there are. ``question`` is ``tinyzero`` (its words) or ``compact``
@@ -80,13 +81,13 @@ def build(
             f"widen the range, or ask for fewer"
         )
     template = QUESTIONS[question]
-    return Dataset.from_dict(
-        {
-            "prompt": [template.format(nums=n, spaced=" ".join(map(str, n)), target=t) for n, t in tasks],
-            "nums": [nums for nums, _ in tasks],
-            "target": [target for _, target in tasks],
-        }
-    )
+    return [
+        {"prompt": template.format(nums=n, spaced=" ".join(map(str, n)), target=t), "nums": n, "target": t}
+        for n, t in tasks
+    ]
+
+
+build = builds_dataset(rows)
 
 
 def solutions(nums: list[int], target: int) -> Iterator[str]:

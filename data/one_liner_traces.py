@@ -13,16 +13,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import Any
 
-from datasets import Dataset
-
+from data.dataset import builds_dataset
 from data.one_liners import Operation, Split, describe, one_liners, program, steps
 
 DEFAULT_SIZE = {"train": 65_536, "eval": 1_024}
 HASTE = (0.35, 0.4)
 
 
-def build(
+def rows(
     split: Split,
     size: int | None = None,
     seed: int = 0,
@@ -30,7 +30,7 @@ def build(
     haste: Sequence[float] = HASTE,
     operations: Sequence[int] = (3,),
     largest: int = 9,
-) -> Dataset:
+) -> list[dict[str, Any]]:
     """Rows of ``prompt`` and ``completion`` for the descriptions of one split of ``data/one_liners.py``.
 
     If there are fewer descriptions than rows, they come again with other traces. ``haste`` is explained at ``trace``,
@@ -38,11 +38,14 @@ def build(
     """
     wanted = DEFAULT_SIZE.get(split) if size is None else size
     descriptions = islice(one_liners(split, seed, operations=operations, largest=largest), wanted)
-    rows = []
+    found = []
     for i, row in enumerate(islice(cycle(descriptions), wanted)):
         draw = random.Random(f"one_liner_traces/{seed}/{split}/{i}")
-        rows.append({"prompt": describe(row), "completion": trace(row, draw, haste=haste)})
-    return Dataset.from_list(rows)
+        found.append({"prompt": describe(row), "completion": trace(row, draw, haste=haste)})
+    return found
+
+
+build = builds_dataset(rows)
 
 
 def trace(row: Sequence[Operation], draw: random.Random, *, haste: Sequence[float] = HASTE) -> str:

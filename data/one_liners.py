@@ -17,10 +17,9 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from datasets import Dataset
-
+from data.dataset import builds_dataset
 from data.splits import held_out
 
 Split = Literal["train", "eval"]
@@ -48,9 +47,9 @@ class Operation(NamedTuple):
     operand: int
 
 
-def build(
+def rows(
     split: Split, size: int | None = None, seed: int = 0, *, operations: Sequence[int] = (3,), largest: int = 9
-) -> Dataset:
+) -> list[dict[str, Any]]:
     """Rows of ``prompt`` (a description) and ``tests``, no description twice.
 
     ``tests`` is the JSON text of ``{"fn_name": "f", "inputs": [[-7], …], "outputs": […]}``. ``operations`` lists how
@@ -59,16 +58,16 @@ def build(
     make no sense, or that allow fewer descriptions than asked for.
     """
     wanted = DEFAULT_SIZE[split] if size is None and split in DEFAULT_SIZE else size
-    rows = list(islice(one_liners(split, seed, operations=operations, largest=largest), wanted))
-    if size is not None and len(rows) < size:
-        raise ValueError(f"one_liners has only {len(rows)} distinct {split} descriptions, {size} were asked for")
-    return Dataset.from_dict(
-        {
-            "prompt": [describe(row) for row in rows],
-            "tests": [tests(row) for row in rows],
-            "solution": [f"def f(x): return {steps(row)[-1]}" for row in rows],
-        }
-    )
+    found = list(islice(one_liners(split, seed, operations=operations, largest=largest), wanted))
+    if size is not None and len(found) < size:
+        raise ValueError(f"one_liners has only {len(found)} distinct {split} descriptions, {size} were asked for")
+    return [
+        {"prompt": describe(row), "tests": tests(row), "solution": f"def f(x): return {steps(row)[-1]}"}
+        for row in found
+    ]
+
+
+build = builds_dataset(rows)
 
 
 def one_liners(

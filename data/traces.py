@@ -20,11 +20,10 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import cycle, islice
-from typing import NamedTuple
-
-from datasets import Dataset
+from typing import Any, NamedTuple
 
 from data import countdown
+from data.dataset import builds_dataset
 
 DEFAULT_SIZE = {"train": 65_536, "eval": 1_024}
 GIVE_UP = (0.55, 0.3)
@@ -32,7 +31,7 @@ LONGEST = 10
 SPREAD = 30.0
 
 
-def build(
+def rows(
     split: countdown.Split,
     size: int | None = None,
     seed: int = 0,
@@ -46,22 +45,25 @@ def build(
     max_number: int = 9,
     min_target: int = 1,
     max_target: int = 60,
-) -> Dataset:
+) -> list[dict[str, Any]]:
     """Traces for the tasks in one split of ``data/countdown.py``: rows of ``prompt`` (compact form) and ``completion``.
 
     If there are fewer tasks than rows, tasks come again with their numbers in another order and another trace. The
     other arguments are those of ``trace`` and of ``countdown.build``. Raises ValueError if they make no sense.
     """
     limits = {"min_number": min_number, "max_number": max_number, "min_target": min_target, "max_target": max_target}
-    tasks = countdown.build(split, None, seed, min_numbers=min_numbers, max_numbers=max_numbers, **limits)
-    rows = []
-    for i, task in enumerate(islice(cycle(tasks.to_list()), DEFAULT_SIZE[split] if size is None else size)):
+    tasks = countdown.rows(split, None, seed, min_numbers=min_numbers, max_numbers=max_numbers, **limits)
+    found = []
+    for i, task in enumerate(islice(cycle(tasks), DEFAULT_SIZE[split] if size is None else size)):
         draw = random.Random(f"{seed}/{split}/{i}")
         nums, target = draw.sample(task["nums"], len(task["nums"])), task["target"]
         question = countdown.QUESTIONS["compact"].format(spaced=" ".join(map(str, nums)), target=target)
         completion = trace(nums, target, draw, give_up=give_up, longest=longest, spread=spread)
-        rows.append({"prompt": question, "completion": completion})
-    return Dataset.from_list(rows)
+        found.append({"prompt": question, "completion": completion})
+    return found
+
+
+build = builds_dataset(rows)
 
 
 def trace(

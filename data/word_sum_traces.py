@@ -13,9 +13,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import Any
 
-from datasets import Dataset
-
+from data.dataset import builds_dataset
 from data.word_sums import Split, WordSum, word_sums
 
 DEFAULT_SIZE = {"train": 65_536, "eval": 1_024}
@@ -23,7 +23,7 @@ HASTE = (0.4, 0.25)
 SPREAD = 6.0
 
 
-def build(
+def rows(
     split: Split,
     size: int | None = None,
     seed: int = 0,
@@ -33,7 +33,7 @@ def build(
     events: int = 2,
     largest: int = 9,
     most: int = 30,
-) -> Dataset:
+) -> list[dict[str, Any]]:
     """Rows of ``prompt`` and ``completion`` for the stories of one split of ``data/word_sums.py``.
 
     If there are fewer stories than rows, stories come again with other traces. ``haste`` and ``spread`` are explained
@@ -41,11 +41,14 @@ def build(
     """
     wanted = DEFAULT_SIZE.get(split) if size is None else size
     stories = islice(word_sums(split, seed, events=events, largest=largest, most=most), wanted)
-    rows = []
+    found = []
     for i, story in enumerate(islice(cycle(stories), wanted)):
         draw = random.Random(f"word_sum_traces/{seed}/{split}/{i}")
-        rows.append({"prompt": story.question, "completion": trace(story, draw, haste=haste, spread=spread)})
-    return Dataset.from_list(rows)
+        found.append({"prompt": story.question, "completion": trace(story, draw, haste=haste, spread=spread)})
+    return found
+
+
+build = builds_dataset(rows)
 
 
 def trace(story: WordSum, draw: random.Random, *, haste: Sequence[float] = HASTE, spread: float = SPREAD) -> str:

@@ -12,10 +12,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from datasets import Dataset
-
+from data.dataset import builds_dataset
 from data.splits import held_out
 
 Split = Literal["train", "eval"]
@@ -47,9 +46,9 @@ class WordSum(NamedTuple):
         return " , ".join(self.steps)
 
 
-def build(
+def rows(
     split: Split, size: int | None = None, seed: int = 0, *, events: int = 2, largest: int = 9, most: int = 30
-) -> Dataset:
+) -> list[dict[str, Any]]:
     """Rows of ``prompt`` (a story) and ``answer`` (the number as text), no story twice.
 
     Things come or go ``events`` times, one by one or in boxes; numbers in a story are 1 to ``largest``, and nobody ever
@@ -60,7 +59,10 @@ def build(
     sums = list(islice(word_sums(split, seed, events=events, largest=largest, most=most), wanted))
     if size is not None and len(sums) < size:
         raise ValueError(f"word_sums has only {len(sums)} distinct {split} stories, {size} were asked for")
-    return Dataset.from_dict({"prompt": [s.question for s in sums], "answer": [str(s.answer) for s in sums]})
+    return [{"prompt": s.question, "answer": str(s.answer)} for s in sums]
+
+
+build = builds_dataset(rows)
 
 
 def word_sums(split: Split, seed: int, *, events: int = 2, largest: int = 9, most: int = 30) -> Iterator[WordSum]:

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
-from datasets import Dataset
+from typing import Any
 
 from data import countdown, traces
+from data.dataset import builds_dataset
 
 GIVE_UP = (0.5, 0.25)
 LONGEST = 5
 WORDS = {"<": "low", ">": "high", "yes": "yes"}  # how the attempt compares with the target
 
 
-def build(
+def rows(
     split: countdown.Split,
     size: int | None = None,
     seed: int = 0,
@@ -37,12 +37,12 @@ def build(
     max_number: int = 9,
     min_target: int = 1,
     max_target: int = 60,
-) -> Dataset:
+) -> list[dict[str, Any]]:
     """Rows of ``prompt`` (compact form) and ``completion`` for one split; the arguments are those of ``traces.build``.
 
     Raises ValueError if they make no sense.
     """
-    rows = traces.build(
+    found = traces.rows(
         split,
         size,
         seed,
@@ -55,8 +55,11 @@ def build(
         max_number=max_number,
         min_target=min_target,
         max_target=max_target,
-    ).to_list()
-    return Dataset.from_list([{"prompt": row["prompt"], "completion": plain_text(row["completion"])} for row in rows])
+    )
+    return [{"prompt": row["prompt"], "completion": plain_text(row["completion"])} for row in found]
+
+
+build = builds_dataset(rows)
 
 
 def plain_text(trace: str) -> str:

@@ -12,7 +12,7 @@ from grpo.config import Recipe
 from grpo.metrics import Clock
 from grpo.model.optimizer import learning_rate
 from grpo.packing import MicroBatch
-from grpo.report.write import write_report
+from grpo.report.write import write_report_at_end
 from grpo.run.run import Run, start_run
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
 from grpo.types import Batch, TrainedSequence
@@ -33,7 +33,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
         for step in run.steps(lambda: evaluate_and_log(run, task.eval_examples)):
             train_step(run, task.examples(step))
     run.policy.save_pretrained(run.folder / "final")
-    on_main(accelerator, lambda: write_report(run.folder))
+    on_main(accelerator, lambda: write_report_at_end(run.folder))
     leave(accelerator, run.policy)
 
 

@@ -8,16 +8,20 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks import algorithms, staleness
 from benchmarks.common import timed
-from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import report, suite
 from benchmarks.gpu import shapes as gpu_shapes
+from benchmarks.gpu import update as gpu_update
 from benchmarks.rollout import make_backend, make_requests
 from benchmarks.rollout_agreement import agreement
 from benchmarks.trl import case as trl_case
@@ -146,27 +150,76 @@ def test_the_work_of_an_update_counted_by_hand():
     assert each == once + 3 * (2 * weights * 3 + 4 * 4 * pairs[0])
 
 
-def test_the_suite_reports_a_part_that_fails_beside_the_others(tmp_path, capsys):
-    (tmp_path / "update_tiny.out").write_text('noise\n{"mfu": 0.5, "update_s": 1.0}\n')
-    (tmp_path / "rollout_tiny.failed").write_text("ended with 1\n")
-    (tmp_path / "rollout_tiny.err").write_text("RuntimeError: no\n")
-    gpu_report.main(str(tmp_path), str(tmp_path))
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["update_tiny"]["mfu"] == 0.5
-    assert found["rollout_tiny"] == {"error": "ended with 1", "output": "RuntimeError: no\n"}
-    assert "rollout_tiny: ended with 1" in capsys.readouterr().out
+def test_the_limits_of_the_suites_parts_add_up_to_nine_minutes_and_its_commands_are_understood():
+    parts = suite.all_parts(suite.SHAPES, "cuda", "models/smollm2-135m")
+    assert sum(part.limit for part in parts) <= suite.SECONDS_IN_ALL == 9 * 60
+    assert len({part.name for part in parts}) == len(parts)
+    for part in parts:
+        module = import_module(f"benchmarks.gpu.{part.module}")
+        with pytest.raises(SystemExit) as ended:
+            module.main([*part.arguments, "--help"])
+        assert ended.value.code == 0, part
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
-def test_the_gpu_suite_runs_on_a_cpu(tmp_path):
-    command = ["benchmarks/gpu_suite.sh", "--device", "cpu", "--shapes", "tiny nonsense", "--parts", "rollout update"]
-    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
-    done = subprocess.run([ROOT / command[0], *command[1:]], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["rollout_tiny"]["tokens_per_s"] > 0
-    assert 0 < found["update_tiny"]["mfu"] < 1
-    assert "KeyError" in found["update_nonsense"]["output"]
+def test_a_part_that_fails_or_hangs_is_reported_with_what_it_had_and_takes_nothing_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "LEAST_SECONDS", 0.1)
+    code = "import os, sys, time; print('{\"a\": 1}', flush=True); print('why', file=sys.stderr, flush=True); "
+    hangs = code + "child = os.fork(); child and print('{\"child\": %d}' % child, flush=True); time.sleep(60)"
+    run = suite.Suite(tmp_path, 60)
+    assert run.run(suite.Part("fails", 10, "x", launcher=["-c", code + "sys.exit(3)"])) == 3
+    assert run.run(suite.Part("hangs", 1, "x", launcher=["-c", hangs])) == "took over 1 s"
+    found = report.read(tmp_path)
+    assert found["fails"] | {"seconds": 0} == {"a": 1, "error": "ended with 3", "status": 3, "seconds": 0, "limit": 10}
+    assert (found["hangs"]["a"], found["hangs"]["error"]) == (1, "took over 1 s")
+    until = time.monotonic() + 10
+    while runs(found["hangs"]["child"]):
+        assert time.monotonic() < until, "what the part started outlives it"
+        time.sleep(0.02)
+    assert (tmp_path / "logs.txt").read_text().count("why") == 2
+    assert "hangs: took over 1 s" in report.table(found)
+
+
+def test_a_suite_without_time_left_says_so_of_each_part(tmp_path):
+    assert suite.Suite(tmp_path, 1).run(suite.Part("late", 10, "machine")) == "no time left"
+    assert report.read(tmp_path) == {"late": {"error": "no time left"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["rollout", "update"])
+def test_a_part_of_the_suite_measures_a_tiny_model(module, capsys):
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests' policies compute in float32
+    import_module(f"benchmarks.gpu.{module}").main(["tiny", "--device=cpu", *suite.CPU_SIZES[module]])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        found |= json.loads(line)
+    if module == "rollout":
+        assert 0 < found["floor_ms"] < found["floor_with_cache_ms"]
+        assert all(
+            found[key] > 0 for key in ("rollout_tokens_per_s", "rollout_tokens_per_s_spread", "prefill_tokens_per_s")
+        )
+        assert HFBackend._ended.__name__ == "_ended", "the stop decision is put back"
+    else:
+        assert set(found["ways"]) == set(gpu_update.ways_of("tiny"))
+        assert 0 < found["mfu"] < found["mfu_prompts_repeated"] < 1
+        assert found["update_s"] == min(way["update_s"] for way in found["ways"].values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions", "tokens", "gb"), [("0.5b", 0.494, 16384, 20.7), ("3b", 3.086, 16384, 91.9)]
+)
+def test_the_expected_memory_of_an_update(shape, billions, tokens, gb):
+    assert sum(gpu_shapes.counts(shape).values()) / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert gpu_shapes.expected_update_gb(shape, tokens, checkpointing=False) == pytest.approx(gb, abs=0.1)
+    assert gpu_shapes.expected_update_gb("tiny", tokens, checkpointing=False) is None
 
 
 def a_run(accuracies: list[float], drawn: list[float] | None = None) -> RunRecord:

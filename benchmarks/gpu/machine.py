@@ -50,12 +50,21 @@ def matrix_peak(device: str) -> float:
     return 2 * n**3 / seconds(lambda: a @ b, device)
 
 
-def main() -> None:
+def host_bandwidth(device: str) -> float:
+    """Bytes a second from page-locked memory of the host to the device."""
+    source = torch.ones(2**28 if device == "cuda" else 2**20, dtype=torch.uint8, pin_memory=device == "cuda")
+    target = torch.empty_like(source, device=device)
+    return source.numel() / seconds(lambda: target.copy_(source, non_blocking=True), device, 3)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    packages = versions("peft", "triton", "liger-kernel", "flash-attn", "trl", "datasets", "vllm")
+    print(json.dumps({"hardware": hardware(), "versions": packages}), flush=True)
     found = {"bytes_per_s": bandwidth(options.device), "flops_per_s": matrix_peak(options.device)}
-    print(json.dumps({**found, "hardware": hardware(), "versions": versions("trl", "datasets", "peft")}))
+    print(json.dumps(found | {"host_bytes_per_s": host_bandwidth(options.device)}))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,14 @@
-"""Models of the sizes that people train, with random weights: made on the spot, without a hub."""
+"""The sizes that people train: what a pass over them has to compute, read and keep."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-from benchmarks.common import ROOT
 
 QWEN = {"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936}
 SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5
     "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 128,  # heads of 32, for which packed attention is compiled on every CPU
+        "intermediate_size": 256,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         **QWEN,
@@ -44,28 +37,10 @@ SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5
     },
 }
 
-
-@contextmanager
-def model_folder(shape: str, device: str) -> Iterator[Path]:
-    """A folder that ``from_pretrained`` loads: random weights in bfloat16, and the tiny model's tokenizer. It has fewer
-    ids than the model, but nobody reads the samples."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
-
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_base")
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=4096, bos_token_id=tokenizer.bos_token_id, **ends)
-    folder = Path(tempfile.mkdtemp(prefix=f"qwen_{shape}_"))
-    try:
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        del model
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+# Megabytes that a token of a packed row keeps for the backward pass under bfloat16 autocast: without checkpointing, and
+# with it. Counted over the saved tensors of these shapes on a CPU.
+KEPT_MB_PER_TOKEN = {"0.5b": (0.75, 0.10), "1.5b": (1.56, 0.19), "3b": (2.52, 0.32)}
+STATE_BYTES = 16  # a parameter: float32 weight, gradient and AdamW's two moments
 
 
 def counts(shape: str) -> dict[str, int]:
@@ -82,6 +57,16 @@ def cache_bytes_per_token(shape: str, size: int = 2) -> int:
     s = SHAPES[shape]
     head_size = s["hidden_size"] // s["num_attention_heads"]
     return 2 * s["num_hidden_layers"] * s["num_key_value_heads"] * head_size * size
+
+
+def expected_update_gb(shape: str, tokens: int, *, checkpointing: bool) -> float | None:
+    """Memory of an update with micro-batches of ``tokens``: weights, gradients, AdamW's moments, what the backward pass
+    needs, and the embedding's gradient of one micro-batch. None for a shape whose kept bytes nobody has counted."""
+    if shape not in KEPT_MB_PER_TOKEN:
+        return None
+    state = STATE_BYTES * sum(counts(shape).values())
+    kept = tokens * KEPT_MB_PER_TOKEN[shape][checkpointing] * 1e6
+    return (state + kept + 4 * counts(shape)["head"]) / 1e9
 
 
 def training_flops(shape: str, prompts: list[int], completions: list[list[int]]) -> tuple[float, float]:

@@ -1,8 +1,10 @@
 """Can this model compute packed rows? This is tried once, at the start, by comparing with padded rows.
 
-On a made-up micro-batch, packed and padded rows must give the same log-probabilities. Besides, two deliberate mistakes
-(positions that do not restart, the other prompt) must change them by far more than packed and padded rows differ. A
-model that ignores ``position_ids``, or whose layers do not get the layout, fails one of the two.
+On a made-up micro-batch, packed and padded rows must give the same log-probabilities. Two deliberate mistakes
+(positions that do not restart, the other prompt) must change them by far more than packed and padded rows differ. And
+what other completions and prompts of the row say must not change them at all: a recurrent state that is not reset
+between them would carry it on, if only a little. A model that ignores ``position_ids``, whose layers do not get the
+layout, or that keeps such a state, fails one of the three.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from grpo.types import Batch, Layout, TrainedSequence
 
 MIN_EFFECT_OF_A_MISTAKE = 8  # times the difference of packed and padded rows; less would prove nothing
 TOLERANCE = 1e-3  # nats, at a token
+LEAK = 0.1  # of the tolerance: nothing but the rounding of experts, whose batches differ, may move
 
 
 def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch.dtype) -> str | None:
@@ -109,6 +112,28 @@ def _check_model(logprob_lm: LogprobLM) -> None:
         moved = float((wrong_BT - packed_BT).abs().max())
         if not moved > MIN_EFFECT_OF_A_MISTAKE * error:
             raise CannotPack(f"{mistake} would move its log-probabilities by {moved:.2g} only, against {error:.2g}")
+
+    for what, others, same in unrelated(sequences):
+        leaked = float((logprob_lm(collate(others, pad_token_id=0), 1.0)[0] - packed_BT)[same].abs().max())
+        if not leaked <= LEAK * TOLERANCE:
+            raise CannotPack(f"{what} moves its log-probabilities by {leaked:.2g}: a state passes from row to row")
+
+
+def unrelated(sequences: list[TrainedSequence]) -> Iterator[tuple[str, list[TrainedSequence], list[int]]]:
+    """The sequences of ``made_up`` with other tokens in some; and those whose log-probabilities that must not move.
+    All lengths stay, so that everything is computed in the same shapes."""
+
+    def other(tokens: list[int]) -> list[int]:
+        return [min(tokens) + max(tokens) - token for token in tokens]
+
+    first = [replace(s, completion_ids=other(s.completion_ids)) if i in (0, 1) else s for i, s in enumerate(sequences)]
+    yield "what the completion before a completion says", first, [2, 3, 4]
+    prompt = sequences[0].prompt_ids
+    changed = [
+        replace(s, prompt_ids=other(prompt), completion_ids=other(s.completion_ids)) if s.prompt_ids == prompt else s
+        for s in sequences
+    ]
+    yield "what another prompt says", changed, [1, 4]
 
 
 def made_up(vocab_size: int) -> tuple[list[TrainedSequence], list[TrainedSequence]]:

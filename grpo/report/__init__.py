@@ -1,3 +1,3 @@
 """A run folder as pictures, as a page, as one line.
 
-Others take ``write.write_report``."""
+Others take ``write``."""

@@ -6,22 +6,40 @@ folder, ``curves.py`` draws, ``page.py`` writes the page.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+from grpo.errors import UserError
 from grpo.report.page import page
 from grpo.run.read import headline, read_run
 from grpo.run.whole import write_whole
+
+log = logging.getLogger("grpo")
 
 
 def write_report(run: Path) -> Path:
     """Draw ``curves.png`` and write ``report.html`` into the run folder; returns the page's path.
 
-    Raises UserError, naming what is missing, where there is nothing to report yet.
+    Raises UserError, naming what is missing, where there is nothing to report yet or matplotlib is not installed.
     """
-    from grpo.report.curves import curves_png, curves_svg  # matplotlib is slow to load
+    try:
+        from grpo.report.curves import curves_png, curves_svg  # matplotlib is slow to load
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the report needs {error.name}, which is not installed; then run: grpo report {run}"
+        ) from error
 
     record = read_run(run)
     facts = headline(record)
     write_whole(run / "curves.png", curves_png(record, facts))
     write_whole(run / "report.html", page(record, facts, curves_svg(record)))
     return run / "report.html"
+
+
+def write_report_at_end(run: Path) -> None:
+    """``write_report`` of a run that has reached its end. What the report lacks is a line in the log, and no failure:
+    the model is there."""
+    try:
+        write_report(run)
+    except UserError as error:
+        log.warning("no report: %s", error)

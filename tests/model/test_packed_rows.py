@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
@@ -216,3 +217,43 @@ def test_the_log_says_which_way_and_why(tiny_model: Path, caplog: pytest.LogCapt
     assert "update: packed rows" in caplog.text
     assert not make_policy(tiny_model, model={"attn_implementation": "eager"}).packed
     assert "padded rows, which are slower, for LlamaForCausalLM: its attention is eager, not sdpa" in caplog.text
+
+
+def leaky(config: Any, share: float) -> LogprobLM:
+    """A model whose first layer adds a running sum of all tokens before, which no row's beginning resets."""
+    scored = model(config)
+    layer = scored.causal_lm.model.layers[0]
+    forward = layer.forward
+
+    def leaks(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        state = torch.zeros_like(hidden[:, 0])
+        before = []
+        for t in range(hidden.shape[1]):
+            before.append(state)
+            state = 0.5 * state + hidden[:, t]
+        return forward(hidden + share * torch.stack(before, 1), *args, **kwargs)
+
+    layer.forward = leaks
+    return scored
+
+
+@pytest.mark.parametrize(("share", "found"), [(1.0, "differ by up to"), (1e-3, "a state passes from row to row")])
+def test_a_state_that_leaks_between_packed_rows_is_found_however_little(share: float, found: str) -> None:
+    """The smaller leak moves log-probabilities by less than packed and padded rows may differ."""
+    config = LlamaConfig(**SMALL)
+    assert why_padded(leaky(config, 0.0), CPU, torch.float32) is None
+    assert found in str(why_padded(leaky(config, share), CPU, torch.float32))
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("lfm2", "conv"), ("qwen3_5_text", "linear_attention")])
+def test_recurrent_layers_are_named_and_found_where_nobody_names_them(
+    kind: str, layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real hybrids, whose states nothing resets in a packed row. Then the check is not told of their layers."""
+    delta = {f"linear_{name}": 16 for name in ("key_head_dim", "value_head_dim")}
+    delta |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    kinds = [layers, "full_attention"]
+    scored = model(AutoConfig.for_model(kind, **SMALL | {"head_dim": 32, "layer_types": kinds} | delta))
+    assert f"layers of {layers.replace('_', ' ')}" in str(why_padded(scored, CPU, torch.float32))
+    monkeypatch.setattr(LogprobLM, "config", property(lambda self: LlamaConfig(**SMALL)))
+    assert "differ by up to" in str(why_padded(scored, CPU, torch.float32))

@@ -7,6 +7,7 @@ import math
 import random
 import re
 import struct
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from grpo.errors import UserError
 from grpo.report.page import COLUMNS, PROMPTS_A_KIND
-from grpo.report.write import write_report
+from grpo.report.write import write_report, write_report_at_end
 from grpo.run.read import headline, read_run
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
@@ -272,3 +273,15 @@ def test_a_folder_that_holds_no_run_gets_no_report(tmp_path):
     with pytest.raises(UserError, match="is empty: the run has not finished its first step"):
         write_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_that_cannot_be_drawn_still_ends_well(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("grpo.report.curves", "grpo.report.drawing"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match="needs matplotlib"):
+        write_report(run)
+    write_report_at_end(run)
+    assert "no report: the report needs matplotlib" in caplog.text
+    assert not (run / "report.html").exists()

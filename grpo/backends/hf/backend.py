@@ -3,6 +3,7 @@
 ``engine.py`` schedules, ``budget.py`` divides the memory, ``kv_cache.py`` holds keys and values, ``attention.py`` reads
 them, ``draw.py`` draws tokens, ``stop_strings.py`` ends completions. A decoding step is one compiled call on a CPU
 (``step_compiled.py``, for the models that it knows) and one CUDA graph on a GPU (``step_graph.py``, ``flash.py``).
+Models with recurrent layers are sampled through transformers' own caches (``own_cache.py``).
 A completion depends on its key and the weights alone: its uniform numbers never depend on the batch, and logits do so
 only by rounding.
 """
@@ -27,6 +28,7 @@ from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, drawing, step_through_transformers
 from grpo.backends.hf.few_row_linear import packed_linears
 from grpo.backends.hf.kv_cache import DecodeCache, Shape
+from grpo.backends.hf.own_cache import OwnCache, OwnCacheEngine, check_own_cache, keeps_state
 from grpo.backends.hf.step_compiled import DecodeStep
 from grpo.backends.hf.step_compiled import why_not as why_not_compiled
 from grpo.backends.hf.step_graph import GraphStep, cuda_capture
@@ -94,7 +96,7 @@ class HFBackend:
     device's memory, divided among the processes that share it.
 
     Raises:
-        UserError: the model does not attend through transformers' attention interface, or keeps a recurrent state.
+        UserError: the model does not attend through transformers' attention interface.
         RunError: the model decodes to other logits than its own forward pass has.
     """
 
@@ -110,12 +112,18 @@ class HFBackend:
         model = policy.causal_lm if self.shares_weights else policy.empty_copy(policy.compute_dtype)
         casts = policy.is_lora and policy.compute_dtype != torch.float32
         self.autocast_dtype = policy.compute_dtype if casts else None
-        check_attention(model)
+        self.own_cache: OwnCache | None = None  # of a model with recurrent layers
+        if not keeps_state(model):
+            check_attention(model)
         self.model = model
         self.logprob_lm = LogprobLM(model)
         with self._sampling_mode():
-            choice = self._choose_step()
-            self.token_bytes = cache_bytes(self.logprob_lm, self.device)
+            if keeps_state(model):
+                self.own_cache = check_own_cache(self.logprob_lm, self.device)
+                choice = Choice(make_plain_step, self.own_cache.description())
+            else:
+                choice = self._choose_step()
+                self.token_bytes = cache_bytes(self.logprob_lm, self.device)
         self.make_step = choice.make_step
         if policy.accelerator.is_main_process:
             log.info("decoding: %s", choice.description)
@@ -124,8 +132,9 @@ class HFBackend:
         if self.copies:
             _resize(model, holds=False)
         sharing = policy.accelerator.num_processes if self.device.type == "cpu" else 1
-        budget = kv_cache_gb * 1e9 if kv_cache_gb else CACHE_SHARE * total_memory(self.device) / sharing
-        self.cache_tokens = int(budget / self.token_bytes)
+        self.cache_budget = kv_cache_gb * 1e9 if kv_cache_gb else CACHE_SHARE * total_memory(self.device) / sharing
+        if self.own_cache is None:
+            self.cache_tokens = int(self.cache_budget / self.token_bytes)
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         if policy.sharded:
@@ -161,7 +170,19 @@ class HFBackend:
                     on_group(request, group(request))
         return [group(request) for request in range(len(requests))]
 
-    def _engine(self, requests: list[Request], sampling: Sampling) -> Engine:
+    def _engine(self, requests: list[Request], sampling: Sampling) -> Engine | OwnCacheEngine:
+        wanted = tuple(sampling.stop)
+        stop = self.stop_strings.setdefault(wanted, StopStrings(self.tokenizer, sampling.stop))
+
+        def ended(key: int, tokens: list[int]) -> bool:
+            return self._ended(key, tokens, stop)
+
+        if self.own_cache is not None:
+            longest = max(len(r.prompt.token_ids) for r in requests) + sampling.max_completion_length
+            most = min(self.max_batch_size, self.own_cache.fitting(self.cache_budget, longest))
+            return OwnCacheEngine(
+                self.logprob_lm, requests, sampling, ended, most=most, pads=self.own_cache.pads, device=self.device
+            )
         budget = Budget.of(
             requests,
             sampling.max_completion_length,
@@ -170,14 +191,13 @@ class HFBackend:
             prompt_step=1 if self.device.type == "cpu" else PROMPT_STEP,
         )
         cache, step = self._cache_and_step(budget.first_shape())
-        distribution, wanted = Distribution.of(sampling), tuple(sampling.stop)
-        stop = self.stop_strings.setdefault(wanted, StopStrings(self.tokenizer, sampling.stop))
+        distribution = Distribution.of(sampling)
         by_graph = partial(step.next_tokens, distribution) if isinstance(step, GraphStep) else None
         return Engine(
             self.logprob_lm,
             requests,
             sampling,
-            lambda key, tokens: self._ended(key, tokens, stop),
+            ended,
             budget=budget,
             cache=cache,
             next_tokens=by_graph or drawing(step, distribution),

@@ -29,10 +29,10 @@ def check_attention(model: PreTrainedModel) -> None:
     """Refuse a model whose attention the backend can't replace, by what transformers says of it.
 
     transformers says it in private names. Where one is missing, a line in the log says so, and ``check_decoding``
-    finds such models later.
+    finds such models later. Models with a recurrent state do not come here (``own_cache.keeps_state``).
 
     Raises:
-        UserError: the model keeps a recurrent state, or does not attend through transformers' attention interface.
+        UserError: the model does not attend through transformers' attention interface.
     """
     stateful, can_set = (getattr(model, name, None) for name in (STATEFUL, CAN_SET))
     if stateful is None or can_set is None:
@@ -41,10 +41,10 @@ def check_attention(model: PreTrainedModel) -> None:
             "attention; decoding a few tokens has to show it",
             transformers.__version__,
         )
-    if stateful or (can_set is not None and not can_set()):
+    if can_set is not None and not can_set():
         raise UserError(
-            f"model.name: {type(model).__name__} does not attend through transformers' attention interface (or "
-            "keeps a recurrent state), which the hf backend needs; use rollout.backend: vllm or another model"
+            f"model.name: {type(model).__name__} does not attend through transformers' attention interface, which the "
+            "hf backend needs; use rollout.backend: vllm or another model"
         )
     implementation_of(model)
 
@@ -56,7 +56,7 @@ def check_decoding(model: LogprobLM, device: torch.device, step: NextLogits) -> 
     Raises:
         RunError: they differ.
     """
-    ids = _made_up_ids(model, device)
+    ids = made_up_ids(model, device)
     cache = DecodeCache(ROOM, device)
     difference, size = 0.0, 0.0
     with decoding_into(model.causal_lm, cache):
@@ -86,7 +86,7 @@ def cache_bytes(model: LogprobLM, device: torch.device) -> int:
     return sum(layer.token_bytes() for layer in cache.layers.values())
 
 
-def _made_up_ids(model: LogprobLM, device: torch.device) -> torch.Tensor:
+def made_up_ids(model: LogprobLM, device: torch.device) -> torch.Tensor:
     """Tokens (sequences, longest prompt + STEPS). Sequences of one prompt begin with the same."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(len(PROMPT_OF) * 64, device=device).view(len(PROMPT_OF), 64) * 7 % (vocab - 1)

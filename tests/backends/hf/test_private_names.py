@@ -46,8 +46,8 @@ def recurrent(folder: Path) -> Policy:
     return make_policy(folder, causal_lm=AutoModelForCausalLM.from_config(config))
 
 
-def test_a_recurrent_model_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match=r"MambaForCausalLM does not attend .* use rollout\.backend: vllm"):
+def test_a_recurrent_model_whose_cache_is_unknown_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(RunError, match=r"MambaForCausalLM decodes to other logits through its cache.*backend: vllm"):
         HFBackend(recurrent(tiny_model), max_batch_size=8)
 
 
