@@ -28,7 +28,7 @@ from grpo.types import Prompt
 
 
 def force_lengths(wanted: dict[int, int]) -> None:
-    def ended(self: Any, key: int, token_ids: list[int], stop: list[str]) -> bool:
+    def ended(self: Any, key: int, token_ids: list[int], stop: Any) -> bool:
         return len(token_ids) >= wanted[key]
 
     HFBackend._ended = ended  # type: ignore[method-assign]

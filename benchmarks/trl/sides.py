@@ -166,7 +166,7 @@ def force_our_lengths(case: Case) -> None:
         wanted.update(zip(keys, case.lengths(version), strict=True))
         return generate(self, requests, sampling, version, *rest)
 
-    def ended(self: Any, key: int, token_ids: list[int], stop: list[str]) -> bool:
+    def ended(self: Any, key: int, token_ids: list[int], stop: Any) -> bool:
         return len(token_ids) >= wanted[key]
 
     HFBackend.generate = noted_generate  # type: ignore[method-assign]

@@ -171,7 +171,7 @@ class RolloutConfig(VllmOptions):
     """Sample among the k likeliest tokens; 0 is off."""
     min_p: Fraction | None = None
     """Drop tokens less likely than this share of the likeliest; null is off."""
-    stop: list[str] = Field(default_factory=list)
+    stop: list[NonEmpty] = Field(default_factory=list)
     """Strings that end a completion (they stay in it), besides the model's end-of-sequence tokens."""
     max_batch_size: PositiveInt = 512
     """Most sequences decoded at once, per process (`backend: hf`)."""

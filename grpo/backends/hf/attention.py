@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grpo.backends.hf import flash
 from grpo.backends.hf.kv_cache import DecodeCache, Layer
 from grpo.backends.hf.step import PromptGroups, Step
 from grpo.errors import UserError
@@ -120,13 +121,12 @@ def decode_attention(query_BHD: torch.Tensor, layer: Layer, step: Step, scale: f
     B, heads, D = query_BHD.shape
     kv_heads = layer.sequence_keys.shape[1]
     grouped = query_BHD.reshape(B, kv_heads, heads // kv_heads, D)
-    own, own_lse = _attend(
-        grouped,
-        layer.sequence_keys[:B, :, : step.sequence_tokens],
-        layer.sequence_values[:B, :, : step.sequence_tokens],
-        step.mask_BC,
-        scale,
-    )
+    if step.lengths is not None:
+        own, own_lse = flash.attend(grouped, layer.sequence_keys, layer.sequence_values, step.lengths, scale)
+    else:
+        C = step.sequence_tokens
+        keys, values = layer.sequence_keys[:B, :, :C], layer.sequence_values[:B, :, :C]
+        own, own_lse = _attend(grouped, keys, values, step.mask_BC, scale)
     if step.prompts is not None:
         shared, shared_lse = _over_prompts(grouped, layer, step.prompts, scale)
         weight = torch.sigmoid(shared_lse - own_lse)[..., None]  # exp(l1) / (exp(l1) + exp(l2))
@@ -141,13 +141,12 @@ def _over_prompts(
     B, kv_heads, Q, D = grouped.shape
     U, n = prompts.number, prompts.group_size
     into, back = prompts.by_kv_head(kv_heads)
-    out, lse = _attend(
-        grouped.reshape(B * kv_heads, Q * D).index_select(0, into).view(U, kv_heads, n * Q, D),
-        layer.prompt_keys[:U, :, : prompts.longest],
-        layer.prompt_values[:U, :, : prompts.longest],
-        prompts.mask_UP,
-        scale,
-    )
+    queries = grouped.reshape(B * kv_heads, Q * D).index_select(0, into).view(U, kv_heads, n * Q, D)
+    if prompts.lengths is not None:
+        out, lse = flash.attend(queries, layer.prompt_keys, layer.prompt_values, prompts.lengths, scale)
+    else:
+        keys, values = layer.prompt_keys[:U, :, : prompts.longest], layer.prompt_values[:U, :, : prompts.longest]
+        out, lse = _attend(queries, keys, values, prompts.mask_UP, scale)
     by_sequence = out.reshape(U * kv_heads * n, -1).index_select(0, back)
     lse_by_sequence = lse.reshape(U * kv_heads * n, Q).index_select(0, back)
     return by_sequence.view(B, kv_heads, Q, -1), lse_by_sequence.view(B, kv_heads, Q)
@@ -158,9 +157,9 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of (N, kv heads, Q, D) over (N, kv heads, K, D), and its log-sum-exp in float32 (N, kv heads, Q)."""
     mask = None if mask_NK is None else mask_NK.to(query.dtype)[:, None, None, :]
-    flash = _flash_on_cpu() if query.device.type == "cpu" else None
-    if flash is not None and value.shape[-1] == query.shape[-1]:
-        return flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    fused = _flash_on_cpu() if query.device.type == "cpu" else None
+    if fused is not None and value.shape[-1] == query.shape[-1]:
+        return fused(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
     if mask is not None:
         scores = scores + mask
@@ -171,10 +170,10 @@ def _attend(
 @cache
 def _flash_on_cpu() -> Any:
     """torch's fused attention for CPUs, the only one that returns log-sum-exps; None where this torch has none."""
-    flash = getattr(torch.ops.aten, FLASH_ON_CPU, None)
-    if flash is None:
+    fused = getattr(torch.ops.aten, FLASH_ON_CPU, None)
+    if fused is None:
         log.warning("decoding: torch %s has no %s; attention is slower without", torch.__version__, FLASH_ON_CPU)
-    return flash
+    return fused
 
 
 def _spread(

@@ -1,9 +1,10 @@
 """Rollouts with transformers, in the training process, from the trainer's own weights.
 
 ``engine.py`` schedules, ``budget.py`` divides the memory, ``kv_cache.py`` holds keys and values, ``attention.py`` reads
-them, ``draw.py`` draws tokens. A decoding step is one compiled call on a CPU (``step_compiled.py``, for the models that
-it knows) and one CUDA graph on a GPU (``step_graph.py``). A completion depends on its key and the weights alone: its
-uniform numbers never depend on the batch, and logits do so only by rounding.
+them, ``draw.py`` draws tokens, ``stop_strings.py`` ends completions. A decoding step is one compiled call on a CPU
+(``step_compiled.py``, for the models that it knows) and one CUDA graph on a GPU (``step_graph.py``, ``flash.py``).
+A completion depends on its key and the weights alone: its uniform numbers never depend on the batch, and logits do so
+only by rounding.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo.backends.base import OnGroup, Request, Sampling
+from grpo.backends.hf import flash
+from grpo.backends.hf.attention import PLAIN, implementation_of
+from grpo.backends.hf.budget import Budget
 from grpo.backends.hf.check import cache_bytes, check_attention, check_decoding
-from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, step_through_transformers
+from grpo.backends.hf.draw import Distribution
+from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, drawing, step_through_transformers
 from grpo.backends.hf.few_row_linear import packed_linears
+from grpo.backends.hf.kv_cache import DecodeCache, Shape
 from grpo.backends.hf.step_compiled import DecodeStep
 from grpo.backends.hf.step_compiled import why_not as why_not_compiled
 from grpo.backends.hf.step_graph import GraphStep, cuda_capture
+from grpo.backends.hf.stop_strings import StopStrings
 from grpo.errors import RunError
 from grpo.model.device_memory import total_memory
 from grpo.model.logprob_lm import LogprobLM
@@ -32,7 +39,14 @@ from grpo.types import Completion, Status, VersionSpan
 
 log = logging.getLogger("grpo")
 
-CACHE_SHARE = 0.25  # of the device's memory; a share of the free memory would differ when a run is resumed
+# Shares of the device's memory; a share of the free memory would differ when a run is resumed.
+CACHE_SHARE = 0.25
+KEPT_SHARE = 0.15  # weights and cache of up to this size stay between rollouts, where CUDA graphs read them
+PROMPT_STEP = (
+    64  # tokens to which room for prompts is rounded up, so that a kept cache serves rollouts of other prompts
+)
+
+Way = tuple[Callable[[LogprobLM], NextLogits], str]  # of making steps, and what the log says of it
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,12 @@ def make_compiled_step(model: LogprobLM) -> NextLogits:
     return DecodeStep(model.causal_lm)
 
 
-def make_graph_step(model: LogprobLM) -> NextLogits:
+def make_graph_step(model: LogprobLM) -> GraphStep:
     return GraphStep(model, cuda_capture())
+
+
+def make_graph_step_by_length(model: LogprobLM) -> GraphStep:
+    return GraphStep(model, cuda_capture(), by_length=True)
 
 
 def make_plain_step(model: LogprobLM) -> NextLogits:
@@ -58,7 +76,9 @@ def make_plain_step(model: LogprobLM) -> NextLogits:
 def _resize(model: PreTrainedModel, *, holds: bool) -> None:
     """Give a model's weights memory, or take it away. Shapes and ties stay."""
     for parameter in model.parameters():
-        parameter.untyped_storage().resize_(parameter.nbytes if holds else 0)
+        storage, size = parameter.untyped_storage(), parameter.nbytes if holds else 0
+        if storage.nbytes() != size:
+            storage.resize_(size)
 
 
 def _changes(policy: Policy) -> list[int]:
@@ -69,9 +89,9 @@ def _changes(policy: Policy) -> list[int]:
 class HFBackend:
     """Generates with the policy's own module, or with a copy where the compute type differs or weights are sharded.
 
-    A copy takes no memory between rollouts, unless weights are sharded. ``max_batch_size`` bounds the completions
-    decoded at once. ``kv_cache_gb`` bounds their keys and values; None is a quarter of the device's memory, divided
-    among the processes that share it.
+    A copy takes no memory between rollouts, unless weights are sharded or CUDA graphs read it. ``max_batch_size``
+    bounds the completions decoded at once. ``kv_cache_gb`` bounds their keys and values; None is a quarter of the
+    device's memory, divided among the processes that share it.
 
     Raises:
         UserError: the model does not attend through transformers' attention interface, or keeps a recurrent state.
@@ -81,9 +101,11 @@ class HFBackend:
     def __init__(self, policy: Policy, *, max_batch_size: int, kv_cache_gb: float | None = None):
         self.tokenizer = policy.tokenizer
         self.stop_token_ids = frozenset(policy.stop_token_ids)
+        self.stop_strings: dict[tuple[str, ...], StopStrings] = {}
         self.max_batch_size = max_batch_size
         self.device = policy.device
         self.version = -1
+        self.kept: tuple[DecodeCache, NextLogits] | None = None  # a cache that rollouts share, and what reads it
         self.shares_weights = not policy.sharded and (policy.compute_dtype == torch.float32 or policy.is_lora)
         model = policy.causal_lm if self.shares_weights else policy.empty_copy(policy.compute_dtype)
         casts = policy.is_lora and policy.compute_dtype != torch.float32
@@ -93,7 +115,7 @@ class HFBackend:
         self.logprob_lm = LogprobLM(model)
         with self._sampling_mode():
             choice = self._choose_step()
-            token_bytes = cache_bytes(self.logprob_lm, self.device)
+            self.token_bytes = cache_bytes(self.logprob_lm, self.device)
         self.make_step = choice.make_step
         if policy.accelerator.is_main_process:
             log.info("decoding: %s", choice.description)
@@ -103,7 +125,7 @@ class HFBackend:
             _resize(model, holds=False)
         sharing = policy.accelerator.num_processes if self.device.type == "cpu" else 1
         budget = kv_cache_gb * 1e9 if kv_cache_gb else CACHE_SHARE * total_memory(self.device) / sharing
-        self.cache_tokens = int(budget / token_bytes)
+        self.cache_tokens = int(budget / self.token_bytes)
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         if policy.sharded:
@@ -113,7 +135,7 @@ class HFBackend:
 
     def close(self) -> None:
         """Let go of the weights. Nothing can be generated afterwards."""
-        for name in ("model", "logprob_lm", "policy"):
+        for name in ("model", "logprob_lm", "policy", "kept"):
             vars(self).pop(name, None)
 
     def generate(
@@ -140,16 +162,42 @@ class HFBackend:
         return [group(request) for request in range(len(requests))]
 
     def _engine(self, requests: list[Request], sampling: Sampling) -> Engine:
+        budget = Budget.of(
+            requests,
+            sampling.max_completion_length,
+            self.max_batch_size,
+            self.cache_tokens,
+            prompt_step=1 if self.device.type == "cpu" else PROMPT_STEP,
+        )
+        cache, step = self._cache_and_step(budget.first_shape())
+        distribution, wanted = Distribution.of(sampling), tuple(sampling.stop)
+        stop = self.stop_strings.setdefault(wanted, StopStrings(self.tokenizer, sampling.stop))
+        by_graph = partial(step.next_tokens, distribution) if isinstance(step, GraphStep) else None
         return Engine(
             self.logprob_lm,
             requests,
             sampling,
-            lambda key, tokens: self._ended(key, tokens, sampling.stop),
-            max_sequences=self.max_batch_size,
-            cache_tokens=self.cache_tokens,
-            device=self.device,
-            step=self.make_step(self.logprob_lm),
+            lambda key, tokens: self._ended(key, tokens, stop),
+            budget=budget,
+            cache=cache,
+            next_tokens=by_graph or drawing(step, distribution),
         )
+
+    def _cache_and_step(self, shape: Shape) -> tuple[DecodeCache, NextLogits]:
+        """An empty cache of at least this shape, and what makes steps from it: those of earlier rollouts, or new ones.
+
+        New ones are kept where CUDA graphs read them and they are small: a graph holds addresses.
+        """
+        if self.kept is not None and self.kept[0].shape.holds(shape):
+            self.kept[0].empty()
+            return self.kept
+        self.kept = None  # its memory is free before that of another is taken
+        made = DecodeCache(shape, self.device), self.make_step(self.logprob_lm)
+        weights = sum(p.nbytes for p in self.model.parameters()) if self.copies else 0
+        size = weights + shape.tokens() * self.token_bytes
+        if isinstance(made[1], GraphStep) and size <= KEPT_SHARE * total_memory(self.device):
+            self.kept = made
+        return made
 
     def _choose_step(self) -> Choice:
         """The fastest way to make decoding steps that passes ``check_decoding``.
@@ -158,9 +206,9 @@ class HFBackend:
             RunError: not even steps through transformers pass.
         """
         why = why_not_compiled(self.model)
-        ways = [(make_compiled_step, "one compiled call a step")] if why is None else []
+        ways: list[Way] = [(make_compiled_step, "one compiled call a step")] if why is None else []
         if self.device.type == "cuda":
-            ways.append((make_graph_step, "one CUDA graph a step"))
+            ways += self._graph_ways()
         for make_step, what in ways:
             try:
                 check_decoding(self.logprob_lm, self.device, make_step(self.logprob_lm))
@@ -170,6 +218,16 @@ class HFBackend:
                 why = f"{what} fails"
         check_decoding(self.logprob_lm, self.device, make_plain_step(self.logprob_lm))
         return Choice(make_plain_step, f"through transformers, slower: {why}")
+
+    def _graph_ways(self) -> list[Way]:
+        keys_dtype = self.autocast_dtype or self.model.dtype
+        no_flash = flash.why_not(self.model, self.device, keys_dtype)
+        if implementation_of(self.model) not in PLAIN:
+            no_flash = f"the model attends by {implementation_of(self.model)}"
+        plain = (make_graph_step, "one CUDA graph a step, and attention under masks")
+        if no_flash is not None:
+            return [(plain[0], f"{plain[1]}: the flash kernel is not used, because {no_flash}")]
+        return [(make_graph_step_by_length, "one CUDA graph a step, and the flash kernel"), plain]
 
     @contextmanager
     def _weights(self) -> Iterator[None]:
@@ -182,7 +240,8 @@ class HFBackend:
             self.policy.copy_into(self.model)
             yield
         finally:
-            _resize(self.model, holds=False)
+            if self.kept is None:
+                _resize(self.model, holds=False)
 
     @contextmanager
     def _sampling_mode(self) -> Iterator[None]:
@@ -195,15 +254,9 @@ class HFBackend:
         finally:
             self.model.train(was_training)
 
-    def _ended(self, key: int, token_ids: list[int], stop: list[str]) -> bool:
+    def _ended(self, key: int, token_ids: list[int], stop: StopStrings) -> bool:
         """Whether a completion is over with its last token."""
-        if token_ids[-1] in self.stop_token_ids:
-            return True
-        if not stop:
-            return False
-        window = max(len(s) for s in stop) + 4  # a token is at least one character, or one of a character's 4 bytes
-        tail = self.tokenizer.decode(token_ids[-window:])
-        return any(s in tail for s in stop)
+        return token_ids[-1] in self.stop_token_ids or stop.ends(token_ids)
 
     def _completion(self, sequence: SampledSequence) -> Completion:
         text = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)

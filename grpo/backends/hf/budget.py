@@ -20,11 +20,18 @@ class Budget:
     prompt_tokens: int
     sequences: int  # wanted at once; fewer run where memory is short
     sequence_tokens: int  # of one at its longest
+    group_size: int
 
     @classmethod
-    def of(cls, requests: list[Request], longest_completion: int, max_sequences: int, tokens: int) -> Budget:
-        """Raises UserError where ``tokens`` do not hold one prompt and one sequence."""
+    def of(
+        cls, requests: list[Request], longest_completion: int, max_sequences: int, tokens: int, *, prompt_step: int = 1
+    ) -> Budget:
+        """Prompts get room for a multiple of ``prompt_step`` tokens.
+
+        Raises UserError where ``tokens`` do not hold one prompt and one sequence.
+        """
         prompt_tokens = max((len(r.prompt.token_ids) for r in requests), default=0)
+        prompt_tokens = -(-prompt_tokens // prompt_step) * prompt_step
         G = max((len(r.keys) for r in requests), default=1)
         sequences = min(max_sequences, sum(len(r.keys) for r in requests))
         # Sequences end in no order, so a prompt may stay for one sequence: room for twice the prompts that start.
@@ -38,12 +45,12 @@ class Budget:
                 f"rollout.kv_cache_gb holds {tokens} tokens, not a prompt of {prompt_tokens} and a completion of "
                 f"{longest_completion}; raise it, or lower rollout.max_completion_length"
             )
-        return cls(tokens, prompts, prompt_tokens, sequences, sequence_tokens)
+        return cls(tokens, prompts, prompt_tokens, sequences, sequence_tokens, G)
 
     def shape(self, sequence_tokens: int) -> Shape:
         """With room for ``sequence_tokens`` a sequence, as many sequences as fit."""
         fit = (self.tokens - self.prompts * self.prompt_tokens) // sequence_tokens
-        return Shape(self.prompts, self.prompt_tokens, min(self.sequences, fit), sequence_tokens)
+        return Shape(self.prompts, self.prompt_tokens, min(self.sequences, fit), sequence_tokens, self.group_size)
 
     def first_shape(self) -> Shape:
         """All sequences at full length where that fits, else with less room each, so that more of them run at once."""

@@ -19,7 +19,8 @@ log = logging.getLogger("grpo")
 STATEFUL, CAN_SET = "_is_stateful", "_can_set_attn_implementation"  # private names of transformers': they may be gone
 PROMPT_LENGTHS = (40, 21, 33)  # too long for sequences to begin with a copy
 PROMPT_OF = (0, 1, 0, 2, 1)  # of each sequence
-ROOM = Shape(prompts=5, prompt_tokens=40, sequences=6, sequence_tokens=80)  # more than needed: a graph computes all
+# More than needed: a graph computes all.
+ROOM = Shape(prompts=5, prompt_tokens=40, sequences=6, sequence_tokens=80, group_size=3)
 STEPS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # share of the logits' range
 
@@ -78,7 +79,7 @@ def check_decoding(model: LogprobLM, device: torch.device, step: NextLogits) -> 
 @torch.no_grad()
 def cache_bytes(model: LogprobLM, device: torch.device) -> int:
     """Bytes of one token's keys and values, over all layers. A prompt of one token is computed to find out."""
-    cache = DecodeCache(Shape(prompts=1, prompt_tokens=1, sequences=1, sequence_tokens=1), device)
+    cache = DecodeCache(Shape(prompts=1, prompt_tokens=1, sequences=1, sequence_tokens=1, group_size=1), device)
     with decoding_into(model.causal_lm, cache):
         cache.prefill = Prefill([(0, cache.add_prompt(1), 1)])
         model.causal_lm.base_model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)

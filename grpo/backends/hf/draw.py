@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 
 from grpo.model.truncation import truncate
 
+if TYPE_CHECKING:
+    from grpo.backends.base import Sampling
+
 BLOCK = 256  # tokens
 LARGEST_SHARE = 1 - 2.0**-32  # times a sum in float64, it is less than the sum
+
+
+class Distribution(NamedTuple):
+    """The part of ``Sampling`` that a draw depends on."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float | None = None
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Distribution:
+        return cls(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+
+    def draw(self, logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B,) and their log-probabilities (B,): ``sample``."""
+        return sample(logits_BV, uniforms_B, **self._asdict())
 
 
 def sample(

@@ -18,7 +18,7 @@ import torch
 from grpo.backends.base import Request, Sampling
 from grpo.backends.hf.attention import decoding_into
 from grpo.backends.hf.budget import Budget
-from grpo.backends.hf.draw import sample
+from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape, remove_entries
 from grpo.errors import RunError
 from grpo.model.logprob_lm import LogprobLM
@@ -32,6 +32,13 @@ BURST_ELSEWHERE = 16
 # Given one more token (B,) of every running sequence, and the cache: the logits (B,V) behind it. The next call may
 # overwrite them.
 NextLogits = Callable[[torch.Tensor, DecodeCache], torch.Tensor]
+# Given besides a uniform number (B,) for each: the next tokens (B,) and their log-probabilities (B,).
+NextTokens = Callable[[torch.Tensor, torch.Tensor, DecodeCache], tuple[torch.Tensor, torch.Tensor]]
+
+
+def drawing(step: NextLogits, distribution: Distribution) -> NextTokens:
+    """``NextTokens`` that draws behind ``step``."""
+    return lambda tokens_B, uniforms_B, cache: distribution.draw(step(tokens_B, cache), uniforms_B)
 
 
 def step_through_transformers(model: LogprobLM, tokens_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
@@ -58,11 +65,8 @@ class SampledSequence:
 class Engine:
     """Samples the completions of one rollout. ``run()`` yields each as it ends.
 
-    ``ended(key, tokens)`` says whether a completion is over. ``cache_tokens`` bounds the tokens of prompts and
-    sequences together.
-
-    Raises:
-        UserError: ``cache_tokens`` are too few for one prompt and one completion.
+    ``ended(key, tokens)`` says whether a completion is over. ``budget`` bounds the sequences and their keys and values;
+    ``cache`` is empty and holds the budget's first shape.
     """
 
     def __init__(
@@ -72,17 +76,15 @@ class Engine:
         sampling: Sampling,
         ended: Callable[[int, list[int]], bool],
         *,
-        max_sequences: int,
-        cache_tokens: int,
-        device: torch.device,
-        step: NextLogits,
+        budget: Budget,
+        cache: DecodeCache,
+        next_tokens: NextTokens,
     ):
-        self.model, self.requests, self.sampling, self.ended, self.device = model, requests, sampling, ended, device
-        self.step = step
+        self.model, self.requests, self.sampling, self.ended = model, requests, sampling, ended
+        self.budget, self.cache, self.next_tokens, self.device = budget, cache, next_tokens, cache.device
+        self.distribution = Distribution.of(sampling)
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
         self.waiting = deque(SampledSequence(i, g, key) for i in by_length for g, key in enumerate(requests[i].keys))
-        self.budget = Budget.of(requests, sampling.max_completion_length, max_sequences, cache_tokens)
-        self.cache = DecodeCache(self.budget.first_shape(), device)
         self.running: list[SampledSequence] = []  # by their place in the cache
         self.prompts: list[int] = []  # requests whose prompts the cache holds, by slot
         self.first_logits: dict[int, torch.Tensor] = {}  # (V,) behind the prompt of a request with sequences to start
@@ -130,7 +132,7 @@ class Engine:
         logits_BV = torch.stack([self.first_logits[sequence.request] for sequence in fresh])
         to_start = {sequence.request for sequence in self.waiting if not sequence.tokens}
         self.first_logits = {r: logits_V for r, logits_V in self.first_logits.items() if r in to_start}
-        drawn_B, logps_B = self._draw(logits_BV, self._uniforms(fresh, 1)[:, 0])
+        drawn_B, logps_B = self.distribution.draw(logits_BV, self._uniforms(fresh, 1)[:, 0])
         place_of = {id(sequence): place for place, sequence in enumerate(self.running)}
         places = [place_of[id(sequence)] for sequence in fresh]
         self.cache.begin_sequences(places)
@@ -174,7 +176,7 @@ class Engine:
         tokens_B = torch.tensor([sequence.tokens[-1] for sequence in self.running], device=self.device)
         drawn, logps = [], []
         for k in range(burst):
-            tokens_B, logps_B = self._draw(self.step(tokens_B, self.cache), uniforms_BK[:, k])
+            tokens_B, logps_B = self.next_tokens(tokens_B, uniforms_BK[:, k], self.cache)
             drawn.append(tokens_B)
             logps.append(logps_B)
         return self._extend(range(len(self.running)), torch.stack(drawn, 1), torch.stack(logps, 1))
@@ -183,10 +185,6 @@ class Engine:
         """The next ``count`` uniform numbers (B,count) of each, which its key and its tokens' positions determine."""
         positions_BK = np.array([len(sequence.tokens) for sequence in sequences])[:, None] + np.arange(count)[None]
         return torch.from_numpy(uniforms([sequence.key for sequence in sequences], positions_BK)).to(self.device)
-
-    def _draw(self, logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        s = self.sampling
-        return sample(logits_BV, uniforms_B, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
 
     def _extend(self, places: Iterable[int], drawn_BK: torch.Tensor, logps_BK: torch.Tensor) -> list[int]:
         """Add the drawn tokens, up to a sequence's end. Returns the places of sequences that end."""

@@ -9,7 +9,7 @@ Where one ends, the last one moves into its place. Buffers are allocated once, w
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 
@@ -23,17 +23,24 @@ SHORT_PROMPT = 32  # tokens; up to here sequences begin with a copy of their pro
 class Shape:
     """How many prompts of how many tokens, and sequences of how many tokens, the buffers hold.
 
-    ``sequence_tokens`` counts ``head_tokens``, the copy of a short prompt that a sequence begins with.
+    ``sequence_tokens`` counts ``head_tokens``, the copy of a short prompt that a sequence begins with. No prompt has
+    more than ``group_size`` sequences.
     """
 
     prompts: int
     prompt_tokens: int
     sequences: int
     sequence_tokens: int
+    group_size: int
 
     @property
     def head_tokens(self) -> int:
         return head_tokens(self.prompt_tokens)
+
+    def holds(self, other: Shape) -> bool:
+        """Whether buffers of this shape serve a rollout that wants ``other``."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return self.head_tokens == other.head_tokens and all(mine >= theirs for mine, theirs in pairs)
 
     def tokens(self) -> int:
         return self.prompts * self.prompt_tokens + self.sequences * self.sequence_tokens
@@ -86,6 +93,14 @@ class Prefill:
 
     prompts: list[tuple[int, int, int]] = field(default_factory=list)  # place in the batch, prompt slot, length
     tails: list[tuple[int, int, int, int]] = field(default_factory=list)  # place in the batch, sequence, start, length
+    _index: list[torch.Tensor] = field(default_factory=list)
+
+    def prompt_index(self, device: torch.device) -> list[torch.Tensor]:
+        """The prompts' places in the batch, and their slots. The first layer makes them, the others use them again."""
+        if not self._index:
+            places, slots, _ = zip(*self.prompts, strict=True)
+            self._index = [torch.tensor(numbers, device=device) for numbers in (places, slots)]
+        return self._index
 
 
 class DecodeCache:
@@ -109,6 +124,11 @@ class DecodeCache:
     @property
     def longest(self) -> int:
         return max(self.lengths, default=0)
+
+    def empty(self) -> None:
+        """Forget all prompts and sequences. The buffers stay, for another rollout."""
+        self.prompt_lengths, self.prompt_of, self.lengths = [], [], []
+        self.prefill = self.step = None
 
     def add_prompt(self, length: int) -> int:
         """Its slot."""
@@ -173,9 +193,11 @@ class DecodeCache:
         if index not in self.layers:
             self.layers[index] = Layer.empty(self.shape, key, value)
         layer = self.layers[index]
-        for row, slot, length in self.prefill.prompts:
-            layer.prompt_keys[slot, :, :length] = key[row, :, :length]
-            layer.prompt_values[slot, :, :length] = value[row, :, :length]
+        if self.prefill.prompts:  # all at once; what a shorter prompt has behind its end is masked
+            rows_U, slots_U = self.prefill.prompt_index(key.device)
+            P = max(length for _, _, length in self.prefill.prompts)
+            layer.prompt_keys[slots_U, :, :P] = key[rows_U, :, :P].to(layer.prompt_keys.dtype)
+            layer.prompt_values[slots_U, :, :P] = value[rows_U, :, :P].to(layer.prompt_values.dtype)
         for row, place, start, length in self.prefill.tails:
             first, end = 0 if self.shape.head_tokens else start, start + length
             layer.sequence_keys[place, :, : end - first] = key[row, :, first:end]
@@ -206,7 +228,7 @@ class DecodeCache:
         """Write the step's token of every sequence (B, kv heads, 1, D) into layer ``index``."""
         assert self.step is not None
         layer, step = self.layers[index], self.step
-        if step.mask_BC is None:  # all sequences have one length: a slice, which costs a fifth of an index
+        if step.of_one_length:  # a slice, which costs a fifth of an index
             layer.sequence_keys[: len(step.sequences_B), :, step.sequence_tokens - 1] = key[:, :, 0]
             layer.sequence_values[: len(step.sequences_B), :, step.sequence_tokens - 1] = value[:, :, 0]
         else:

@@ -7,33 +7,38 @@ from dataclasses import dataclass, field
 
 import torch
 
+from grpo.backends.hf.flash import Lengths
+
 
 @dataclass(frozen=True)
 class Step:
     """One decoding step of B sequences, the same for every layer.
 
     ``prompts`` is None where sequences hold a copy of their prompt. Masks are added to scores; a mask is None where it
-    would mask nothing.
+    would mask nothing, or where attention goes by ``lengths``.
     """
 
     sequences_B: torch.Tensor
     written_B: torch.Tensor  # tokens each sequence held before
     positions_B: torch.Tensor  # the new token's, counted from the prompt's first
     sequence_tokens: int  # to attend over: at least the longest sequence's, the new token included
+    of_one_length: bool  # all sequences hold sequence_tokens
     mask_BC: torch.Tensor | None
     prompts: PromptGroups | None
+    lengths: Lengths | None = None
 
     @classmethod
     def of(cls, lengths: list[int], prompts: PromptGroups | None, device: torch.device) -> Step:
         """``lengths`` are the tokens that each sequence has written."""
         B, C = len(lengths), max(lengths) + 1
-        written_B = torch.tensor(lengths, device=device)
+        written_B, of_one_length = torch.tensor(lengths, device=device), min(lengths) + 1 == C
         return cls(
             sequences_B=torch.arange(B, device=device),
             written_B=written_B,
             positions_B=written_B if prompts is None else prompts.lengths_B + written_B,
             sequence_tokens=C,
-            mask_BC=None if min(lengths) + 1 == C else mask_after(written_B + 1, C),
+            of_one_length=of_one_length,
+            mask_BC=None if of_one_length else mask_after(written_B + 1, C),
             prompts=prompts,
         )
 
@@ -54,6 +59,7 @@ class PromptGroups:
     group_size: int
     longest: int  # prompt, in tokens
     mask_UP: torch.Tensor | None
+    lengths: Lengths | None = None
     _by_kv_head: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod

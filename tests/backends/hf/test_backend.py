@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.backends.base import Request, Sampling
-from grpo.backends.hf.backend import HFBackend
+from grpo.backends.hf.backend import Choice, HFBackend
+from grpo.backends.hf.step_graph import GraphStep
 from grpo.errors import RunError
 from grpo.model.policy import Policy
 from grpo.randomness import key, uniforms
 from grpo.types import Prompt, Status
+from tests.backends.hf.recorder import Recorders
 from tests.conftest import make_policy
 
 QUESTIONS = ["6 3 9 = 27", "1 2 = 3", "( 1 + 2 ) * 3 + 4 + 5 = 18", "7", "8 8 8 8 = 32"]
@@ -156,6 +160,37 @@ def test_a_bfloat16_policy_generates_from_its_own_copy_and_sync_updates_it(tiny_
     backend.sync(policy, 1)
     after = backend.generate(requests(policy, 4), Sampling(20), 1)
     assert [c.token_ids for g in after for c in g] != [c.token_ids for g in before for c in g]
+
+
+def test_graphs_cache_and_weights_stay_between_rollouts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with a recorder in place of CUDA graphs."""
+    policy, recorders = make_policy(tiny_model, dtype="bfloat16"), Recorders(monkeypatch)
+    by_graph = Choice(lambda model: GraphStep(model, recorders), "recorded")
+    monkeypatch.setattr(HFBackend, "_choose_step", lambda self: by_graph)
+    monkeypatch.setattr("grpo.backends.hf.backend.packed_linears", nullcontext)  # it is for CPUs, and copies weights
+    backend = synced(policy)
+    wanted, made = requests(policy, 6), []
+    for version in range(3):
+        backend.sync(policy, version)
+        fresh = HFBackend(policy, max_batch_size=512)
+        fresh.sync(policy, version)
+        sampling = Sampling(30 - version)
+        found, expected = (each.generate(wanted, sampling, version) for each in (backend, fresh))
+        assert [[c.token_ids for c in g] for g in found] == [[c.token_ids for c in g] for g in expected]
+        assert backend.kept is not None
+        made.append((backend.kept[0], [p.data_ptr() for p in backend.model.parameters()]))
+        with torch.no_grad():
+            for parameter in policy.causal_lm.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert all(cache is made[0][0] and addresses == made[0][1] for cache, addresses in made)
+    longer = backend._cache_and_step(replace(made[0][0].shape, sequence_tokens=999))
+    assert longer[0] is not made[0][0]  # graphs of a cache that is too small are given up
+    monkeypatch.setattr("grpo.backends.hf.backend.KEPT_SHARE", 1e-12)
+    backend.kept = None
+    backend.sync(policy, 3)
+    backend.generate(wanted, Sampling(30), 3)
+    assert backend.kept is None  # too large: memory is for the update
+    assert not any(p.untyped_storage().nbytes() for p in backend.model.parameters())
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}

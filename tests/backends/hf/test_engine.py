@@ -10,7 +10,10 @@ import torch
 
 from grpo.backends.base import Request, Sampling
 from grpo.backends.hf.backend import HFBackend
-from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, step_through_transformers
+from grpo.backends.hf.budget import Budget
+from grpo.backends.hf.draw import Distribution
+from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, drawing, step_through_transformers
+from grpo.backends.hf.kv_cache import DecodeCache
 from grpo.backends.hf.step_compiled import DecodeStep, why_not
 from grpo.errors import RunError
 from grpo.model.logprob_lm import LogprobLM
@@ -37,15 +40,15 @@ def step_of(policy: Policy) -> NextLogits:
 
 def decode(policy: Policy, wanted: list[Request], *, sequences: int = 512, tokens: int = 10**6) -> tuple[dict, Engine]:
     """Completions by (request, sample), and what made them."""
+    budget = Budget.of(wanted, LIMIT, sequences, tokens)
     engine = Engine(
         LogprobLM(policy.causal_lm),
         wanted,
         Sampling(LIMIT),
         lambda key, ids: ids[-1] in policy.stop_token_ids,
-        max_sequences=sequences,
-        cache_tokens=tokens,
-        device=policy.device,
-        step=step_of(policy),
+        budget=budget,
+        cache=DecodeCache(budget.first_shape(), policy.device),
+        next_tokens=drawing(step_of(policy), Distribution()),
     )
     policy.causal_lm.eval()
     with torch.no_grad():

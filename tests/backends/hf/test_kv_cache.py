@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def cache_of(prompts: int, sequences: int) -> DecodeCache:
     """Sequence s belongs to prompt s % prompts and holds s + 1 tokens; keys are numbers of prompt and sequence."""
-    shape = Shape(prompts, kv_cache.SHORT_PROMPT + 1, sequences, sequences)
+    shape = Shape(prompts, kv_cache.SHORT_PROMPT + 1, sequences, sequences, sequences)
     cache = DecodeCache(shape, CPU)
     for length in range(1, prompts + 1):
         cache.add_prompt(length)
@@ -69,3 +69,20 @@ def test_every_sequence_stands_in_a_place_of_its_own_in_its_prompts_group() -> N
     heads = torch.arange(10).view(5, 2)  # (B, kv heads)
     into, back = groups.by_kv_head(2)
     assert heads.flatten()[into][back].view(5, 2).tolist() == heads.tolist()
+
+
+def test_buffers_serve_a_rollout_that_wants_no_more() -> None:
+    kept = Shape(prompts=5, prompt_tokens=64, sequences=8, sequence_tokens=100, group_size=4)
+    assert kept.holds(kept)
+    assert kept.holds(Shape(2, 33, 3, 50, 4))
+    for wanted in [(6, 64, 8, 100, 4), (5, 65, 8, 100, 4), (5, 64, 9, 100, 4), (5, 64, 8, 101, 4), (5, 64, 8, 100, 5)]:
+        assert not kept.holds(Shape(*wanted))
+    assert not kept.holds(Shape(5, kv_cache.SHORT_PROMPT, 8, 50, 4))  # whose sequences begin with their prompt
+
+
+def test_an_emptied_cache_takes_another_rollout() -> None:
+    cache = cache_of(3, 6)
+    buffer = cache.layers[0].sequence_keys
+    cache.empty()
+    assert (cache.longest, cache.add_prompt(7), cache.add_sequence(0)) == (0, 0, 0)
+    assert cache.layers[0].sequence_keys is buffer

@@ -67,7 +67,7 @@ def logits_of(
     model: PreTrainedModel, prompt_of: list[int], tokens_TB: torch.Tensor, lengths: list[int]
 ) -> torch.Tensor:
     """(T,B,V) of compiled steps that are given ``tokens_TB``; sequence b belongs to prompt ``prompt_of[b]``."""
-    cache = DecodeCache(Shape(len(lengths), max(lengths), len(prompt_of), STEPS), torch.device("cpu"))
+    cache = DecodeCache(Shape(len(lengths), max(lengths), len(prompt_of), STEPS, len(prompt_of)), torch.device("cpu"))
     ids = [(torch.arange(n) * 5 + 3 + 11 * i) % V for i, n in enumerate(lengths)]
     with decoding_into(model, cache):
         for prompt in ids:  # one at a time, so that no prefill depends on another
