@@ -4,7 +4,7 @@ Makes a folder with a model of that shape (random weights in bfloat16), starts i
 as DDP and as FSDP2 do, and prints the largest memory of all processes together while it starts, and what they hold
 afterwards, in GB. Memory is the kernel's proportional share (PSS): a page that several processes see counts once. On a
 GPU machine the weights are on the devices afterwards, here they are in the same memory; what is beyond them is the cost
-of the start. It runs on the code that PYTHONPATH names, so two versions can be compared.
+of the start. To compare with another version, copy this file into its benchmarks/ and run it there.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def measure(folder: Path, kind: dict[str, str], processes: int, beta: float, por
     """Gigabytes over all processes, beyond those of their imports."""
     several = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--within", str(folder), "--beta", str(beta)]
+    command = [sys.executable, "-m", "benchmarks.start_memory", "--within", str(folder), "--beta", str(beta)]
     running = [
         subprocess.Popen(
             command,
