@@ -99,7 +99,7 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
 
 def _quantized(recipe: Recipe, device: torch.device, compute_dtype: torch.dtype) -> Equipped:
     """The model with a base in 4 bits, which every process reads and quantizes for itself."""
-    mine = _equip(load_quantized(recipe.model, compute_dtype, device), recipe, device, sharded=False)
+    mine = _equip(load_quantized(recipe.model, compute_dtype, device), recipe, device, sharded=False, says=False)
     mine.causal_lm.to(device)  # the adapters
     return mine
 

@@ -12,7 +12,7 @@ import torch
 
 from grpo.backends.hf import attention, flash, step_graph
 from grpo.backends.hf.attention import decoding_into
-from grpo.backends.hf.check import ROOM, _made_up_ids, _prefill, _tokens_at
+from grpo.backends.hf.check import ROOM, _prefill, _tokens_at, made_up_ids
 from grpo.backends.hf.draw import Distribution, sample
 from grpo.backends.hf.engine import NextLogits, step_through_transformers
 from grpo.backends.hf.kv_cache import DecodeCache
@@ -42,7 +42,7 @@ def decode(watch: Watch, name: str, make_step: Callable[[LogprobLM], NextLogits]
     model = LogprobLM(causal_lm(CONFIGS[name], torch.bfloat16)).eval()
     watch.products.clear()
     with torch.no_grad():
-        ids, cache = _made_up_ids(model, CUDA), DecodeCache(ROOM, CUDA)
+        ids, cache = made_up_ids(model, CUDA), DecodeCache(ROOM, CUDA)
         with decoding_into(model.causal_lm, cache):
             watch.may_make_masks = True
             _prefill(model, cache, ids)

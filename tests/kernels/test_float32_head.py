@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo import kernels
 from grpo.errors import UserError
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
@@ -18,10 +19,11 @@ def test_log_probabilities_are_nearer_to_float32s(
     tiny_model: Path, lora: dict | None, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the same model: with the head's rounding and without. Gradients are those of the plain head to rounding."""
-    monkeypatch.setattr("grpo.model.policy.Policy._alone", lambda self: alone)
+    install = kernels.install
+    monkeypatch.setattr(kernels, "install", lambda *given, **named: install(*given, **named | {"alone": alone}))
     found = {}
-    for kernels in ("none", ["float32_head"]):
-        policy = make_policy(tiny_model, dtype="bfloat16", sharpen=3.0, model={"kernels": kernels, "lora": lora})
+    for wanted in ("none", ["float32_head"]):
+        policy = make_policy(tiny_model, dtype="bfloat16", sharpen=3.0, model={"kernels": wanted, "lora": lora})
         hidden = []
         head = policy.causal_lm.get_output_embeddings()
         head.register_forward_hook(lambda _, given, made, hidden=hidden: hidden.append((given[0], made.clone())))
@@ -30,7 +32,7 @@ def test_log_probabilities_are_nearer_to_float32s(
         x, logits = hidden[0]
         exact = x.bfloat16().double() @ head.weight.detach().bfloat16().double().T
         gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
-        found[str(kernels)] = logits.dtype, float((logits.double() - exact).abs().max()), gradient
+        found[str(wanted)] = logits.dtype, float((logits.double() - exact).abs().max()), gradient
     (plain_dtype, plain_error, plain), (dtype, error, gradient) = found.values()
     assert (plain_dtype, dtype) == (torch.bfloat16, torch.float32)
     assert error < plain_error / 100
@@ -39,8 +41,8 @@ def test_log_probabilities_are_nearer_to_float32s(
 
 def test_float32_is_not_changed(tiny_model: Path) -> None:
     found = []
-    for kernels in ("none", ["float32_head"]):
-        policy = make_policy(tiny_model, model={"kernels": kernels})
+    for wanted in ("none", ["float32_head"]):
+        policy = make_policy(tiny_model, model={"kernels": wanted})
         found.append(policy.logprobs(policy.collate(sequences()), 1.0)[0])
     assert torch.equal(*found)
 

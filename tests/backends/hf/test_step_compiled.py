@@ -183,6 +183,7 @@ def macros_of_the_compiler() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx512f" not in Path("/proc/cpuinfo").read_text(), reason="no vectors of sixteen")
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("kind", KINDS)
