@@ -37,22 +37,27 @@ TOKENS = {"tiny": (64, 64), "0.5b": (16384, 32768), "1.5b": (16384, 32768), "3b"
 
 @dataclass(frozen=True)
 class Way:
-    """How an update is made."""
+    """How an update is made; ``kernels`` is ``model.kernels`` of the recipe."""
 
     tokens: int
     packed: bool = True
     checkpointing: bool = False
+    kernels: str | tuple[str, ...] = "auto"
 
 
 def ways_of(shape: str) -> dict[str, Way]:
-    """The most telling first."""
+    """The most telling first. Those of the same ``kernels`` stand together, because each needs a policy of its own."""
     lean, checkpointed = TOKENS[shape]
-    return {
+    ways = {
         "packed": Way(lean),
         "padded": Way(lean, packed=False),
         "packed, checkpointing": Way(checkpointed, checkpointing=True),
         "packed, half the tokens": Way(lean // 2),
     }
+    if shape != "3b":  # whose weights take too long to be read again
+        ways["packed, no kernels"] = Way(lean, kernels="none")
+        ways["packed, a float32 head alone"] = Way(lean, kernels=("float32_head",))
+    return ways
 
 
 def make_sequences(options: argparse.Namespace) -> list[list[TrainedSequence]]:
@@ -150,14 +155,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args(arguments)
     log_to_stderr()
+    found: dict[str, dict[str, Any]] = {}
+    policy, recipe, of_kernels, peak = None, None, None, 0.0
     with model_folder(options.shape) as folder:
-        begun = time.perf_counter()
-        policy, recipe = make_policy(folder)
-    print(json.dumps({"settings": vars(options), "start_s": time.perf_counter() - begun}), flush=True)
-    peak, found = matrix_peak(policy.device.type), {}
-    for name, way in ways_of(options.shape).items():
-        found[name] = measure(policy, recipe, way, options)
-        print(json.dumps(summary(found, options, peak)), flush=True)
+        for name, way in ways_of(options.shape).items():
+            if policy is None or way.kernels != of_kernels:
+                policy = None  # its memory is free before that of another is taken
+                gc.collect()
+                begun, of_kernels = time.perf_counter(), way.kernels
+                kernels = way.kernels if isinstance(way.kernels, str) else list(way.kernels)
+                policy, recipe = make_policy(folder, model={"kernels": kernels})
+                if not found:
+                    print(json.dumps({"settings": vars(options), "start_s": time.perf_counter() - begun}), flush=True)
+                    peak = matrix_peak(policy.device.type)
+            found[name] = measure(policy, recipe, way, options)
+            print(json.dumps(summary(found, options, peak)), flush=True)
 
 
 if __name__ == "__main__":
