@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from grpo.run.checkpoint import (
 from grpo.run.manifest import SHARDS, facts
 from grpo.run.same_run import check_same_run, run_identity
 from grpo.run.shards import read_shards, stored_tensors, write_shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("grpo")
 
@@ -82,9 +85,8 @@ def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress)
         on_main(policy.accelerator, lambda: commit(aside, states=states, manifest=manifest, keep=keep, shards=shards))
         return
     tensors = {"model": policy.trained_state()}
-    if _moves(recipe, policy):
-        assert policy.reference is not None
-        tensors["reference"] = policy.reference.causal_lm.state_dict()
+    if (reference := _moving_reference(recipe, policy)) is not None:
+        tensors["reference"] = reference.state_dict()
     states["optimizer"] = policy.optimizer_state()
     on_main(
         policy.accelerator,
@@ -92,17 +94,15 @@ def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress)
     )
 
 
-def _moves(recipe: Recipe, policy: Policy) -> bool:
-    return policy.reference is not None and recipe.algorithm.sync_ref_model
+def _moving_reference(recipe: Recipe, policy: Policy) -> PreTrainedModel | None:
+    return policy.reference.causal_lm if policy.reference is not None and recipe.algorithm.sync_ref_model else None
 
 
 def _tensors(recipe: Recipe, policy: Policy) -> dict[str, torch.Tensor]:
     """The weights that a checkpoint holds, by the names that they have in its shards: they themselves, not copies."""
     found = {f"model.{name}": tensor for name, tensor in policy.trained_state().items()}
-    if _moves(recipe, policy):
-        assert policy.reference is not None
-        named = policy.reference.causal_lm.named_parameters()
-        found |= {f"reference.{name}": parameter.detach() for name, parameter in named}
+    if (reference := _moving_reference(recipe, policy)) is not None:
+        found |= {f"reference.{name}": parameter.detach() for name, parameter in reference.named_parameters()}
     return found
 
 

@@ -95,7 +95,9 @@ def test_a_mode_that_was_named_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_hf_cannot_do_is_refused_with_the_reason_why_it_is_hf() -> None:
-    with pytest.raises(UserError, match=r"^rollout\.backend: auto is hf here: training runs on a cpu.*\. max_staleness above 0 needs "):
+    with pytest.raises(
+        UserError, match=r"^rollout\.backend: auto is hf here: training runs on a cpu.*\. max_staleness above 0 needs "
+    ):
         resolve("cpu", backend="auto", max_staleness=1)
 
 
