@@ -11,7 +11,7 @@ Padding must not enter a state. transformers masks it, but a layer with a bias l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Rows:
     def take(self, rows: list[int]) -> None:
         """Go on with these rows; one may be taken several times."""
         rows_B = torch.tensor(rows, device=self.mask_BT.device)
-        self.cache.reorder_cache(rows_B)
+        self.cache.reorder_cache(cast(torch.LongTensor, rows_B))
         self.mask_BT, self.logits_BV = self.mask_BT[rows_B], self.logits_BV[rows_B]
 
     def nbytes(self) -> int:
