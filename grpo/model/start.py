@@ -7,6 +7,7 @@ memory. The first process then sends what it read, tensor by tensor.
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -94,6 +95,8 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
         shard(logprob_lm, accelerator)
     materialize(logprob_lm, device)
     fill(logprob_lm, source, several=accelerator.num_processes > 1)
+    del source
+    gc.collect()  # patched modules refer to themselves, so what was read would stay
     return Started(logprob_lm, mine.peft_model, why is None)
 
 
