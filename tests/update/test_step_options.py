@@ -254,7 +254,7 @@ def run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
                 "save_every": 1,
             },
         )
-        monkeypatch.setattr(trainer, "write_report", lambda folder: None)  # takes seconds
+        monkeypatch.setattr(trainer, "write_report_at_end", lambda folder: None)  # takes seconds
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             trainer.train(recipe, resume)

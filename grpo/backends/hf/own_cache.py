@@ -59,7 +59,7 @@ class Rows:
     def take(self, rows: list[int]) -> None:
         """Go on with these rows; one may be taken several times."""
         rows_B = torch.tensor(rows, device=self.mask_BT.device)
-        self.cache.reorder_cache(cast(torch.LongTensor, rows_B))
+        self.cache.reorder_cache(rows_B)  # type: ignore[arg-type]  # any int64 tensor
         self.mask_BT, self.logits_BV = self.mask_BT[rows_B], self.logits_BV[rows_B]
 
     def nbytes(self) -> int:
