@@ -140,10 +140,11 @@ def note_groups(gate: Gate) -> None:
     take, advantages = trainer.Rollouts.take, trainer.step_advantages
 
     def noted_take(*args: Any, **kwargs: Any) -> Any:
-        groups = take(*args, **kwargs)
+        taken = take(*args, **kwargs)
+        groups = [taken[place] for place in sorted(taken)]
         gate.notes["lengths"] = [len(c.token_ids) for group in groups for c in group.completions]
         gate.notes["prompt_tokens"] = [len(group.prompt.token_ids) for group in groups for _ in group.completions]
-        return groups
+        return taken
 
     def noted_advantages(*args: Any, **kwargs: Any) -> Any:
         found = advantages(*args, **kwargs)
