@@ -13,7 +13,7 @@ PARITY_VENV := .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-vllm test-nodes fuzz bench gpu-suite-dry parity algorithms staleness lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-processes test-vllm test-nodes fuzz bench gpu-suite-dry parity algorithms staleness lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -73,6 +73,10 @@ test-liger: $(LIGER_STAMP) ## run Liger's kernels in Triton's interpreter, besid
 test-vllm: setup setup-vllm smollm2 ## run the tests of the vLLM backend against real engines
 	GRPO_VLLM_PYTHON="$(CURDIR)/$(VLLM_VENV)/bin/python" \
 	  $(BIN)/python -m pytest --numprocesses=0 -p no:cacheprovider --timeout=600 tests/vllm_engine
+
+# One test at a time: each starts several processes.
+test-processes: setup ## run the tests of several processes: replicated, sharded (FSDP2, HSDP), checkpoints of both, two nodes
+	$(BIN)/python -m pytest --numprocesses=0 --timeout=600 tests/processes
 
 # Nodes are network namespaces, which only root may make; without, every test is skipped and says so.
 test-nodes: setup ## run the tests of launches over several nodes (network namespaces; as root)

@@ -59,8 +59,9 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-# `make test-vllm` needs an environment of its own, `make test-nodes` is for root; each names its folder, which runs it.
-collect_ignore = ["vllm_engine", "several_nodes"]
+# Targets of their own: `make test-processes` takes minutes, `make test-vllm` needs an environment of its own,
+# `make test-nodes` is for root. Each names its folder, which runs it.
+collect_ignore = ["processes", "vllm_engine", "several_nodes"]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 LAUNCHES: dict[str, dict[str, str]] = {
     "ddp": {},
     "fsdp2": {
@@ -43,6 +45,8 @@ def run_forked(kind: str, processes: int, work: Callable[..., None], *arguments:
             several = {"RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
             several |= {f"LOCAL_{name}": value for name, value in several.items()}
             os.environ.update(several | LAUNCHES[kind], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            # torch makes its pool of threads anew after a fork. Threads that load weights must not do so at once.
+            torch.set_num_threads(torch.get_num_threads())
             status = 1
             try:
                 work(*arguments)

@@ -11,7 +11,7 @@ Padding must not enter a state. transformers masks it, but a layer with a bias l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch

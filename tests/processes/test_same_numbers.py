@@ -13,9 +13,9 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
-from tests import several_processes
 from tests.launching import ROOT, environment
-from tests.several_processes import KINDS, PLACES, Gradient
+from tests.processes import same_numbers
+from tests.processes.same_numbers import KINDS, PLACES, Gradient
 from tests.update.test_step import distance
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,7 +28,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What several processes found, kind by kind."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, str(ROOT / "tests/several_processes.py"), str(tiny_model), str(folder)]
+    command = [sys.executable, str(ROOT / "tests/processes/same_numbers.py"), str(tiny_model), str(folder)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return folder
@@ -46,15 +46,15 @@ def found(folder: Path, kind: str) -> Found:
 
 def alone(model: Path, micro_batch_size: int = 8, **changes: Any) -> Gradient:
     AcceleratorState._reset_state(reset_partial_state=True)
-    recipe = several_processes.recipe_of(str(model), micro_batch_size, **changes)
-    return several_processes.step_of(recipe, several_processes.policy_of(recipe))[0]
+    recipe = same_numbers.recipe_of(str(model), micro_batch_size, **changes)
+    return same_numbers.step_of(recipe, same_numbers.policy_of(recipe))[0]
 
 
 @pytest.fixture(scope="module")
 def one_process(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """The same of one process."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return several_processes.everything(str(tiny_model), tmp_path_factory.mktemp("alone"), "ddp")
+    return same_numbers.everything(str(tiny_model), tmp_path_factory.mktemp("alone"), "ddp")
 
 
 def test_the_gradient_is_that_of_one_process(one_process: Found, found: Found) -> None:
@@ -69,7 +69,7 @@ def test_in_bfloat16_it_is_too_within_what_rounding_changes(
 ) -> None:
     """Rounding is measured: how far the gradient of one process in bfloat16 is from that in float32. With whole weights
     rounding falls in the same places, and splitting differently may change as much as micro-batches of another size."""
-    changes = {"lora": several_processes.LORA} if trained == "lora" else {}
+    changes = {"lora": same_numbers.LORA} if trained == "lora" else {}
     exact, rounded = alone(tiny_model, **changes), one_process[trained]["at_once"]
     rounding = distance(exact, rounded)
     reordering = max(distance(rounded, alone(tiny_model, size, dtype="bfloat16", **changes)) for size in (1, 2, 4))

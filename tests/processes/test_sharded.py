@@ -21,7 +21,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ended(root: Path) -> dict[str, list[int]]:
     """How the processes of each part of the script ended."""
-    done = run_python(ROOT / "tests/run/sharded_checkpoints.py", root)
+    done = run_python(ROOT / "tests/processes/sharded_checkpoints.py", root)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(done.stderr)  # pytest shows it with a failure

@@ -1,6 +1,6 @@
-"""Script for tests/update/test_processes.py: what several processes compute, each kind of launch in turn.
+"""Script for test_same_numbers.py: what several processes compute, each kind of launch in turn.
 
-several_processes.py MODEL FOLDER
+same_numbers.py MODEL FOLDER
 
 One Python imports everything, then forks the processes of each kind with what ``accelerate launch`` would tell them
 (imports are most of what a process of these tests costs). The first process of a kind writes FOLDER/KIND.pt.
