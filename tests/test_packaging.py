@@ -115,7 +115,9 @@ def pins():
     return found
 
 
-@pytest.mark.parametrize(("minor", "targets"), [(10, "lint test test-processes"), (11, "lint test test-processes test-vllm")])
+@pytest.mark.parametrize(
+    ("minor", "targets"), [(10, "lint test test-processes"), (11, "lint test test-processes test-vllm")]
+)
 def test_ci_leaves_out_what_an_older_python_cannot_run(tmp_path, minor, targets):
     """With stand-ins for make and python3 that say what they are told to."""
     stand_ins = {
