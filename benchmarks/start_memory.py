@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT
-from benchmarks.gpu.shapes import model_folder
+from benchmarks.gpu.models import model_folder
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -136,7 +136,7 @@ def main() -> None:
     if arguments.within:
         start_and_wait(arguments.within, arguments.beta)
         return
-    with model_folder(arguments.shape, "cpu") as folder:
+    with model_folder(arguments.shape) as folder:
         size = (folder / "model.safetensors").stat().st_size
         print(json.dumps({"shape": arguments.shape, "file": round(size / 1e9, 2), "root": str(ROOT)}), flush=True)
         for number, (name, kind) in enumerate({"ddp": {}, "fsdp2": FSDP2}.items()):

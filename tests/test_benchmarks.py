@@ -307,3 +307,8 @@ def test_every_named_variant_is_an_override_and_another_is_refused():
         algorithms.overrides("dapo+dynamics")
     for more in algorithms.MORE:
         assert load_recipe("recipes/demo_cpu.yaml", algorithms.overrides(f"dapo+{more}"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_finds_what_it_imports(path):
+    import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
