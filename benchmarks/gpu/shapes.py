@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo.model.memory_budget import shape_of
+
 QWEN = {"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936}
 SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5
     "tiny": {
@@ -37,9 +39,6 @@ SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5
     },
 }
 
-# Megabytes that a token of a packed row keeps for the backward pass under bfloat16 autocast: without checkpointing, and
-# with it. Counted over the saved tensors of these shapes on a CPU.
-KEPT_MB_PER_TOKEN = {"0.5b": (0.75, 0.10), "1.5b": (1.56, 0.19), "3b": (2.52, 0.32)}
 STATE_BYTES = 16  # a parameter: float32 weight, gradient and AdamW's two moments
 
 
@@ -62,11 +61,11 @@ def cache_bytes_per_token(shape: str, size: int = 2) -> int:
 def expected_update_gb(shape: str, tokens: int, *, checkpointing: bool) -> float | None:
     """Memory of an update with micro-batches of ``tokens``: weights, gradients, AdamW's moments, what the backward pass
     needs, and the embedding's gradient of one micro-batch. None for a shape whose kept bytes nobody has counted."""
-    if shape not in KEPT_MB_PER_TOKEN:
+    known = shape_of(f"qwen2.5-{shape}")
+    if known is None:
         return None
-    state = STATE_BYTES * sum(counts(shape).values())
-    kept = tokens * KEPT_MB_PER_TOKEN[shape][checkpointing] * 1e6
-    return (state + kept + 4 * counts(shape)["head"]) / 1e9
+    kept = tokens * known.kept_token(checkpointing=checkpointing)
+    return (STATE_BYTES * known.parameters + kept + 4 * known.embedding) / 1e9
 
 
 def training_flops(shape: str, prompts: list[int], completions: list[list[int]]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types without a recurrent state
 
 
 class LogprobLM(nn.Module):

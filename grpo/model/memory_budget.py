@@ -15,8 +15,10 @@ from grpo.config import Recipe
 CONTEXT = 1.0e9  # CUDA's own, and what the allocator can't give out
 LOGITS = 1.9e9  # a chunk of the head's logits, the chunk that is kept, and three float32 tiles: devices.LOGITS
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: the code, its block's scale in 8 bits, that scale's own
-CACHE_SHARE = 0.25  # of the card, for the hf backend's keys and values where the recipe gives no number
-KEPT_SHARE = 0.15  # of the card: up to this the hf backend keeps its weights and cache from one rollout to the next
+# Shares of the device's memory, which the hf backend takes from here. Shares of what is free would differ when a run is
+# resumed.
+CACHE_SHARE = 0.25  # for keys and values, where the recipe gives no number
+KEPT_SHARE = 0.15  # weights and cache of up to this size stay between rollouts, where CUDA graphs read them
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,12 @@ from grpo.backends.hf.stop_strings import StopStrings
 from grpo.errors import RunError
 from grpo.model.device_memory import total_memory
 from grpo.model.logprob_lm import LogprobLM
+from grpo.model.memory_budget import CACHE_SHARE, KEPT_SHARE
 from grpo.model.policy import Policy
 from grpo.types import Completion, Status, VersionSpan
 
 log = logging.getLogger("grpo")
 
-# Shares of the device's memory; a share of the free memory would differ when a run is resumed.
-CACHE_SHARE = 0.25
-KEPT_SHARE = 0.15  # weights and cache of up to this size stay between rollouts, where CUDA graphs read them
 PROMPT_STEP = (
     64  # tokens to which room for prompts is rounded up, so that a kept cache serves rollouts of other prompts
 )

@@ -64,6 +64,13 @@ class SampledSequence:
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
 
+    def add(self, token: int, logprob: float) -> None:
+        """Raises RunError where the token was drawn from nan."""
+        if logprob != logprob:
+            raise RunError("the model's logits are nan: its weights or the compute type's range are at fault")
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+
 
 class Engine:
     """Samples the completions of one rollout. ``run()`` yields each as it ends.
@@ -195,10 +202,7 @@ class Engine:
         for place, tokens, logps in zip(places, drawn_BK.tolist(), logps_BK.tolist(), strict=True):
             sequence = self.running[place]
             for token, logp in zip(tokens, logps, strict=True):
-                if logp != logp:
-                    raise RunError("the model's logits are nan: its weights or the compute type's range are at fault")
-                sequence.tokens.append(token)
-                sequence.logprobs.append(logp)
+                sequence.add(token, logp)
                 sequence.stopped = self.ended(sequence.key, sequence.tokens)
                 if sequence.stopped or len(sequence.tokens) == self.sampling.max_completion_length:
                     over.append(place)

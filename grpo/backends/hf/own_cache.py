@@ -22,10 +22,9 @@ from grpo.backends.hf import check
 from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.engine import SampledSequence
 from grpo.errors import RunError, UserError
-from grpo.model.logprob_lm import LogprobLM
+from grpo.model.logprob_lm import ATTENTION, LogprobLM
 from grpo.randomness import uniforms
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types without a recurrent state
 DROPPED_AT = 0.75  # of a batch's rows still running, the others leave: dropping copies the whole cache
 LENGTHS = (40, 2, 17)  # of the prompts that are tried: what enters a state is forgotten behind a long one
 MORE_THAN_ROUNDING = 8  # times what unpadded prompts are off
@@ -215,10 +214,7 @@ class OwnCacheEngine:
         tokens_B, logps_B = self.distribution.draw(rows.logits_BV, uniforms_B)
         for sequence, token, logp in zip(running, tokens_B.tolist(), logps_B.tolist(), strict=True):
             if sequence is not None:
-                if logp != logp:
-                    raise RunError("the model's logits are nan: its weights or the compute type's range are at fault")
-                sequence.tokens.append(token)
-                sequence.logprobs.append(logp)
+                sequence.add(token, logp)
         return tokens_B
 
     def _over(self, sequence: SampledSequence) -> bool:
