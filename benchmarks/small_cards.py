@@ -10,8 +10,8 @@ text between the two markers, and `docs/results/small_cards.png`.
 
 - *Learning*: a run of `--steps` steps, its peak memory, and the bytes that weights, gradients and AdamW hold.
 - *Drift*: another, short run, in which a float32 copy of the trained weights is stepped by torch's AdamW with the
-  gradients of the run. Drift is |change of the run's weights - change of the copy| / |change of the copy|. The same
-  gradients also go through other ways to store weights in bfloat16, for comparison.
+  gradients of the run. Drift is |change of the run's weights - change of the copy| / |change of the copy|, since the
+  start, after each step. The same gradients also go through other ways to store weights in bfloat16, for comparison.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def one_run(variant: str, folder: Path, steps: int, options: argparse.Namespace,
     from grpo.model.policy import Policy
     from grpo.trainer import train
 
-    original, seen = Policy.step, {"bytes": {}, "drift": {}}
+    original, seen = Policy.step, {"bytes": {}, "drift": []}
     shadow: list[Shadow] = []
 
     def step(policy: Policy, learning_rate: float) -> None:
@@ -75,7 +75,7 @@ def one_run(variant: str, folder: Path, steps: int, options: argparse.Namespace,
             one.step(learning_rate)
         original(policy, learning_rate)
         for one in shadow:
-            seen["drift"] = one.drift()
+            seen["drift"].append(one.drift())
         seen["bytes"] = held(policy) | {"gradients": gradients}
 
     Policy.step = step
@@ -236,7 +236,8 @@ def table(found: dict[str, dict[str, Any]], steps: int) -> str:
         "on the host",
         "bytes a trained weight",
         "peak, MB",
-        "drift",
+        "drift after step 1",
+        "after the last",
     ]
     lines = ["| variant | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for variant, one in found.items():
@@ -246,7 +247,8 @@ def table(found: dict[str, dict[str, Any]], steps: int) -> str:
         cells = [f"{mean(one['rewards'][a:b]):.3f}" for a, b in spans]
         cells.append(f"{size['trained'] / 1e6:.1f}")
         cells += [f"{size[key] / 1e6:,.0f} MB" for key in ("weights", "gradients", "AdamW", "on the host")]
-        cells += [f"{own:.1f}", f"{one['peak_mb']:,.0f}", percent(one["drift"].get("run"))]
+        cells += [f"{own:.1f}", f"{one['peak_mb']:,.0f}"]
+        cells += [percent(one["drift"][k]["run"] if one["drift"] else None) for k in (0, -1)]
         lines.append(f"| `{variant}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -255,11 +257,16 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.3g}%"
 
 
-def drift_table(drift: dict[str, float]) -> str:
+def drift_table(drift: list[dict[str, float]]) -> str:
+    """A row a way to store weights; a column for some of the steps."""
+    steps = sorted({0, *range(1, len(drift), max(1, len(drift) // 5)), len(drift) - 1})
     extra = {"nearest": 0, "stochastic rounding": 0, "Kahan": 2, "run": 2}
     names = {"run": "**the low 16 bits kept apart (`model.weights: bfloat16`)**"}
-    lines = ["| bfloat16 weights | bytes a weight besides | drift |", "|---|---|---|"]
-    lines += [f"| {names.get(n, n)} | {extra[n]} | {percent(drift[n])} |" for n in extra if n in drift]
+    head = ["bfloat16 weights", "bytes a weight besides", *(f"drift, step {step + 1}" for step in steps)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, beside in extra.items():
+        cells = [names.get(name, name), str(beside), *(percent(drift[step][name]) for step in steps)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -291,15 +298,16 @@ def report(options: argparse.Namespace) -> None:
         if folder.with_suffix(".json").exists():
             found[variant] = json.loads(folder.with_suffix(".json").read_text()) | {"rewards": rewards_of(folder)}
             drift = options.folder / f"{variant}_drift.json"
-            found[variant]["drift"] = json.loads(drift.read_text())["drift"] if drift.exists() else {}
+            found[variant]["drift"] = json.loads(drift.read_text())["drift"] if drift.exists() else []
     first = next(iter(found.values()))
     draw(found, options.page.with_suffix(".png"))
     machine = first["hardware"]
     about = (
         f"SmolLM2-135M-Instruct, reward: the share of digits; {first['steps']} steps of 4 prompts x 8 completions of "
-        f"at most 32 tokens, seed {options.seed}, computed in bfloat16. Drift is that after {options.drift_steps} "
-        "steps, of the whole change of the weights. Bytes a trained weight are those on the device (weights, "
-        f"gradients, AdamW; with LoRA without the frozen weights). {machine['cpu']}, {machine['threads']} threads; "
+        f"at most 32 tokens, seed {options.seed}, computed in bfloat16. Drift is relative to the whole change of the "
+        f"weights since the start ({options.drift_steps} steps, in another run). Bytes a trained weight are those on "
+        "the device (weights, gradients, AdamW; with LoRA without the frozen weights). "
+        f"{machine['cpu']}, {machine['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         + f"; commit {', '.join(sorted({one['commit'] for one in found.values()}))}."
     )
