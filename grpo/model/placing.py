@@ -120,6 +120,15 @@ def sharded_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
 
 
+def cut_as(target: DTensor, part: torch.Tensor) -> DTensor:
+    """A tensor of which each process has ``part``, as many rows as it has of ``target``. The part stays where it is:
+    ``from_local`` would move it to the mesh's device, and page-locked memory would be lost."""
+    shape = torch.Size((target.shape[0], *part.shape[1:]))
+    given = {"run_check": False, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+    spec = DTensor.from_local(part.to("meta"), target.device_mesh, target.placements, **given)._spec
+    return DTensor(part, spec, requires_grad=False)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor's part on this process, which shares its memory; another tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
