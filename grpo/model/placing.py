@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shard a model as the launch's FSDP2 settings say. It stays on its device, the meta device too."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
+    # torch 2.13 warns of log-probabilities that are views. Nothing is done in place to them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     plugin = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # accelerate's own way of filling shells needs the whole float32 model
     return fsdp2_prepare_model(accelerator, model)
