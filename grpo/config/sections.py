@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from grpo.config.base import (
@@ -23,6 +23,8 @@ from grpo.config.base import (
     refuse,
 )
 from grpo.config.vllm import VllmOptions
+
+KERNELS = ("liger", "float32_head")
 
 
 class LoraConfig(Section):
@@ -64,6 +66,16 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run model code that comes with the weights."""
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _known_kernels(cls, given: Any) -> Any:
+        named = given if isinstance(given, list) else [given]
+        known = all(name in KERNELS for name in named)
+        if given == "auto" or given == "none" or (known and isinstance(given, list)):
+            return given
+        text = f"must be auto, none or a list of {' and '.join(KERNELS)}, got {given!r}"
+        raise ValueError(f"{text} (write [{given}])" if known else text)
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:

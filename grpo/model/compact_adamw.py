@@ -16,6 +16,7 @@ With FSDP2 each process steps its shard. Every tensor of the state has as many r
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,6 +25,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from grpo.model.placing import cut_as
 
 log = logging.getLogger("grpo")
 
@@ -83,11 +86,14 @@ class CompactAdamW(torch.optim.Optimizer):
 
     def _turns(self) -> list[AbstractContextManager]:
         """What pieces are stepped within, by turns. On CUDA offloaded ones get two streams: one piece's state travels
-        back while the next one's comes."""
+        back while the next one's comes. bitsandbytes launches its optimizer on the default stream, whatever the current
+        one is, and other streams do not wait for that; so 8-bit pieces are copied there too."""
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         if device is None or device.type != "cuda" or not self.offload:
             return [nullcontext()]
-        self.streams = self.streams or [torch.cuda.Stream(device), torch.cuda.Stream(device)]
+        if not self.streams:
+            several = [torch.cuda.Stream(device) for _ in range(2)]
+            self.streams = [torch.cuda.default_stream(device)] if self.eight_bit else several
         for stream in self.streams:
             stream.wait_stream(torch.cuda.current_stream(device))  # gradients are there
         return [torch.cuda.stream(stream) for stream in self.streams]
@@ -166,7 +172,8 @@ class CompactAdamW(torch.optim.Optimizer):
         """A tensor of the state, with this process's rows of ``parameter``."""
         cuda = parameter.device.type == "cuda"
         where = {"device": "cpu", "pin_memory": cuda} if self.offload else {"device": parameter.device}
-        return _like_shards(torch.zeros(tuple(shape), dtype=dtype, **where), parameter)
+        zeros = torch.zeros(tuple(shape), dtype=dtype, **where)
+        return cut_as(parameter, zeros) if isinstance(parameter, DTensor) else zeros
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; torch's own method would round moments to the weights' type.
@@ -270,16 +277,4 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a weight or gradient as a matrix. A vector is a single column."""
     local = _local(tensor.detach())
-    return local.view(local.shape[0], -1) if local.numel() else local.reshape(0, 1)
-
-
-def _like_shards(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A DTensor of ``local`` parts, one for each of ``parameter``'s, if that is one."""
-    if not isinstance(parameter, DTensor):
-        return local
-    shape = (parameter.shape[0], *local.shape[1:])
-    stride = torch.empty(shape, device="meta").stride()
-    whole = DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )
-    return whole.to(local.device)  # from_local moves to the mesh's device
+    return local.view(local.shape[0], math.prod(local.shape[1:]))  # a process may have no row

@@ -57,6 +57,12 @@ class Shape:
     def adapters(self, r: int) -> int:
         return sum(r * (i + o) for i, o in self._linears()) * self.layers
 
+    def matrices(self, r: int | None) -> list[int]:
+        """Elements of each trained matrix: of all, or of adapters of rank ``r``."""
+        if r is not None:
+            return [r * size for linear in self._linears() for size in linear] * self.layers
+        return [self.embedding, *[i * o for i, o in self._linears()] * self.layers]
+
     def kept_token(self, *, checkpointing: bool) -> float:
         """Bytes a token keeps for the backward pass: the float32 residual between layers, and of every layer what
         ``kernels.lean_activations`` leaves (its doc string counts it). With checkpointing only the layer that is just
@@ -109,8 +115,11 @@ def budget(recipe: Recipe, shape: Shape, card: float) -> Budget:
     model, training = recipe.model, recipe.training
     weights, trained, each = _weights(recipe, shape)
     gradients = trained * each
-    low, moments = trained * (2 if model.weights == "bfloat16" else 0), trained * _moments(recipe)
-    adamw_here, adamw_host = (0.0, low + moments) if recipe.optimizer.offload else (low + moments, 0.0)
+    state = _state(recipe)
+    adamw_here, adamw_host = trained * sum(state), 0.0
+    if recipe.optimizer.offload:
+        matrices = shape.matrices(model.lora.r if model.lora else None)
+        adamw_here, adamw_host = 0.0, adamw_here + _rounded_up(matrices, state)
     has_reference = recipe.algorithm.beta > 0 and model.lora is None
     reference = shape.parameters * (4 if recipe.algorithm.sync_ref_model else 2) * has_reference
     kept = shape.kept_token(checkpointing=model.gradient_checkpointing) * (training.micro_batch_tokens or 16384)
@@ -143,9 +152,17 @@ def _weights(recipe: Recipe, shape: Shape) -> tuple[float, int, int]:
     return frozen + adapters * 4, adapters, 4
 
 
-def _moments(recipe: Recipe) -> float:
-    """Bytes of AdamW's moments for each trained weight: two, each with a float32 scale a block of 256 if in 8 bits."""
-    return 8.0 if recipe.optimizer.optim == "adamw_torch" else 2 * (1 + 4 / 256)
+def _state(recipe: Recipe) -> list[float]:
+    """Bytes a trained weight of each tensor that AdamW keeps: two moments, each with a float32 scale a block of 256 if
+    in 8 bits, and what a bfloat16 weight lacks of a float32 one."""
+    moments = [4.0, 4.0] if recipe.optimizer.optim == "adamw_torch" else [1.0, 1.0, 4 / 256, 4 / 256]
+    return moments + [2.0] * (recipe.model.weights == "bfloat16")
+
+
+def _rounded_up(matrices: list[int], state: list[float]) -> int:
+    """Bytes that page-locked tensors take beyond their own: torch makes each of them a power of two."""
+    sizes = [round(elements * each) for elements in matrices for each in state]
+    return sum((1 << (size - 1).bit_length()) - size for size in sizes)
 
 
 def _engine(recipe: Recipe, shape: Shape, card: float) -> dict[str, float]:

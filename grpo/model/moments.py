@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from grpo.model.placing import local, sharded_like
+from grpo.model.placing import cut_as, local, sharded_like
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -33,10 +33,7 @@ def empty_moments(named: Named, stored: dict[str, tuple[torch.Size, torch.dtype]
 def _empty(shape: torch.Size, dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, DTensor) or not _by_rows(shape, weight):
         return torch.empty(shape, dtype=dtype)
-    part = torch.empty((local(weight).shape[0], *shape[1:]), dtype=dtype)
-    stride = torch.empty(shape, device="meta").stride()
-    cut = {"run_check": False, "shape": shape, "stride": stride}
-    return DTensor.from_local(part, weight.device_mesh, weight.placements, **cut).to("cpu")
+    return cut_as(weight, torch.empty((local(weight).shape[0], *shape[1:]), dtype=dtype))
 
 
 def _by_rows(shape: torch.Size, weight: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shard a model as the launch's FSDP2 settings say. It stays on its device, the meta device too."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
+    # torch 2.13 warns of log-probabilities that are views. Nothing is done in place to them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     plugin = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # accelerate's own way of filling shells needs the whole float32 model
     return fsdp2_prepare_model(accelerator, model)
@@ -118,6 +121,15 @@ def sharded_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if not isinstance(target, DTensor) or isinstance(whole, DTensor):
         return whole
     return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def cut_as(target: DTensor, part: torch.Tensor) -> DTensor:
+    """A tensor of which each process has ``part``, as many rows as it has of ``target``. The part stays where it is:
+    ``from_local`` would move it to the mesh's device, and page-locked memory would be lost."""
+    shape = torch.Size((target.shape[0], *part.shape[1:]))
+    given = {"run_check": False, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+    spec = DTensor.from_local(part.to("meta"), target.device_mesh, target.placements, **given)._spec
+    return DTensor(part, spec, requires_grad=False)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -217,6 +217,10 @@ def test_a_list_from_nothing(write):
         ("training={max_steps: 1}", "training.output_dir: missing. Run folder: metrics, rollouts, checkpoints, "
          "the final model, the report."),
         ("rollout.temperature=.nan", "must be a finite number, got nan"),
+        ("model.kernels=liger", "model.kernels: must be auto, none or a list of liger and float32_head, got 'liger' "
+         "(write [liger])"),
+        ("model.kernels=[ligr]", "model.kernels: must be auto, none or a list of liger and float32_head, got "
+         "['ligr']"),
     ],
 )  # fmt: skip
 def test_bad_override(write, override, message):

@@ -126,17 +126,17 @@ class VLLMBackend:
                 Raised on every process.
         """
         self.policy, self.version = policy, version
-        if self.asleep and policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the update no longer needs is the engine's
-        state = policy.base_state() if self.adapters else policy.full_state(self.dtype)
-        adapter = policy.adapter_state() if self.adapters else {}
+        self._leave_memory()
         for down in gather_object([dict(self.pool.down)]):  # a keeper may not know that others lost its server
             self.pool.lose(down)
         deadline = self._deadline()
         self._everywhere(lambda: self.keeper.reach(version, deadline))
         deadline = self._deadline()
         while True:
-            found = self._everywhere(lambda: self.keeper.hand_over(policy, version, state, adapter, self.asleep))
+            self._everywhere(lambda: self.keeper.hold(self.asleep))
+            self._hand_over(policy, version)
+            self._leave_memory()
+            found = self._everywhere(lambda: self.keeper.open(policy, version, self.asleep))
             probes = [probe for mine in found for probe in mine]
             self.pool.up([probe.url for probe in probes])
             if all(gather_object([bool(self.pool.live())])):
@@ -145,6 +145,17 @@ class VLLMBackend:
             self._everywhere(lambda: self.keeper.reach(version, deadline))
         self.asleep = False
         return self._check_probes(probes)
+
+    def _hand_over(self, policy: Policy, version: int) -> None:
+        """What is gathered for it is let go of when this returns."""
+        state = policy.base_state() if self.adapters else policy.full_state(self.dtype)
+        adapter = policy.adapter_state() if self.adapters else {}
+        self._everywhere(lambda: self.keeper.hand_over(policy, version, state, adapter))
+
+    def _leave_memory(self) -> None:
+        """To an engine that sleeps, what torch keeps of the device and does not use."""
+        if self.asleep and self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _deadline(self) -> float:
         return time.monotonic() + self.rollout.vllm_server_timeout

@@ -106,7 +106,7 @@ class Keeper:
         time.sleep(SECONDS_BETWEEN_TRIES)
 
     def sleep(self) -> None:
-        """Have the servers give up their memory. ``hand_over`` wakes them."""
+        """Have the servers give up their memory. ``hold`` and ``open`` wake them."""
         self._on(self._live(), lambda server: server.sleep(self.level, self.rollout.vllm_sync_timeout))
 
     def close(self) -> None:
@@ -157,20 +157,23 @@ class Keeper:
 
     # ---------------------------------------------------------------- weights
 
-    def hand_over(self, policy: Policy, version: int, state: State, adapter: State, asleep: bool) -> list[trust.Probe]:
-        """Give weights to the servers that were reached, label and check them. Returns their probes.
+    # In three calls, between which processes hear of each other's errors: within ``hand_over`` they exchange handles.
+    # Servers that fail are marked down.
 
-        Where they are ``asleep``, they take memory back for the weights first, and for keys and values last: until
-        then the trainer has it for the comparison. Servers that fail are marked down.
-        """
+    def hold(self, asleep: bool) -> None:
+        """Stop the servers that were reached. Where they are ``asleep``, they take memory back, for weights alone."""
         timeout = self.rollout.vllm_sync_timeout
 
-        async def hold(server: Server) -> None:
+        async def stop(server: Server) -> None:
             if asleep:
                 await server.wake_weights(timeout)
             await server.pause(timeout)
 
-        self._on(self.reached, hold)
+        self._on(self.reached, stop)
+
+    def hand_over(self, policy: Policy, version: int, state: State, adapter: State) -> None:
+        """Give weights to the servers, label and check them."""
+        timeout = self.rollout.vllm_sync_timeout
         targets = [s for s in self.reached if s.url not in self.has_base]
         self._drop(self.sender.send(targets, state, self.dtype))
         if self.adapters:
@@ -184,6 +187,11 @@ class Keeper:
 
         for server, found in self._on(self.reached, look).items():
             self._check_weights(server, version, found, state)
+
+    def open(self, policy: Policy, version: int, asleep: bool) -> list[trust.Probe]:
+        """Let the servers sample, and return their probes. Where they were ``asleep``, they take memory back for keys
+        and values first: until now the trainer had it for the weights and their comparison."""
+        timeout = self.rollout.vllm_sync_timeout
 
         async def probe(server: Server) -> trust.Probe:
             if asleep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ import torch
 from grpo.backends.base import Request, Sampling
 from grpo.backends.vllm import backend as backend_module
 from grpo.backends.vllm import keeper as keeper_module
-from grpo.backends.vllm import trust
+from grpo.backends.vllm import transfer, trust
 from grpo.backends.vllm.backend import VLLMBackend
+from grpo.backends.vllm.transfer import IpcSender
 from grpo.errors import BackendFailed, RunError, UserError
 from grpo.model.policy import Policy
 from grpo.randomness import key
@@ -200,6 +202,26 @@ def test_an_engine_sleeps_once_a_step_and_wakes_in_the_order_in_which_memory_is_
         assert asked == ["/wake_up", "/pause", "grpo_load", "grpo_fingerprint", "/wake_up", "/resume"]
     queries = [query for path, query in engine.queries if path in ("/sleep", "/wake_up")]
     assert queries == ["level=2&mode=wait", "tags=weights", "tags=kv_cache"] * 2
+
+
+def test_gathered_weights_are_gone_when_an_engine_takes_memory_for_keys_and_values(
+    connect: Callable[..., VLLMBackend], engine: FakeEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[weakref.ref[torch.Tensor]] = []
+    found: list[bool] = []
+
+    def full_state(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        state = {name: tensor.clone() for name, tensor in Policy.full_state(policy, dtype).items()}
+        gathered[:] = [weakref.ref(tensor) for tensor in state.values()]
+        return state
+
+    monkeypatch.setattr(policy, "full_state", full_state)
+    engine.routes["/wake_up"] = lambda body: found.append(any(ref() is not None for ref in gathered)) or {}  # type: ignore[func-returns-value]
+    backend = connect(engine)
+    backend.sync(policy, 0)
+    backend.asleep = True
+    backend.sync(policy, 1)
+    assert found[-1] is False
 
 
 @pytest.mark.parametrize(("way", "level"), [("merged", 2), ("adapter", 1)])
@@ -506,6 +528,17 @@ def test_what_the_keeper_cannot_do_fails_on_every_process(
     engine.routes["/pause"] = lambda body: (400, "not now")
     outcomes = on_two_processes(two, lambda b: b.sync(policy, 1))
     assert [type(o) for o in outcomes] == [type(outcomes[0])] * 2
+    assert all(isinstance(o, RunError) and "refused POST /pause (400): not now" in str(o) for o in outcomes)
+
+
+def test_a_server_that_does_not_stop_keeps_no_process_in_an_exchange_of_handles(
+    two: list[VLLMBackend], engine: FakeEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "handle_of", lambda tensor: {"GPU-0": 0})
+    for backend in two:
+        backend.keeper.sender = IpcSender(backend.pool, backend_module.gather_object, 5.0)
+    engine.routes["/pause"] = lambda body: (400, "not now")
+    outcomes = on_two_processes(two, lambda b: b.sync(policy, 1))
     assert all(isinstance(o, RunError) and "refused POST /pause (400): not now" in str(o) for o in outcomes)
 
 
