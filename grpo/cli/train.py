@@ -21,6 +21,12 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
     resume_from: Annotated[str | None, typer.Option(metavar="PATH", help="Go on from this checkpoint.")] = None,
+    allow_changed_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed-inputs", help="Go on although rows, model or your code changed since the checkpoint."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the resolved recipe, train nothing.")
     ] = False,
@@ -35,11 +41,11 @@ def train(
         elif resolved.stage == "sft":
             from grpo import sft
 
-            sft.train(resolved, resume_from or resume)
+            sft.train(resolved, resume_from or resume, allow_changed_inputs=allow_changed_inputs)
         else:
             from grpo import trainer
 
-            trainer.train(resolved, resume_from or resume)
+            trainer.train(resolved, resume_from or resume, allow_changed_inputs=allow_changed_inputs)
 
 
 def check_before_training(recipe: Recipe) -> None:

@@ -166,7 +166,7 @@ def stored(**extra: object) -> dict:
         ({"model__name": "big"}, r'model\.name: "tiny" -> "big"'),
         ({"model__lora": {"r": 8}}, r'model\.lora: null -> \{"r": 8'),
         ({"threads": 1}, r"threads: 2 -> 1"),
-        ({"optimizer__learning_rate": 1e-5}, r"optimizer\.learning_rate: 1e-06 -> 1e-05"),
+        ({"optimizer__weight_decay": 0.1}, r"optimizer\.weight_decay: 0.0 -> 0.1"),
     ],
 )
 def test_another_run_is_refused_by_the_keys_that_differ(changes, line):
