@@ -103,7 +103,7 @@ def evaluate(
         temperature=evaluation.temperature,
         stop=recipe.rollout.stop,
     )
-    check_drawn(accelerator, ((p.id, p.token_ids, p.columns) for p in prompts), "held-out prompts")
+    check_drawn(((p.id, p.token_ids, p.columns) for p in prompts), "held-out prompts")
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = prompts[rank::world]
     requests = [

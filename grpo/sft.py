@@ -41,7 +41,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
 def train_step(run: Run, examples: list[Example]) -> None:
     """One optimizer step on the mean cross-entropy (nats) of all completion tokens of ``examples``."""
     policy, progress, clock = run.policy, run.progress, Clock()
-    check_drawn(run.accelerator, examples, f"examples for step {progress.step + 1}")
+    check_drawn(examples, f"examples for step {progress.step + 1}")
     rate = learning_rate(run.recipe.optimizer, progress.step, run.recipe.training.max_steps)
     with clock("train"):
         tokens = sum(len(completion) for _, completion in examples)

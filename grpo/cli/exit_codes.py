@@ -38,7 +38,6 @@ def exit_codes(folder: Path | None = None) -> Iterator[None]:
         _say_once(str(error))  # every process has read the same recipe
         raise typer.Exit(2) from None
     except Preempted as error:
-        peers.say_ended(str(error), code=143)
         _say_once(str(error))
         raise typer.Exit(143) from None
     except RunError as error:

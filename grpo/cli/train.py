@@ -34,6 +34,7 @@ def train(
     """Train as RECIPE says, into its training.output_dir."""
     with exit_codes():
         resolved = load_recipe(recipe, overrides or [])
+    allowed = {"allow_changed_inputs": True} if allow_changed_inputs else {}
     with exit_codes(Path(resolved.training.output_dir)):
         if dry_run:
             check_before_training(resolved)
@@ -41,11 +42,11 @@ def train(
         elif resolved.stage == "sft":
             from grpo import sft
 
-            sft.train(resolved, resume_from or resume, allow_changed_inputs=allow_changed_inputs)
+            sft.train(resolved, resume_from or resume, **allowed)
         else:
             from grpo import trainer
 
-            trainer.train(resolved, resume_from or resume, allow_changed_inputs=allow_changed_inputs)
+            trainer.train(resolved, resume_from or resume, **allowed)
 
 
 def check_before_training(recipe: Recipe) -> None:

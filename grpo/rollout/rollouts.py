@@ -139,7 +139,7 @@ class Rollouts:
             keys = [key(seed, Stream.ROLLOUT.value, step, prompt.id, g) for g in range(first, first + G)]
             requests.append(Request(prompt, keys))
         drawn = ((r.prompt.id, r.prompt.token_ids, r.prompt.columns, r.keys) for r in requests)
-        check_drawn(self.accelerator, drawn, f"prompts for step {step + 1}")
+        check_drawn(drawn, f"prompts for step {step + 1}")
         flight = Flight(requests)
         if self.recipe.rollout.max_staleness:
             self._submit(flight, step)

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object
 
 from grpo.errors import RunError
 from grpo.model.placing import local
@@ -55,7 +55,7 @@ def check_weights(policy: Policy, step: int) -> None:
         return
     ranks = dist.get_process_group_ranks(policy.replicas) if policy.replicas is not None else []
     held = torch.tensor(min(ranks, default=accelerator.process_index), device=policy.device)  # names the part
-    found = accelerator.gather(torch.stack([held, fingerprint(policy)])[None]).tolist()
+    found = gather(torch.stack([held, fingerprint(policy)])[None]).tolist()
     different = [
         rank
         for part in {part for part, _ in found}
@@ -70,19 +70,20 @@ def check_weights(policy: Policy, step: int) -> None:
         )
 
 
-def check_drawn(accelerator: Accelerator, rows: Iterable[object], what: str) -> None:
+def check_drawn(rows: Iterable[object], what: str) -> None:
     """Compare what every process has drawn. Called by all processes.
 
     Raises:
         RunError: on every process, where a rank's rows differ, with that rank.
     """
-    if accelerator.num_processes == 1:
+    state = PartialState()
+    if state.num_processes == 1:
         return
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row_bytes(row))
-    mine = torch.tensor(int.from_bytes(digest.digest()[:8], "big", signed=True), device=accelerator.device)
-    found = accelerator.gather(mine[None]).tolist()
+    mine = torch.tensor([int.from_bytes(digest.digest()[:8], "big", signed=True)], device=state.device)
+    found = gather(mine).tolist()
     if different := _different(dict(enumerate(found))):
         raise RunError(
             f"{_named(different)} draws other {what} than the other processes: the files of `data`, the tokenizer, the "

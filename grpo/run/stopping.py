@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from grpo.errors import Preempted
+from grpo.run import peers
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
@@ -77,6 +78,7 @@ def _hear(number: int, _: FrameType | None) -> None:
         return
     before, _asked = _asked, True
     if _at_once is not None and not before:  # once: it may be unwinding
+        peers.say_ended(_at_once, code=143)
         raise Preempted(_at_once)
 
 
@@ -86,6 +88,7 @@ def _watch(reading: int) -> None:
         if number[0] in CODES and _at_once is not None:
             time.sleep(SECONDS_TO_UNWIND)
             if _at_once is not None and _process == os.getpid():
+                peers.say_ended(_at_once, code=CODES[signal.Signals(number[0])])
                 print(_at_once, file=sys.stderr, flush=True)
                 os._exit(CODES[signal.Signals(number[0])])
     os.close(reading)
