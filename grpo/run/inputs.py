@@ -15,6 +15,7 @@ from typing import Any
 
 from grpo import user_code
 from grpo.config import Recipe
+from grpo.errors import UserError
 from grpo.model.files import hub_commits, input_files
 from grpo.prompts.task import Task
 from grpo.run.manifest import sha256
@@ -25,11 +26,11 @@ AT_ONCE = 1000  # rows
 def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
     """A hash of each input, by a name that says the recipe's key and what it is. Called by the first process alone.
 
-    Raises OSError where a file cannot be read.
+    Raises UserError where a file cannot be read.
     """
     files = input_files(recipe.model) | _code(recipe)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
-        hashes = dict(zip(files, pool.map(sha256, files.values()), strict=True))
+        hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
     rows: dict[str, Any] = {"data: rows": task.train.rows}
     if task.held_out.rows is not task.train.rows:
         rows["data: held-out rows"] = task.held_out.rows
@@ -46,6 +47,13 @@ def _code(recipe: Recipe) -> dict[str, Path]:
         if user_code.is_place(place)
         for name, file in user_code.sources_of(place, key).items()
     }
+
+
+def _of_file(name: str, file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise UserError(f"{name}: {file} cannot be read: {error.strerror or error}") from error
 
 
 def _of_rows(rows: Any) -> str:

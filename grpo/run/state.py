@@ -80,7 +80,7 @@ def save_state(
     """Write checkpoints/step_N. Called by all processes. The first one writes; where weights are sharded, each writes
     its own part. ``inputs`` are the hashes of what the run is made from (``inputs.py``)."""
     root, states = folder / "checkpoints", {"progress": asdict(progress)}
-    manifest, keep = identity(recipe, policy, inputs), recipe.training.save_total_limit
+    manifest, keep = identity(recipe, policy, inputs or None), recipe.training.save_total_limit
     if policy.sharded:
         aside = on_main(policy.accelerator, lambda: begin(root, progress.step))
         try:
