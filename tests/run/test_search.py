@@ -54,7 +54,7 @@ def test_where_none_verifies_each_is_listed_with_its_reason(tmp_path):
 def test_the_whole_start_of_such_a_run_changes_no_byte(tiny_model, tmp_path, monkeypatch):
     """Recipe, environment, metrics, rollouts and lock are what they were."""
     folder = tmp_path / "run"
-    small_run(tiny_model, folder, monkeypatch, steps=1, training={"output_dir": str(folder), "save_every": 1})
+    small_run(tiny_model, folder, monkeypatch, steps=1)
     good = contents(folder)
     damage(folder / "checkpoints/step_000001")
     before = contents(folder)
