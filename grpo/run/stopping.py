@@ -27,6 +27,7 @@ BEFORE = "asked to stop before the first step: there is nothing new to save; sta
 AFTER = "asked to stop after the last step, which is saved; start again with --resume for final/ and the report"
 
 _process: int | None = None  # that listens; a fork of it does not
+_listened = 0  # how often it has begun to
 _asked = False
 _at_once: str | None = BEFORE  # what is said if asked now; None while the loop asks between two steps
 
@@ -34,16 +35,17 @@ _at_once: str | None = BEFORE  # what is said if asked now; None while the loop 
 @contextmanager
 def listening() -> Iterator[None]:
     """Within it requests are heard. Inside of another one, and outside of the main thread, it does nothing."""
-    global _process, _asked, _at_once
+    global _process, _asked, _at_once, _listened
     if _process == os.getpid() or threading.current_thread() is not threading.main_thread():
         yield
         return
     _process, _asked, _at_once = os.getpid(), False, BEFORE
+    _listened += 1
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     previous = {number: signal.signal(number, _hear) for number in REQUESTS}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reading,), name="stopping", daemon=True).start()
+    threading.Thread(target=_watch, args=(reading, _listened), name="stopping", daemon=True).start()
     try:
         yield
     finally:
@@ -82,12 +84,12 @@ def _hear(number: int, _: FrameType | None) -> None:
         raise Preempted(_at_once)
 
 
-def _watch(reading: int) -> None:
+def _watch(reading: int, listened: int) -> None:
     """The thread. Python writes the number of each signal, also while the main thread is in C code."""
     while number := os.read(reading, 1):
         if number[0] in CODES and _at_once is not None:
             time.sleep(SECONDS_TO_UNWIND)
-            if _at_once is not None and _process == os.getpid():
+            if _at_once is not None and _process == os.getpid() and _listened == listened:
                 peers.say_ended(_at_once, code=CODES[signal.Signals(number[0])])
                 print(_at_once, file=sys.stderr, flush=True)
                 os._exit(CODES[signal.Signals(number[0])])

@@ -266,7 +266,7 @@ def test_a_learning_rate_that_jumps_says_from_what_to_what(caplog, changes, says
     if says == "":
         assert caplog.text == ""
     else:
-        assert "the learning rate of step 51 is 0.000" in caplog.text
+        assert "the learning rate of step 51 is 0.00" in caplog.text
         assert "would have been 0.0005" in caplog.text
         assert says is None or says in caplog.text
 
