@@ -11,8 +11,12 @@ class RunError(Exception):
     """A run could not go on (non-finite loss, a reward that fails too often). Message alone, exit 1."""
 
 
-class Preempted(Exception):
-    """The machine is needed elsewhere (SIGTERM); the run has saved a checkpoint and stops. Exit 143."""
+class Preempted(BaseException):
+    """The machine is needed elsewhere (SIGTERM); the run stops, and has saved what it had. Exit 143.
+
+    A signal may raise it anywhere, in a library's import too. So, like KeyboardInterrupt, it passes by what catches
+    Exception.
+    """
 
 
 class BackendFailed(RunError):

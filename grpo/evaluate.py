@@ -14,6 +14,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.metrics import completion_metrics, rollout_rows
 from grpo.randomness import Stream, key
+from grpo.run.agreement import check_drawn
 from grpo.run.exchange import gather_groups
 from grpo.types import Group, Prompt
 
@@ -102,6 +103,7 @@ def evaluate(
         temperature=evaluation.temperature,
         stop=recipe.rollout.stop,
     )
+    check_drawn(((p.id, p.token_ids, p.columns) for p in prompts), "held-out prompts")
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = prompts[rank::world]
     requests = [

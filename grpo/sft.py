@@ -13,6 +13,7 @@ from grpo.metrics import Clock
 from grpo.model.optimizer import learning_rate
 from grpo.packing import MicroBatch
 from grpo.report.write import write_report_at_end
+from grpo.run.agreement import check_drawn
 from grpo.run.run import Run, start_run
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
 from grpo.types import Batch, TrainedSequence
@@ -23,12 +24,12 @@ from grpo.update.step import backward
 Example = tuple[list[int], list[int]]  # token ids of prompt and completion
 
 
-def train(recipe: Recipe, resume: bool | str = False) -> None:
-    """Run a ``stage: sft`` recipe to its end, or from a checkpoint on."""
+def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: bool = False) -> None:
+    """Run a ``stage: sft`` recipe to its end, or from a checkpoint on (as ``trainer.train`` does)."""
     accelerator = make_accelerator(recipe)
     recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
-    run = start_run(recipe, accelerator, tokenizer, stop_ids, resume)
+    run = start_run(recipe, accelerator, tokenizer, stop_ids, task, resume, allow_changed_inputs=allow_changed_inputs)
     with run:
         for step in run.steps(lambda: evaluate_and_log(run, task.eval_examples)):
             train_step(run, task.examples(step))
@@ -40,6 +41,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
 def train_step(run: Run, examples: list[Example]) -> None:
     """One optimizer step on the mean cross-entropy (nats) of all completion tokens of ``examples``."""
     policy, progress, clock = run.policy, run.progress, Clock()
+    check_drawn(examples, f"examples for step {progress.step + 1}")
     rate = learning_rate(run.recipe.optimizer, progress.step, run.recipe.training.max_steps)
     with clock("train"):
         tokens = sum(len(completion) for _, completion in examples)

@@ -33,8 +33,11 @@ from grpo.update.metrics import mean_over_updates
 from grpo.update.step import update
 
 
-def train(recipe: Recipe, resume: bool | str = False) -> None:
-    """Run a ``stage: grpo`` recipe to its end, or from a checkpoint on (``resume``: True for the newest, or a path)."""
+def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: bool = False) -> None:
+    """Run a ``stage: grpo`` recipe to its end, or from a checkpoint on (``resume``: True for the newest, or a path).
+
+    Where rows, model or the user's code have changed since the checkpoint, UserError, unless ``allow_changed_inputs``.
+    """
     find_loss(recipe.algorithm.loss_type)  # user's own code: its mistakes are found before any waiting
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
@@ -43,7 +46,16 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
         on_main(accelerator, lambda: warn_of_unscorable_rows(recipe.rewards, task))
-        run = start_run(recipe, accelerator, tokenizer, stop_ids, resume, needs_reference=recipe.algorithm.beta > 0)
+        run = start_run(
+            recipe,
+            accelerator,
+            tokenizer,
+            stop_ids,
+            task,
+            resume,
+            needs_reference=recipe.algorithm.beta > 0,
+            allow_changed_inputs=allow_changed_inputs,
+        )
         with closing(make_backend(recipe, run.policy)) as backend, run:
             backend.sync(run.policy, run.progress.step)
             rollouts = Rollouts(recipe, task, backend, accelerator)

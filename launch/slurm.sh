@@ -9,7 +9,8 @@
 #
 # Run it from the checkout, after `make setup`; GRPO names another grpo command. Three minutes before the end of the
 # time Slurm sends SIGUSR1 (on preemption SIGTERM): the run saves at the end of its step, exits 143 and is put back in
-# the queue. Raise @180 if a step of yours takes longer. --resume on a fresh folder starts at step 0.
+# the queue, from its first second on. Raise @180 if a step of yours takes longer. --resume on a fresh folder starts at
+# step 0; on one whose checkpoints can't be used it changes nothing and exits 2, and the job stays out of the queue.
 # A node that is lost ends the job (exit code 1) within training.peer_timeout seconds: sbatch it again, and it goes on.
 # docs/nodes.md says more.
 # Tested with stand-ins for srun and scontrol (tests/test_launch.py), not on a cluster.
@@ -41,8 +42,10 @@ if [ "$SHARD" = hsdp ]; then
   export PARALLELISM_CONFIG_DP_SHARD_SIZE="$LOCAL_WORLD_SIZE"
 fi
 
-# Each task becomes a process of the group by itself, so that Slurm's signals reach it and nothing stands between.
+# Each task becomes a process of the group by itself, so that Slurm's signals reach it and nothing stands between. Until
+# it listens, the early warning must not end it.
 srun --kill-on-bad-exit=1 bash -c '
+  trap "" USR1
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   exec "$GRPO" train "$@" --resume' grpo "$@"
 status=$?

@@ -61,6 +61,7 @@ def small_run(
     train_size: int = 24,
     reward: str = "length_divides_by_eight",
     failure: type[Exception] = BackendFailed,
+    allow_changed_inputs: bool = False,
     **sections: Any,
 ) -> list[tuple[int, list[int]]]:
     """Train; returns the calls of the backend. ``sections`` of the recipe are merged over those here.
@@ -76,7 +77,7 @@ def small_run(
         "training": {"output_dir": str(folder), "prompts_per_step": 4, "max_steps": steps, "num_threads": 1},
     }
     for name, content in sections.items():
-        base[name] = base.get(name, {}) | content
+        base[name] = base.get(name, {}) | content if isinstance(content, dict) else content
     calls: list[tuple[int, list[int]]] = []
 
     def make(recipe: Any, policy: Any) -> CallsCounted:
@@ -88,7 +89,7 @@ def small_run(
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     try:
-        trainer.train(make_recipe(model, **base), resume)
+        trainer.train(make_recipe(model, **base), resume, allow_changed_inputs=allow_changed_inputs)
     finally:
         release_run_folder(folder)
         torch.set_num_threads(threads)

@@ -61,7 +61,7 @@ def test_the_wheel_says_what_it_is(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
-    assert "grpo = grpo.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "grpo = grpo.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert wheel.read(f"{info}/top_level.txt").decode().split() == ["data", "grpo", "recipes", "rewards"]
 
 

@@ -21,6 +21,12 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
     resume_from: Annotated[str | None, typer.Option(metavar="PATH", help="Go on from this checkpoint.")] = None,
+    allow_changed_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed-inputs", help="Go on although rows, model or your code changed since the checkpoint."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the resolved recipe, train nothing.")
     ] = False,
@@ -28,6 +34,7 @@ def train(
     """Train as RECIPE says, into its training.output_dir."""
     with exit_codes():
         resolved = load_recipe(recipe, overrides or [])
+    allowed = {"allow_changed_inputs": True} if allow_changed_inputs else {}
     with exit_codes(Path(resolved.training.output_dir)):
         if dry_run:
             check_before_training(resolved)
@@ -35,11 +42,11 @@ def train(
         elif resolved.stage == "sft":
             from grpo import sft
 
-            sft.train(resolved, resume_from or resume)
+            sft.train(resolved, resume_from or resume, **allowed)
         else:
             from grpo import trainer
 
-            trainer.train(resolved, resume_from or resume)
+            trainer.train(resolved, resume_from or resume, **allowed)
 
 
 def check_before_training(recipe: Recipe) -> None:

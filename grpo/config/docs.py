@@ -8,6 +8,7 @@ from pydantic_core import PydanticUndefined
 
 from grpo.config.base import Section
 from grpo.config.hints import RENAMED, section_in, sections
+from grpo.config.resume import on_resume
 from grpo.config.yaml_text import dump
 
 EXAMPLE = """\
@@ -71,9 +72,25 @@ override rollout.num_generations=1: must be at least 2, got 1. Completions per p
 |---|---|
 | 0 | done |
 | 2 | the recipe, the data or the command line is wrong |
-| 143 | preempted (SIGTERM), and saved: start again with `--resume` |
+| 143 | preempted (SIGTERM or SIGUSR1), and saved what there was: start again with `--resume` |
 | 130 | Ctrl-C |
 | 1 | anything else; the last line says what to do; a traceback, if there is one, is in `OUTPUT_DIR/error.txt` |
+
+**What may change on `--resume`** is the column *on resume* below. A run goes on from a checkpoint with the recipe
+given now. Keys that are `free` change nothing that is computed. Those that say `warns` change results from then on, by
+rounding or because they are the learning rate, and a line says so. Others are `refused` by name (exit code 2): it would
+be another run. Where `training.max_steps` or a key of the schedule moves the learning rate of the next step, a line
+says from what to what.
+
+- Another number of processes, sharded or not, is the same run to rounding, and a line says so. On the same number it
+  goes on to the bit.
+- Checkpoints hold hashes of what the run is made from: the rows, the files of the model, its tokenizer and chat
+  template (of a hub, the commit), and the source of rewards, losses and backends given by path, with what these import
+  from beside them. What has changed is refused by name; `--allow-changed-inputs` goes on with what is there now. Files
+  that such code only reads are not seen. Checkpoints from before there were hashes are not compared.
+- Where checkpoints exist and none verifies, or one cannot be read, or a run is so far that there must have been one,
+  the command says so of each of them, changes nothing and exits with 2. Without any, and before the first was due, it
+  starts at step 0 and says so.
 """
 
 
@@ -83,7 +100,7 @@ def recipe_markdown() -> str:
     for name, section in sections().items():
         title = f"## `{name}`" if name else "## Top level"
         about = _about(name)
-        parts.append("\n".join([title, "", *([about, ""] if about else []), *_table(section)]) + "\n")
+        parts.append("\n".join([title, "", *([about, ""] if about else []), *_table(name, section)]) + "\n")
     parts.append(_foreign_names())
     return "\n".join(parts)
 
@@ -97,9 +114,9 @@ def _about(name: str) -> str:
     return _one_line(field.description) + note
 
 
-def _table(section: type[Section]) -> list[str]:
+def _table(name: str, section: type[Section]) -> list[str]:
     schema = section.model_json_schema()
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines = ["| key | type | default | on resume | meaning |", "|---|---|---|---|---|"]
     for key, field in section.model_fields.items():
         if section_in(field) and section.__name__ == "Recipe":
             kind, default = "section" if key != "rewards" else "list of sections", ""
@@ -109,7 +126,8 @@ def _table(section: type[Section]) -> list[str]:
             kind, default = _type(schema["properties"][key]), _default(field)
         if field.is_required():
             default = "**required**"
-        lines.append(f"| `{key}` | {kind} | {default} | {_cell(_one_line(field.description))} |")
+        resume = "" if kind == "section" else on_resume(f"{name}.{key}".lstrip("."))
+        lines.append(f"| `{key}` | {kind} | {default} | {resume} | {_cell(_one_line(field.description))} |")
     return lines
 
 

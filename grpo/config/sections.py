@@ -300,6 +300,9 @@ class TrainingConfig(Section):
     vLLM's timeouts add up to more."""
     peer_timeout: Annotated[float, Field(ge=5)] = 60.0
     """Seconds without an answer from a process's machine after which it counts as lost, and the others end."""
+    replica_check_every: NonNegativeInt = 10
+    """With several processes: compare the weights of those that hold the same ones (DDP; HSDP's nodes) every so many
+    steps, besides at the start and before each checkpoint. All stop where one differs, and name it; 0: never."""
     num_threads: PositiveInt | None = None
     """CPU threads of torch; null keeps torch's choice. Bit-exact resume needs the same number."""
     dollars_per_hour: NonNegative | None = None

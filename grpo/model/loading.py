@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 transformers_logging.disable_progress_bar()  # a loading bar would fill the screen, in a log of one line per step
 
 
-def _locate(name: str) -> str:
+def locate(name: str) -> str:
     """``name``, or, if the working directory lacks one that ships with grpo (``data/tiny_base``), its path there."""
     shipped = Path(__file__).parents[2] / name
     return str(shipped) if not Path(name).exists() and name.startswith("data/") and shipped.exists() else name
@@ -31,7 +31,7 @@ def _locate(name: str) -> str:
 
 def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:
     """Arguments of ``from_pretrained``: a folder or hub id, and keywords."""
-    name = _locate(name)
+    name = locate(name)
     keywords: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if name.endswith(".gguf"):
         path = Path(name).expanduser()
@@ -44,7 +44,7 @@ def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:
 @contextmanager
 def _named(what: str, name: str) -> Iterator[None]:
     """Turn the many ways a model can fail to load into one message that says what to do."""
-    path = Path(_locate(name)).expanduser()
+    path = Path(locate(name)).expanduser()
     looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~", "runs/", "models/")) or path.exists()
     if (looks_local or (path.parent.name and path.parent.is_dir())) and not path.exists():
         raise UserError(

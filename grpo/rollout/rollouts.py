@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from grpo.backends.base import Backend, OverlappingBackend, Request, Sampling
 from grpo.config import Recipe
 from grpo.randomness import Stream, key
+from grpo.run.agreement import check_drawn
 from grpo.run.exchange import gather_groups, pack, unpack
 from grpo.types import Group, Prompt
 
@@ -137,6 +138,8 @@ class Rollouts:
             self.samples[prompt.id] += G
             keys = [key(seed, Stream.ROLLOUT.value, step, prompt.id, g) for g in range(first, first + G)]
             requests.append(Request(prompt, keys))
+        drawn = ((r.prompt.id, r.prompt.token_ids, r.prompt.columns, r.keys) for r in requests)
+        check_drawn(drawn, f"prompts for step {step + 1}")
         flight = Flight(requests)
         if self.recipe.rollout.max_staleness:
             self._submit(flight, step)

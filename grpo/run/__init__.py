@@ -2,5 +2,5 @@
 
 Others take ``run.Run``, ``session``, ``state``, ``log.RunLog``, ``folder``, ``checkpoint``, ``peers`` (what became
 of the other processes), ``exchange`` (between processes), ``read`` (a folder read back), ``whole.write_whole`` and
-``screen.duration`` (times as text).
+``screen.duration`` (times as text), ``agreement`` (of what processes draw), and ``stopping`` (requests to stop).
 """

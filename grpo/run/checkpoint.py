@@ -14,10 +14,8 @@ checkpoint while its replacement moves in; ``.abandoned`` is newer than the chec
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,12 +28,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from grpo.errors import RunError, UserError
-from grpo.run.manifest import MANIFEST, SHARDS, DamagedCheckpoint, fsync, verify, write_manifest
+from grpo.errors import RunError
+from grpo.run.manifest import MANIFEST as MANIFEST
+from grpo.run.manifest import SHARDS, fsync, read_manifest, write_manifest
+from grpo.run.search import folders, step_of
+from grpo.run.search import latest_checkpoint as latest_checkpoint
+from grpo.run.search import verified_checkpoint as verified_checkpoint
 
 log = logging.getLogger("grpo")
-
-_FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
 
 # numpy.random.get_state() holds one array; these globals let weights_only loading rebuild it.
 # The function that does so is taken from pickle's protocol, because its name in numpy is private and has changed.
@@ -133,7 +133,7 @@ def commit(
                 _refuse_unsafe(path)
             if shards:
                 fsync(aside / SHARDS)
-            write_manifest(aside, {**manifest, "step": _step(final)}, shards)
+            write_manifest(aside, {**manifest, "step": step_of(final)}, shards)
             _move_in(aside, final)
     finally:
         discard(aside)
@@ -200,7 +200,7 @@ def _sweep(root: Path) -> None:
 
 def _prune(root: Path, keep: int) -> None:
     """Delete the oldest beyond ``keep`` and what a resume set aside. Failing to is no reason to stop a run."""
-    for path in [*_folders(root)[keep:], *root.glob("step_*.abandoned")]:
+    for path in [*folders(root)[keep:], *root.glob("step_*.abandoned")]:
         try:
             shutil.rmtree(path)
         except OSError as error:
@@ -209,7 +209,7 @@ def _prune(root: Path, keep: int) -> None:
 
 def _explain(final: Path, error: BaseException, needed: int) -> str:
     free = shutil.disk_usage(final.parent if final.parent.exists() else Path.cwd()).free
-    older = _folders(final.parent) if final.parent.exists() else []
+    older = folders(final.parent) if final.parent.exists() else []
     full = "the disk is full; " if free < needed else ""
     return (
         f"could not write the checkpoint {final}: {full}it needs about {needed:,} bytes, {free:,} are free there "
@@ -234,34 +234,9 @@ def _nbytes(value: Any) -> int:
 # Reading
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint in ``root`` that verifies, or None. A warning names each one skipped, and why."""
-    for path in _folders(root):
-        try:
-            verify(path)
-            return path
-        except DamagedCheckpoint as damage:
-            log.warning("skipping checkpoint %s: %s", path, damage)
-    return None
-
-
-def verified_checkpoint(path: Path) -> Path:
-    """A checkpoint that someone named. Raises UserError where it is missing or does not verify."""
-    if not path.is_dir() or not ((path / MANIFEST).exists() or _FOLDER.fullmatch(path.name)):
-        raise UserError(f"no checkpoint at {path}: {_what_there_is(path)}")
-    try:
-        verify(path)
-    except DamagedCheckpoint as damage:
-        raise UserError(
-            f"the checkpoint {path} cannot be used: {damage}. Name another one, or give --resume alone to take the "
-            "newest that verifies."
-        ) from damage
-    return path
-
-
 def load_checkpoint(path: Path, *, lazily: bool = False) -> Checkpoint:
     """Read a checkpoint that has been verified. ``lazily``: tensors are read from the disk when they are used."""
-    manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
+    manifest = read_manifest(path)
     files = [path / name for name in manifest["files"] if not name.startswith(f"{SHARDS}/")]
     has_shards = len(files) < len(manifest["files"])
     with torch.serialization.safe_globals(_NUMPY_GLOBALS):
@@ -285,28 +260,10 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
     next successful save. Returns their new paths.
     """
     aside = []
-    for newer in (folder for folder in _folders(root) if _step(folder) > step):
-        target = newer.with_name(f"step_{_step(newer):06d}.abandoned")
+    for newer in (folder for folder in folders(root) if step_of(folder) > step):
+        target = newer.with_name(f"step_{step_of(newer):06d}.abandoned")
         if target.exists():
             shutil.rmtree(target)
         os.rename(newer, target)
         aside.append(target)
     return aside
-
-
-def _folders(root: Path) -> list[Path]:
-    """Complete checkpoints by name, newest first; a ``.old`` one comes after the one that replaced it."""
-    found = [path for path in root.glob("step_*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (_step(path), path.suffix == ""), reverse=True)
-
-
-def _step(path: Path) -> int:
-    match = _FOLDER.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
-def _what_there_is(path: Path) -> str:
-    for root in (path / "checkpoints", path, path.parent):
-        if names := [folder.name for folder in reversed(_folders(root))]:
-            return f"{root} has {', '.join(names)}"
-    return "the folder does not exist" if not path.parent.is_dir() else f"{path.parent} holds no checkpoint"

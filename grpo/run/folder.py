@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -26,7 +27,7 @@ import yaml
 
 from grpo.config.load import dump_recipe
 from grpo.errors import UserError
-from grpo.run.same_run import check_same_run
+from grpo.run.same_run import check_same_recipe
 from grpo.run.trackers import check_installed
 from grpo.run.whole import write_whole
 
@@ -49,11 +50,17 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORL
 _held: dict[Path, TextIO] = {}  # open lock files: closing one releases its lock
 
 
-def prepare_run_folder(recipe: Recipe, resume: bool | str) -> Path:
+def prepare_run_folder(
+    recipe: Recipe,
+    resume: bool | str,
+    check: Callable[[Path], None] | None = None,
+    inputs: Mapping[str, str] | None = None,
+) -> Path:
     """Make ``training.output_dir`` this run's, and write ``recipe.yaml`` and ``environment.json`` into it.
 
-    On resume, files that it replaces are kept as ``recipe.previous.yaml`` and ``environment.previous.json``. Raises
-    UserError, having changed nothing, where
+    ``check`` looks at the folder when it is locked and unchanged, and may refuse it. ``inputs`` are hashes for
+    ``environment.json``. On resume, files that it replaces are kept as ``recipe.previous.yaml`` and
+    ``environment.previous.json``. Raises UserError, having changed nothing, where
     - the folder holds another run's results and ``resume`` is False;
     - a live run has locked the folder, or it cannot be written;
     - a tracker that the recipe asks for is not installed;
@@ -64,12 +71,15 @@ def prepare_run_folder(recipe: Recipe, resume: bool | str) -> Path:
     if not resume:
         _refuse_used(folder)
     _make_writable(folder)
-    _lock(folder)
+    holder_before = _lock(folder)
     try:
         if not resume:
             _refuse_used(folder)  # again: a run may have used it and ended between the first look and the lock
-        _record(folder, recipe, started=bool(resume) and any(folder.glob("checkpoints/step_*")))
+        if check is not None:
+            check(folder)
+        _record(folder, recipe, inputs, started=bool(resume) and any(folder.glob("checkpoints/step_*")))
     except BaseException:
+        _name_holder(_held[folder.resolve()], holder_before)
         release_run_folder(folder)
         raise
     return folder
@@ -110,7 +120,8 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"training.output_dir: cannot write to {folder}: {error.strerror or error}")
 
 
-def _lock(folder: Path) -> None:
+def _lock(folder: Path) -> str:
+    """Lock it for this process. Returns what the file said before."""
     if folder.resolve() in _held:
         raise UserError(f"training.output_dir: this process already runs in {folder}")
     lock = (folder / LOCK).open("a+", encoding="utf-8")
@@ -126,24 +137,40 @@ def _lock(folder: Path) -> None:
         ) from None
     except OSError as error:
         log.warning("%s cannot be locked on this filesystem (%s): never start a second run in it", folder, error)
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    lock.flush()
+    lock.seek(0)
+    before = lock.read()
+    _name_holder(lock, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     _held[folder.resolve()] = lock
+    return before
 
 
-def _record(folder: Path, recipe: Recipe, *, started: bool) -> None:
+def _name_holder(lock: TextIO, text: str) -> None:
+    lock.truncate(0)
+    lock.write(text)
+    lock.flush()
+
+
+def _record(folder: Path, recipe: Recipe, inputs: Mapping[str, str] | None, *, started: bool) -> None:
     path = folder / "recipe.yaml"
-    if started and path.exists():
-        before = type(recipe).model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        check_same_run({"recipe": before.model_dump(mode="json")}, {"recipe": recipe.model_dump(mode="json")})
+    if started and (before := _recipe_before(path)) is not None:
+        check_same_recipe(before, recipe)
     _replace(path, dump_recipe(recipe))
-    _replace(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    found = environment() | ({} if inputs is None else {"inputs": dict(inputs)})
+    _replace(folder / "environment.json", json.dumps(found, indent=2) + "\n")
+
+
+def _recipe_before(path: Path) -> dict[str, Any] | None:
+    """The recipe that the folder's run was last started with; None where that is not known. Checkpoints have theirs."""
+    try:
+        value = yaml.safe_load(path.read_bytes())
+    except (FileNotFoundError, yaml.YAMLError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _replace(path: Path, text: str) -> None:
     """Write ``path`` whole; a former version that differs stays beside it as ``NAME.previous.EXT``."""
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and path.read_bytes() != text.encode("utf-8", "backslashreplace"):
         os.replace(path, path.with_suffix(f".previous{path.suffix}"))
     write_whole(path, text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,10 +14,15 @@ from typing import Any
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 FORMAT = 1
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # what is not there was lost; all else may be readable tomorrow
 
 
 class DamagedCheckpoint(Exception):
     """A checkpoint does not verify; the message names the file and what is wrong with it."""
+
+
+class UnreadableCheckpoint(Exception):
+    """The system did not let a checkpoint be read (rights, a disk's error, memory); its state is not known."""
 
 
 def write_manifest(folder: Path, content: dict[str, Any], shards: dict[str, dict[str, Any]]) -> None:
@@ -32,8 +38,18 @@ def write_manifest(folder: Path, content: dict[str, Any], shards: dict[str, dict
     fsync(folder)
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Of a checkpoint that was verified."""
+    return json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
+
+
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, once every file has the size and hash that it names. Raises DamagedCheckpoint otherwise."""
+    """The manifest, once every file has the size and hash that it names.
+
+    Raises:
+        DamagedCheckpoint: one has not.
+        UnreadableCheckpoint: one could not be read.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
         files, checksum = manifest["files"], manifest.pop("checksum")
@@ -46,12 +62,13 @@ def verify(path: Path) -> dict[str, Any]:
             if size != expected["bytes"]:
                 raise DamagedCheckpoint(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
         with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
-            hashes = pool.map(lambda name: _sha256(path / name), files)
+            hashes = pool.map(lambda name: sha256(path / name), files)
         for (name, expected), found in zip(files.items(), hashes, strict=True):
             if found != expected["sha256"]:
                 raise DamagedCheckpoint(f"{name} has changed since it was written (sha256 differs)")
     except OSError as error:
-        raise DamagedCheckpoint(f"{Path(error.filename or path).name}: {error.strerror}") from error
+        kind = DamagedCheckpoint if error.errno in GONE else UnreadableCheckpoint
+        raise kind(f"{Path(error.filename or path).name}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} is not readable ({error})") from error
     return manifest
@@ -59,10 +76,11 @@ def verify(path: Path) -> dict[str, Any]:
 
 def facts(path: Path) -> dict[str, Any]:
     """What the manifest says of a file."""
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

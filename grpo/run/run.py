@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,25 +11,33 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 
-from grpo.config import Recipe
+from grpo.config import OptimizerConfig, Recipe
 from grpo.errors import Preempted
+from grpo.model.optimizer import learning_rate
 from grpo.model.policy import Policy
+from grpo.prompts.task import Task
 from grpo.randomness import Stream, key
-from grpo.run import peers
+from grpo.run import agreement, peers, stopping
 from grpo.run.folder import prepare_run_folder
+from grpo.run.inputs import hash_inputs
 from grpo.run.log import RunLog
+from grpo.run.manifest import read_manifest
 from grpo.run.nodes import check_checkpoint, check_folder
-from grpo.run.session import PreemptionGuard, on_main
-from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
+from grpo.run.same_run import check_same_run, differences
+from grpo.run.session import on_main
+from grpo.run.state import Progress, find_checkpoint, identity_on, restore_state, save_state
+
+log = logging.getLogger("grpo")
 
 
 @dataclass
 class Run:
     """One process's part of a run: the recipe, the policy that learns, the folder, and how far it has come.
 
-    Within ``with run:`` its log is open (on the first process; the others have one that writes nothing), and a request
-    to stop (SIGTERM, SIGUSR1) waits for the end of a step.
+    Within ``with run:`` its log is open (on the first process; the others have one that writes nothing), and processes
+    listen to requests to stop (``stopping``).
     """
 
     recipe: Recipe
@@ -36,6 +45,8 @@ class Run:
     folder: Path
     progress: Progress = field(default_factory=Progress)
     resumed: bool = False
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Hashes of what it is made from, for its checkpoints; on the first process."""
 
     @property
     def accelerator(self) -> Accelerator:
@@ -44,7 +55,7 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as opened:
             self.log = opened.enter_context(self._open_log())
-            self.preemption = opened.enter_context(PreemptionGuard(self.accelerator))
+            opened.enter_context(stopping.listening())
             self._opened = opened.pop_all()
         return self
 
@@ -67,24 +78,43 @@ class Run:
 
         The body of the loop makes the step and moves ``progress`` on by one. Between two steps ``evaluate`` is called
         and a checkpoint written where the recipe says so; ``ahead`` returns what is already asked for of later steps,
-        for the checkpoint: it waits for what is in flight, but not where the run was asked to stop. Raises Preempted,
-        after a checkpoint, where a process was asked to stop.
+        for the checkpoint: it waits for what is in flight, but not where the run was asked to stop.
+
+        Raises:
+            Preempted: a process was asked to stop; after a checkpoint, if a step was made.
+            RunError: processes have drifted apart (``agreement``).
         """
         training = self.recipe.training
         if self.progress.step == 0 and self.recipe.evaluation.at_start:
             evaluate()
+        stopping.wait_for_steps()
+        if not self.finished() and self._asked_to_stop():
+            raise Preempted(stopping.BEFORE)
+        first = self.progress.step
         while not self.finished():
+            if self.progress.step == first or due(training.replica_check_every, self.progress.step):
+                self._check_replicas()
             self._seed_step()
             peers.at_step(self.progress.step + 1)
             yield self.progress.step
-            stopping, done = self.preemption.requested(), self.finished()
+            asked, done = self._asked_to_stop(), self.finished()
             if done or due(training.eval_every, self.progress.step):
                 evaluate()
-            if done or stopping or due(training.save_every, self.progress.step):
-                self.progress.rollout_ahead = None if done else ahead(not stopping)
+            if done or asked or due(training.save_every, self.progress.step):
+                self.progress.rollout_ahead = None if done else ahead(not asked)
                 self.save()
-            if stopping and not done:
+            if asked and not done:
                 raise Preempted(f"asked to stop: {self.saved()}")
+        stopping.wait_no_more()
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was asked to stop; the same answer on every process."""
+        asked = torch.tensor(float(stopping.asked()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+    def _check_replicas(self) -> None:
+        if self.recipe.training.replica_check_every:
+            agreement.check_weights(self.policy, self.progress.step)
 
     def finished(self) -> bool:
         """Whether steps or seconds are used up; the same answer on every process (the first one's clock counts)."""
@@ -99,9 +129,10 @@ class Run:
         torch.manual_seed(key(seed, Stream.DROPOUT.value, step, rank) >> 1)
 
     def save(self) -> None:
-        """Write a checkpoint. Called by all processes."""
+        """Write a checkpoint. Called by all processes. Raises RunError where they have drifted apart."""
+        self._check_replicas()
         self.progress.metrics_offset = self.log.offset
-        save_state(self.folder, self.recipe, self.policy, self.progress)
+        save_state(self.folder, self.recipe, self.policy, self.progress, self.inputs)
 
     def saved(self) -> str:
         """The last message of a run that ends early."""
@@ -114,18 +145,57 @@ def start_run(
     accelerator: Accelerator,
     tokenizer: Any,
     stop_token_ids: list[int],
+    task: Task,
     resume: bool | str,
     *,
     needs_reference: bool = False,
+    allow_changed_inputs: bool = False,
 ) -> Run:
     """Claim the run's folder, load the policy, and restore the checkpoint of ``resume``: True for the newest, or a
     path. The folder comes first, so that a mistake about it is found before weights load."""
-    folder = on_main(accelerator, lambda: prepare_run_folder(recipe, resume))
+    folder, checkpoint, inputs = on_main(
+        accelerator, lambda: _claim(recipe, accelerator, task, resume, allow_changed_inputs)
+    )
     check_folder(folder, accelerator)
-    policy = Policy(recipe, accelerator, tokenizer, stop_token_ids, needs_reference)
-    checkpoint = on_main(accelerator, lambda: find_checkpoint(folder, resume))
     check_checkpoint(checkpoint)
-    return Run(recipe, policy, folder, restore_state(checkpoint, recipe, policy), resumed=bool(resume))
+    policy = Policy(recipe, accelerator, tokenizer, stop_token_ids, needs_reference)
+    progress = restore_state(checkpoint, recipe, policy)
+    return Run(recipe, policy, folder, progress, resumed=bool(resume), inputs=inputs)
+
+
+def _claim(
+    recipe: Recipe, accelerator: Accelerator, task: Task, resume: bool | str, allow_changed_inputs: bool
+) -> tuple[Path, Path | None, dict[str, str]]:
+    """The run's folder, the checkpoint in it to go on from, and the hashes of what the run is made from.
+
+    Raises UserError, having changed nothing, where the folder is another's, or a checkpoint another run's.
+    """
+    inputs = hash_inputs(recipe, task)
+    found: list[Path | None] = [None]
+
+    def check(folder: Path) -> None:
+        found[0] = find_checkpoint(folder, resume)
+        if found[0] is not None:
+            manifest, now = read_manifest(found[0]), identity_on(recipe, accelerator, inputs)
+            check_same_run(manifest, now, allow_changed_inputs=allow_changed_inputs)
+            say_if_schedule_changes(manifest, recipe)
+
+    return prepare_run_folder(recipe, resume, check, inputs), found[0], inputs
+
+
+def say_if_schedule_changes(manifest: Mapping[str, Any], recipe: Recipe) -> None:
+    """Warn where the next step's learning rate is not the one that the run in the checkpoint would have had."""
+    try:
+        before = Recipe.model_validate(manifest["recipe"])
+    except ValidationError:  # of an earlier version, with a key that is gone
+        return
+    step = manifest["step"]
+    old, new = (learning_rate(r.optimizer, step, r.training.max_steps) for r in (before, recipe))
+    if old != new:
+        keys = {f"optimizer.{key}" for key in OptimizerConfig.model_fields} | {"training.max_steps"}
+        changed = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        why = ", ".join(f"{key}: {was} -> {now}" for key, was, now in changed if key in keys)
+        log.warning("the learning rate of step %d is %.3g, and would have been %.3g (%s)", step + 1, new, old, why)
 
 
 def due(every: int, step: int) -> bool:

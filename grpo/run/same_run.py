@@ -18,93 +18,101 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo.config import Recipe
+from grpo.config.resume import on_resume
 from grpo.errors import UserError
 
 log = logging.getLogger("grpo")
 
 _ABSENT = object()
 
-# Keys of the manifest that a resumed run may change: they say when to stop and save, what to watch, where to write,
-# where engines are and how weights get there.
-MAY_CHANGE = (
-    "recipe.rollout.vllm_enable_sleep_mode",
-    "recipe.rollout.vllm_generation_timeout",
-    "recipe.rollout.vllm_gpu_memory_utilization",
-    "recipe.rollout.vllm_group_",
-    "recipe.rollout.vllm_python",
-    "recipe.rollout.vllm_server_",
-    "recipe.rollout.vllm_start_timeout",
-    "recipe.rollout.vllm_sync_",
-    "recipe.rollout.vllm_weight_transfer",
-    "recipe.evaluation",
-    "recipe.optimizer.offload",
-    "recipe.tracking",
-    "recipe.scoring.workers",
-    "recipe.scoring.timeout",
-    "recipe.scoring.memory_limit_gb",
-    "recipe.scoring.max_failure_rate",
-    "recipe.training.output_dir",
-    "recipe.training.max_steps",
-    "recipe.training.max_seconds",
-    "recipe.training.eval_every",
-    "recipe.training.save_every",
-    "recipe.training.save_total_limit",
-    "recipe.training.log_rollouts_every",
-    "recipe.training.ddp_timeout",
-    "recipe.training.peer_timeout",
-    "recipe.training.num_threads",  # the threads really used are compared instead
-    "recipe.training.dollars_per_hour",
-)
-# These change results by rounding alone. A run that ran out of memory must be able to go on with smaller batches.
-ROUNDS_DIFFERENTLY = (
-    "recipe.model.attn_implementation",
-    "recipe.model.gradient_checkpointing",
-    "recipe.rollout.kv_cache_gb",
-    "recipe.rollout.max_batch_size",
-    "recipe.training.micro_batch_tokens",
-    "recipe.training.micro_batch_size",
-    "versions",
-    "world_size",
-)
+# Of the manifest, beside the recipe: what changes results by rounding alone.
+ROUNDS_DIFFERENTLY = ("versions", "world_size")
+ALLOW_INPUTS = "--allow-changed-inputs"
 
 
-def run_identity(recipe: Recipe, *, world_size: int, threads: int) -> dict[str, Any]:
-    """What makes a run this run: for the manifest when saving, for ``check_same_run`` when resuming."""
+def run_identity(
+    recipe: Recipe, *, world_size: int, threads: int | None, inputs: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What makes a run this run: for the manifest when saving, for ``check_same_run`` when resuming.
+
+    ``threads`` are those that compute, None where a GPU does. ``inputs`` are hashes by name (``inputs.py``).
+    """
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
     return {
         "recipe": recipe.model_dump(mode="json"),
         "world_size": world_size,
-        "threads": threads,
         "versions": {"python": platform.python_version(), **versions},
+        **({} if threads is None else {"threads": threads}),
+        **({} if inputs is None else {"inputs": dict(inputs)}),
     }
 
 
-def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to resume as another run: raises UserError that lists each differing key of ``now``, old -> new.
+def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any], *, allow_changed_inputs: bool = False) -> None:
+    """Refuse to resume as another run: raises UserError that lists each differing key of ``now``, old -> new, and each
+    input that has changed.
 
-    Keys under MAY_CHANGE pass; those under ROUNDS_DIFFERENTLY pass with a warning that the run will not be equal to the
-    bit, and so does the number of threads on another number of processes. Keys of the manifest that ``now`` does not
-    name are not compared.
+    ``config/resume.py`` says which keys may differ, and with which of them a line warns that the run will not be equal
+    to the bit. So it is with library versions, the number of processes (and then of threads), and with changed inputs
+    where they are allowed. What ``manifest`` or ``now`` does not name, as an earlier version's, is not compared.
     """
-    shared = {key: manifest[key] for key in now.keys() & manifest.keys()}
-    if "recipe" in shared:
-        shared["recipe"] = _of_this_version(shared["recipe"])
-    found = list(differences(shared, json.loads(json.dumps(now))))
-    # A launch of several processes sets the number of threads too.
-    rounds = ROUNDS_DIFFERENTLY + (("threads",) if "world_size" in [key for key, *_ in found] else ())
-    lines = {
-        key: f"{key.removeprefix('recipe.')}: {old} -> {new}"
-        for key, old, new in found
-        if not key.startswith(MAY_CHANGE)
-    }
-    if refused := [line for key, line in lines.items() if not key.startswith(rounds)]:
-        raise UserError(
+    refused, warned = _changes(manifest, now)
+    inputs = changed_inputs(manifest.get("inputs"), now.get("inputs"))
+    problems = []
+    if refused:
+        problems.append(
             "the checkpoint belongs to another run; it differs in\n  "
             + "\n  ".join(refused)
             + "\nResume with the values that it was made with, or start a new run in another training.output_dir."
         )
-    if lines:
-        log.warning("resumed with changes that round differently (not equal to the bit): %s", "; ".join(lines.values()))
+    if inputs and not allow_changed_inputs:
+        problems.append(
+            "what the run is made from is not what it was when the checkpoint was written:\n  "
+            + "\n  ".join(inputs)
+            + f"\nBring it back, or go on with what is there now: {ALLOW_INPUTS}."
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    if warned or inputs:
+        log.warning("resumed with changes, not equal to the bit: %s", "; ".join([*warned, *inputs]))
+
+
+def check_same_recipe(before: dict[str, Any], recipe: Recipe) -> None:
+    """Raises UserError as ``check_same_run`` does, for the recipe alone; what may change passes in silence."""
+    refused, _ = _changes({"recipe": before}, {"recipe": recipe.model_dump(mode="json")})
+    if refused:
+        raise UserError(
+            "the folder holds another run; it differs in\n  "
+            + "\n  ".join(refused)
+            + "\nResume with the values that it was made with, or start a new run in another training.output_dir."
+        )
+
+
+def _changes(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs and may not, and what may but rounds differently, in words."""
+    shared = {key: manifest[key] for key in now.keys() & manifest.keys() if key != "inputs"}
+    if "recipe" in shared:
+        shared["recipe"] = _of_this_version(shared["recipe"])
+    here = json.loads(json.dumps({key: now[key] for key in shared}))
+    found = list(differences(shared, here))
+    # A launch of several processes sets the number of threads too.
+    rounds = ROUNDS_DIFFERENTLY + (("threads",) if "world_size" in [key for key, *_ in found] else ())
+    refused: list[str] = []
+    warned: list[str] = []
+    for key, old, new in found:
+        name = key.removeprefix("recipe.")
+        meaning = on_resume(name) if name != key else "warns" if key.startswith(rounds) else "refused"
+        if meaning != "free":
+            (refused if meaning == "refused" else warned).append(f"{name}: {old} -> {new}")
+    return refused, warned
+
+
+def changed_inputs(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> list[str]:
+    """The inputs whose hashes differ, each in words; none where one of the two is not known."""
+    if before is None or now is None:
+        return []
+    words = {(True, True): "has changed", (True, False): "is gone", (False, True): "is new"}
+    names = sorted(before.keys() | now.keys())
+    return [f"{name} {words[name in before, name in now]}" for name in names if before.get(name) != now.get(name)]
 
 
 def _of_this_version(recipe: dict[str, Any]) -> dict[str, Any]:

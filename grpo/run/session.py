@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from datetime import timedelta
 from time import sleep
 from typing import Any
@@ -70,7 +69,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if P % W:
         raise UserError(
             f"training.prompts_per_step ({P}) does not divide by the {W} processes of this launch; "
-            f"use {P - P % W or W} or {P + W - P % W}"
+            f"use {P - P % W or W} or {P + W - P % W} (a run that resumes: a number of processes that divides {P})"
         )
     return accelerator
 
@@ -183,27 +182,3 @@ def leave(accelerator: Accelerator, policy: Any) -> None:
         _kept.extend([policy, torch.distributed.group.WORLD])
         sleep(0.2)
     accelerator.end_training()
-
-
-class PreemptionGuard:
-    """Turns SIGTERM (and SIGUSR1, Slurm's early warning) into a request that the loop honours between two steps."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.asked = False
-
-    def __enter__(self) -> PreemptionGuard:
-        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-
-    def requested(self) -> bool:
-        """Whether any process was asked to stop; the same answer on every process."""
-        asked = torch.tensor(float(self.asked), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)

@@ -6,11 +6,13 @@ Because every random draw is a function of its key, this is short: weights, opti
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 
 from grpo.config import Recipe
 from grpo.errors import RunError
@@ -23,14 +25,13 @@ from grpo.run.checkpoint import (
     begin,
     commit,
     discard,
-    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     set_aside_newer,
-    verified_checkpoint,
 )
 from grpo.run.manifest import SHARDS, facts
-from grpo.run.same_run import check_same_run, run_identity
+from grpo.run.same_run import run_identity
+from grpo.run.search import find_checkpoint as find_checkpoint
 from grpo.run.shards import read_shards, stored_tensors, write_shards
 
 if TYPE_CHECKING:
@@ -64,15 +65,22 @@ class Progress:
     """Groups with signal from earlier steps, oldest first."""
 
 
-def identity(recipe: Recipe, policy: Policy) -> dict[str, Any]:
-    return run_identity(recipe, world_size=policy.accelerator.num_processes, threads=torch.get_num_threads())
+def identity(recipe: Recipe, policy: Policy, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
+    return identity_on(recipe, policy.accelerator, inputs)
 
 
-def save_state(folder: Path, recipe: Recipe, policy: Policy, progress: Progress) -> None:
+def identity_on(recipe: Recipe, accelerator: Accelerator, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
+    threads = torch.get_num_threads() if accelerator.device.type == "cpu" else None
+    return run_identity(recipe, world_size=accelerator.num_processes, threads=threads, inputs=inputs)
+
+
+def save_state(
+    folder: Path, recipe: Recipe, policy: Policy, progress: Progress, inputs: Mapping[str, str] | None = None
+) -> None:
     """Write checkpoints/step_N. Called by all processes. The first one writes; where weights are sharded, each writes
-    its own part."""
+    its own part. ``inputs`` are the hashes of what the run is made from (``inputs.py``)."""
     root, states = folder / "checkpoints", {"progress": asdict(progress)}
-    manifest, keep = identity(recipe, policy), recipe.training.save_total_limit
+    manifest, keep = identity(recipe, policy, inputs or None), recipe.training.save_total_limit
     if policy.sharded:
         aside = on_main(policy.accelerator, lambda: begin(root, progress.step))
         try:
@@ -111,26 +119,12 @@ def _moments(policy: Policy) -> dict[str, torch.Tensor]:
     return {f"optimizer.{name}": tensor for name, tensor in found.items()}
 
 
-def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
-    """The checkpoint to go on from: the one named, or the newest that verifies; None to start at step 0."""
-    if not resume:
-        return None
-    if isinstance(resume, str):
-        return verified_checkpoint(Path(resume))
-    found = latest_checkpoint(folder / "checkpoints")
-    if found is None:
-        log.warning("--resume: no checkpoint in %s yet, starting at step 0", folder / "checkpoints")
-    return found
-
-
 def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress:
-    """Load a checkpoint, which was verified, into the policy; every process reads its part. Raises UserError where it
-    is another run's."""
+    """Load a checkpoint, which was verified and is this run's, into the policy; every process reads its part."""
     if path is None:
         return Progress()
     # Else each process of a machine would hold all of it in the host's memory, to keep a part, or a copy on its device.
     checkpoint = load_checkpoint(path, lazily=policy.sharded or policy.device.type != "cpu")
-    check_same_run(checkpoint.manifest, identity(recipe, policy))
     if checkpoint.shards is None:
         _restore_whole(checkpoint, policy)
     else:

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo.errors import RunError, UserError
+from grpo.errors import Preempted, RunError, UserError
 from grpo.user_code.imports import MARK, import_ours, import_user_module, in_plain_names
+from grpo.user_code.sources import sources
 
 __all__ = [
     "Calls",
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "load_module",
     "must_take",
+    "sources_of",
     "split_place",
     "stopped_at",
 ]
@@ -78,10 +80,19 @@ def load_module(where: str, key: str = "") -> ModuleType:
     file = file_of(where, key)
     try:
         return import_user_module(where, file.parent if file else Path.cwd().resolve(), file)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted):
         raise
     except BaseException as why:  # a user's module may do anything, SystemExit included
         raise UserError(f"{_of(key)}{stopped_at(why)}") from why
+
+
+def sources_of(place: str, key: str = "") -> dict[str, Path]:
+    """The files of the user's that ``place`` consists of, by their names: its own, and those that it imports.
+
+    Raises UserError where ``place`` or the file that it names is none.
+    """
+    where, _ = split_place(place, key)
+    return sources(where, file_of(where, key))
 
 
 def _of(key: str) -> str:

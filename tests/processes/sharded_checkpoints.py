@@ -10,9 +10,10 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,16 @@ from transformers import AutoModelForCausalLM
 
 from data.tiny import write_tiny_model
 from grpo import trainer
+from grpo.__main__ import main as grpo_main
 from grpo.errors import RunError, UserError
+from grpo.model import start as start_module
 from grpo.model.loading import load_tokenizer
 from grpo.model.placing import local, whole
 from grpo.model.policy import Policy
+from grpo.prompts.task import Task
+from grpo.rollout.rollouts import Rollouts
 from grpo.run import shards
+from grpo.run.agreement import check_weights
 from grpo.run.checkpoint import latest_checkpoint
 from grpo.run.session import make_accelerator
 from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
@@ -210,20 +216,120 @@ def write_as_before(root: Path, run: str) -> None:
     policy.accelerator.wait_for_everyone()
 
 
-def train(root: Path, run: str, steps: int, resume: bool) -> None:
+def train(root: Path, run: str, steps: int, resume: bool, save_every: int = 1, **model: Any) -> None:
     """A whole run of the trainer."""
-    trainer.write_report = lambda folder: None  # takes seconds
+    trainer.write_report_at_end = lambda folder: None  # takes seconds
     recipe = make_recipe(
         root / "model",
+        model=model,
         data={"args": {"question": "compact"}, "train_size": 24, "eval_size": 0, "max_prompt_length": 32},
         rewards=[{"path": f"{ROOT}/tests/rewards_for_tests.py:length_divides_by_eight"}],
         rollout={"num_generations": 4, "max_completion_length": 6},
-        algorithm=MOVING | {"ref_model_sync_steps": 1},
+        algorithm={} if model else MOVING | {"ref_model_sync_steps": 1},
         scoring={"workers": 1},
         optimizer={"learning_rate": 1e-3},
-        training={"output_dir": str(root / run), "prompts_per_step": 4, "max_steps": steps, "save_every": 1},
+        training={
+            "output_dir": str(root / run),
+            "prompts_per_step": 4,
+            "max_steps": steps,
+            "save_every": save_every,
+            "replica_check_every": 2,
+        },
     )
     trainer.train(recipe, resume)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes that drift apart
+
+
+def drift(root: Path, model: dict[str, Any]) -> None:
+    """Replicas are equal before and after a step. One changed bit of a weight is noticed, on all, with the rank: the
+    last one, which is the second to hold its part. Sharded over all, no weight is held twice."""
+    policy = policy_of(recipe_of(root, "unused", model, {} if model else MOVING))
+    check_weights(policy, 0)
+    make_step(policy)
+    check_weights(policy, 1)
+    last = policy.accelerator.num_processes - 1
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    others = list(policy.reference.parameters()) if policy.reference is not None else list(policy.model.parameters())
+    for parameter in (trained[0], next(p for p in others if not p.requires_grad)):
+        numbers = local(parameter.detach()).view(-1)
+        kept = numbers[:1].clone()
+        if policy.accelerator.process_index == last:
+            bits = numbers[:1].view(torch.int32 if numbers.element_size() == 4 else torch.int16)
+            bits ^= 1
+        if policy.replicas is None:
+            check_weights(policy, 1)
+        else:
+            with pytest.raises(RunError, match=rf"^rank {last} \(on .*\) no longer holds the weights .* after step 1"):
+                check_weights(policy, 1)
+        numbers[:1] = kept
+        check_weights(policy, 1)
+
+
+def drift_in_a_run(root: Path, run: str, model: dict[str, Any]) -> None:
+    """In a run that saves at its end alone, weights of the second process change in its first step."""
+    make = trainer.train_step
+
+    def changing(run: Any, *others: Any) -> None:
+        make(run, *others)
+        if run.accelerator.process_index == 1 and run.progress.step == 1:
+            weight = next(p for p in run.policy.model.parameters() if p.requires_grad)
+            weight.data.view(-1)[0] += 1e-3  # as faulty memory does: without torch's knowledge
+
+    trainer.train_step = changing
+    with pytest.raises(RunError, match=r"^rank 1 \(on .*\) no longer holds the weights .* after step 2"):
+        train(root, run, 4, False, save_every=0, **model)
+    assert not (root / run / "checkpoints").exists()
+
+
+def other_prompts_in_a_run(root: Path, run: str) -> None:
+    """The second process reads other rows, in the third step; the first two are saved."""
+    prompt, ask = Task.prompt, Rollouts._ask
+    step = 0
+
+    def asking(self: Rollouts, at: int, *others: Any) -> None:
+        nonlocal step
+        step = at
+        ask(self, at, *others)
+
+    def changing(self: Task, part: Any, row: int) -> Any:
+        found = prompt(self, part, row)
+        return replace(found, token_ids=found.token_ids[::-1]) if step == 2 else found
+
+    if os.environ["RANK"] == "1":
+        Rollouts._ask, Task.prompt = asking, changing  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"^rank 1 \(on .*\) draws other prompts for step 3 than the other processes"):
+        train(root, run, 4, False)
+    assert latest_checkpoint(root / run / "checkpoints").name == "step_000002"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def command(root: Path, run: str, *arguments: str) -> None:
+    """``grpo train`` of what ``train`` trains."""
+    sys.argv = ["grpo", "train", str(root / "run/recipe.yaml"), f"training.output_dir={root / run}", *arguments]
+    trainer.write_report_at_end = lambda folder: None
+    try:
+        grpo_main()
+    except SystemExit as ending:
+        os._exit(ending.code if isinstance(ending.code, int) else 0)
+
+
+def command_asked_to_stop(root: Path, run: str) -> None:
+    """The second process is asked to stop while weights load."""
+    match = start_module.match
+
+    def asked(*arguments: Any) -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        match(*arguments)
+
+    start_module.match = asked
+    command(root, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,6 +344,12 @@ def write_model(folder: Path) -> None:
     config = Qwen2Config(**sizes, num_key_value_heads=1, tie_word_embeddings=True, vocab_size=511, eos_token_id=1)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def copy_of(root: Path, name: str) -> str:
+    """The run that stopped after two steps, to go on with."""
+    shutil.copytree(root / "stopped", root / name)
+    return name
 
 
 def main(root: Path) -> dict[str, list[int]]:
@@ -272,7 +384,19 @@ def main(root: Path) -> dict[str, list[int]]:
         "damaged": run_forked("fsdp2", 1, refuse_what_is_damaged, root),
         "run": run_forked("fsdp2", 2, train, root, "run", 3, False),
         "stopped": run_forked("fsdp2", 2, train, root, "stopped", 2, False),
+        "stopped, goes on as one": run_forked("ddp", 1, command, root, copy_of(root, "one goes on"), "--resume"),
+        "stopped, goes on as two replicas": run_forked("ddp", 2, command, root, copy_of(root, "replicas"), "--resume"),
+        "stopped, goes on as four": run_forked("fsdp2", 4, command, root, copy_of(root, "four"), "--resume"),
         "resumed": run_forked("fsdp2", 2, train, root, "stopped", 3, True),
+        "replicas drift": run_forked("ddp", 2, drift, root, {}),
+        "replicas with LoRA drift": run_forked("ddp", 2, drift, root, LORA),
+        "four replicas drift": run_forked("ddp", 4, drift, root, {}),
+        "nodes drift": run_forked("hsdp", 4, drift, root, {}),
+        "shards do not": run_forked("fsdp2", 2, drift, root, {}),
+        "a run drifts": run_forked("ddp", 2, drift_in_a_run, root, "drifts", {}),
+        "a run with LoRA drifts": run_forked("ddp", 2, drift_in_a_run, root, "drifts with LoRA", LORA),
+        "a run draws other prompts": run_forked("ddp", 2, other_prompts_in_a_run, root, "other prompts"),
+        "asked to stop at the start": run_forked("ddp", 2, command_asked_to_stop, root, "asked"),
     }
 
 

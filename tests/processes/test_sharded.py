@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.launching import ROOT, run_python
 from tests.small_runs import lines, same_weights
@@ -25,14 +27,23 @@ def ended(root: Path) -> dict[str, list[int]]:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(done.stderr)  # pytest shows it with a failure
+    (root / "said.txt").write_text(done.stderr)
     return found
 
 
 def test_every_part_ends_well_but_for_the_killed_one(ended: dict[str, list[int]]) -> None:
     """What each part checks is in the script."""
-    assert {part for part, statuses in ended.items() if any(statuses)} == {"killed"}
+    assert {part for part, statuses in ended.items() if any(statuses)} == {"killed", "asked to stop at the start"}
     assert ended["killed"] == [1, -9]
-    assert len(ended) == 29
+    assert len(ended) == 41
+
+
+def test_a_process_that_is_asked_to_stop_while_the_run_starts_ends_all_as_preempted(
+    ended: dict[str, list[int]], root: Path
+) -> None:
+    assert ended["asked to stop at the start"] == [143, 143]
+    assert not (root / "asked/checkpoints").exists()
+    assert "asked to stop before the first step: there is nothing new to save" in (root / "said.txt").read_text()
 
 
 def test_a_resumed_run_of_two_shards_is_the_whole_run_to_the_bit(ended: dict[str, list[int]], root: Path) -> None:
@@ -40,3 +51,17 @@ def test_a_resumed_run_of_two_shards_is_the_whole_run_to_the_bit(ended: dict[str
     assert same_weights(root / "stopped", root / "run")
     shards = {path.name for path in (root / "run/checkpoints/step_000003/shards").iterdir()}
     assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+@pytest.mark.parametrize(("name", "processes"), [("one goes on", 1), ("replicas", 2), ("four", 4)])
+def test_the_command_goes_on_with_another_number_of_processes_to_rounding_and_says_so(
+    ended: dict[str, list[int]], root: Path, name: str, processes: int
+) -> None:
+    for one, other in zip(lines(root / "run"), lines(root / name), strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-5)
+    whole, gone_on = (load_file(root / run / "final/model.safetensors") for run in ("run", name))
+    for key, tensor in whole.items():
+        torch.testing.assert_close(gone_on[key], tensor, atol=2e-4, rtol=1e-3)
+    said = [line for line in (root / "said.txt").read_text().splitlines() if f"world_size: 2 -> {processes}" in line]
+    assert len(said) == (processes != 2)
+    assert all("not equal to the bit" in line for line in said)

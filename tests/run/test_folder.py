@@ -16,6 +16,7 @@ from grpo.config import Recipe
 from grpo.config.load import load_recipe
 from grpo.errors import UserError
 from grpo.run.folder import environment, prepare_run_folder, release_run_folder
+from grpo.run.run import say_if_schedule_changes
 from grpo.run.same_run import check_same_run, run_identity
 
 
@@ -28,7 +29,10 @@ def make(folder: Path, **changes: object) -> Recipe:
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        values.setdefault(section, {})[name] = value
+        if name:
+            values.setdefault(section, {})[name] = value
+        else:
+            values[section] = value
     return Recipe.model_validate(values)
 
 
@@ -166,7 +170,7 @@ def stored(**extra: object) -> dict:
         ({"model__name": "big"}, r'model\.name: "tiny" -> "big"'),
         ({"model__lora": {"r": 8}}, r'model\.lora: null -> \{"r": 8'),
         ({"threads": 1}, r"threads: 2 -> 1"),
-        ({"optimizer__learning_rate": 1e-5}, r"optimizer\.learning_rate: 1e-06 -> 1e-05"),
+        ({"optimizer__weight_decay": 0.1}, r"optimizer\.weight_decay: 0.0 -> 0.1"),
     ],
 )
 def test_another_run_is_refused_by_the_keys_that_differ(changes, line):
@@ -216,3 +220,68 @@ def test_another_number_of_processes_is_the_same_run_to_rounding(caplog):
     assert "not equal to the bit" in caplog.text
     assert "world_size: 1 -> 4" in caplog.text
     assert "threads: 2 -> 1" in caplog.text
+
+
+def test_what_a_run_that_does_not_go_well_needs_passes_with_a_line(caplog):
+    """The NaN stop advises a lower learning rate."""
+    changes = {"optimizer__learning_rate": 1e-7, "optimizer__max_grad_norm": 0.1, "model__kernels": "none"}
+    check_same_run(stored(), identity(**changes))
+    assert len(caplog.messages) == 1
+    assert "optimizer.learning_rate: 1e-06 -> 1e-07" in caplog.text
+    assert "optimizer.max_grad_norm: 1.0 -> 0.1" in caplog.text
+
+
+def test_time_limits_and_places_pass_in_silence(caplog):
+    engine = {"rollout__backend": "vllm", "rollout__vllm_mode": "server", "rollout__vllm_server_base_url": "http://a:1"}
+    moved = {
+        "rollout__vllm_server_base_url": ["http://b:1", "http://c:1"],
+        "rollout__vllm_group_port": 9,
+        "rollout__vllm_generation_timeout": 9.0,
+        "rollout__vllm_sync_timeout": 9.0,
+        "rewards": [{"name": "countdown", "timeout": 3.0}],
+        "scoring": {"timeout": 99.0, "workers": 7},
+        "training__ddp_timeout": 60.0,
+    }
+    check_same_run(identity(**engine), identity(**(engine | moved)))
+    assert caplog.text == ""
+    with pytest.raises(UserError, match=r"rewards\.0\.weight: 1\.0 -> 2\.0"):
+        check_same_run(identity(), identity(rewards=[{"name": "countdown", "weight": 2.0}]))
+    with pytest.raises(UserError, match=r"rewards\.1: absent"):
+        check_same_run(identity(), identity(rewards=[{"name": "countdown"}, {"name": "format"}]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"training__max_steps": 200}, "(training.max_steps: 100 -> 200)"),
+        ({"optimizer__lr_scheduler_type": "constant"}, '(optimizer.lr_scheduler_type: "cosine" -> "constant")'),
+        ({"training__max_steps": 200, "optimizer__warmup_steps": 60}, None),  # still warming up, at another rate
+        ({"training__max_seconds": 9.0}, ""),
+    ],
+)
+def test_a_learning_rate_that_jumps_says_from_what_to_what(caplog, changes, says):
+    schedule = {"optimizer__lr_scheduler_type": "cosine", "optimizer__learning_rate": 1e-3}
+    before = stored(**identity(**schedule)) | {"step": 50}
+    say_if_schedule_changes(before, make(Path("x"), **(schedule | changes)))
+    if says == "":
+        assert caplog.text == ""
+    else:
+        assert "the learning rate of step 51 is 0.00" in caplog.text
+        assert "would have been 0.0005" in caplog.text
+        assert says is None or says in caplog.text
+
+
+def test_gpus_do_not_count_the_threads_of_their_host():
+    now = identity()
+    del now["threads"]
+    check_same_run(stored(), now)
+
+
+def test_a_recipe_that_was_cut_off_does_not_stop_a_resume(folder):
+    """The checkpoint has its own."""
+    prepare_run_folder(make(folder), resume=False)
+    release_run_folder(folder)
+    (folder / "checkpoints" / "step_000010").mkdir(parents=True)
+    (folder / "recipe.yaml").write_bytes(b"model: {name: tiny\n\xff")
+    prepare_run_folder(make(folder), resume=True)
+    assert load_recipe(folder / "recipe.yaml") == make(folder)

@@ -1,0 +1,83 @@
+"""What a run is made from, beside its recipe: hashes of rows, model, tokenizer and the user's code.
+
+They are in ``environment.json`` and in every checkpoint, so that a run does not go on from other inputs unnoticed
+(``same_run.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from grpo import user_code
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.model.files import hub_commits, input_files
+from grpo.prompts.task import Task
+from grpo.run.manifest import sha256
+
+AT_ONCE = 1000  # rows
+
+
+def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
+    """A hash of each input, by a name that says the recipe's key and what it is. Called by the first process alone.
+
+    Raises UserError where a file cannot be read.
+    """
+    files = input_files(recipe.model) | _code(recipe)
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
+        hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
+    rows: dict[str, Any] = {"data: rows": task.train.rows}
+    if task.held_out.rows is not task.train.rows:
+        rows["data: held-out rows"] = task.held_out.rows
+    return hashes | hub_commits(recipe.model) | {name: _of_rows(of) for name, of in rows.items()}
+
+
+def _code(recipe: Recipe) -> dict[str, Path]:
+    """The files of the user's rewards, loss and backend. What makes rows is not among them: the rows are."""
+    places = {f"rewards.{i}.path": reward.path for i, reward in enumerate(recipe.rewards) if reward.path}
+    places |= {"algorithm.loss_type": recipe.algorithm.loss_type, "rollout.backend": recipe.rollout.backend}
+    return {
+        f"{key}: {name}": file
+        for key, place in places.items()
+        if user_code.is_place(place)
+        for name, file in user_code.sources_of(place, key).items()
+    }
+
+
+def _of_file(name: str, file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise UserError(f"{name}: {file} cannot be read: {error.strerror or error}") from error
+
+
+def _of_rows(rows: Any) -> str:
+    digest = hashlib.sha256()
+    for row in _all(rows):
+        digest.update(row_bytes(row))
+    return digest.hexdigest()
+
+
+def _all(rows: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(rows.rows, list):
+        yield from rows.rows
+        return
+    for start in range(0, len(rows), AT_ONCE):  # many times faster than one row at a time
+        columns: Any = rows.rows[start : start + AT_ONCE]
+        yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+
+
+def row_bytes(row: Any) -> bytes:
+    """A row's content: the same bytes for equal values, in every process."""
+    return json.dumps(row, sort_keys=True, default=_plain).encode() + b"\n"
+
+
+def _plain(value: Any) -> str:
+    """A value that JSON does not have. Of an object whose text is an address, the type alone counts."""
+    text = value.hex() if isinstance(value, bytes) else str(value)
+    return type(value).__name__ if " at 0x" in text else text

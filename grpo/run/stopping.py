@@ -1,0 +1,105 @@
+"""A request to stop: SIGTERM, or SIGUSR1 (Slurm's early warning), from the command's first moment to its last.
+
+A step under way is finished and saved first: the loop asks whether there was a request (``asked``). Before the first
+step and after the last one there is nothing to save, and Preempted is raised wherever the main thread is. It may be in
+C code, waiting for processes that never come. A thread then ends the process after a while, and it does so for Ctrl-C
+too. Nothing of torch is imported here: the command listens before anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from grpo.errors import Preempted
+from grpo.run import peers
+
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
+CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+SECONDS_TO_UNWIND = 10.0  # for the main thread to end in good order
+BEFORE = "asked to stop before the first step: there is nothing new to save; start again with --resume"
+AFTER = "asked to stop after the last step, which is saved; start again with --resume for final/ and the report"
+
+_process: int | None = None  # that listens; a fork of it does not
+_listened = 0  # how often it has begun to
+_asked = False
+_at_once: str | None = BEFORE  # what is said if asked now; None while the loop asks between two steps
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Within it requests are heard. Inside of another one, and outside of the main thread, it does nothing."""
+    global _process, _asked, _at_once, _listened
+    if _process == os.getpid() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _process, _asked, _at_once = os.getpid(), False, BEFORE
+    _listened += 1
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    previous = {number: signal.signal(number, _hear) for number in REQUESTS}
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading, _listened), name="stopping", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        os.close(writing)  # which ends the thread
+        _process = None
+
+
+def asked() -> bool:
+    return _asked
+
+
+def wait_for_steps() -> None:
+    """From now on the loop asks."""
+    global _at_once
+    _at_once = None
+
+
+def wait_no_more() -> None:
+    """The last step is made and saved."""
+    global _at_once
+    _at_once = AFTER
+
+
+def _hear(number: int, _: FrameType | None) -> None:
+    global _asked
+    if os.getpid() != _process:  # a fork has nothing to save
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
+    before, _asked = _asked, True
+    if _at_once is not None and not before:  # once: it may be unwinding
+        peers.say_ended(_at_once, code=143)
+        raise Preempted(_at_once)
+
+
+def _watch(reading: int, listened: int) -> None:
+    """The thread. Python writes the number of each signal, also while the main thread is in C code."""
+    while number := os.read(reading, 1):
+        if number[0] in CODES and _at_once is not None:
+            time.sleep(SECONDS_TO_UNWIND)
+            if _at_once is not None and _process == os.getpid() and _listened == listened:
+                peers.say_ended(_at_once, code=CODES[signal.Signals(number[0])])
+                print(_at_once, file=sys.stderr, flush=True)
+                os._exit(CODES[signal.Signals(number[0])])
+    os.close(reading)
+
+
+def _forget() -> None:
+    """A fork's signals are not this process's."""
+    if _process is not None:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,102 @@
+"""Requests to stop: at once before and after the steps, between two of them otherwise; never a fork's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from grpo.errors import Preempted
+from grpo.run import stopping
+from tests.launching import environment
+
+
+def ask(number: int = signal.SIGUSR1) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", stopping.REQUESTS)
+def test_before_and_after_the_steps_it_is_raised_at_once_and_within_them_it_waits(number) -> None:
+    before = signal.getsignal(number)
+    with stopping.listening():
+        with pytest.raises(Preempted, match="before the first step"):
+            ask(number)
+        assert stopping.asked()
+    with stopping.listening():
+        stopping.wait_for_steps()
+        ask(number)
+        assert stopping.asked()
+        with stopping.listening():  # of the run, inside of the command's
+            assert stopping.asked()
+    with stopping.listening():
+        assert not stopping.asked()
+        stopping.wait_for_steps()
+        stopping.wait_no_more()
+        with pytest.raises(Preempted, match="after the last step, which is saved"):
+            ask(number)
+    assert signal.getsignal(number) == before
+
+
+def test_what_catches_exceptions_does_not_catch_it_and_a_second_request_does_not_disturb_its_end() -> None:
+    def tries() -> None:
+        try:
+            ask()
+        except Exception:  # a library that tries an import
+            pytest.fail("caught")
+        finally:
+            ask()
+
+    with stopping.listening(), pytest.raises(Preempted):
+        tries()
+
+
+def test_another_thread_does_not_listen() -> None:
+    found = []
+
+    def listen() -> None:
+        with stopping.listening():
+            found.append(signal.getsignal(signal.SIGUSR1))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGUSR1)] == [signal.SIG_DFL]
+
+
+SCRIPT = """
+    import ctypes, os, signal, sys, threading, time
+    from grpo.run import stopping
+    stopping.SECONDS_TO_UNWIND = 0.2
+    with stopping.listening():
+        if not (child := os.fork()):
+            os.kill(os.getpid(), signal.SIGTERM)  # the fork's own
+            time.sleep(20)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        time.sleep(0.5)
+        print("not asked" if not stopping.asked() else "asked", flush=True)
+        endless = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+        endless.start()
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), int(sys.argv[1]))).start()
+        ctypes.CDLL(None).pthread_join(ctypes.c_ulong(endless.ident), None)  # which no signal interrupts
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_a_main_thread_that_waits_in_c_code_is_ended_and_a_forks_signals_are_its_own(number, code) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(int(number))],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, "not asked\n"), done.stderr
+    assert "asked to stop before the first step" in done.stderr
