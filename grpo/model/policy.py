@@ -243,7 +243,9 @@ class Policy:
         """The LoRA adapters alone, by peft's names."""
         from peft import get_peft_model_state_dict
 
-        return {name: whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
+        # Adapters alone, also of embeddings: "auto" would add what they are added to, and ask a hub about its size.
+        state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        return {name: whole(t) for name, t in state.items()}
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The weights that a checkpoint holds, where they are: all, or with LoRA the adapters (the base is fixed)."""
