@@ -43,6 +43,7 @@ def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:
         with warnings.catch_warnings():
             # Of fused experts, whose rank and scale peft sets by a pattern, and heeds.
             warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys did not match")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # it is set as it must be
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # check_merge refuses
             peft_model = get_peft_model(causal_lm, peft_config)
     except ValueError as error:
@@ -121,9 +122,14 @@ def deltas_of(
     return {_adapted(owner, layer): partial(delta, owner, layer) for owner, layer in _lora_layers(causal_lm).items()}
 
 
+def wraps_parameter(module: nn.Module) -> bool:
+    """Whether a module of peft's adds to a parameter of the module beneath it, such as fused experts."""
+    return hasattr(module, "parameter_name")
+
+
 def _adapted(owner: str, layer: Any) -> str:
     """The name, from before adapters, of the weight that a layer of peft's adds to."""
-    return f"{owner.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
+    return f"{owner.replace('.base_layer', '')}.{layer.parameter_name if wraps_parameter(layer) else 'weight'}"
 
 
 def _own(layer: Any) -> list[str]:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from grpo.errors import RunError
+from grpo.model.kept import set_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -81,7 +82,7 @@ def fill(model: nn.Module, source: nn.Module | None, *, several: bool) -> None:
 
 
 def match(model: nn.Module, source: nn.Module | None, dtype: torch.dtype) -> None:
-    """Give a shell's weights the types of the first process's ``source``, if ``dtype`` is not float32: some models keep
+    """Give a shell's tensors the types of the first process's ``source``, if ``dtype`` is not float32: some models keep
     a few of their layers in float32 then. Called by all processes.
 
     Raises:
@@ -94,9 +95,8 @@ def match(model: nn.Module, source: nn.Module | None, dtype: torch.dtype) -> Non
     if shapes:
         names = ", ".join(sorted({name for name, _ in shapes})[:3])
         raise RunError(f"the weights that were read are not those of the model that config.json describes: see {names}")
-    for name, (_, stored) in spec.items():
-        if dtype != torch.float32 and mine[name].is_meta:
-            mine[name].data = torch.empty_like(mine[name], dtype=stored)
+    if dtype != torch.float32:
+        set_types(model, {name: stored for name, (_, stored) in spec.items()})
 
 
 def _same_everywhere(facts: dict[str, Any]) -> dict[str, Any]:

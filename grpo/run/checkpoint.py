@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo.errors import RunError, UserError
-from grpo.run.manifest import MANIFEST, SHARDS, DamagedCheckpoint, fsync, verify, write_manifest
+from grpo.files import fsync, usual_modes
+from grpo.run.manifest import MANIFEST, SHARDS, DamagedCheckpoint, verify, write_manifest
 
 log = logging.getLogger("grpo")
 
@@ -131,6 +132,7 @@ def commit(
                 torch.save(state, path := aside / f"{name}.pt")
                 fsync(path)
                 _refuse_unsafe(path)
+            usual_modes(aside)
             if shards:
                 fsync(aside / SHARDS)
             write_manifest(aside, {**manifest, "step": _step(final)}, shards)
