@@ -34,10 +34,12 @@ def usual_modes(folder: Path) -> None:
 def whole_folder(final: Path) -> Iterator[Path]:
     """A folder to write in, which becomes ``final`` where the block ends without an error, and is gone otherwise.
 
-    A folder that has the name already is replaced once the new one is synced to the disk. A process that is killed
-    leaves ``NAME.tmp``, or between the two renames ``NAME.old`` and no ``NAME``; the next call removes them.
+    A folder that has the name already is replaced once the new one is synced to the disk. A process that is killed may
+    leave ``NAME.tmp``, and the replaced one as ``NAME.old``; the next call sees to both.
     """
     aside, replaced = (final.with_name(f"{final.name}.{end}") for end in ("tmp", "old"))
+    if replaced.exists() and not final.exists():
+        os.rename(replaced, final)
     for left in (aside, replaced):
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -47,9 +49,14 @@ def whole_folder(final: Path) -> Iterator[Path]:
         for path in [*aside.rglob("*"), aside]:
             fsync(path)
         if final.exists():
-            final.rename(replaced)
-        aside.rename(final)
+            os.rename(final, replaced)
+        try:
+            os.rename(aside, final)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, final)
+            raise
         fsync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)

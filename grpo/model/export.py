@@ -53,7 +53,11 @@ def write_final(
             tokenizer.save_pretrained(aside)
             if adapter is not None:
                 write_adapter(aside / "adapter", peft_model, adapter)
-    except (OSError, RuntimeError, SafetensorError) as error:  # where a write fails, libraries raise errors of their own
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # where a write fails, libraries raise errors of their own
         raise RunError(_explain(folder, error, needed)) from error
 
 

@@ -75,10 +75,11 @@ def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig
     source, keywords = _source(model.name, model)
     with _named("configuration", model.name):
         config = AutoConfig.from_pretrained(source, **keywords)
-    try:
-        generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:
-        generation_config = GenerationConfig.from_model_config(config)
+    with _named("generation configuration", model.name):
+        try:
+            generation_config = GenerationConfig.from_pretrained(source, revision=model.revision or "main")
+        except OSError:
+            generation_config = GenerationConfig.from_model_config(config)
     return config, generation_config
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_PRODUCT = re.compile(r"lora_(embedding_)?[AB]\.\w+(\.weight)?$")  # of an adapter that adds scaling * B A, and no more
+
+
 def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:
     """The model with LoRA adapters (arXiv:2106.09685), trained in float32; returns peft's PeftModel.
 
@@ -66,6 +69,8 @@ def check_merge(causal_lm: nn.Module, before: dict[str, torch.Size]) -> None:
     state = _state(causal_lm)
     base, deltas = base_of(causal_lm, state), deltas_of(causal_lm, state, lambda tensor: tensor)
     trained = {name for name, tensor in base.items() if tensor.requires_grad}
+    layers = _lora_layers(causal_lm).items()
+    trained |= {_adapted(owner, layer) for owner, layer in layers if not all(map(_PRODUCT.match, _own(layer)))}
     if lost := (base.keys() ^ before.keys()) | trained | (deltas.keys() - base.keys()):
         raise UserError(f"model.lora: what peft adds to {min(lost)} can't be merged; take it out of target_modules")
     names_of: dict[int, list[str]] = {}

@@ -22,7 +22,7 @@ from grpo.model.first_process import on_main
 from grpo.model.kept import kept, set_types
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import base_of, deltas_of, without_adapters
-from grpo.model.moments import from_saved, load_moments, optimized
+from grpo.model.moments import Named, from_saved, load_moments, optimized
 from grpo.model.optimizer import make_optimizer
 from grpo.model.placing import assign, is_sharded, local, materialize, shard, shell, whole
 from grpo.model.processes import Collectives, average_gradients, replicas, to_rest
@@ -276,7 +276,7 @@ class Policy:
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of ``trained_state``, for whole tensors, which every process has."""
-        targets = self.trained_state()
+        targets = dict(self.model.named_parameters())  # also those that an older version trained
         for name, tensor in state.items():
             assign(targets[name], tensor)
 
@@ -286,15 +286,21 @@ class Policy:
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Inverse of ``optimizer_state``, for whole tensors, which every process has."""
-        if not self.sharded and all(isinstance(key, int) for key in state["state"]):
+        named = optimized(self.model, self.optimizer)
+        as_now = sum(len(group["params"]) for group in state["param_groups"]) == len(named)
+        if not self.sharded and as_now and all(isinstance(key, int) for key in state["state"]):
             self.optimizer.load_state_dict(state)
         else:
-            named = optimized(self.model, self.optimizer)
-            load_moments(named, self.optimizer, from_saved(named, state))
+            load_moments(named, self.optimizer, from_saved(named if as_now else self._once_optimized(), state))
+
+    def _once_optimized(self) -> Named:
+        """What the optimizer held, in its order, before weights that text does not reach were frozen."""
+        every = [(n, p) for n, p in self.model.named_parameters() if self.peft_model is None or "lora_" in n]
+        return sorted(every, key=lambda named: named[1].ndim < 2)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a folder that ``from_pretrained`` loads, whole or not at all: weights in the compute type, LoRA adapters
-        merged. The adapters alone go into its adapter/.
+        """Write a folder that ``from_pretrained`` loads, whole or not at all: weights in the compute type (but for what
+        the model keeps in its own), LoRA adapters merged. The adapters alone go into its adapter/.
 
         Called by all processes; the first one writes. Raises RunError, on all, where the disk refuses.
         """
