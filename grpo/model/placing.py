@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 def shell(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, **keywords: Any) -> PreTrainedModel:
     """A causal LM of this shape, its weights on the meta device: they take no memory and no time. Buffers, such as the
-    frequencies of rotary embeddings, are computed: no file holds them. ``config`` is not changed."""
+    frequencies of rotary embeddings, are computed: no file holds them. ``config`` is not changed; what it says of a
+    file's quantization does not hold of the shell."""
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code, **keywords
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **keywords)
     model.tie_weights()
     return model
 
