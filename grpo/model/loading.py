@@ -100,9 +100,10 @@ def load_weights(model: ModelConfig, dtype: torch.dtype | None) -> PreTrainedMod
         causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **keywords)
     quantizer = getattr(causal_lm, "hf_quantizer", None)  # gone where transformers has dequantized what it read
     if quantizer is not None and not model.load_in_4bit:
+        method = quantizer.quantization_config.quant_method
         raise UserError(
-            f"model.name: the weights of {model.name} are quantized ({quantizer.quantization_config.quant_method}), so "
-            "they can't be trained, nor adapters merged into them; name the model that they were made from (with "
+            f"model.name: the weights of {model.name} are quantized ({getattr(method, 'value', method)}), so they "
+            "can't be trained, nor adapters merged into them; name the model that they were made from (with "
             "model.load_in_4bit for LoRA over 4 bits)"
         )
     return causal_lm
