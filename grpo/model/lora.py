@@ -80,7 +80,7 @@ def check_merge(causal_lm: nn.Module, before: dict[str, torch.Size]) -> None:
         if others := [other for other in names_of[id(base[name])] if other != name]:
             raise UserError(
                 f"model.lora.target_modules: {name} and {others[0]} are one weight (tied), and an adapter on one of "
-                "the two can't be merged into it. Leave both out of target_modules; all-linear does"
+                "the two can't be merged into it. Leave both out of target_modules"
             )
     alike = {(re.sub(r"\d+", "", name), before[name]): name for name in deltas}  # one of each kind is tried
     for name in alike.values():
@@ -157,12 +157,17 @@ class _Delta(nn.Module):
 @contextmanager
 def without_adapters(peft_model: Any) -> Iterator[None]:
     """Within it, passes without gradients are those of the base."""
-    trained = [p for p in peft_model.parameters() if p.requires_grad]
-    with peft_model.disable_adapter():
-        # peft freezes them meanwhile. FSDP2 asks once, at the first pass, which of its weights are trained.
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        yield
+    asked_for = {p: p.requires_grad for p in peft_model.parameters()}
+    trained = [p for p, wanted in asked_for.items() if wanted]
+    try:
+        with peft_model.disable_adapter():
+            # peft freezes them meanwhile. FSDP2 asks once, at the first pass, which of its weights are trained.
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            yield
+    finally:  # peft trains all adapters again, also those that no text reaches
+        for parameter, wanted in asked_for.items():
+            parameter.requires_grad_(wanted)
 
 
 def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:

@@ -91,6 +91,14 @@ def test_an_expert_that_few_tokens_passed_over_is_trained() -> None:
 
 
 @pytest.mark.slow
+def test_a_pass_of_the_reference_trains_no_more_adapters_than_before(tiny_model: Path) -> None:
+    policy = make_policy(tiny_model, causal_lm=multimodal(), model={"lora": {"r": 4}}, needs_reference=True)
+    names = policy.trained_state().keys()
+    policy.reference_logprobs(policy.collate(sequences()), 1.0)
+    assert policy.trained_state().keys() == names
+
+
+@pytest.mark.slow
 def test_moments_from_when_all_weights_were_optimized_are_taken_up(tiny_model: Path) -> None:
     policy = make_policy(tiny_model, causal_lm=multimodal())
     every = list(policy.model.parameters())
