@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.model.kept import set_types
 
 if TYPE_CHECKING:
@@ -58,12 +58,16 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shard a model as the launch's FSDP2 settings say. It stays on its device, the meta device too."""
+    """Shard a model as the launch's FSDP2 settings say. It stays on its device, the meta device too. Raises UserError
+    where they name a layer that it does not have."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     plugin = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # accelerate's own way of filling shells needs the whole float32 model
-    return fsdp2_prepare_model(accelerator, model)
+    try:
+        return fsdp2_prepare_model(accelerator, model)
+    except ValueError as error:
+        raise UserError(f"the launch's fsdp_config does not fit this model: {error}") from error
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def with_json(tiny_model: Path, folder: Path, file: str, **content: Any) -> Path
     [
         {"do_sample": False, "temperature": 0.9},
         {"do_sample": False, "top_p": 0.5, "top_k": 7},
-        {"num_beams": 1, "early_stopping": True},
+        {"do_sample": False, "typical_p": 0.9},
     ],
     ids=lambda settings: "-".join(settings),
 )
