@@ -35,7 +35,8 @@ class LoraConfig(Section):
     lora_dropout: Fraction = 0.0
     """Dropout on the adapters' input while training."""
     target_modules: str | list[str] = "all-linear"
-    """Module names that get adapters; `all-linear` is every linear layer but the output head."""
+    """Module names that get adapters; `all-linear` is every linear layer but the output head. A head and an embedding
+    that share a weight (`tie_word_embeddings`) can have none."""
 
 
 class ModelConfig(Section):

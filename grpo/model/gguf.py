@@ -8,7 +8,6 @@ not know GGUF can read it too.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.errors import UserError
+from grpo.files import whole_folder
 
 # Where a tokenizer rebuilt from GGUF could differ: runs of spaces, digits, tags, letters outside of ASCII.
 ROUND_TRIPS = (
@@ -49,14 +49,11 @@ def convert(file: Path, folder: Path) -> None:
     """
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     model = load_gguf(file)
-    written = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(written, ignore_errors=True)
-    model.save_pretrained(written)
-    tokenizer.save_pretrained(written)
-    check_weights(model, AutoModelForCausalLM.from_pretrained(written))
-    check_tokenizer(tokenizer, AutoTokenizer.from_pretrained(written))
-    shutil.rmtree(folder, ignore_errors=True)
-    written.rename(folder)
+    with whole_folder(folder) as written:
+        model.save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        check_weights(model, AutoModelForCausalLM.from_pretrained(written))
+        check_tokenizer(tokenizer, AutoTokenizer.from_pretrained(written))
 
 
 def check_weights(model: PreTrainedModel, saved: PreTrainedModel) -> None:

@@ -75,10 +75,11 @@ def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig
     source, keywords = _source(model.name, model)
     with _named("configuration", model.name):
         config = AutoConfig.from_pretrained(source, **keywords)
-    try:
-        generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:
-        generation_config = GenerationConfig.from_model_config(config)
+    with _named("generation configuration", model.name):
+        try:
+            generation_config = GenerationConfig.from_pretrained(source, revision=model.revision or "main")
+        except OSError:
+            generation_config = GenerationConfig.from_model_config(config)
     return config, generation_config
 
 
@@ -87,13 +88,25 @@ def attention_keyword(model: ModelConfig) -> dict[str, str]:
 
 
 def load_weights(model: ModelConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The causal LM in ``dtype``, or (None) in the type that its weights are stored in; on the CPU."""
+    """The causal LM in ``dtype``, or (None) in the type that its weights are stored in; on the CPU.
+
+    Raises UserError where it can't be loaded, or its weights stay quantized, though the recipe does not ask for that.
+    """
     source, keywords = _source(model.name, model)
     keywords |= attention_keyword(model)
     with _named("weights", model.name):
         if file := keywords.pop("gguf_file", None):
             return load_gguf(Path(source) / file, dtype or torch.float32, **keywords)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **keywords)
+        causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **keywords)
+    quantizer = getattr(causal_lm, "hf_quantizer", None)  # gone where transformers has dequantized what it read
+    if quantizer is not None and not model.load_in_4bit:
+        method = quantizer.quantization_config.quant_method
+        raise UserError(
+            f"model.name: the weights of {model.name} are quantized ({getattr(method, 'value', method)}), so they "
+            "can't be trained, nor adapters merged into them; name the model that they were made from (with "
+            "model.load_in_4bit for LoRA over 4 bits)"
+        )
+    return causal_lm
 
 
 def load_quantized(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -28,7 +28,7 @@ class LogprobLM(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel):
         super().__init__()
         self.causal_lm = causal_lm
-        self._no_split_modules = getattr(causal_lm, "_no_split_modules", None)  # FSDP's unit of sharding
+        self._no_split_modules = _units(causal_lm)
 
     @property
     def config(self) -> Any:
@@ -109,3 +109,17 @@ class LogprobLM(nn.Module):
                 f"{type(self.causal_lm).__name__} turns hidden states into logits in a way that "
                 "logprob_lm.LogprobLM.head does not know; add it there"
             )
+
+
+def _units(causal_lm: nn.Module) -> list[str]:
+    """Names of the classes of layers that FSDP shards and gathers one by one.
+
+    A class of models may name layers that this one lacks (another kind of vision tower), or none. Then it is the layers
+    of its longest list.
+    """
+    there = {type(module).__name__ for module in causal_lm.modules()}
+    if named := sorted(there & set(getattr(causal_lm, "_no_split_modules", None) or [])):
+        return named
+    lists = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    longest = max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=[])
+    return sorted({type(layer).__name__ for layer in longest})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +16,25 @@ from torch.func import functional_call
 
 from grpo.config import LoraConfig
 from grpo.errors import UserError
+from grpo.model.quantized import whole_shape, without_scales
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_PRODUCT = re.compile(r"lora_(embedding_)?[AB]\.\w+(\.weight)?$")  # of an adapter that adds scaling * B A, and no more
+
+
 def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:
-    """The model with LoRA adapters (arXiv:2106.09685), trained in float32; returns peft's PeftModel."""
+    """The model with LoRA adapters (arXiv:2106.09685), trained in float32; returns peft's PeftModel.
+
+    Raises:
+        UserError: there is nothing of these names to adapt, or adapters on it could not be merged again.
+    """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
+    before = {name: whole_shape(tensor) for name, tensor in _state(causal_lm).items()}
     peft_config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -31,25 +43,73 @@ def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        peft_model = get_peft_model(causal_lm, peft_config)
+        with warnings.catch_warnings():
+            # Of fused experts, whose rank and scale peft sets by a pattern, and heeds.
+            warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys did not match")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # it is set as it must be
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # check_merge refuses
+            peft_model = get_peft_model(causal_lm, peft_config)
     except ValueError as error:
         raise UserError(f"model.lora: {error}") from error
+    check_merge(causal_lm, before)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return peft_model
 
 
+@torch.no_grad()
+def check_merge(causal_lm: nn.Module, before: dict[str, torch.Size]) -> None:
+    """Refuse adapters that the weights from ``before`` them, given by name and shape, could not take up. It is a run's
+    end that merges them, and a sampler's copy.
+
+    Raises:
+        UserError: an adapter of another kind than is known here, or on a weight that two layers share.
+    """
+    state = _state(causal_lm)
+    base, deltas = base_of(causal_lm, state), deltas_of(causal_lm, state, lambda tensor: tensor)
+    trained = {name for name, tensor in base.items() if tensor.requires_grad}
+    layers = _lora_layers(causal_lm).items()
+    trained |= {_adapted(owner, layer) for owner, layer in layers if not all(map(_PRODUCT.match, _own(layer)))}
+    if lost := (base.keys() ^ before.keys()) | trained | (deltas.keys() - base.keys()):
+        raise UserError(f"model.lora: what peft adds to {min(lost)} can't be merged; take it out of target_modules")
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in base.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    for name in deltas:
+        if others := [other for other in names_of[id(base[name])] if other != name]:
+            raise UserError(
+                f"model.lora.target_modules: {name} and {others[0]} are one weight (tied), and an adapter on one of "
+                "the two can't be merged into it. Leave both out of target_modules"
+            )
+    alike = {(re.sub(r"\d+", "", name), before[name]): name for name in deltas}  # one of each kind is tried
+    for name in alike.values():
+        try:
+            fits = deltas[name]().shape == before[name]
+        except Exception as error:  # whatever peft says of a layer that it can't merge
+            raise UserError(f"model.lora: an adapter on {name} can't be merged: {error}") from error
+        if not fits:
+            raise UserError(f"model.lora: an adapter on {name} can't be merged: it has another shape")
+
+
+def _state(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
+    return without_scales(causal_lm.state_dict(keep_vars=True))
+
+
 def base_of(causal_lm: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A LoRA model's ``state`` without its adapters, by the names from before they were added."""
     layers = _lora_layers(causal_lm)
+    adapters = {f"{owner}.{name}" for owner, layer in layers.items() for name in _own(layer)}
+    # A module of which two parameters have adapters is wrapped twice.
+    wraps = sorted((f"{owner}.base_layer." for owner in layers), key=len, reverse=True)
     base = {}
     for name, tensor in state.items():
-        owner, found, parameter = name.partition(".base_layer.")
-        if found and owner in layers:
-            base[f"{owner}.{parameter}"] = tensor
-        elif not any(name.startswith(f"{owner}.") for owner in layers):
-            base[name] = tensor
+        if name in adapters:
+            continue
+        for wrap in wraps if ".base_layer." in name else ():
+            if name.startswith(wrap):
+                name = wrap.removesuffix("base_layer.") + name.removeprefix(wrap)
+        base[name] = tensor
     return base
 
 
@@ -60,11 +120,27 @@ def deltas_of(
     ``gather`` makes a tensor of ``state`` whole."""
 
     def delta(owner: str, layer: Any) -> torch.Tensor:
-        names = [name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")]
         # The layer's own parameters may be sharded.
-        return functional_call(_Delta(layer), {f"layer.{name}": gather(state[f"{owner}.{name}"]) for name in names})
+        own = {f"layer.{name}": gather(state[f"{owner}.{name}"]) for name in _own(layer)}
+        return functional_call(_Delta(layer), own)
 
-    return {f"{owner}.weight": partial(delta, owner, layer) for owner, layer in _lora_layers(causal_lm).items()}
+    return {_adapted(owner, layer): partial(delta, owner, layer) for owner, layer in _lora_layers(causal_lm).items()}
+
+
+def wraps_parameter(module: nn.Module) -> bool:
+    """Whether a module of peft's adds to a parameter of the module beneath it, such as fused experts."""
+    return hasattr(module, "parameter_name")
+
+
+def _adapted(owner: str, layer: Any) -> str:
+    """The name, from before adapters, of the weight that a layer of peft's adds to."""
+    return f"{owner.replace('.base_layer', '')}.{layer.parameter_name if wraps_parameter(layer) else 'weight'}"
+
+
+def _own(layer: Any) -> list[str]:
+    """Names of a layer's tensors that are the adapter's."""
+    names = (name for name, _ in chain(layer.named_parameters(), layer.named_buffers()))
+    return [name for name in names if not name.startswith("base_layer.")]
 
 
 class _Delta(nn.Module):
@@ -81,12 +157,17 @@ class _Delta(nn.Module):
 @contextmanager
 def without_adapters(peft_model: Any) -> Iterator[None]:
     """Within it, passes without gradients are those of the base."""
-    trained = [p for p in peft_model.parameters() if p.requires_grad]
-    with peft_model.disable_adapter():
-        # peft freezes them meanwhile. FSDP2 asks once, at the first pass, which of its weights are trained.
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        yield
+    asked_for = {p: p.requires_grad for p in peft_model.parameters()}
+    trained = [p for p, wanted in asked_for.items() if wanted]
+    try:
+        with peft_model.disable_adapter():
+            # peft freezes them meanwhile. FSDP2 asks once, at the first pass, which of its weights are trained.
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            yield
+    finally:  # peft trains all adapters again, also those that no text reaches
+        for parameter, wanted in asked_for.items():
+            parameter.requires_grad_(wanted)
 
 
 def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.kernels import CannotPack
 from grpo.model.logprob_lm import LogprobLM
+from grpo.model.lora import wraps_parameter
 from grpo.packing import collate
 from grpo.types import Batch, Layout, TrainedSequence
 
@@ -60,14 +61,18 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     type compute without rounding, and never is more than one module's share of them held in float32."""
     stored: dict[nn.Parameter, torch.Tensor] = {}
 
+    def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+        # An adapter on a parameter takes it from its module, beneath, while it runs.
+        return module.parameters(recurse=wraps_parameter(module))
+
     def widen(module: nn.Module, _: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in parameters(module):
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 stored[parameter] = parameter.data
                 parameter.data = parameter.data.float()
 
     def restore(module: nn.Module, *_: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in parameters(module):
             if parameter in stored:
                 parameter.data = stored.pop(parameter)
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
+from grpo.model.kept import set_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 def shell(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, **keywords: Any) -> PreTrainedModel:
     """A causal LM of this shape, its weights on the meta device: they take no memory and no time. Buffers, such as the
-    frequencies of rotary embeddings, are computed: no file holds them. ``config`` is not changed."""
+    frequencies of rotary embeddings, are computed: no file holds them. ``config`` is not changed; what it says of a
+    file's quantization does not hold of the shell."""
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code, **keywords
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **keywords)
     model.tie_weights()
     return model
 
@@ -57,14 +59,18 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shard a model as the launch's FSDP2 settings say. It stays on its device, the meta device too."""
+    """Shard a model as the launch's FSDP2 settings say. It stays on its device, the meta device too. Raises UserError
+    where they name a layer that it does not have."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     # torch 2.13 warns of log-probabilities that are views. Nothing is done in place to them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     plugin = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # accelerate's own way of filling shells needs the whole float32 model
-    return fsdp2_prepare_model(accelerator, model)
+    try:
+        return fsdp2_prepare_model(accelerator, model)
+    except ValueError as error:
+        raise UserError(f"the launch's fsdp_config does not fit this model: {error}") from error
 
 
 @torch.no_grad()
@@ -84,7 +90,7 @@ def fill(model: nn.Module, source: nn.Module | None, *, several: bool) -> None:
 
 
 def match(model: nn.Module, source: nn.Module | None, dtype: torch.dtype) -> None:
-    """Give a shell's weights the types of the first process's ``source``, if ``dtype`` is not float32: some models keep
+    """Give a shell's tensors the types of the first process's ``source``, if ``dtype`` is not float32: some models keep
     a few of their layers in float32 then. Called by all processes.
 
     Raises:
@@ -97,9 +103,8 @@ def match(model: nn.Module, source: nn.Module | None, dtype: torch.dtype) -> Non
     if shapes:
         names = ", ".join(sorted({name for name, _ in shapes})[:3])
         raise RunError(f"the weights that were read are not those of the model that config.json describes: see {names}")
-    for name, (_, stored) in spec.items():
-        if dtype != torch.float32 and mine[name].is_meta:
-            mine[name].data = torch.empty_like(mine[name], dtype=stored)
+    if dtype != torch.float32:
+        set_types(model, {name: stored for name, (_, stored) in spec.items()})
 
 
 def _same_everywhere(facts: dict[str, Any]) -> dict[str, Any]:

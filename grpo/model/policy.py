@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,12 @@ from grpo import kernels
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.model.devices import compute_dtype
+from grpo.model.export import write_adapter, write_final
+from grpo.model.first_process import on_main
+from grpo.model.kept import kept, set_types
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import base_of, deltas_of, without_adapters
-from grpo.model.moments import from_saved, load_moments, optimized
+from grpo.model.moments import Named, from_saved, load_moments, optimized
 from grpo.model.optimizer import make_optimizer
 from grpo.model.placing import assign, is_sharded, local, materialize, shard, shell, whole
 from grpo.model.processes import Collectives, average_gradients, replicas, to_rest
@@ -71,8 +74,9 @@ class Policy:
         self.needs_reference = needs_reference
 
         weights = self.compute_dtype if self.is_lora else self.weights_dtype
-        self.model, self.peft_model, self.packed = start(recipe, accelerator, weights, self.compute_dtype)
+        self.model, self.peft_model, self.packed = start(recipe, accelerator, tokenizer, weights, self.compute_dtype)
         self.causal_lm = self.model.causal_lm
+        self.kept = self._kept()
         optimizer = make_optimizer(self.model, recipe.optimizer, sharded=self.sharded)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
@@ -107,9 +111,18 @@ class Policy:
     def _twin(self, dtype: torch.dtype) -> PreTrainedModel:
         config = self.causal_lm.config
         twin = shell(config, dtype, self.trust_remote_code, attn_implementation=config._attn_implementation)
+        if dtype != torch.float32:
+            set_types(twin, self.kept)
         # Its linear layers then compute as the policy's do, to the bit.
         kernels.install(twin, self.device, trains=False, alone=not self.sharded, wanted=self.kernels)
         return twin
+
+    def _kept(self) -> dict[str, torch.dtype]:
+        """Tensors that copies in the compute type hold as the policy does, and their types."""
+        if self.compute_dtype == torch.float32:
+            return {}
+        twin, state = shell(self.causal_lm.config, self.compute_dtype, self.trust_remote_code), self._base()
+        return {name: state[name].dtype for name in kept(twin, self.compute_dtype)}
 
     def autocast(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:
@@ -185,13 +198,18 @@ class Policy:
         for name, parameter in self.reference.causal_lm.named_parameters():  # tied weights come once here
             local(parameter).lerp_(local(policy[name]).to(parameter.dtype), alpha)
 
-    @torch.no_grad()
     def state_stream(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """The causal LM's whole state by ``from_pretrained``'s names, LoRA adapters merged (in a copy: the policy's own
-        weights are not touched), in ``dtype`` where one is given. Called by all processes.
+        weights are not touched), in ``dtype`` where one is given, but for what the model keeps in its own type. Called
+        by all processes.
 
         One tensor at a time is gathered from the processes. Whoever wants little memory must not keep them.
         """
+        kept = {} if dtype == torch.float32 else self.kept
+        return self._stream(lambda name: None if dtype is None else kept.get(name, dtype))
+
+    @torch.no_grad()
+    def _stream(self, type_of: Callable[[str], torch.dtype | None]) -> Iterator[tuple[str, torch.Tensor]]:
         state = self._state()
         base, deltas = state, {}
         if self.peft_model is not None:
@@ -199,7 +217,7 @@ class Policy:
         names_of = Counter(id(tensor) for tensor in base.values())
         tied: dict[int, torch.Tensor] = {}
         for name, tensor in base.items():
-            to = dtype if tensor.is_floating_point() or is_quantized(tensor) else None
+            to = type_of(name) if tensor.is_floating_point() or is_quantized(tensor) else None
             if name in deltas:  # computed in float32
                 weight = whole(numbers(tensor))
                 gathered = (weight.float() + deltas[name]().float()).to(to or weight.dtype)
@@ -219,7 +237,7 @@ class Policy:
     def copy_into(self, twin: PreTrainedModel) -> None:
         """Copy the policy's weights into an ``empty_copy``, one tensor after the other. Called by all processes."""
         targets = twin.state_dict()
-        for name, tensor in self.state_stream(twin.dtype):
+        for name, tensor in self._stream(lambda name: targets[name].dtype):
             targets[name].copy_(tensor)
 
     @torch.no_grad()
@@ -229,6 +247,10 @@ class Policy:
         gathered = {key: whole(numbers(tensor)) for key, tensor in {id(t): t for t in state.values()}.items()}
         return base_of(self.causal_lm, {name: gathered[id(tensor)] for name, tensor in state.items()})
 
+    def _base(self) -> dict[str, torch.Tensor]:
+        """The causal LM's own tensors, as they are, by ``from_pretrained``'s names, without adapters."""
+        return base_of(self.causal_lm, self._state()) if self.peft_model is not None else self._state()
+
     def _state(self) -> dict[str, torch.Tensor]:
         """The causal LM's own tensors by name."""
         return without_scales(self.causal_lm.state_dict(keep_vars=True))
@@ -236,14 +258,16 @@ class Policy:
     def save_adapter(self, folder: Path, adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
         """Write ``adapter_state`` as peft does, cast to ``dtype``."""
         assert self.peft_model is not None
-        self.peft_model.save_pretrained(folder, state_dict={name: t.to(dtype).cpu() for name, t in adapter.items()})
+        write_adapter(folder, self.peft_model, {name: t.to(dtype).cpu() for name, t in adapter.items()})
         return folder
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The LoRA adapters alone, by peft's names."""
         from peft import get_peft_model_state_dict
 
-        return {name: whole(t) for name, t in get_peft_model_state_dict(self.peft_model).items()}
+        # Adapters alone, also of embeddings: "auto" would add what they are added to, and ask a hub about its size.
+        state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        return {name: whole(t) for name, t in state.items()}
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The weights that a checkpoint holds, where they are: all, or with LoRA the adapters (the base is fixed)."""
@@ -252,7 +276,7 @@ class Policy:
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of ``trained_state``, for whole tensors, which every process has."""
-        targets = self.trained_state()
+        targets = dict(self.model.named_parameters())  # also those that an older version trained
         for name, tensor in state.items():
             assign(targets[name], tensor)
 
@@ -262,33 +286,43 @@ class Policy:
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Inverse of ``optimizer_state``, for whole tensors, which every process has."""
-        if not self.sharded and all(isinstance(key, int) for key in state["state"]):
+        named = optimized(self.model, self.optimizer)
+        as_now = sum(len(group["params"]) for group in state["param_groups"]) == len(named)
+        if not self.sharded and as_now and all(isinstance(key, int) for key in state["state"]):
             self.optimizer.load_state_dict(state)
         else:
-            named = optimized(self.model, self.optimizer)
-            load_moments(named, self.optimizer, from_saved(named, state))
+            load_moments(named, self.optimizer, from_saved(named if as_now else self._once_optimized(), state))
+
+    def _once_optimized(self) -> Named:
+        """What the optimizer held, in its order, before weights that text does not reach were frozen."""
+        every = [(n, p) for n, p in self.model.named_parameters() if self.peft_model is None or "lora_" in n]
+        return sorted(every, key=lambda named: named[1].ndim < 2)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a folder that ``from_pretrained`` loads: weights in the compute type, LoRA adapters merged. The
-        adapters alone go into its adapter/.
+        """Write a folder that ``from_pretrained`` loads, whole or not at all: weights in the compute type (but for what
+        the model keeps in its own), LoRA adapters merged. The adapters alone go into its adapter/.
 
-        Called by all processes; the first one writes.
+        Called by all processes; the first one writes. Raises RunError, on all, where the disk refuses.
         """
         main, state = self.accelerator.is_main_process, {}
         for name, tensor in self.state_stream(self.compute_dtype):
             if main:
                 state[name] = tensor.cpu()
         adapter = self.adapter_state() if self.peft_model is not None else None
-        if main:
-            twin = shell(self.causal_lm.config, self.compute_dtype, self.trust_remote_code)
-            twin.load_state_dict(state, assign=True)
-            twin.tie_weights()
-            twin.generation_config = self.causal_lm.generation_config
-            twin.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            if adapter is not None:
-                self.peft_model.save_pretrained(folder / "adapter", state_dict=adapter)
-        self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            write_final(
+                folder,
+                self.causal_lm,
+                state,
+                self.compute_dtype,
+                self.tokenizer,
+                trust_remote_code=self.trust_remote_code,
+                peft_model=self.peft_model,
+                adapter=adapter,
+            )
+
+        on_main(self.accelerator, write)
 
 
 def _weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:

@@ -55,6 +55,12 @@ def numbers(tensor: torch.Tensor) -> torch.Tensor:
     return dequantize_4bit(quantized.data, quantized.quant_state)
 
 
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of the numbers that a tensor stands for."""
+    quantized: Any = tensor
+    return torch.Size(quantized.quant_state.shape) if is_quantized(tensor) else tensor.shape
+
+
 def without_scales(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A model's ``state_dict`` (of the parameters themselves) without what 4-bit weights hold besides their codes."""
     quantized = tuple(f"{name}." for name, tensor in state.items() if is_quantized(tensor))

@@ -17,16 +17,18 @@ from accelerate import Accelerator
 from grpo import kernels
 from grpo.config import Recipe
 from grpo.errors import RunError, UserError
+from grpo.model.export import rehearse
 from grpo.model.first_process import on_main
 from grpo.model.loading import attention_keyword, load_configs, load_quantized, load_weights
 from grpo.model.logprob_lm import LogprobLM
-from grpo.model.lora import add_adapters
+from grpo.model.lora import add_adapters, base_of
 from grpo.model.packed_check import in_float32, why_padded
 from grpo.model.placing import fill, is_sharded, match, materialize, shard, shell
+from grpo.model.unused import described, freeze_unused
 from grpo.randomness import Stream, key
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("grpo")
 
@@ -43,13 +45,20 @@ class Equipped(NamedTuple):
     causal_lm: PreTrainedModel
     peft_model: Any
     cannot_pack: str | None
+    unused: list[str]  # weights without a gradient, which are frozen
 
 
-def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, compute_dtype: torch.dtype) -> Started:
+def start(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> Started:
     """The model of ``recipe``, its trained weights in ``weights``. Called by all processes.
 
     Raises:
-        UserError: the model can't be loaded.
+        UserError: the model can't be loaded, or what is trained of it could not be written in the end.
         RunError: it makes logits in a way that is not known, or processes differ in what they can compute.
     """
     device, sharded = accelerator.device, is_sharded(accelerator)
@@ -61,17 +70,20 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
     as_read = accelerator.num_processes == 1 and device.type == "cpu" and not sharded
     read: list[Equipped] = []
 
-    def read_and_check() -> str | None:
+    def read_and_check() -> tuple[str | None, list[str]]:
         # Every other type is rounded to while loading: some models keep a few layers in float32 then.
         dtype = weights if as_read or weights != torch.float32 else None
-        read.append(_equip(load_weights(recipe.model, dtype), recipe, device, sharded, says=True))
+        read.append(_equip(load_weights(recipe.model, dtype), recipe, device, sharded, unused=None))
+        _rehearse(read[0], tokenizer, recipe)
         logprob_lm = LogprobLM(read[0].causal_lm)
         with in_float32(logprob_lm):
             logprob_lm.check_head()
-        return read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype)
+        return read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype), read[0].unused
 
-    why = on_main(accelerator, read_and_check)
+    why, unused = on_main(accelerator, read_and_check)
     if accelerator.is_main_process:
+        if unused:
+            log.info("update: %d weights that no text reaches stay as they are: %s", len(unused), described(unused))
         log.info(
             "update: %s",
             "packed rows, each prompt computed once for its completions"
@@ -80,11 +92,11 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
         )
     if recipe.model.load_in_4bit:  # how a model packs was found without quantizing it
         read.clear()
-        mine = _quantized(recipe, device, compute_dtype)
+        mine = _quantized(recipe, device, compute_dtype, unused)
         return Started(LogprobLM(mine.causal_lm).train(), mine.peft_model, why is None)
     if as_read:
         return Started(LogprobLM(read[0].causal_lm).train(), read[0].peft_model, why is None)
-    mine = _equip(_shell(recipe, weights), recipe, device, sharded, says=False)
+    mine = _equip(_shell(recipe, weights), recipe, device, sharded, unused)
     if why is None and mine.cannot_pack:
         rank = accelerator.process_index
         raise RunError(f"the first process packs rows, but rank {rank} can't: {mine.cannot_pack}")
@@ -100,9 +112,15 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
     return Started(logprob_lm, mine.peft_model, why is None)
 
 
-def _quantized(recipe: Recipe, device: torch.device, compute_dtype: torch.dtype) -> Equipped:
+def _rehearse(read: Equipped, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    causal_lm, peft_model = read.causal_lm, read.peft_model
+    state = causal_lm.state_dict() if peft_model is None else base_of(causal_lm, causal_lm.state_dict())
+    rehearse(causal_lm, state, tokenizer, trust_remote_code=recipe.model.trust_remote_code, peft_model=peft_model)
+
+
+def _quantized(recipe: Recipe, device: torch.device, compute_dtype: torch.dtype, unused: list[str]) -> Equipped:
     """The model with a base in 4 bits, which every process reads and quantizes for itself."""
-    mine = _equip(load_quantized(recipe.model, compute_dtype, device), recipe, device, sharded=False, says=False)
+    mine = _equip(load_quantized(recipe.model, compute_dtype, device), recipe, device, False, unused)
     mine.causal_lm.to(device)  # the adapters
     return mine
 
@@ -114,14 +132,18 @@ def _shell(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     return causal_lm
 
 
-def _equip(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sharded: bool, *, says: bool) -> Equipped:
-    """Give a model adapters and fast passes, and learn why it can't compute packed rows, if so. The log tells of the
-    passes if ``says``."""
+def _equip(
+    causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sharded: bool, unused: list[str] | None
+) -> Equipped:
+    """Give a model adapters and fast passes, freeze what text does not reach, and learn why it can't compute packed
+    rows, if so. ``unused`` is None for the model that was read: it is found out then, and the log tells of passes."""
     torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
     peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
+    says = unused is None
+    unused = freeze_unused(LogprobLM(causal_lm), unused)
     if recipe.model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     cannot_pack = kernels.install(
         causal_lm, device, trains=True, alone=not sharded, wanted=recipe.model.kernels, says=says
     )
-    return Equipped(causal_lm, peft_model, cannot_pack)
+    return Equipped(causal_lm, peft_model, cannot_pack, unused)

@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo.errors import RunError
+from grpo.files import fsync, usual_modes
 from grpo.run.manifest import MANIFEST as MANIFEST
-from grpo.run.manifest import SHARDS, fsync, read_manifest, write_manifest
+from grpo.run.manifest import SHARDS, read_manifest, write_manifest
 from grpo.run.search import folders, step_of
 from grpo.run.search import latest_checkpoint as latest_checkpoint
 from grpo.run.search import verified_checkpoint as verified_checkpoint
@@ -131,6 +132,7 @@ def commit(
                 torch.save(state, path := aside / f"{name}.pt")
                 fsync(path)
                 _refuse_unsafe(path)
+            usual_modes(aside)
             if shards:
                 fsync(aside / SHARDS)
             write_manifest(aside, {**manifest, "step": step_of(final)}, shards)

@@ -46,12 +46,18 @@ def test_a_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_two_processes_make_the_same_run_as_one(tiny_model: Path, tmp_path: Path, kind: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(DDP, ()), (FSDP2, ("model.lora.r=4", "algorithm.sync_ref_model=false"))],
+    ids=["ddp", "fsdp2 with LoRA"],
+)
+def test_two_processes_make_the_same_run_as_one(
+    tiny_model: Path, tmp_path: Path, kind: list[str], more: tuple[str, ...]
+) -> None:
     """The same completions are sampled (keys do not know of processes), and the weights agree to rounding."""
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert run_python(*command(tiny_model, alone, *SHORT)).returncode == 0
-    done = launch(kind, *command(tiny_model, together, *SHORT))
+    assert run_python(*command(tiny_model, alone, *SHORT, *more)).returncode == 0
+    done = launch(kind, *command(tiny_model, together, *SHORT, *more))
     assert done.returncode == 0, done.stderr
     for one, two in zip(lines(alone), lines(together), strict=True):
         assert one == pytest.approx(two, rel=2e-3, abs=1e-5)

@@ -86,6 +86,7 @@ def test_conversion_keeps_model_tokenizer_and_template(gguf_file, tmp_path):
     (folder / "stale").touch()
     convert(gguf_file, folder)
     assert not (folder / "stale").exists()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     saved, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert not hasattr(saved.config, "quantization_config")
     check_weights(load_gguf(gguf_file), saved)

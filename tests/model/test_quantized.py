@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from grpo.backends.base import Request, Sampling
 from grpo.backends.hf.backend import HFBackend
 from grpo.errors import UserError
+from grpo.model.placing import shell
 from grpo.model.policy import Policy
+from grpo.model.quantized import quantization_config
 from grpo.types import Prompt
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
@@ -130,6 +133,18 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_exactly(tiny_model: Path)
     step(other)
     for name, tensor in one.trained_state().items():
         assert torch.equal(other.trained_state()[name], tensor), name
+
+
+def test_weights_that_a_file_holds_quantized_are_not_trained_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    settings = quantization_config(torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=settings, device_map="cpu")
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    quantized.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"are quantized \(.*bitsandbytes.*\), so they can't be trained"):
+        make_policy(tmp_path / "model")
+    config = shell(quantized.config, torch.float32, trust_remote_code=False).config
+    assert not hasattr(config, "quantization_config")
+    assert hasattr(quantized.config, "quantization_config")
 
 
 def test_what_is_missing_is_said(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,12 @@ def test_everything_comes_back_to_the_bit(tmp_path):
     assert restored_python.random() == python_random.random()
 
 
+def test_all_files_have_the_mode_of_any_new_file(tmp_path):
+    path = save(tmp_path, 1)
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_a_state_that_would_run_code_when_loaded_is_refused_and_leaves_nothing(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(TypeError, match=r"'path'.*pathlib"):

@@ -108,6 +108,8 @@ class HFBackend:
         self.kept: tuple[DecodeCache, NextLogits] | None = None  # a cache that rollouts share, and what reads it
         self.shares_weights = not policy.sharded and (policy.compute_dtype == policy.weights_dtype or policy.is_lora)
         model = policy.causal_lm if self.shares_weights else policy.empty_copy(policy.compute_dtype)
+        if not self.shares_weights:
+            policy.copy_into(model)  # arbitrary numbers would prove nothing, or be nan
         casts = policy.is_lora and policy.compute_dtype != torch.float32
         self.autocast_dtype = policy.compute_dtype if casts else None
         self.own_cache: OwnCache | None = None  # of a model with recurrent layers

@@ -272,7 +272,8 @@ class WeightSource:
     def metadata(self) -> _Declared:
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        return _Declared(ParamMeta(name, self.dtype, tuple(tensor.shape)) for name, tensor in self.state.items())
+        types = types_of(self.state, self.dtype)
+        return _Declared(ParamMeta(name, types[name], tuple(tensor.shape)) for name, tensor in self.state.items())
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return cast(self.state, self.dtype)
@@ -285,9 +286,17 @@ class WeightSource:
 
 
 def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors in the engine's type, one at a time."""
+    """Names and tensors in the engine's type, one at a time, but for what the model keeps in its own."""
+    types = types_of(state, dtype)
     for name, tensor in state.items():
-        yield name, tensor.detach().to(dtype)
+        yield name, tensor.detach().to(types[name])
+
+
+def types_of(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What each tensor is sent as. A state that comes in the engine's type has in float32 what the model holds so on
+    purpose (``policy.kept``); a state in float32 throughout is cast."""
+    mixed = dtype != torch.float32 and any(tensor.dtype == dtype for tensor in state.values())
+    return {name: tensor.dtype if mixed and tensor.dtype == torch.float32 else dtype for name, tensor in state.items()}
 
 
 def why_no_nccl() -> str | None:

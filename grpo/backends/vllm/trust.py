@@ -77,7 +77,10 @@ def fingerprint_problems(
         if any(part not in tensors for part in parts) or (len(held) > 1 and stride > 1):
             unknown.append(name)
             continue
-        sums = [_sums(tensors[part][..., ::stride]) for part in parts]
+        # What the model keeps in float32 on purpose, an engine may round all the same.
+        kept_in = getattr(torch, held[0].get("dtype", ""), dtype)
+        parts_held = [tensors[part] if tensors[part].dtype == dtype else tensors[part].to(kept_in) for part in parts]
+        sums = [_sums(tensor[..., ::stride]) for tensor in parts_held]
         total, squares = (sum(worker[key] for worker in held) for key in ("sum", "squares"))
         if not any(_agree(total, squares, sums, copies) for copies in _layouts(len(held), len(parts))):
             different.append(name)

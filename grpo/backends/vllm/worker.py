@@ -61,7 +61,8 @@ class WorkerExtension:
         """Sum and sum of squares, in float64, of every weight that the model computes with, by vLLM's names.
 
         Neither depends on the order of elements, so fused, padded or transposed layouts do not matter. ``parts`` are
-        the checkpoint's tensors that vLLM fused into this one. With ``stride`` n, every n-th column was read.
+        the checkpoint's tensors that vLLM fused into this one, ``dtype`` is the type that it is held in. With
+        ``stride`` n, every n-th column was read.
         """
         model = self.model_runner.get_model()
         fused = getattr(model, "packed_modules_mapping", None) or {}
@@ -77,6 +78,7 @@ class WorkerExtension:
                     found[kind] = {
                         "parts": _parts(kind.replace(".base_layer.", "."), fused),
                         "stride": stride,
+                        "dtype": str(tensor.dtype).removeprefix("torch."),
                         "sum": float(tensor.sum(dtype=torch.float64)),
                         "squares": float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2),
                     }

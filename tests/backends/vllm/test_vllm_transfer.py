@@ -87,6 +87,14 @@ def test_servers_find_the_weights_in_their_type(tmp_path: Path, dtype: torch.dty
     assert os.listdir(tmp_path) == []
 
 
+def test_what_the_model_keeps_in_float32_is_sent_so(tmp_path: Path) -> None:
+    server, sent = FakeServer(), {"a.weight": torch.randn(5, 7).to(BF16), "a.router_bias": torch.randn(3)}
+    send(tmp_path, sent, BF16, server)
+    assert torch.equal(server.loaded["a.router_bias"], sent["a.router_bias"])
+    assert server.loaded["a.weight"].dtype is BF16
+    assert {tensor.dtype for _, tensor in cast(sent, F32)} == {F32}
+
+
 def test_weights_are_cast_one_at_a_time() -> None:
     sent = state()
     rows = cast(sent, BF16)

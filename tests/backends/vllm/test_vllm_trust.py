@@ -58,6 +58,18 @@ def test_the_engines_type_is_what_is_compared() -> None:
     assert different(found, state, F32) == ["a.weight"]
 
 
+def test_what_the_model_keeps_in_float32_is_compared_in_the_type_that_the_engine_holds_it_in() -> None:
+    state = {"a.weight": tensor(5, 7, dtype=BF16), "a.router_bias": tensor(5, seed=1)}
+    rounded, exact = (
+        entry(state["a.router_bias"].to(BF16), ["a.router_bias"]),
+        entry(state["a.router_bias"], ["a.router_bias"]),
+    )
+    rest = {"a.weight": entry(state["a.weight"], ["a.weight"]) | {"dtype": "bfloat16"}}
+    assert different([rest | {"a.router_bias": exact | {"dtype": "float32"}}], state, BF16) == []
+    assert different([rest | {"a.router_bias": rounded | {"dtype": "bfloat16"}}], state, BF16) == []
+    assert different([rest | {"a.router_bias": rounded | {"dtype": "float32"}}], state, BF16) == ["a.router_bias"]
+
+
 def test_parts_that_the_engine_fused_are_compared_together() -> None:
     state = attention()
     found = [{f"{LAYER}.qkv_proj.weight": entry(torch.cat([state[name] for name in QKV]), QKV)}]
