@@ -1,5 +1,5 @@
 """The recipe's sections that fit on a screen each. The larger ones have files of their own: ``algorithm.py``,
-``prompts.py`` and, for the vLLM part of `rollout`, ``vllm.py``.
+``data.py``, ``prompts.py`` and, for the vLLM part of `rollout`, ``vllm.py``.
 """
 
 from __future__ import annotations
@@ -80,58 +80,6 @@ class ModelConfig(Section):
         if self.weights == "bfloat16" and self.dtype == "float32":
             text = "weights: bfloat16 needs dtype: bfloat16 (or auto, on a device with instructions for it)"
             problems.append(Problem(("weights", "dtype"), text))
-        refuse(problems)
-        return self
-
-
-class DataConfig(Section):
-    name: str | None = None
-    """A task of grpo's own by its name (`countdown`), or a function of yours: `my_task.py:build` or
-    `package.module:build`. It is called as `build(split, size, seed=...)`, with `args` by name, for the splits
-    `train` and `eval`; it returns a `datasets.Dataset`."""
-    path: str | None = None
-    """A `.jsonl` or `.parquet` file with a `prompt` column; other columns go to the reward functions."""
-    hub: str | None = None
-    """A dataset id on the hub."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the task's builder (`seed`: a data seed apart from `training.seed`), or for a hub id those of
-    `datasets.load_dataset` (`name`, `split`, and `eval_split` to hold out)."""
-    template: Literal["none", "r1_zero", "tinyzero", "chat"] = "none"
-    """How a question becomes the model's prompt: the R1-Zero paper's, TinyZero's (prefills `<think>`), the tokenizer's
-    chat template, or nothing."""
-    system_prompt: str | None = None
-    """System message, with `template: chat`."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments of the tokenizer's chat template."""
-    prompt_column: str = "prompt"
-    """Column that holds the question (a string or a list of messages)."""
-    completion_column: str = "completion"
-    """Column that holds the answer to imitate, with `stage: sft`."""
-    max_prompt_length: PositiveInt = 512
-    """Longest prompt in tokens; a longer one is an error that names its row."""
-    train_size: PositiveInt | None = None
-    """Rows to use for training; null uses all (generated tasks: their own default)."""
-    eval_size: NonNegativeInt = 256
-    """At most so many held-out rows."""
-    eval_path: str | None = None
-    """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
-    shuffle: bool = True
-    """Draw training rows in a permutation computed from seed and epoch; false keeps the file's order."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataConfig:
-        problems = []
-        sources = ("name", "path", "hub")
-        given = [key for key in sources if getattr(self, key)]
-        if len(given) != 1:
-            text = f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})"
-            problems.append(Problem(sources, text))
-        if self.template != "chat":
-            problems += [
-                Problem((key, "template"), f"{key} is only used with template: chat (template is {self.template})")
-                for key in ("system_prompt", "chat_template_kwargs")
-                if getattr(self, key)
-            ]
         refuse(problems)
         return self
 
