@@ -265,7 +265,8 @@ def _fill(
                 values[sample] = reward if reward is not None and math.isfinite(reward) else None
             verdicts.update(_verdicts(result))
             for metric, logged in result.metrics.items():
-                group.extra_metrics.setdefault(metric, []).extend(logged)
+                name = f"rewards/{function.spec.key}/logged/{metric}"  # no name of the trainer's begins so
+                group.extra_metrics.setdefault(name, []).extend(logged)
             for column, entries in result.columns.items():
                 cells = group.extra_columns.setdefault(column, [None] * size)
                 for sample, entry in zip(piece.samples, entries, strict=True):
