@@ -9,6 +9,7 @@ import typer
 
 from grpo.cli.arguments import inside
 from grpo.cli.exit_codes import exit_codes
+from grpo.cli.terminal import tell
 
 
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
@@ -17,4 +18,4 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
         inside(run, "metrics.jsonl", "is not a run folder")
         from grpo.report.write import write_report
 
-        typer.echo(write_report(run))
+        tell(write_report(run))

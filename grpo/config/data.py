@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from grpo.config.base import NonNegativeInt, PositiveInt, Problem, Section, refuse
+from grpo.config.base import LocalPath, NonNegativeInt, PositiveInt, Problem, Section, refuse
 
 
 def _iso_date(given: str) -> str:
@@ -19,11 +19,11 @@ def _iso_date(given: str) -> str:
 
 
 class DataConfig(Section):
-    name: str | None = None
+    name: LocalPath | None = None
     """A task of grpo's own by its name (`countdown`), or a function of yours: `my_task.py:build` or
     `package.module:build`. It is called as `build(split, size, seed=...)`, with `args` by name, for the splits
     `train` and `eval`; it returns a `datasets.Dataset`."""
-    path: str | None = None
+    path: LocalPath | None = None
     """A `.jsonl`, `.parquet` or `.csv` file with a `prompt` column; other columns go to the reward functions. CSV has
     no types: every value is text, but for JSON lists and objects."""
     hub: str | None = None
@@ -54,7 +54,7 @@ class DataConfig(Section):
     """Rows to use for training; null uses all (generated tasks: their own default)."""
     eval_size: NonNegativeInt = 256
     """At most so many held-out rows."""
-    eval_path: str | None = None
+    eval_path: LocalPath | None = None
     """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
     shuffle: bool = True
     """Draw training rows in a permutation computed from seed and epoch; false keeps the file's order."""

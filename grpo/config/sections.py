@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
@@ -13,6 +14,7 @@ from grpo.config.base import (
     BelowOne,
     Finite,
     Fraction,
+    LocalPath,
     NonEmpty,
     NonNegative,
     NonNegativeInt,
@@ -37,7 +39,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    name: NonEmpty
+    name: LocalPath
     """Hub id, a folder that `from_pretrained` loads, another run's `final/`, or a GGUF file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; `auto`: bfloat16 where the device has instructions for it, or float32."""
@@ -58,7 +60,7 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: about a third more time, far less memory."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights. The reference model is then the model without them."""
-    tokenizer: str | None = None
+    tokenizer: LocalPath | None = None
     """Tokenizer to load, where it is not the model's own."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -88,7 +90,7 @@ class RewardConfig(Section):
     name: str | None = None
     """A built-in reward: `countdown`, `gsm8k`, `math`, `code` judge the answer, `format` the form, `overlong`,
     `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
-    path: str | None = None
+    path: LocalPath | None = None
     """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
     weight: Finite = 1.0
     """Factor in the sum of rewards."""
@@ -98,6 +100,9 @@ class RewardConfig(Section):
     """Seconds one call may take; null takes `scoring.timeout`."""
     needs_group: bool = False
     """The function compares completions of a group: never split it, a failure costs the whole group."""
+    shaping: bool = False
+    """With `path`: the function judges no answer but shapes (length, style, effort), so `grpo audit` asks nothing of
+    it. A built-in reward says this itself."""
 
     @model_validator(mode="after")
     def _one_function(self) -> RewardConfig:
@@ -106,6 +111,9 @@ class RewardConfig(Section):
         if self.path is not None and not all(part.strip() for part in self.path.rpartition(":")):
             text = f"path: expected file.py:function or package.module:function, got {self.path!r}"
             refuse([Problem(("path",), text)])
+        if self.shaping and self.path is None:
+            text = "shaping is for functions given by path: a built-in says itself what it judges"
+            refuse([Problem(("shaping", "name"), text)])
         return self
 
 
@@ -126,7 +134,7 @@ BACKENDS = ("auto", "hf", "vllm")
 def _known_backend(name: Any) -> Any:
     """A backend of ours, or the place of one: file.py:name or package.module:name."""
     if name in BACKENDS or (isinstance(name, str) and all(part.strip() for part in name.rpartition(":"))):
-        return name
+        return os.path.expanduser(name)
     raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, BACKENDS))})
 
 
@@ -208,7 +216,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    output_dir: NonEmpty
+    output_dir: LocalPath
     """Run folder: metrics, rollouts, checkpoints, the final model, the report."""
     prompts_per_step: PositiveInt = 32
     """Prompts drawn per step over all processes, P (with `stage: sft`: examples per step)."""
