@@ -37,9 +37,8 @@ def lines(folder: Path, function: str, answers: list, **reward) -> list[str]:
     (folder / "mine.py").write_text(MINE)
     path = write_rows(folder / "rows.jsonl", [{"prompt": f"what is {i} ?", "answer": a} for i, a in enumerate(answers)])
     given = {"name": function} if function == "gsm8k" else {"path": f"{folder}/mine.py:{function}", **reward}
-    made = make_recipe(
-        folder, data={"name": None, "path": path, "eval_size": 0}, rewards=[given], training={"prompts_per_step": 2}
-    )
+    data, training = {"name": None, "path": path, "eval_size": 0}, {"prompts_per_step": 2}
+    made = make_recipe(folder, data=data, rewards=[given], training=training)
     with Scorer(made.rewards, made.scoring) as scorer:
         return audit_at_start(made, load_task(made, make_tokenizer()), scorer)
 

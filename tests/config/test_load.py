@@ -206,8 +206,11 @@ def test_paths_may_begin_at_home(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     made = load_recipe(
         write(GOOD),
-        ["model.name=~/m", "model.tokenizer=~/t", "training.output_dir=~/runs/x", "rewards=[{path: '~/r.py:fn'}]"]
-        + ["data={path: ~/rows.csv, eval_path: ~/e.jsonl}", "rollout.backend=~/b.py:B", "algorithm.loss_type=~/l.py:l"],
+        [
+            *("model.name=~/m", "model.tokenizer=~/t", "training.output_dir=~/runs/x", "rewards=[{path: '~/r.py:fn'}]"),
+            *("data={path: ~/rows.csv, eval_path: ~/e.jsonl}", "rollout.backend=~/b.py:B"),
+            "algorithm.loss_type=~/l.py:l",
+        ],
     )
     assert (made.model.name, made.model.tokenizer) == ("/home/me/m", "/home/me/t")
     assert made.training.output_dir == "/home/me/runs/x"

@@ -341,8 +341,7 @@ def test_a_file_that_no_run_writes_is_named(small, name, content, said):
     try:
         file.write_bytes(content.encode("latin-1"))
         with pytest.raises(UserError, match=said):
-            record = read_run(small)
-            _side_by_side(record)
+            _side_by_side(read_run(small))
     finally:
         file.write_bytes(before)
 
