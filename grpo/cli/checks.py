@@ -101,8 +101,9 @@ def check_offline(recipe: Recipe) -> str:
     except UserError as error:
         problems.append(str(error))
     try:
-        note = check_data(recipe, scorer)
-        if not _has_tokenizer(recipe):
+        has_tokenizer = _has_tokenizer(recipe)  # with one, prepare_task says what is unexpected
+        note = check_data(recipe, scorer, with_notes=not has_tokenizer)
+        if not has_tokenizer:
             source = recipe.model.tokenizer or recipe.model.name
             note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"
         elif not recipe.data.hub:

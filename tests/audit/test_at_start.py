@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo.audit import at_start
 from grpo.audit.at_start import audit_at_start
+from grpo.audit.cases import Form
 from grpo.config.find import SHIPPED
 from grpo.config.load import load_recipe
 from grpo.prompts.task import Task, load_task
@@ -52,11 +54,13 @@ def test_an_answer_of_another_type_is_found(tmp_path: Path) -> None:
     assert lines(tmp_path, "compares", list(map(str, range(30)))) == []
 
 
-def test_a_built_in_reward_that_does_not_pay_is_found(tmp_path: Path) -> None:
-    good, bad = "so #### 7", "so #### 1/0/"
-    assert lines(tmp_path, "gsm8k", [good] * 4) == []
-    found = lines(tmp_path, "gsm8k", [good, good, good, bad])
-    assert all("of 4 rows is not paid 1" in line for line in found)
+def test_a_built_in_reward_that_does_not_pay_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lines(tmp_path, "gsm8k", ["so #### 7"] * 4) == []
+    monkeypatch.setattr(at_start, "forms", lambda *_: (Form("the answer and one more", "<answer>{answer}1</answer>"),))
+    assert lines(tmp_path, "gsm8k", ["so #### 7"] * 4) == [
+        f"rewards[0] (gsm8k): the right answer of 4 of 4 rows is not paid 1 (first {tmp_path}/rows.jsonl:1); "
+        "grpo audit says more"
+    ]
 
 
 @pytest.mark.parametrize("function", ["half", "always", "fails", "wrong_length", "asks_a_server"])

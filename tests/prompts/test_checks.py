@@ -176,6 +176,9 @@ class DroppingTokenizer:
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
+    def __len__(self):
+        return len(self.tokenizer)
+
     def encode(self, text, **keywords):
         return self.tokenizer.encode("".join(filter(str.isascii, text)), **keywords)
 
