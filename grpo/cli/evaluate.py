@@ -28,7 +28,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model on a recipe's held-out tasks, or on a run's."""
-    run = Path(recipe_or_run)
+    run = Path(recipe_or_run).expanduser()
     with exit_codes():
         if run.is_dir():
             if recipe_or_run in shipped_recipes():

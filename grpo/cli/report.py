@@ -15,6 +15,7 @@ from grpo.cli.terminal import tell
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Draw a run: PNG curves and one self-contained HTML page."""
     with exit_codes():
+        run = run.expanduser()
         inside(run, "metrics.jsonl", "is not a run folder")
         from grpo.report.write import write_report
 

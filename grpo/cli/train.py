@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,7 @@ def train(
     ] = False,
 ) -> None:
     """Train as RECIPE says, into its training.output_dir."""
+    resume_from = resume_from and os.path.expanduser(resume_from)  # no shell does so behind an =
     with exit_codes():
         resolved = load_recipe(recipe, overrides or [])
     with exit_codes(Path(resolved.training.output_dir)):
