@@ -255,7 +255,8 @@ def _environment(run: RunRecord) -> str:
     if not facts:
         return '<p class="note">environment.json is missing: where this ran is not known.</p>'
     cpu, source, packages = (mapping(facts.get(name)) for name in ("cpu", "source", "packages"))
-    found = facts.get("gpus") if isinstance(facts.get("gpus"), list) else []
+    listed: Any = facts.get("gpus")
+    found = listed if isinstance(listed, list) else []
     gpus = [f"{mapping(gpu).get('name')} ({mapping(gpu).get('memory_gb')} GB)" for gpu in found]
     commit = f"{str(source.get('commit', ''))[:12]}{' (modified)' if source.get('modified') else ''}" if source else ""
     rows = {

@@ -54,7 +54,7 @@ def test_validate_several(rows):
 
 def test_validate_says_once_what_is_unexpected(rows, caplog):
     rows(*[ROW | {"prompt": f"{i % 8} 2 3"} for i in range(40)])
-    result = run("validate", "rows.yaml", "data.eval_size=2")
+    result = run("validate", "rows.yaml", "data.eval_size=2", "training.prompts_per_step=4")
     assert result.stdout == "OK rows.yaml: 30 rows to train on, 2 held out\n"
     said = [record.getMessage() for record in caplog.records]
     assert said.count("data: 8 rows repeat a held-out question and are left out of training") == 1
