@@ -69,7 +69,7 @@ def make_policy(recipe: Recipe) -> Policy:
 
 
 def first_prompts(recipe: Recipe, policy: Policy, number: int) -> list[Prompt]:
-    task = load_task(recipe.data, recipe.training, recipe.stage, policy.tokenizer)
+    task = load_task(recipe, policy.tokenizer)
     return task.train_prompts(0)[:number]
 
 

@@ -1,11 +1,13 @@
 """Reads rows from files and checks that each is sound.
 
-Unsound rows are named as ``file:line`` (in parquet and hub data the line is the row, counted from 1), and all of them
-are counted. One bad row in a million would otherwise surface hours into a run, or never.
+Unsound rows are named as ``file:line`` (in parquet, CSV and hub data the line is the row, counted from 1), and all
+of them are counted. One bad row in a million would otherwise surface hours into a run, or never.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ class Columns:
 
 
 def read_file(path: str | Path, columns: Columns) -> Rows:
-    """Rows of a ``.jsonl`` or ``.parquet`` file.
+    """Rows of a ``.jsonl``, ``.parquet`` or ``.csv`` file.
 
     Raises ValueError with one line for each unsound row: bytes that are not UTF-8, JSON that is cut or no object, a
     missing column, a type that differs from the first row's, a prompt that is neither text nor messages. A blank line
@@ -73,7 +75,9 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
         return check_dataset(datasets.Dataset(table), str(path), columns)
     if file.suffix == ".jsonl":
         return _read_jsonl(file, str(path), columns)
-    raise ValueError(f"{path}: give a .jsonl or .parquet file")
+    if file.suffix == ".csv":
+        return _read_csv(file, str(path), columns)
+    raise ValueError(f"{path}: give a .jsonl, .parquet or .csv file")
 
 
 def check_dataset(dataset: datasets.Dataset, source: str, columns: Columns) -> Rows:
@@ -117,6 +121,37 @@ def _read_jsonl(file: Path, source: str, columns: Columns) -> Rows:
     return _not_empty(Rows(rows, source))
 
 
+def _read_csv(file: Path, source: str, columns: Columns) -> Rows:
+    """Rows of a CSV file whose first line names the columns. Every value is text, an empty one is null; a column whose
+    values are all JSON lists or objects is read as these."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            lines = csv.reader(text, strict=True)
+            header, *rows = filter(None, lines)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
+    except csv.Error as error:
+        raise ValueError(f"{source}: not readable as CSV: line {lines.line_num}: {error}") from error
+    except ValueError:
+        raise ValueError(f"{source}: no rows") from None
+    if wrong := [name for name in header if not name or header.count(name) > 1]:
+        raise ValueError(f"{source}: the first line names the columns; {wrong[0]!r} is empty or there twice")
+    lengths = (None if len(row) == len(header) else f"{len(row)} values for {len(header)} columns" for row in rows)
+    _raise_if_any(source, enumerate(lengths, 1))
+    values = [_csv_column(column) for column in zip(*rows, strict=True)]
+    found = [dict(zip(header, row, strict=True)) for row in zip(*values, strict=True)]
+    check = _RowCheck(columns)
+    _raise_if_any(source, ((line, check(row)) for line, row in enumerate(found, 1)))
+    return _not_empty(Rows(found, source))
+
+
+def _csv_column(texts: Sequence[str]) -> list[Any]:
+    if all(text[:1] in ("", "[", "{") for text in texts):
+        with contextlib.suppress(ValueError, RecursionError):
+            return [json.loads(text) if text else None for text in texts]
+    return [text or None for text in texts]
+
+
 def _parse(line: bytes) -> tuple[Any, str | None]:
     try:
         return json.loads(line.decode("utf-8-sig").strip()), None
@@ -139,6 +174,7 @@ class _RowCheck:
         if not isinstance(row, dict):
             return f"not an object of columns but {kind(row)}"
         problems = [self._text_problem(name, row) for name in self.columns.required()]
+        problems.append(_blank_prompt(self.columns.prompt, row.get(self.columns.prompt)))
         if self.kinds is None:
             if not any(problems):
                 self.kinds = {name: kind(value) for name, value in row.items()}
@@ -201,6 +237,18 @@ def _text_problem(column: str, value: Any) -> str | None:
     for place, message in enumerate(value, 1):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             return f"column {column!r}: message {place} is not an object with the strings role and content"
+    return None
+
+
+def _blank_prompt(column: str, value: Any) -> str | None:
+    """A prompt of white space alone asks nothing, and some tokenizers make no token of it."""
+    if isinstance(value, str):
+        return f"column {column!r} is blank" if value and not value.strip() else None
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return None  # told by another check
+    spoken = [message for message in value if message.get("role") != "system"] or value
+    if spoken and all(isinstance(m.get("content"), str) and not m["content"].strip() for m in spoken):
+        return f"column {column!r}: no message has a text"
     return None
 
 

@@ -11,6 +11,7 @@ completion must hold is in ``grpo/types.py``; ``grpo/backends/base.py`` says wha
 import torch
 
 from grpo.errors import RunError, UserError
+from grpo.prompts.completion_text import CompletionText
 from grpo.types import Completion, Status, VersionSpan
 
 
@@ -21,6 +22,7 @@ class PlainBackend:
                 "rollout.backend: PlainBackend knows no sharded weights, stop strings, top_p, top_k or min_p"
             )
         self.policy, self.version = policy, -1
+        self.completion_text = CompletionText(policy.tokenizer, policy.stop_token_ids)
 
     def sync(self, policy, version):
         """The weights are the trainer's own: there is nothing to copy, only their version to note."""
@@ -55,7 +57,7 @@ class PlainBackend:
         return [self.completion(ids, logps) for ids, logps in zip(tokens, logprobs, strict=True)]
 
     def completion(self, ids, logps):
-        text = self.policy.tokenizer.decode(ids, skip_special_tokens=True)
+        text = self.completion_text.of(ids)
         status = Status.STOP if ids[-1] in self.policy.stop_token_ids else Status.LENGTH
         return Completion(ids, logps, status, text, [VersionSpan(0, len(ids), self.version)])
 

@@ -16,7 +16,7 @@ CAP = 2.0
 
 
 def cut_tokens(tokens, options):
-    """Metrics of your own: sums over the micro-batch, which the trainer divides by its tokens."""
+    """Metrics of your own: sums over the micro-batch, divided by its tokens and logged as ``loss/capped_ratio``."""
     return {"capped_ratio": ((tokens.ratio_BT.detach() > CAP) * tokens.mask_BT).sum()}
 
 

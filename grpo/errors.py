@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tab and newline, marks that turn the direction of text, and halves of a character."""
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escapes (``\\x1b``). A message may quote a model, and a model may write what
+    a terminal obeys."""
+    return STEERING.sub(lambda found: ascii(found.group())[1:-1], text)
+
 
 class UserError(Exception):
     """The recipe, the data or the command line is wrong. The CLI prints the message alone and exits 2."""

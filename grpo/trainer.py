@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from grpo.advantages import rewards_array, step_advantages
+from grpo.audit.at_start import warn_of_unpaid_answers
 from grpo.audit.rows import warn_of_unscorable_rows
 from grpo.backends import find_backend, make_backend, resolve_backend, rest
 from grpo.config import Recipe
@@ -46,6 +47,8 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
         on_main(accelerator, lambda: warn_of_unscorable_rows(recipe.rewards, task))
+        if not resume:
+            on_main(accelerator, lambda: warn_of_unpaid_answers(recipe, task, scorer))
         run = start_run(
             recipe,
             accelerator,

@@ -87,6 +87,7 @@ class Group:
 
     ``rewards[g]`` is the weighted sum over reward functions, or None where no function could score the completion.
     ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts the reasons that the function gave.
+    ``extra_metrics`` holds what functions logged, as ``rewards/NAME/logged/METRIC``.
     ``replayed``: an earlier step's policy sampled it, so the update needs a ratio to that policy.
     """
 

@@ -22,6 +22,8 @@ from rewards.sandbox.program import EXIT_STATUS, LOADED, MAX_MESSAGE, PASSED, Re
 from rewards.tags import NoAnswer, after_thinking, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
+JUDGES = "answer"
+
 MAX_PROGRAM = 1 << 16  # characters
 PYTHON = frozenset({"", "python", "python3", "py"})
 FAILURES = {

@@ -22,6 +22,8 @@ from typing import Any
 from rewards.length import cosine_between, ran_out
 from rewards.verdict import UNSCORABLE, Outcome, Verdict, rewards_of
 
+JUDGES = "answer"
+
 
 class UnknownVerifier(RuntimeError):
     """``verifier`` names no built-in reward that could say what is right."""

@@ -19,6 +19,8 @@ from typing import Any
 from rewards.tags import NoAnswer, single_answer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
+JUDGES = "answer"
+
 MAX_LENGTH = 200
 ALLOWED = re.compile(r"[0-9+\-*/()= \t]+")
 INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")

@@ -15,6 +15,7 @@ from typing import Any
 from rewards.tags import ANSWER, END_ANSWER, END_THINK, THINK, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
+JUDGES = "form"
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 FORMAT = re.compile(r"\s*<think>(?P<thinking>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
 IN_ORDER = re.compile(
@@ -74,7 +75,7 @@ def graded(completion: str, *, prefill: str = "", status: str = "stop") -> Verdi
     return Verdict(Outcome.WRONG, strict.detail, max(0, points) / (MAX_POINTS - given))
 
 
-JUDGES = {False: verify, True: graded}
+BY_GRADED = {False: verify, True: graded}
 
 
 def format_reward(
@@ -90,7 +91,7 @@ def format_reward(
 
     TRL's signature: lists with one entry a completion.
     """
-    judge = JUDGES[graded]
+    judge = BY_GRADED[graded]
     verdicts = [
         judge(text_of(completion), prefill=prefill_i, status=status_i)
         for completion, prefill_i, status_i in zip(

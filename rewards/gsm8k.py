@@ -13,6 +13,8 @@ from typing import Any
 from rewards.tags import NoAnswer, single_answer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
+JUDGES = "answer"
+
 MAX_LENGTH = 100
 # A currency sign may stand before, a percent sign or a unit of up to two words after. Thousands are in groups of three
 # or not grouped. A word that would change the number ("2 dozen") is no unit.

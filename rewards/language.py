@@ -26,6 +26,8 @@ from typing import Any
 from rewards.tags import ANSWER, END_ANSWER, END_THINK, THINK, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
+JUDGES = "shaping"
+
 LATIN = "en de fr es it pt nl pl cs sv da no fi hu ro tr vi id latin"
 SCRIPTS = {
     **{language: frozenset({"LATIN"}) for language in re.findall(r"\w+", LATIN)},

@@ -12,6 +12,8 @@ from typing import Any
 from rewards.length import soft_overlong_punishment
 from rewards.verdict import Outcome, Verdict, rewards_of
 
+JUDGES = "shaping"
+
 
 def verify(length: int, *, max_completion_length: int, soft_punish_cache: int, status: str | None = "stop") -> Verdict:
     """Judge a completion of ``length`` tokens, its end-of-sequence token included.

@@ -13,6 +13,8 @@ from rewards.length import repeated_share, units_of
 from rewards.tags import text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
+JUDGES = "shaping"
+
 
 def verify(
     units: Sequence[Hashable], *, ngram_size: int = 20, max_penalty: float = -1.0, status: str = "stop"

@@ -16,3 +16,10 @@ def length_divides_by_eight(completions: list[str], **_: object) -> list[float]:
 def always_one(completions: list[str], **_: object) -> list[float]:
     """No group ever has a signal."""
     return [1.0] * len(completions)
+
+
+def logs_the_trainers_names(completions, completion_ids, log_metric, **_):
+    """``length_divides_by_eight``, under the trainer's own names for metrics."""
+    for name in ("step", "reward", "eval/accuracy", "mean", "num_tokens"):
+        log_metric(name, 99)
+    return length_divides_by_eight(completions, completion_ids=completion_ids)

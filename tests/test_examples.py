@@ -48,8 +48,8 @@ OVERRIDES = {
     "my_backend.py": ["rollout.backend=my_backend.py:PlainBackend", MIXED],
 }
 MEASURED = {
-    "my_loss.py": "capped_ratio",
-    "my_reward.py": "near_share",
+    "my_loss.py": "loss/capped_ratio",
+    "my_reward.py": "rewards/near_target/logged/near_share",
     "my_task.py": "reward",
     "my_backend.py": "sampling/importance_sampling_ratio/mean",
 }

@@ -148,7 +148,7 @@ def _undiscerning(outcome: Outcome) -> tuple[str, list[str], str]:
     told = _range(outcome.gold_values)
     if max(outcome.gold_values, default=0.0) >= 1 or outcome.lowest < 0 >= outcome.highest:
         return "gold", [f"{told}, and wrong ones no less: taken for shaping, not judged"], ""
-    told += ": no form that was tried is worth more than a wrong answer; give its form by --gold"
+    told += ": no form that was tried is worth more than a wrong answer; give its form by --gold, or say shaping: true"
     return "gold", [told], "no form of the right answer scores 1"
 
 

@@ -18,8 +18,9 @@ SHOWN = 5  # rows of a reward that a message spells out
 log = logging.getLogger("grpo")
 
 
-def check_data(recipe: Recipe, scorer: Scorer | None = None) -> str:
-    """Check the rows of a recipe; returns in words what there is. Rows of a hub id are left to the run.
+def check_data(recipe: Recipe, scorer: Scorer | None = None, *, with_notes: bool = True) -> str:
+    """Check the rows of a recipe; returns in words what there is, and ``with_notes`` what of it is unexpected. Rows of
+    a hub id are left to the run.
 
     Raises:
         UserError: rows are corrupt or too few, lack a column that a reward of ``scorer`` needs, or hold an answer that
@@ -34,7 +35,8 @@ def check_data(recipe: Recipe, scorer: Scorer | None = None) -> str:
         scorer.check_columns(set(train.rows[train.ids[0]]) - {recipe.data.prompt_column})
         if unscorable := unscorable_rows(recipe.rewards, [train, held_out]):
             raise UserError("\n".join(unscorable))
-    return "; ".join([f": {len(train)} rows to train on, {len(held_out)} held out", *notes])
+    found = f": {len(train)} rows to train on, {len(held_out)} held out"
+    return "; ".join([found, *notes]) if with_notes else found
 
 
 def unscorable_rows(rewards: Sequence[RewardConfig], parts: list[Part]) -> list[str]:

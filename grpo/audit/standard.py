@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from grpo.audit.programs import HARD_CODED
 from grpo.config import RewardConfig
+from grpo.scoring.functions import judged_by
 
 ANSWERING = ("countdown", "gsm8k", "math", "code")
 TRUNCATED = "the gold, truncated"
@@ -40,11 +41,14 @@ class Standard:
 
 
 def kind_of(reward: RewardConfig) -> str:
-    """One of ANSWERING (for ``cosine`` its verifier), ``format``, ``user`` for a function of one's own, ``shaping``."""
+    """One of ANSWERING (for ``cosine`` its verifier), ``format``, ``shaping``, or ``user``: for the answer, in a form
+    that is not known (one's own, or a built-in of another name). What a built-in judges its module says."""
     if reward.path is not None:
-        return "user"
+        return "shaping" if reward.shaping else "user"
     name = str(reward.args.get("verifier")) if reward.name == "cosine" else str(reward.name)
-    return name if name in (*ANSWERING, "format") else "shaping"
+    if name in ANSWERING:
+        return name
+    return {"answer": "user", "form": "format"}.get(judged_by(name), "shaping")
 
 
 def standard_of(reward: RewardConfig) -> Standard:

@@ -69,7 +69,7 @@ class Backend(Protocol):
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         """Take over the policy's weights as those of ``version``. Every process calls it.
 
-        Returns metrics of the hand-over, by name.
+        Returns metrics of the hand-over, by name. Those of a backend of the user's own are logged as ``backend/NAME``.
 
         Raises:
             BackendFailed: it cannot. Raised on every process.

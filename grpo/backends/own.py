@@ -104,7 +104,7 @@ class CheckedBackend:
                 raise self._syncing.error(
                     f"it returned {user_code.brief(metrics)}; expected a dict of metrics by name, such as {{}}"
                 )
-        return metrics
+        return {f"backend/{name}": value for name, value in metrics.items()}  # no name of the trainer's begins so
 
     def submit(self, requests: list[Request], sampling: Sampling, version: int) -> Any:
         with self._submitting.call():

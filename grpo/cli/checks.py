@@ -10,7 +10,8 @@ import typer
 
 from grpo.cli.arguments import Overrides, RecipeArgument
 from grpo.cli.exit_codes import exit_codes
-from grpo.config.load import load_recipe
+from grpo.cli.terminal import tell
+from grpo.config.load import as_overrides, load_recipe
 from grpo.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def validate(
     overrides = [a for a in recipes if a not in files]
     failures = []
     with exit_codes():
+        if written := as_overrides([a for a in recipes if not Path(a).exists()]):
+            raise UserError("\n".join(written))
         if not files:
             raise UserError(f"no recipe given, only overrides: {' '.join(overrides)}")
         for file in files:
@@ -43,7 +46,7 @@ def validate(
                 failures.append(str(error))
                 continue
             try:
-                typer.echo(f"OK {file}{check_offline(resolved)}")
+                tell(f"OK {file}{check_offline(resolved)}")
             except UserError as error:
                 failures += [f"{file}: {line}" for line in str(error).splitlines()]
         if failures:
@@ -69,10 +72,10 @@ def audit(
             os.environ["HF_HUB_OFFLINE"] = "1"  # a tokenizer is used if it is on this machine, and not downloaded
         from grpo.audit.audit import audit as audit_rewards
 
-        findings = audit_rewards(resolved, rows, gold, typer.echo)
+        findings = audit_rewards(resolved, rows, gold, tell)
         if findings:
             raise RunError("\n".join([f"{recipe}: the rewards are not sound:", *(f"  {found}" for found in findings)]))
-        typer.echo(f"OK {recipe}: nothing was found")
+        tell(f"OK {recipe}: nothing was found")
 
 
 def check_offline(recipe: Recipe) -> str:
@@ -98,8 +101,9 @@ def check_offline(recipe: Recipe) -> str:
     except UserError as error:
         problems.append(str(error))
     try:
-        note = check_data(recipe, scorer)
-        if not _has_tokenizer(recipe):
+        has_tokenizer = _has_tokenizer(recipe)  # with one, prepare_task says what is unexpected
+        note = check_data(recipe, scorer, with_notes=not has_tokenizer)
+        if not has_tokenizer:
             source = recipe.model.tokenizer or recipe.model.name
             note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"
         elif not recipe.data.hub:

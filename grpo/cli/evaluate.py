@@ -10,6 +10,7 @@ import typer
 
 from grpo.cli.arguments import Overrides, inside
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
+from grpo.cli.terminal import tell
 from grpo.config.find import shipped_recipes
 from grpo.config.load import load_recipe
 
@@ -27,7 +28,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model on a recipe's held-out tasks, or on a run's."""
-    run = Path(recipe_or_run)
+    run = Path(recipe_or_run).expanduser()
     with exit_codes():
         if run.is_dir():
             if recipe_or_run in shipped_recipes():
@@ -42,4 +43,4 @@ def evaluate(
         if is_first_of_node():
             width = max(map(len, found), default=0)
             for name, value in found.items():
-                typer.echo(f"{name:<{width}}  {value:.6g}")
+                tell(f"{name:<{width}}  {value:.6g}")

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import typer
 
-from grpo.errors import Preempted, RunError, UserError
+from grpo.errors import Preempted, RunError, UserError, printable
 from grpo.run import peers
+from grpo.run.closed_output import output_is_closed
 
 SECONDS_TO_SPEAK = 5.0
 
@@ -48,6 +49,8 @@ def exit_codes(folder: Path | None = None) -> Iterator[None]:
         _say_once("stopped by Ctrl-C; what came after the last checkpoint, if there is one, is not saved")
         raise typer.Exit(130) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():  # `| head`: nobody listens
+            raise typer.Exit(1) from None
         if lost := peers.loss():  # whatever was raised, it is what a collective made of that
             _say_once(f"{lost.text}\n{peers.ADVICE}")
             raise typer.Exit(lost.code) from None
@@ -63,11 +66,11 @@ def _keep_traceback(folder: Path | None) -> str:
     if folder is not None and folder.is_dir():
         file = folder / ("error.txt" if rank == "0" else f"error_rank{rank}.txt")
         try:
-            file.write_text(traceback.format_exc(), encoding="utf-8")
+            file.write_text(printable(traceback.format_exc()), encoding="utf-8")
             return f"The traceback is in {file}."
         except OSError as error:
             _say(f"cannot write {file}: {error.strerror}")
-    traceback.print_exc()
+    _say(traceback.format_exc().rstrip())
     return ""
 
 
@@ -109,4 +112,4 @@ def _say_once(message: str) -> None:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)

@@ -14,6 +14,8 @@ import typer
 from grpo import __version__
 from grpo.cli import checks, evaluate, recipes, report, train
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
+from grpo.cli.terminal import StderrHandler
+from grpo.config.load import as_overrides
 from grpo.errors import UserError
 from grpo.user_code import import_ours
 
@@ -41,7 +43,8 @@ def main() -> None:
             try:
                 code = app(prog_name="grpo", standalone_mode=False)
             except WrongUsage as error:
-                raise UserError(_in_one_line(error)) from None
+                written = as_overrides(sys.argv[1:])
+                raise UserError("\n".join(written) or _in_one_line(error)) from None
     except typer.Exit as ending:
         code = ending.exit_code
     sys.exit(code if isinstance(code, int) else 0)
@@ -74,18 +77,10 @@ def start(
     _log_to_stderr()
 
 
-class _StderrHandler(logging.StreamHandler):
-    """Writes to the current ``sys.stderr``: a progress display replaces it while it is on the screen."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
 def _log_to_stderr() -> None:
     for log in map(logging.getLogger, ("grpo", "rewards")):
         if not log.handlers:
-            handler = _StderrHandler()
+            handler = StderrHandler()
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
             log.addHandler(handler)
         log.setLevel(logging.INFO if is_first_of_node() else logging.ERROR)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo.cli.exit_codes import exit_codes
+from grpo.cli.terminal import tell
 from grpo.config.find import shipped_recipe, shipped_recipes
 from grpo.config.yaml_text import parse
 from grpo.errors import UserError
@@ -55,8 +56,8 @@ def list_recipes() -> None:
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for summary, *cells in zip(summaries, *columns, strict=True):
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        typer.echo(_cut(f"{line}  {summary.about}", room))  # not in exit_codes: `| head` closes the pipe
-    typer.echo("grpo recipes show NAME, grpo recipes copy NAME [TO], grpo train NAME", err=True)
+        tell(_cut(f"{line}  {summary.about}", room))  # not in exit_codes: `| head` closes the pipe
+    tell("grpo recipes show NAME, grpo recipes copy NAME [TO], grpo train NAME", err=True)
 
 
 @app.command()
@@ -64,7 +65,7 @@ def show(name: NameArgument) -> None:
     """Print a recipe."""
     with exit_codes():
         text = shipped_recipe(name).read_text(encoding="utf-8")
-    typer.echo(text, nl=False)
+    tell(text, nl=False)
 
 
 @app.command()
@@ -95,9 +96,9 @@ def copy(
             raise UserError(f"{target}: cannot be written: {error.strerror}") from None
         base = next((summary.base for summary in summarize_recipes() if summary.name == source.stem), None)
         if base:
-            typer.echo(f"{target} starts from what another recipe makes, so first: grpo train {base}")
-        typer.echo(f"{target} is yours to edit; then: grpo validate {shlex.quote(str(target))}")
-        typer.echo(f"to train: grpo train {shlex.quote(str(target))}")
+            tell(f"{target} starts from what another recipe makes, so first: grpo train {base}")
+        tell(f"{target} is yours to edit; then: grpo validate {shlex.quote(str(target))}")
+        tell(f"to train: grpo train {shlex.quote(str(target))}")
 
 
 def summarize_recipes() -> list[Summary]:

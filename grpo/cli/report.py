@@ -9,12 +9,14 @@ import typer
 
 from grpo.cli.arguments import inside
 from grpo.cli.exit_codes import exit_codes
+from grpo.cli.terminal import tell
 
 
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Draw a run: PNG curves and one self-contained HTML page."""
     with exit_codes():
+        run = run.expanduser()
         inside(run, "metrics.jsonl", "is not a run folder")
         from grpo.report.write import write_report
 
-        typer.echo(write_report(run))
+        tell(write_report(run))

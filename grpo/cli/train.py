@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,8 @@ import typer
 
 from grpo.cli.arguments import Overrides, RecipeArgument
 from grpo.cli.exit_codes import exit_codes
-from grpo.config.load import dump_recipe, load_recipe
+from grpo.cli.terminal import tell
+from grpo.config.load import dump_given, load_recipe
 from grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,13 +34,15 @@ def train(
     ] = False,
 ) -> None:
     """Train as RECIPE says, into its training.output_dir."""
+    resume_from = resume_from and os.path.expanduser(resume_from)  # no shell does so behind an =
     with exit_codes():
         resolved = load_recipe(recipe, overrides or [])
     allowed = {"allow_changed_inputs": True} if allow_changed_inputs else {}
     with exit_codes(Path(resolved.training.output_dir)):
         if dry_run:
             check_before_training(resolved)
-            typer.echo(dump_recipe(resolved), nl=False)
+            tell(dump_given(resolved), nl=False)
+            tell("# every other key has its default; docs/recipe.md lists them")
         elif resolved.stage == "sft":
             from grpo import sft
 
@@ -51,6 +55,7 @@ def train(
 
 def check_before_training(recipe: Recipe) -> None:
     """Everything that a run looks at before it loads weights: tokenizer, rows, prompts, rewards. Raises UserError."""
+    from grpo.audit.at_start import warn_of_unpaid_answers
     from grpo.audit.rows import unscorable_rows
     from grpo.run.session import prepare_task
     from grpo.scoring.scorer import Scorer
@@ -60,3 +65,4 @@ def check_before_training(recipe: Recipe) -> None:
         scorer.check_columns(task.columns)
         if unscorable := unscorable_rows(recipe.rewards, [task.train, task.held_out]):
             raise UserError("\n".join(unscorable))
+        warn_of_unpaid_answers(recipe, task, scorer)

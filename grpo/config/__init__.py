@@ -5,10 +5,10 @@ takes ``find`` and ``yaml_text``.
 """
 
 from grpo.config.algorithm import AlgorithmConfig
+from grpo.config.data import DataConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.recipe import Recipe
 from grpo.config.sections import (
-    DataConfig,
     EvaluationConfig,
     LoraConfig,
     ModelConfig,

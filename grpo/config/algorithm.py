@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
@@ -36,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _known_loss(name: str) -> str:
     """A built-in loss, or the place of one: file.py:name or package.module:name."""
     if name in LOSS_TYPES or (":" in name and all(part.strip() for part in name.rpartition(":"))):
-        return name
+        return os.path.expanduser(name)
     near = difflib.get_close_matches(name, LOSS_TYPES, n=1)
     raise ValueError(
         f"must be {', '.join(LOSS_TYPES)} or a loss of yours as file.py:name, got {name!r}"

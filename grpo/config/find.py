@@ -33,7 +33,7 @@ def shipped_recipe(name: str) -> Path:
 
 def find_recipe(given: str | Path) -> Path:
     """The file that ``given`` means; UserError if there is none, with the nearest that does exist."""
-    path = Path(given)
+    path = Path(given).expanduser()
     try:
         local = next((file for file in (path, Path(f"{path}.yaml")) if file.exists() and not file.is_dir()), None)
         shipped = _shipped(path)

@@ -6,14 +6,14 @@ imports anything heavy: a wrong recipe is told before torch is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from grpo.config.find import find_recipe
-from grpo.config.hints import section_in
+from grpo.config.hints import section_in, sections
 from grpo.config.problems import OVERRIDES_FROM, Finding, Origin, problems_of, show
 from grpo.config.recipe import Recipe
 from grpo.config.yaml_text import KeyPath, YamlError, dotted, dump, parse
@@ -26,6 +26,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises UserError with every problem at once, one a line: ``recipe.yaml:12: rollout.top_p: ...``.
     """
     file = find_recipe(path)
+    overrides = list(overrides)
+    if written := as_overrides(overrides):
+        raise UserError("\n".join(written))
     value, origins, problems = _read(file)
     for i, override in enumerate(overrides):
         try:
@@ -43,9 +46,39 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return recipe
 
 
+def as_overrides(words: Sequence[str]) -> list[str]:
+    """What to write instead of words of a command line that set keys in another form: ``rollout.temperature 0.8``,
+    ``--rollout.temperature=0.8``. A line for each; none where all are ``KEY=VALUE``."""
+    lines = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.lstrip("-").partition("=")
+        if not is_key(key) or (equals and text and not word.startswith("-")):
+            continue
+        taken = [word]
+        while rest and not text and not is_key(rest[0].lstrip("-").partition("=")[0]):
+            taken.append(rest.pop(0))
+            text = taken[-1].removeprefix("=")
+        if len(taken) > 1 or word.startswith("-") or not equals:
+            lines.append(f"{' '.join(taken)}: write {key}={text or 'VALUE'}")
+    return lines
+
+
+def is_key(word: str) -> bool:
+    """Whether a word is a key of the recipe, such as ``rollout.temperature`` or ``rewards.0.weight``."""
+    section, _, key = ".".join(part for part in word.split(".") if not part.isdecimal()).rpartition(".")
+    return bool(section) and section in sections() and key in sections()[section].model_fields
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe, every default written out, as YAML that loads back equal."""
     return dump(recipe.model_dump())
+
+
+def dump_given(recipe: Recipe) -> str:
+    """What of the resolved recipe is not a default, as YAML that loads back equal in this version."""
+    return dump(recipe.model_dump(exclude_defaults=True))
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Finding]]:

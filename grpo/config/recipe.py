@@ -1,8 +1,8 @@
 """The recipe: one YAML file describes one run.
 
 This is the schema alone (pydantic v2, unknown keys refused), without torch; its sections are in ``sections.py``,
-``algorithm.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files and overrides; ``docs/recipe.md`` is generated
-from here. Names are TRL's wherever the meaning is TRL's.
+``algorithm.py``, ``data.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files and overrides;
+``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning is TRL's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.base import Problem, Section, refuse
+from grpo.config.data import DataConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.sections import (
-    DataConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,

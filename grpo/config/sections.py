@@ -1,9 +1,10 @@
 """The recipe's sections that fit on a screen each. The larger ones have files of their own: ``algorithm.py``,
-``prompts.py`` and, for the vLLM part of `rollout`, ``vllm.py``.
+``data.py``, ``prompts.py`` and, for the vLLM part of `rollout`, ``vllm.py``.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
@@ -13,6 +14,7 @@ from grpo.config.base import (
     BelowOne,
     Finite,
     Fraction,
+    LocalPath,
     NonEmpty,
     NonNegative,
     NonNegativeInt,
@@ -40,7 +42,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    name: NonEmpty
+    name: LocalPath
     """Hub id, a folder that `from_pretrained` loads, another run's `final/`, or a GGUF file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; `auto`: bfloat16 where the device has instructions for it, or float32."""
@@ -61,7 +63,7 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: about a third more time, far less memory."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights. The reference model is then the model without them."""
-    tokenizer: str | None = None
+    tokenizer: LocalPath | None = None
     """Tokenizer to load, where it is not the model's own."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -97,63 +99,11 @@ class ModelConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    name: str | None = None
-    """A task of grpo's own by its name (`countdown`), or a function of yours: `my_task.py:build` or
-    `package.module:build`. It is called as `build(split, size, seed=...)`, with `args` by name, for the splits
-    `train` and `eval`; it returns a `datasets.Dataset`."""
-    path: str | None = None
-    """A `.jsonl` or `.parquet` file with a `prompt` column; other columns go to the reward functions."""
-    hub: str | None = None
-    """A dataset id on the hub."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the task's builder (`seed`: a data seed apart from `training.seed`), or for a hub id those of
-    `datasets.load_dataset` (`name`, `split`, and `eval_split` to hold out)."""
-    template: Literal["none", "r1_zero", "tinyzero", "chat"] = "none"
-    """How a question becomes the model's prompt: the R1-Zero paper's, TinyZero's (prefills `<think>`), the tokenizer's
-    chat template, or nothing."""
-    system_prompt: str | None = None
-    """System message, with `template: chat`."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments of the tokenizer's chat template."""
-    prompt_column: str = "prompt"
-    """Column that holds the question (a string or a list of messages)."""
-    completion_column: str = "completion"
-    """Column that holds the answer to imitate, with `stage: sft`."""
-    max_prompt_length: PositiveInt = 512
-    """Longest prompt in tokens; a longer one is an error that names its row."""
-    train_size: PositiveInt | None = None
-    """Rows to use for training; null uses all (generated tasks: their own default)."""
-    eval_size: NonNegativeInt = 256
-    """At most so many held-out rows."""
-    eval_path: str | None = None
-    """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
-    shuffle: bool = True
-    """Draw training rows in a permutation computed from seed and epoch; false keeps the file's order."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataConfig:
-        problems = []
-        sources = ("name", "path", "hub")
-        given = [key for key in sources if getattr(self, key)]
-        if len(given) != 1:
-            text = f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})"
-            problems.append(Problem(sources, text))
-        if self.template != "chat":
-            problems += [
-                Problem((key, "template"), f"{key} is only used with template: chat (template is {self.template})")
-                for key in ("system_prompt", "chat_template_kwargs")
-                if getattr(self, key)
-            ]
-        refuse(problems)
-        return self
-
-
 class RewardConfig(Section):
     name: str | None = None
     """A built-in reward: `countdown`, `gsm8k`, `math`, `code` judge the answer, `format` the form, `overlong`,
     `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
-    path: str | None = None
+    path: LocalPath | None = None
     """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
     weight: Finite = 1.0
     """Factor in the sum of rewards."""
@@ -163,6 +113,9 @@ class RewardConfig(Section):
     """Seconds one call may take; null takes `scoring.timeout`."""
     needs_group: bool = False
     """The function compares completions of a group: never split it, a failure costs the whole group."""
+    shaping: bool = False
+    """With `path`: the function judges no answer but shapes (length, style, effort), so `grpo audit` asks nothing of
+    it. A built-in reward says this itself."""
 
     @model_validator(mode="after")
     def _one_function(self) -> RewardConfig:
@@ -171,6 +124,9 @@ class RewardConfig(Section):
         if self.path is not None and not all(part.strip() for part in self.path.rpartition(":")):
             text = f"path: expected file.py:function or package.module:function, got {self.path!r}"
             refuse([Problem(("path",), text)])
+        if self.shaping and self.path is None:
+            text = "shaping is for functions given by path: a built-in says itself what it judges"
+            refuse([Problem(("shaping", "name"), text)])
         return self
 
 
@@ -191,7 +147,7 @@ BACKENDS = ("auto", "hf", "vllm")
 def _known_backend(name: Any) -> Any:
     """A backend of ours, or the place of one: file.py:name or package.module:name."""
     if name in BACKENDS or (isinstance(name, str) and all(part.strip() for part in name.rpartition(":"))):
-        return name
+        return os.path.expanduser(name)
     raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, BACKENDS))})
 
 
@@ -273,7 +229,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    output_dir: NonEmpty
+    output_dir: LocalPath
     """Run folder: metrics, rollouts, checkpoints, the final model, the report."""
     prompts_per_step: PositiveInt = 32
     """Prompts drawn per step over all processes, P (with `stage: sft`: examples per step)."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from grpo.config.base import NonEmpty, Positive, PositiveInt, Problem, Section
+from grpo.config.base import LocalPath, NonEmpty, Positive, PositiveInt, Problem, Section
 
 
 class VllmOptions(Section):
@@ -54,7 +54,7 @@ class VllmOptions(Section):
     vllm_probe_tolerance: Positive | None = None
     """Mean difference in nats that log-probabilities of engine and trainer may have over the probe of each sync; above
     it the run stops. null is 0.001 in float32 and 0.15 in bfloat16."""
-    vllm_python: NonEmpty | None = None
+    vllm_python: LocalPath | None = None
     """With `colocate`: the Python that vLLM is installed in; null is the one that trains."""
     vllm_args: list[str] = Field(default_factory=list)
     """With `colocate`: further arguments of `vllm serve`, such as `--max-num-seqs=256`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -41,7 +42,7 @@ def checked(found: Any, place: str) -> LossType:
         objective=_watched(found.objective, calls, lambda loss_BT, tokens, _: _wrong(loss_BT, tokens, calls.first)),
         reduce=_watched(found.reduce, user_code.Calls(f"{what}: reduce"), _wrong_sum),
         denominator=_watched(found.denominator, user_code.Calls(f"{what}: denominator"), _wrong_denominator),
-        measure=_watched(found.measure, user_code.Calls(f"{what}: measure"), _wrong_measures),
+        measure=_under_own_prefix(_watched(found.measure, user_code.Calls(f"{what}: measure"), _wrong_measures)),
         select=found.select and _watched(found.select, user_code.Calls(f"{what}: select"), _wrong_selection),
     )
 
@@ -60,6 +61,14 @@ def _watched(
         return result
 
     return watched
+
+
+def _under_own_prefix(measure: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
+    """``measure``, whose metrics are now called ``loss/…``: one of them called ``kl`` must not pass for the trainer's.
+    Functions of ours keep their names."""
+    if inspect.unwrap(measure).__module__.startswith("grpo."):
+        return measure
+    return lambda *arguments: {f"loss/{name}": total for name, total in measure(*arguments).items()}
 
 
 def _wrong(loss_BT: Any, tokens: Tokens, first: bool) -> str | None:

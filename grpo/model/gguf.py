@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.errors import UserError
+from grpo.errors import UserError, printable
 from grpo.files import whole_folder
 
 # Where a tokenizer rebuilt from GGUF could differ: runs of spaces, digits, tags, letters outside of ASCII.
@@ -101,7 +101,7 @@ def main() -> None:
         convert(arguments.file, arguments.folder)
         if arguments.ask:
             answer, ended = ask(arguments.folder, arguments.ask)
-            print(f"{arguments.ask} -> {answer}")
+            print(printable(f"{arguments.ask} -> {answer}"))
             if arguments.expect and (arguments.expect not in answer or not ended):
                 raise UserError(f"expected {arguments.expect!r} in an answer that ends; the conversion went wrong")
     except (UserError, OSError, ValueError, ImportError) as error:

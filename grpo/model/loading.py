@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ transformers_logging.disable_progress_bar()  # a loading bar would fill the scre
 
 
 def locate(name: str) -> str:
-    """``name``, or, if the working directory lacks one that ships with grpo (``data/tiny_base``), its path there."""
+    """``name``, or, if the working directory lacks one that ships with grpo (``data/tiny_base``), its path there; with
+    ``~`` as the home folder."""
+    name = os.path.expanduser(name)
     shipped = Path(__file__).parents[2] / name
     return str(shipped) if not Path(name).exists() and name.startswith("data/") and shipped.exists() else name
 

@@ -1,4 +1,5 @@
 """Rows become prompts, and in what order; the one room that imports ``data`` (in ``rows``).
 
 Others take ``task.load_task`` and ``Task``, ``rows.load_parts``, ``order.prompts_of_step`` (a step's prompts) and
-``checks.check_before_loading`` (tokenizer, template and prompts, before the weights load)."""
+``checks.check_before_loading`` (tokenizer, template and prompts, before the weights load), and
+``completion_text.CompletionText`` (what rewards see of a completion's tokens)."""

@@ -6,19 +6,22 @@ that are cut off, a chat template that a base model has never seen. Its message 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import DataConfig, Recipe
 from grpo.errors import UserError
+from grpo.prompts.completion_text import TAGS, CompletionText
+from grpo.prompts.lengths import longer_than, without_tokens
+from grpo.prompts.task import NO_TOKENS
+from grpo.prompts.templates import TemplateHangs, render
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
     from grpo.prompts.rows import Part
     from grpo.prompts.task import Task
-
-SPECIAL_TOKENS = 4  # a tokenizer adds at most this many to a text (BOS, EOS, ...)
 
 
 def check_before_loading(
@@ -46,7 +49,13 @@ def check_before_loading(
     if errors:
         raise UserError("\n".join(errors))
     notes = [f"data: {note}" for note in task.notes] if task is not None else []
-    return [*_end_warnings(recipe.rollout.stop, tokenizer, model_config, generation_config), *notes]
+    stops = stop_token_ids(tokenizer, model_config, generation_config)
+    return [
+        *_end_warnings(recipe.rollout.stop, tokenizer, model_config, generation_config),
+        *_tag_warnings(recipe, tokenizer, stops),
+        *_chat_warnings(recipe.data, tokenizer),
+        *notes,
+    ]
 
 
 def stop_token_ids(
@@ -116,6 +125,21 @@ def _length_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
             return
 
 
+def _tag_warnings(recipe: Recipe, tokenizer: Any, stops: list[int]) -> Iterator[str]:
+    """What becomes of ``<think>`` and ``<answer>`` where the tokenizer does not hold them as plain text."""
+    if recipe.stage == "sft":
+        return
+    texts = CompletionText(tokenizer, stops)
+    if kept := [tag for tag in TAGS if tag in texts.kept]:
+        yield (
+            f"model: {', '.join(kept)} {'is a special token' if len(kept) == 1 else 'are special tokens'} of the "
+            "tokenizer; rewards see them as text all the same"
+        )
+    ends = [tag for tag in TAGS if tokenizer.convert_tokens_to_ids(tag) in stops]
+    if ends and ends != ["</answer>"]:
+        yield f"model: a completion ends on {', '.join(ends)}, a tag of its form: what comes behind it is never sampled"
+
+
 def _chat_errors(data: DataConfig, tokenizer: Any, stops: list[int]) -> Iterator[str]:
     """Errors about a chat template that does not exist, or that this model was not trained with."""
     if data.template != "chat":
@@ -127,19 +151,59 @@ def _chat_errors(data: DataConfig, tokenizer: Any, stops: list[int]) -> Iterator
     if not tokenizer.chat_template:
         yield f"data.template: chat, but the tokenizer has no chat template. {cure}"
         return
-    answer = "An answer."
-    turn = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False, **data.chat_template_kwargs)
+        text = _shown(data, tokenizer, TURN)
+        if _shown(data, tokenizer, TURN) != text:
+            yield "data.template: the tokenizer's chat template shows the same conversation differently each time"
+            return
+    except TemplateHangs as error:
+        yield f"data.template: {error}"
+        return
     except Exception as error:  # a template is a program and may raise anything
         yield f"data.template: the tokenizer's chat template fails: {error}"
         return
-    ending = text[text.rindex(answer) + len(answer) :] if answer in text else ""
+    ending = text[text.rindex(ANSWER) + len(ANSWER) :] if ANSWER in text else ""
     if not set(tokenizer.encode(ending, add_special_tokens=False)) & set(stops):
         yield (
             f"data.template: the chat template ends an answer with {ending.strip()!r}, but the model stops on "
             f"{', '.join(_name(tokenizer, token) for token in stops) or 'nothing'}. {cure}"
         )
+
+
+ANSWER = "An answer."
+TURN = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": ANSWER}]
+
+
+def _shown(data: DataConfig, tokenizer: Any, messages: list[dict[str, str]], **mode: Any) -> str:
+    return render(messages, tokenizer, data.chat_template_date, **mode, **data.chat_template_kwargs)
+
+
+def _chat_warnings(data: DataConfig, tokenizer: Any) -> Iterator[str]:
+    """What a sound chat template does that may not be meant: it tells the date, or thinks for the model."""
+    if data.template != "chat":
+        return
+    asked: list[str] = []
+    question = _shown(data, tokenizer, TURN[:1], add_generation_prompt=True, asked=asked.append)
+    whole = _shown(data, tokenizer, TURN)
+    if asked:
+        yield (
+            f"data.template: the chat template asks for today's date ({asked[0]}). It is told "
+            f"{data.chat_template_date} (data.chat_template_date), so that prompts are the same tomorrow"
+        )
+    kwargs = "data.chat_template_kwargs, such as {enable_thinking: true}, may turn that off"
+    if EMPTY_THINKING.search(question):
+        yield (
+            "data.template: the chat template puts an empty think block before every answer: the model is not to "
+            f"think, and a reward for thinking finds none. {kwargs}"
+        )
+    elif EMPTY_THINKING.search(whole):
+        yield (
+            "data.template: the chat template shows an answer behind an empty think block, with which neither rollouts "
+            f"nor completions to imitate begin. {kwargs}"
+        )
+
+
+EMPTY_THINKING = re.compile(r"<think>\s*</think>|\[THINK\]\s*\[/THINK\]")
 
 
 def _row_errors(task: Task, part: Part, max_completion_length: int) -> Iterator[str]:
@@ -157,6 +221,9 @@ def _row_errors(task: Task, part: Part, max_completion_length: int) -> Iterator[
             prompts[row], prefill = task.render(question, place)
             if answers is not None:
                 completions[row] = task.answer(answers[row], prefill, place)
+        except TemplateHangs as error:  # so it would for other rows, each for as long
+            yield f"data: {error}"
+            return
         except UserError as error:
             refused.append(str(error))
         held = [marker for marker in markers if marker in str(question)]
@@ -164,10 +231,13 @@ def _row_errors(task: Task, part: Part, max_completion_length: int) -> Iterator[
             marked[row] = held[0]
     if refused:
         yield f"data: {len(refused)} of {len(part)} rows can't be used, the first is {refused[0]}"
+    if empty := without_tokens(prompts, task.encode):
+        first = part.rows.place(empty[0])
+        yield f"data: {len(empty)} of {len(part)} rows can't be used, the first is {first}: {NO_TOKENS}"
     limit = data.max_prompt_length
-    if too_long := _longer_than(limit, prompts, task.tokenizer, task.encode):
+    if too_long := longer_than(limit, prompts, task.tokenizer, task.encode):
         yield _too_long("data.max_prompt_length", limit, "prompts", too_long, part)
-    if too_long := _longer_than(max_completion_length, completions, task.tokenizer, task.encode_answer):
+    if too_long := longer_than(max_completion_length, completions, task.tokenizer, task.encode_answer):
         yield _too_long(
             "rollout.max_completion_length", max_completion_length, "completions to imitate", too_long, part
         )
@@ -180,30 +250,11 @@ def _row_errors(task: Task, part: Part, max_completion_length: int) -> Iterator[
         )
 
 
-def _longer_than(
-    limit: int, texts: dict[int, str], tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]]
-) -> dict[int, int]:
-    """Rows whose text is longer than ``limit`` tokens, with its number of tokens.
-
-    A token is at least one byte, so short texts need no counting. Longer texts are first counted in batches, which is
-    fast; only those that may be too long are then encoded one by one by ``encode``.
-    """
-    suspects = [row for row, text in texts.items() if len(text.encode()) + SPECIAL_TOKENS > limit]
-    found = {}
-    for start in range(0, len(suspects), 1000):
-        rows = suspects[start : start + 1000]
-        counts = map(len, tokenizer([texts[row] for row in rows])["input_ids"])
-        for row, count in zip(rows, counts, strict=True):
-            if count + SPECIAL_TOKENS > limit and (tokens := len(encode(texts[row]))) > limit:
-                found[row] = tokens
-    return found
-
-
 def _too_long(key: str, limit: int, what: str, found: dict[int, int], part: Part) -> str:
     row = max(found, key=lambda row: found[row])
     return (
         f"{key}: {len(found)} of {len(part)} {what} are longer than {limit} tokens; the longest has {found[row]} "
-        f"({part.rows.place(row)}). Raise it, or take those rows out"
+        f"({part.rows.place(row)}). Raise it, or set data.too_long: drop to leave those rows out"
     )
 
 

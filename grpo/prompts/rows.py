@@ -80,12 +80,17 @@ def _limit(ids: list[int], rows: files.Rows, train_size: int | None, prompts_per
     wanted = train_size or len(ids)
     if len(ids) < wanted:
         raise UserError(f"data.train_size: {wanted} rows are more than the {len(ids)} that {rows.source} leaves")
-    if wanted < prompts_per_step:
+    check_enough(wanted, prompts_per_step, rows)
+    return ids[:wanted]
+
+
+def check_enough(count: int, prompts_per_step: int, rows: files.Rows) -> None:
+    """Raise UserError where so many rows to train on are fewer than a step needs."""
+    if count < prompts_per_step:
         raise UserError(
-            f"training.prompts_per_step: a step of {prompts_per_step} different prompts needs more than the {wanted} "
+            f"training.prompts_per_step: a step of {prompts_per_step} different prompts needs more than the {count} "
             f"rows to train on ({rows.source}); lower it, or data.eval_size, or give more rows"
         )
-    return ids[:wanted]
 
 
 def _choose_questions(rows: files.Rows, data: DataConfig, seed: int) -> list[int]:

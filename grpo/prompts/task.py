@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grpo.config import DataConfig, TrainingConfig
+from grpo.config import DataConfig, Recipe, TrainingConfig
 from grpo.errors import UserError
 from grpo.prompts import templates
-from grpo.prompts.rows import Part, Parts, load_parts
+from grpo.prompts.lengths import longer_than
+from grpo.prompts.rows import Part, Parts, check_enough, load_parts
 from grpo.randomness import Stream, permutation
 from grpo.types import Prompt
 
@@ -22,9 +23,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_task(data: DataConfig, training: TrainingConfig, stage: str, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Load and check the rows of a recipe, and part them. Raises UserError where they are unsound or too few."""
-    return Task(data, training, stage, tokenizer, load_parts(data, training, stage))
+NO_TOKENS = "the prompt is empty: the tokenizer makes no token of it"
+
+
+def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Load and check the rows of a recipe, and part them; with ``data.too_long: drop``, without those too long.
+
+    Raises UserError where they are unsound or too few.
+    """
+    data, training = recipe.data, recipe.training
+    task = Task(data, training, recipe.stage, tokenizer, load_parts(data, training, recipe.stage))
+    if data.too_long == "error":
+        return task
+    train, held_out = (
+        _drop_too_long(task, part, recipe.rollout.max_completion_length) for part in (task.train, task.held_out)
+    )
+    limits = "data.max_prompt_length" + (" or rollout.max_completion_length" if recipe.stage == "sft" else "")
+    dropped = [
+        f"{len(before) - len(after)} of {len(before)} rows {what} are longer than {limits} and are left out"
+        for what, before, after in (("to train on", task.train, train), ("held out", task.held_out, held_out))
+        if len(after) < len(before)
+    ]
+    if dropped:
+        check_enough(len(train), training.prompts_per_step, train.rows)
+    return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]))
+
+
+def _drop_too_long(task: Task, part: Part, max_completion_length: int) -> Part:
+    """The rows of a part that are within the limits, in their order. Rows that no template takes stay: the checks
+    refuse them."""
+    prompts: dict[int, str] = {}
+    answers: dict[int, str] = {}
+    questions = part.rows.column(task.data.prompt_column)  # by column: reading rows one by one is slow
+    completions = part.rows.column(task.data.completion_column) if task.stage == "sft" else None
+    for row in part.ids:
+        place = part.rows.place(row)
+        try:
+            prompts[row], prefill = task.render(questions[row], place)
+            if completions is not None:
+                answers[row] = task.answer(completions[row], prefill, place)
+        except templates.TemplateHangs:
+            raise
+        except UserError:
+            continue
+    too_long = {
+        *longer_than(task.data.max_prompt_length, prompts, task.tokenizer, task.encode),
+        *longer_than(max_completion_length, answers, task.tokenizer, task.encode_answer),
+    }
+    return Part(part.rows, [row for row in part.ids if row not in too_long])
 
 
 class Task:
@@ -109,20 +155,20 @@ class Task:
     # --- rows to tokens
 
     def prompt(self, part: Part, row: int) -> Prompt:
-        """A row of the part's source as a prompt. Raises UserError if the chat template refuses it."""
+        """A row of the part's source as a prompt. Raises UserError if the chat template refuses it, or it is empty."""
         columns = dict(part.rows[row])
         question = columns.pop(self.data.prompt_column)
         if self.stage == "sft":
             del columns[self.data.completion_column]
         text, prefill = self.render(question, part.rows.place(row))
-        return Prompt(row, question, text, self.encode(text), prefill, columns)
+        return Prompt(row, question, text, self.encode_prompt(text, part.rows.place(row)), prefill, columns)
 
     def example(self, part: Part, row: int) -> tuple[list[int], list[int]]:
         """Token ids of a row's prompt and of its completion, the latter with EOS."""
         columns, place = part.rows[row], part.rows.place(row)
         text, prefill = self.render(columns[self.data.prompt_column], place)
         completion = self.answer(columns[self.data.completion_column], prefill, place)
-        return self.encode(text), self.encode_answer(completion)
+        return self.encode_prompt(text, place), self.encode_answer(completion)
 
     def answer(self, completion: str | list[dict[str, str]], prefill: str, place: str) -> str:
         """The text to imitate, without the prompt's prefill and without EOS. Raises UserError if it is several
@@ -142,9 +188,20 @@ class Task:
         if data.template != "chat" and isinstance(question, str):
             return templates.plain(data.template, question)
         try:
-            return templates.chat(question, self.tokenizer, data.system_prompt, **data.chat_template_kwargs)
+            return templates.chat(
+                question, self.tokenizer, data.system_prompt, data.chat_template_date, **data.chat_template_kwargs
+            )
+        except templates.TemplateHangs as error:
+            raise templates.TemplateHangs(f"{place}: {error}") from None
         except ValueError as error:
             raise UserError(f"{place}: {error}") from error
+
+    def encode_prompt(self, text: str, place: str) -> list[int]:
+        """``encode``, with a UserError that names the row where no token is left to begin from."""
+        token_ids = self.encode(text)
+        if not token_ids:
+            raise UserError(f"{place}: {NO_TOKENS}")
+        return token_ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt: with BOS once if the tokenizer adds one, and without the EOS that some add.

@@ -7,7 +7,14 @@ answer itself.
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
+
+from grpo.errors import UserError
 
 Message = dict[str, str]
 
@@ -28,6 +35,9 @@ TINYZERO = (
     "Assistant: Let me solve this step by step.\n<think>"
 )
 
+DATE = "2025-01-01"  # default of ``data.chat_template_date``
+SECONDS = 10.0  # in which a template ends that ends at all: mostly it takes a millisecond
+
 PLAIN_TEMPLATES = {"none": ("{question}", ""), "r1_zero": (R1_ZERO, ""), "tinyzero": (TINYZERO, "<think>")}
 
 
@@ -37,14 +47,24 @@ def plain(name: str, question: str) -> tuple[str, str]:
     return template.replace("{question}", question), prefill
 
 
+class TemplateHangs(UserError):
+    """A chat template did not end. It is a program, and may loop for ever."""
+
+
 def chat(
-    prompt: str | list[Message], tokenizer: Any, system_prompt: str | None = None, **kwargs: Any
+    prompt: str | list[Message],
+    tokenizer: Any,
+    system_prompt: str | None = None,
+    date: str = DATE,
+    **kwargs: Any,
 ) -> tuple[str, str]:
-    """The tokenizer's own chat template: ``(text, prefill)``. ``kwargs`` go to ``apply_chat_template``.
+    """The tokenizer's own chat template: ``(text, prefill)``. ``kwargs`` go to ``apply_chat_template``, and where the
+    template asks for the time it is told ``date``.
 
     A string becomes the one message of the user. Messages that end with the assistant's are continued: what it has
     said is the prefill. So is a ``<think>`` with which the template itself opens the answer. Raises ValueError where
-    the conversation has a system message and ``system_prompt`` is given too, or the template refuses the messages.
+    the conversation has a system message and ``system_prompt`` is given too, or the template refuses the messages, and
+    TemplateHangs where it does not end.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt is not None:
@@ -54,7 +74,9 @@ def chat(
     continued = messages[-1]["role"] == "assistant"
     mode = {"continue_final_message": True} if continued else {"add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **mode, **kwargs)
+        text = render(messages, tokenizer, date, **mode, **kwargs)
+    except TemplateHangs:
+        raise
     except Exception as error:  # a template is a program of its own: whatever it raises, the row is what to name
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
     if not continued:
@@ -63,3 +85,45 @@ def chat(
     if opened not in text:
         raise ValueError("the chat template does not show the begun answer (the last message is the assistant's)")
     return text, text[text.rindex(opened) :]
+
+
+def render(
+    messages: list[Message],
+    tokenizer: Any,
+    date: str = DATE,
+    *,
+    asked: Callable[[str], Any] = lambda _: None,
+    **kwargs: Any,
+) -> str:
+    """What the chat template makes of messages, at a time that stands still: a resumed run has the same prompts.
+
+    ``asked`` is called with the format in which the template asks for the time. Raises TemplateHangs, and whatever the
+    template raises.
+    """
+    now = datetime.fromisoformat(date)
+
+    def strftime_now(form: str) -> str:
+        asked(form)
+        return now.strftime(form)
+
+    with _ends_in_time():
+        return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=strftime_now, **kwargs)
+
+
+@contextmanager
+def _ends_in_time() -> Iterator[None]:
+    """Raises TemplateHangs within it after ``SECONDS``. Only the main thread can be interrupted; others are not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TemplateHangs(f"the tokenizer's chat template does not end (given up after {SECONDS:g} s)")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
+from grpo.errors import printable
 from grpo.report.drawing import LIGHT, STYLE, THEMED, Colours, dress, finish, noisy, smooth, stack, thinned
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _length(ax: Axes, run: RunRecord, c: Colours) -> None:
     steps, values = run.series("eval/completions/mean_length")
     if len(steps):
         ax.plot(steps, values, "o-", color=c.series[1], markersize=4, linewidth=1.2, label="held-out")
-    limit = run.setting("rollout.max_completion_length")
+    limit = run.number("rollout.max_completion_length")
     if limit and ax.get_ylim()[1] > 0.6 * limit:
         ax.axhline(limit, color=c.muted, linestyle=":", linewidth=1.2, label="limit")
     ax.set_ylim(bottom=0)
@@ -236,7 +237,7 @@ def summary(run: RunRecord, facts: dict[str, float]) -> str:
         parts.append(f"completion length {facts['length_before']:.0f} → {facts['length_after']:.0f} tokens")
     if "seconds" in facts:
         parts.append(f"{facts['seconds']:,.0f} s")
-    return f"{run.name}: " + ", ".join(parts) if parts else run.name
+    return printable(f"{run.name}: " + ", ".join(parts) if parts else run.name)
 
 
 def _svg(panel: Panel, run: RunRecord) -> str:

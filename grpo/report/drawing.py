@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.0,
+    "text.parse_math": False,  # two $ in a run's name are no formula
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,

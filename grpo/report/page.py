@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.run.read import read_jsonl
+from grpo.run.read import mapping, read_rollouts
 from grpo.run.screen import duration
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def _e(value: Any) -> str:
 def _subtitle(run: RunRecord) -> str:
     stage = {"grpo": "GRPO", "sft": "Supervised fine-tuning"}.get(run.setting("stage", ""), "")
     data = run.setting("data.name") or run.setting("data.path") or run.setting("data.hub")
-    total = run.setting("training.max_steps")
-    steps = f"{run.steps} of {total} steps" if total and run.steps < total else f"{run.steps} steps"
+    total = run.number("training.max_steps")
+    steps = f"{run.steps} of {total:g} steps" if total and run.steps < total else f"{run.steps} steps"
     seed = run.setting("training.seed")
     parts = [stage, run.setting("model.name"), data, steps, None if seed is None else f"seed {seed}"]
     return " · ".join(_e(part) for part in parts if part)
@@ -168,7 +168,7 @@ def _spread(items: list[int], count: int) -> list[int]:
 
 def _attempts(run: RunRecord, file: Path) -> dict[int, Attempts]:
     by_prompt: dict[int, list[dict[str, Any]]] = {}
-    for row in read_jsonl(file):
+    for row in read_rollouts(file):
         by_prompt.setdefault(row.get("prompt_id", -1), []).append(row)
     return {
         prompt: Attempts(min(rows, key=lambda row: row.get("sample", 0)), sum(_solved(run, r) for r in rows), len(rows))
@@ -227,8 +227,18 @@ def _completion(text: str) -> str:
     if left_out > 0:
         text = f"{text[: LONGEST // 2]}\n[… {left_out:,} characters …]\n{text[-LONGEST // 2 :]}"
     escaped = _e(text)
-    escaped = re.sub(r"&lt;answer&gt;.*?&lt;/answer&gt;", r"<mark>\g<0></mark>", escaped, flags=re.DOTALL)
-    return re.sub(r"&lt;/?(?:think|answer)&gt;", r"<i>\g<0></i>", escaped)
+    return re.sub(r"&lt;/?(?:think|answer)&gt;", r"<i>\g<0></i>", _marked(escaped))
+
+
+def _marked(escaped: str) -> str:
+    """The text with its answers marked, each from a tag that opens to the next that closes. In one pass: a model may
+    open thousands and close none."""
+    opens, closes, parts, at = "&lt;answer&gt;", "&lt;/answer&gt;", [], 0
+    while (start := escaped.find(opens, at)) >= 0 and (end := escaped.find(closes, start)) >= 0:
+        end += len(closes)
+        parts += [escaped[at:start], "<mark>", escaped[start:end], "</mark>"]
+        at = end
+    return "".join([*parts, escaped[at:]])
 
 
 def _short(value: Any) -> str:
@@ -244,10 +254,11 @@ def _environment(run: RunRecord) -> str:
     facts = run.environment
     if not facts:
         return '<p class="note">environment.json is missing: where this ran is not known.</p>'
-    cpu, source = facts.get("cpu") or {}, facts.get("source") or {}
-    packages = facts.get("packages") or {}
-    gpus = [f"{gpu.get('name')} ({gpu.get('memory_gb')} GB)" for gpu in facts.get("gpus") or []]
-    commit = f"{source.get('commit', '')[:12]}{' (modified)' if source.get('modified') else ''}" if source else ""
+    cpu, source, packages = (mapping(facts.get(name)) for name in ("cpu", "source", "packages"))
+    listed: Any = facts.get("gpus")
+    found = listed if isinstance(listed, list) else []
+    gpus = [f"{mapping(gpu).get('name')} ({mapping(gpu).get('memory_gb')} GB)" for gpu in found]
+    commit = f"{str(source.get('commit', ''))[:12]}{' (modified)' if source.get('modified') else ''}" if source else ""
     rows = {
         "Command": facts.get("command"),
         "Started": facts.get("started"),

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from grpo.errors import UserError
+from grpo.errors import UserError, printable
 from grpo.run.read import headline, read_run
 from grpo.run.whole import write_whole
 
@@ -42,9 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grpo.report.summary", description="Sum up a run in one line.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     try:
-        print(write_summary(parser.parse_args().run))
+        print(printable(write_summary(parser.parse_args().run)))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         sys.exit(2)
 
 

@@ -64,7 +64,7 @@ class RunLog:
         Floats are written in full (they read back to the same bits); NaN, infinity and None become null, which every
         JSON reader accepts. Evaluation metrics (``eval/…``) come in a call of their own.
         """
-        plain = {name: _number(value) for name, value in metrics.items()}
+        plain = {name: _number(value) for name, value in metrics.items() if name != "step"}
         try:
             self._file.write(json.dumps({"step": step, **plain}, allow_nan=False).encode() + b"\n")
             self._file.flush()

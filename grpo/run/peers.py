@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from grpo.errors import printable
+
 SECONDS_TO_LEARN = 5.0  # between a collective's error and what this module hears of the same loss
 SECONDS_TO_UNWIND = 30.0  # for the main thread, once it can know
 KEY = "grpo/peers"  # in the store of the launch: port and token of the first process
@@ -160,7 +162,7 @@ class _Watch:
             if self.parted:  # the main thread is on its way out, and says itself why
                 return
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{loss.text}\n{ADVICE}", file=sys.stderr, flush=True)
+            print(printable(f"{loss.text}\n{ADVICE}"), file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_TO_LEARN)  # a launcher ends all of a node as soon as one ends
         os._exit(loss.code)

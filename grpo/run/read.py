@@ -6,7 +6,7 @@ It works on finished, running and killed runs, on other machines, and needs no m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,14 @@ class RunRecord:
             value = value.get(key) if isinstance(value, dict) else None
         return default if value is None else value
 
+    def number(self, path: str) -> float | None:
+        """A setting that is a number; None where it is absent or something else."""
+        value = self.setting(path)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
     @property
     def name(self) -> str:
-        return self.setting("tracking.run_name") or self.folder.resolve().name
+        return str(self.setting("tracking.run_name") or self.folder.resolve().name)
 
     @property
     def steps(self) -> int:
@@ -57,8 +62,8 @@ class RunRecord:
 
     def eval_rollouts(self) -> dict[int, Path]:
         """Files of held-out completions by step, in order."""
-        files = sorted((self.folder / "rollouts").glob("eval_*.jsonl"))
-        return {int(file.stem.removeprefix("eval_")): file for file in files}
+        files = {file.stem.removeprefix("eval_"): file for file in (self.folder / "rollouts").glob("eval_*.jsonl")}
+        return {int(step): files[step] for step in sorted(files) if step.isdecimal()}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -70,42 +75,107 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl{_runs_inside(folder)}")
     training: dict[int, dict[str, Any]] = {}
     evaluation: dict[int, dict[str, Any]] = {}
-    for row in read_jsonl(metrics):
+    for number, row in _numbered(metrics):
+        if wrong := [name for name, value in row.items() if not _is_number(value)]:
+            raise UserError(f"{metrics}:{number}: {wrong[0]} is {_brief(row[wrong[0]])}, and not a number")
         kind = evaluation if any(name.startswith("eval/") for name in row) else training
         kind[row["step"]] = row  # of lines with the same step (a copied log, an older resume) the last counts
     if not training and not evaluation:
         raise UserError(f"{metrics} is empty: the run has not finished its first step")
     recipe_text = _text(folder / "recipe.yaml")
+    try:
+        recipe = yaml.safe_load(recipe_text) or {}
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{folder / 'recipe.yaml'}: not readable as YAML: {_first_line(error)}") from None
+    try:
+        environment = json.loads(_text(folder / "environment.json") or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / 'environment.json'}: not readable as JSON: {_first_line(error)}") from None
+    for name, content in (("recipe.yaml", recipe), ("environment.json", environment)):
+        if not isinstance(content, dict):
+            raise UserError(f"{folder / name}: expected keys with values, got {_brief(content)}")
     return RunRecord(
         folder=folder,
         training=[training[step] for step in sorted(training)],
         evaluation=[evaluation[step] for step in sorted(evaluation)],
-        recipe=yaml.safe_load(recipe_text) or {},
+        recipe=recipe,
         recipe_text=recipe_text,
-        environment=json.loads(_text(folder / "environment.json") or "{}"),
+        environment=environment,
     )
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file that a run may still be writing: an unfinished last line is left out."""
-    lines = path.read_bytes().split(b"\n")
+    """Rows of a file that a run may still be writing: an unfinished last line is left out. Raises UserError where the
+    file is not what a run writes."""
+    return (row for _, row in _numbered(path))
+
+
+def read_rollouts(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file of completions, each with the types that a run gives them. Raises UserError as above."""
+    for number, row in _numbered(path):
+        for name, right in _ROLLOUT.items():
+            if row.get(name) is not None and not right(row[name]):
+                raise UserError(f"{path}:{number}: {name} is {_brief(row[name])}, which no run writes")
+        yield row
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) < 1e300) or value != value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_ROLLOUT: dict[str, Callable[[Any], bool]] = {
+    "prompt_id": _is_whole,
+    "sample": _is_whole,
+    "reward": _is_number,
+    "rewards": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "columns": lambda value: isinstance(value, dict),
+}
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of ``read_jsonl`` with the numbers of their lines."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it
                 return
             raise UserError(f"{path}:{number}: not a line of JSON ({error})") from error
         if row is None:
             continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not isinstance(row, dict) or not _is_whole(row.get("step")):
             raise UserError(f'{path}:{number}: not a row of a run (no integer "step")')
-        yield row
+        yield number, row
 
 
 def _text(path: Path) -> str:
     """A file that the report can do without."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value where it is a mapping; else an empty one, for facts that a report can do without."""
+    return value if isinstance(value, dict) else {}
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _runs_inside(folder: Path) -> str:

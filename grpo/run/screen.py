@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -11,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from grpo.run.closed_output import output_is_closed
+
+log = logging.getLogger("grpo")
 Metrics = Mapping[str, float | None]
 
 
@@ -122,7 +126,7 @@ class PlainLines:
 
     def log(self, step: int, metrics: Metrics) -> None:
         if _is_evaluation(metrics):
-            print(f"=== {evaluation_text(step, self.total, metrics)} ==="[:WIDTH], flush=True)
+            _print(f"=== {evaluation_text(step, self.total, metrics)} ==="[:WIDTH])
             return
         time_left = self.eta.text(step, metrics.get("step_time"))
         tail = "  ".join([*_texts([SPEED, PACE], metrics), f"eta {time_left}"])
@@ -130,10 +134,20 @@ class PlainLines:
         for text in training_texts(metrics):
             if len(line) + len(text) + len(tail) + 4 <= WIDTH:
                 line += f"  {text}"
-        print(f"{line}  {tail}", flush=True)
+        _print(f"{line}  {tail}")
 
     def close(self) -> None:
         pass
+
+
+def _print(line: str) -> None:
+    """Print a line. A run does not end because nobody looks at it any more."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        if not output_is_closed():
+            raise
+        log.warning("standard output is closed; the run goes on, and its metrics are in metrics.jsonl")
 
 
 class LiveBar:

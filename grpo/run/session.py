@@ -161,7 +161,7 @@ def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
     """Tokenizer, the token ids that end a completion, and the task. Raises UserError with all problems at once."""
     tokenizer = load_tokenizer(recipe.model)
     config, generation_config = load_configs(recipe.model)
-    task = load_task(recipe.data, recipe.training, recipe.stage, tokenizer)
+    task = load_task(recipe, tokenizer)
     for warning in check_before_loading(recipe, tokenizer, config, generation_config, task):
         log.warning(warning)
     check_same_on_all(recipe, task)

@@ -75,6 +75,11 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
     return modules
 
 
+def judged_by(name: str) -> str:
+    """What a built-in reward judges, as its module says: ``answer``, ``form`` or ``shaping``. Empty for no reward."""
+    return "" if name not in REWARDS else str(getattr(import_module(f"rewards.{name}"), "JUDGES", "answer"))
+
+
 def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[str, Callable[[dict[str, Any]], str | None]]]:
     """What built-in rewards can say of a row before anything is sampled: name, and the function to ask.
 

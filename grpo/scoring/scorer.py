@@ -10,6 +10,7 @@ counted by its cause; too much of it ends the run.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from grpo.config import RewardConfig, ScoringConfig
 from grpo.scoring.functions import locate, start_own_workers
@@ -70,6 +71,19 @@ class Scorer:
     def start(self, step: int) -> StepScoring:
         """The same, for groups that come one after the other: they are scored while others are still sampled."""
         return StepScoring(self.functions, self._pool, step, self._max_failure_rate, self._told)
+
+    def try_out(self, groups: Sequence[Group], place: int, timeout: float) -> list[float | None]:
+        """What the function at ``place`` alone says of the groups' completions, one after the other. It has at most
+        ``timeout`` seconds a call; failures become None, and are not shown."""
+        function = self.functions[place]
+        spec = replace(function.spec, timeout=min(timeout, function.spec.timeout))
+        functions = [*self.functions[:place], replace(function, spec=spec), *self.functions[place + 1 :]]
+        quiet = set(range(len(functions)))
+        scoring = StepScoring(functions, self._pool, 0, 1.0, quiet, left_out=quiet - {place})
+        for group in groups:
+            scoring.add(group)
+        scoring.finish()
+        return [reward for group in groups for reward in group.rewards_by_function[self.names[place]]]
 
     def close(self) -> None:
         """End the workers, whatever they are doing. May be called twice."""

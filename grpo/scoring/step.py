@@ -56,12 +56,21 @@ class StepScoring:
     """``add`` sends the calls of a group and returns at once. ``finish`` waits for the outcomes of all groups that were
     added since its last call, and fills them in. How many completions may fail is counted over the whole step.
 
-    ``told`` holds the functions whose first failure a run has shown already. Errors are those of ``Scorer.score``.
+    ``told`` holds the functions whose first failure a run has shown already.
+
+    Those in ``left_out`` are not called. Errors are those of ``Scorer.score``.
     """
 
     def __init__(
-        self, functions: Sequence[ScoredFunction], pool: Pool, step: int, max_failure_rate: float, told: set[int]
+        self,
+        functions: Sequence[ScoredFunction],
+        pool: Pool,
+        step: int,
+        max_failure_rate: float,
+        told: set[int],
+        left_out: Collection[int] = (),
     ) -> None:
+        self._left_out = left_out
         self._functions = functions
         self._pool = pool
         self._step = step
@@ -88,14 +97,14 @@ class StepScoring:
         index = len(self._groups) - 1
         for place, function in enumerate(self._functions):
             self._results[place, index] = []
-            if not function.signature.is_async:
+            if not function.signature.is_async and place not in self._left_out:
                 self._send(self._whole(place, [index]))
 
     def finish(self) -> None:
         new = range(self._filled, len(self._groups))
         self._filled = len(self._groups)
         for place, function in enumerate(self._functions):
-            if function.signature.is_async:
+            if function.signature.is_async and place not in self._left_out:
                 self._send(self._whole(place, new))
         while self._outstanding:
             pieces, future = self._finished.get()
@@ -265,7 +274,8 @@ def _fill(
                 values[sample] = reward if reward is not None and math.isfinite(reward) else None
             verdicts.update(_verdicts(result))
             for metric, logged in result.metrics.items():
-                group.extra_metrics.setdefault(metric, []).extend(logged)
+                name = f"rewards/{function.spec.key}/logged/{metric}"  # no name of the trainer's begins so
+                group.extra_metrics.setdefault(name, []).extend(logged)
             for column, entries in result.columns.items():
                 cells = group.extra_columns.setdefault(column, [None] * size)
                 for sample, entry in zip(piece.samples, entries, strict=True):

@@ -5,4 +5,6 @@ Others take ``math_reward``, ``verify``, the checks of rows and golds, and ``sta
 
 from rewards.math.reward import check_gold, check_row, math_reward, start, stop, verify
 
+JUDGES = "answer"
+
 __all__ = ["check_gold", "check_row", "math_reward", "start", "stop", "verify"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -13,10 +15,14 @@ from typer.testing import CliRunner
 from grpo.audit.audit import audit, fill, spread
 from grpo.audit.cases import ANSWER, BOXED, FENCED_IN_TAGS, GOLD, TAGS, USUAL, WRONG, cases, gold_answer, wrong_answer
 from grpo.audit.programs import HARD_CODED, programs
+from grpo.audit.standard import kind_of
 from grpo.cli.main import app
-from grpo.config import Recipe
+from grpo.config import Recipe, RewardConfig
 from grpo.errors import RunError, UserError
+from grpo.scoring import functions
+from grpo.scoring.functions import judged_by
 from grpo.types import Status
+from rewards import REWARDS
 from rewards.countdown import verify as verify_countdown
 from rewards.gsm8k import verify as verify_gsm8k
 from tests.cli.test_cli import python
@@ -42,6 +48,7 @@ def evals(completions, answer, **kwargs):
 
 def always(completions, **kwargs): return [1.0 for _ in completions]
 def shorter(completions, **kwargs): return [-len(c) / 1000 for c in completions]
+def brief(completions, **kwargs): return [0.3 / (1 + len(c)) if c else 0.3 for c in completions]
 def own_form(completions, answer, **kwargs):
     return [float(c.strip().endswith("THE ANSWER: " + a)) for c, a in zip(completions, answer)]
 def broken(completions, **kwargs): return [1 / 0 for _ in completions]
@@ -214,6 +221,34 @@ def test_functions_that_do_not_judge_the_answer():
         assert findings == ["no reward of the recipe pays a right answer more than a wrong one"]
         assert "taken for shaping, not judged" in text
     assert report({"path": "mine.py:sound"}, {"path": "mine.py:shorter"})[1] == []
+
+
+def test_shaping_is_what_the_recipe_says_is_shaping():
+    """However much it pays, or how little: a bonus below 1 too."""
+    rewards = {"path": "mine.py:sound"}, {"path": "mine.py:brief", "shaping": True}
+    text, findings = report(*rewards)
+    assert findings == []
+    assert "rewards[1] brief" in text
+    assert "it shapes and is not judged" in text
+    text, findings = report(rewards[0], {"path": "mine.py:brief"})
+    assert findings == ["rewards[1] brief: no form of the right answer scores 1"]
+    assert "or say shaping: true" in text
+    with pytest.raises(ValueError, match="shaping is for functions given by path"):
+        recipe({"name": "countdown", "shaping": True})
+
+
+def test_a_built_in_reward_is_what_its_module_says(monkeypatch):
+    """As one that CONTRIBUTING adds: it is in no list of the audit."""
+    assert {name: judged_by(name) for name in REWARDS} == {
+        **dict.fromkeys(("code", "cosine", "countdown", "gsm8k", "math"), "answer"),
+        **dict.fromkeys(("language", "overlong", "repetition"), "shaping"),
+        "format": "form",
+    }
+    monkeypatch.setattr(functions, "REWARDS", (*REWARDS, "sums"))
+    for judges, kind in (("answer", "user"), ("shaping", "shaping"), ("form", "format"), (None, "user")):
+        module = SimpleNamespace() if judges is None else SimpleNamespace(JUDGES=judges)
+        monkeypatch.setitem(sys.modules, "rewards.sums", module)
+        assert kind_of(RewardConfig(name="sums")) == kind
 
 
 def test_a_form_of_ones_own_is_told_by_a_template():

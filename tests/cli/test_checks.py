@@ -52,6 +52,14 @@ def test_validate_several(rows):
     assert (result.exit_code, result.stdout) == (0, ok)
 
 
+def test_validate_says_once_what_is_unexpected(rows, caplog):
+    rows(*[ROW | {"prompt": f"{i % 8} 2 3"} for i in range(40)])
+    result = run("validate", "rows.yaml", "data.eval_size=2", "training.prompts_per_step=4")
+    assert result.stdout == "OK rows.yaml: 30 rows to train on, 2 held out\n"
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("data: 8 rows repeat a held-out question and are left out of training") == 1
+
+
 def test_validate_without_a_recipe():
     result = run("validate", "rollout.top_k=1")
     assert (result.exit_code, result.stderr) == (2, "no recipe given, only overrides: rollout.top_k=1\n")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from grpo.cli.main import main
 from grpo.errors import Preempted, RunError, UserError
 from grpo.run import peers
-from tests.cli.conftest import run
+from tests.cli.conftest import ROOT, run
 
 
 def failing(error: BaseException):
@@ -126,3 +131,71 @@ def test_other_processes_say_who_they_are(stand_in, monkeypatch):
     stand_in("trainer", train=failing(ValueError("seven")))
     assert run("train", "recipe.yaml").stderr.startswith("[rank 3] ValueError: seven. ")
     assert Path("run/error_rank3.txt").read_text().startswith("Traceback")
+
+
+STEERS = "\x1b]0;owned\x07 \x9b31m \r\x08 \u202eab \x7f \ud800 naïve 好"
+HARMLESS = r"\x1b]0;owned\x07 \x9b31m \r\x08 \u202eab \x7f \ud800 naïve 好"
+
+
+@pytest.mark.parametrize("error", [UserError(STEERS), RunError(STEERS), Preempted(STEERS), ValueError(STEERS)])
+def test_what_a_model_wrote_cannot_steer_the_terminal(stand_in, error):
+    stand_in("trainer", train=failing(error))
+    Path("run").mkdir()
+    said = run("train", "recipe.yaml").stderr
+    first = HARMLESS.partition(r" \r")[0]  # of an unexpected error only the first line is said
+    assert (first if isinstance(error, ValueError) else HARMLESS) in said
+    trace = Path("run/error.txt")
+    for text in (said, trace.read_text() if trace.exists() else ""):
+        assert not set("\x1b\x9b\r\x08\x7f\u202e\x07") & set(text)
+
+
+def test_what_is_logged_or_reported_cannot_steer_the_terminal(stand_in, capsys):
+    def train(recipe, resume):
+        logging.getLogger("grpo.scoring").warning("it said %s", STEERS)
+        try:
+            raise ValueError(STEERS)
+        except ValueError:
+            logging.getLogger("grpo").exception("and")
+        raise UserError("done")
+
+    stand_in("trainer", train=train)
+    assert run("train", "recipe.yaml").stderr.count(HARMLESS) == 2
+    stand_in("audit.audit", audit=lambda recipe, rows, gold, tell: [tell(STEERS), STEERS][1:])
+    result = run("audit", "recipe.yaml")
+    assert HARMLESS in result.stdout
+    assert HARMLESS in result.stderr
+
+
+def test_output_that_nobody_reads_is_no_fault_of_the_run(tmp_path):
+    """`grpo eval run | head`: a finished run gets no error.txt, and a run that trains goes on."""
+    script = (
+        "import sys, typer; from pathlib import Path; from grpo.cli.exit_codes import exit_codes;"
+        "from grpo.run.screen import PlainLines, _Eta\n"
+        "lines = PlainLines(3, _Eta(3, None, 0.0))\n"
+        "sys.stdin.read()\n"
+        "if sys.argv[1] == 'train': lines.log(1, {'reward': 1.0}); lines.log(2, {'reward': 1.0}); sys.exit(7)\n"
+        "try:\n"
+        "    with exit_codes(Path('.')): print('accuracy 1', flush=True)\n"
+        "except typer.Exit as ending: sys.exit(ending.exit_code)\n"
+    )
+    for command, code, said in (("eval", 1, ""), ("train", 7, "standard output is closed")):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        process.stdout.close()
+        process.stdin.close()
+        stderr = process.stderr.read()
+        assert process.wait(60) == code, stderr
+        assert (said in stderr) if said else not stderr
+        assert not (tmp_path / "error.txt").exists()
+
+
+def test_an_option_that_is_a_key_is_told_what_to_write(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo", "train", "recipe.yaml", "--rollout.temperature=0.8"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == "--rollout.temperature=0.8: write rollout.temperature=0.8\n"
+    assert run("validate", "recipe.yaml", "rollout.temperature", "0.8").stderr == (
+        "rollout.temperature 0.8: write rollout.temperature=0.8\n"
+    )

@@ -98,3 +98,9 @@ def test_a_wrong_one_gets_the_nearest(given, message):
     for file in ("recipe.yaml", "run/recipe.yaml"):
         Path(file).touch()
     assert refusal(given) == message
+
+
+def test_a_recipe_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").touch()
+    assert find_recipe("~/mine.yaml") == tmp_path / "mine.yaml"

@@ -186,6 +186,41 @@ def test_override(write, override, get, value):
     assert get(load_recipe(write(GOOD), [override])) == value
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rollout.temperature", "0.8"], "rollout.temperature 0.8: write rollout.temperature=0.8"),
+        (["--rollout.temperature=0.8"], "--rollout.temperature=0.8: write rollout.temperature=0.8"),
+        (["--rollout.temperature", "0.8"], "--rollout.temperature 0.8: write rollout.temperature=0.8"),
+        (["rollout.temperature", "=", "0.8"], "rollout.temperature = 0.8: write rollout.temperature=0.8"),
+        (["rollout.temperature=", "0.8"], "rollout.temperature= 0.8: write rollout.temperature=0.8"),
+        (["rewards.0.weight", "2"], "rewards.0.weight 2: write rewards.0.weight=2"),
+        (["rollout.top_p=1", "rollout.top_k"], "rollout.top_k: write rollout.top_k=VALUE"),
+    ],
+)
+def test_a_key_in_another_form_is_told_what_to_write(write, words, said):
+    assert problems(write(GOOD), *words) == [said]
+
+
+def test_paths_may_begin_at_home(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    made = load_recipe(
+        write(GOOD),
+        [
+            *("model.name=~/m", "model.tokenizer=~/t", "training.output_dir=~/runs/x", "rewards=[{path: '~/r.py:fn'}]"),
+            *("data={path: ~/rows.csv, eval_path: ~/e.jsonl}", "rollout.backend=~/b.py:B"),
+            "algorithm.loss_type=~/l.py:l",
+        ],
+    )
+    assert (made.model.name, made.model.tokenizer) == ("/home/me/m", "/home/me/t")
+    assert made.training.output_dir == "/home/me/runs/x"
+    assert made.rewards[0].path == "/home/me/r.py:fn"
+    assert (made.data.path, made.data.eval_path) == ("/home/me/rows.csv", "/home/me/e.jsonl")
+    assert made.rollout.backend == "/home/me/b.py:B"
+    assert made.algorithm.loss_type == "/home/me/l.py:l"
+    assert load_recipe(write(GOOD), ["data={name: ~/task.py:build}"]).data.name == "/home/me/task.py:build"
+
+
 def test_later_overrides_win_and_mend_the_file(write):
     text = GOOD.replace("num_generations: 4", "num_generations: 1")
     overrides = ["rollout.num_generations=2", "rollout.num_generations=16"]

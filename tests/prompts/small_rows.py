@@ -65,4 +65,4 @@ def questions(n: int) -> list[dict]:
 def load(data: dict, tokenizer=None, **keywords) -> Task:
     """The task of ``recipe(data, **keywords)``."""
     made = recipe(data, **keywords)
-    return load_task(made.data, made.training, made.stage, tokenizer or make_tokenizer())
+    return load_task(made, tokenizer or make_tokenizer())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 
 import pytest
 from transformers import GenerationConfig, LlamaConfig
 
 from grpo.errors import UserError
+from grpo.prompts import templates
 from grpo.prompts.checks import check_before_loading, stop_token_ids
 from tests.prompts.small_rows import CHAT, load, make_tokenizer, questions, recipe, write_rows
 
@@ -152,3 +154,99 @@ def test_notes_on_the_rows_are_warnings(tmp_path):
 def test_a_model_with_several_parts_is_read_at_its_text():
     text = SimpleNamespace(eos_token_id=3)
     assert stop_token_ids(make_tokenizer(), SimpleNamespace(get_text_config=lambda: text), None) == [3]
+
+
+def test_a_prompt_of_which_the_tokenizer_makes_nothing_is_refused_by_row(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": text} for text in ("a", "ÄÖ", "Äa", "ÜÜ", "b", "c")])
+    dropping = DroppingTokenizer(make_tokenizer())
+    with pytest.raises(
+        UserError, match=rf"data: 2 of 6 rows can't be used, the first is {path}:2: the prompt is empty"
+    ):
+        checked(dropping, {"path": path}, task=True)
+    with pytest.raises(UserError, match=rf"{path}:[24]: the prompt is empty"):
+        load({"path": path}, dropping, prompts_per_step=6).train_prompts(0)
+
+
+class DroppingTokenizer:
+    """A tokenizer without an unknown token: it makes nothing of characters that it does not have."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __len__(self):
+        return len(self.tokenizer)
+
+    def encode(self, text, **keywords):
+        return self.tokenizer.encode("".join(filter(str.isascii, text)), **keywords)
+
+
+def test_rows_that_are_too_long_are_dropped_where_the_recipe_says_so(tmp_path):
+    rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (8, 11, 30, 9, 10, 7)]
+    data = {"path": write_rows(tmp_path / "rows.jsonl", rows), "max_prompt_length": 10, "too_long": "drop"}
+    task = load(data)
+    assert task.train.ids == [0, 3, 4, 5]
+    (note,) = checked(make_tokenizer(), data, task=True)
+    assert note == "data: 2 of 6 rows to train on are longer than data.max_prompt_length and are left out"
+    short, data["max_prompt_length"] = {"max_completion_length": 9}, 50
+    answers = load(data, stage="sft", rollout=short, prompts_per_step=2)
+    assert answers.train.ids == [0, 5]  # EOS counts
+    with pytest.raises(UserError, match="a step of 3 different prompts needs more than the 2 rows"):
+        load(data, stage="sft", rollout=short, prompts_per_step=3)
+
+
+CLOCK = CHAT + "{% if messages[0].content != 'b' %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+
+
+def test_a_chat_template_that_asks_the_clock_is_told_the_recipes_date(rows_file):
+    """So a run that is resumed tomorrow has the prompts of today."""
+    tokenizer = make_tokenizer(chat=CLOCK, eos="<|end|>")
+    data = {"path": rows_file, "template": "chat", "chat_template_date": "2031-05-06 07:08"}
+    (warning,) = checked(tokenizer, data, task=True, model={"eos_token_id": 5})
+    assert "asks for today's date (%d %b %Y). It is told 2031-05-06 07:08 (data.chat_template_date)" in warning
+    assert load(data, tokenizer).train_prompts(0)[0].text.endswith("assistant :06 May 2031")
+    with pytest.raises(ValueError, match=r"expected a date as YYYY-MM-DD, got '6 May'"):
+        recipe(data | {"chat_template_date": "6 May"})
+
+
+def test_a_chat_template_that_draws_is_refused(rows_file):
+    tokenizer = make_tokenizer(chat=CHAT + "{{ range(99999) | random }}", eos="<|end|>")
+    with pytest.raises(UserError, match="shows the same conversation differently each time"):
+        checked(tokenizer, {"path": rows_file, "template": "chat"}, model={"eos_token_id": 5})
+
+
+LOOP = (
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("too_long", ["error", "drop"])
+def test_a_chat_template_that_loops_for_ever_is_given_up(tmp_path, monkeypatch, too_long):
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": text} for text in ("a", "loop", "loop", "loop")])
+    data = {"path": path, "template": "chat", "too_long": too_long}
+    always = make_tokenizer(chat=LOOP + CHAT, eos="<|end|>")
+    with pytest.raises(UserError, match=r"chat template does not end \(given up after 0.2 s\)"):
+        checked(always, data, task=True, model={"eos_token_id": 5})
+    for_some = make_tokenizer(
+        chat="{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}" + CHAT, eos="<|end|>"
+    )
+    with pytest.raises(UserError, match=r"rows.jsonl:2: .*does not end") as refused:
+        checked(for_some, data, task=True, model={"eos_token_id": 5})
+    assert str(refused.value).count("does not end") == 1  # one is enough
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_an_empty_think_block_is_reported(rows_file):
+    data, model = {"path": rows_file, "template": "chat"}, {"eos_token_id": 5}
+    block = "<think>\n\n</think>\n\n"
+    thinks_for_it = make_tokenizer(
+        chat=CHAT.replace("<|start|>assistant :", f"<|start|>assistant :{block}"), eos="<|end|>"
+    )
+    (warning,) = checked(thinks_for_it, data, model=model)
+    assert "puts an empty think block before every answer" in warning
+    inner = CHAT.replace("{{ m.content }}", f"{{% if m.role == 'assistant' %}}{block}{{% endif %}}{{{{ m.content }}}}")
+    (warning,) = checked(make_tokenizer(chat=inner, eos="<|end|>"), data, model=model)
+    assert "shows an answer behind an empty think block" in warning

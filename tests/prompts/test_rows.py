@@ -223,7 +223,11 @@ def test_sound_rows_of_all_sorts_pass(tmp_path):
     ("name", "content", "said"),
     [
         ("rows.jsonl", b"", "no rows"),
-        ("rows.csv", b"a,b", "give a .jsonl or .parquet file"),
+        ("rows.txt", b"a,b", "give a .jsonl, .parquet or .csv file"),
+        ("rows.csv", b"prompt,answer\n", "no rows"),
+        ("rows.csv", b"prompt,prompt\na,b\n", "the first line names the columns; 'prompt' is empty or there twice"),
+        ("rows.csv", b'prompt\n"a', "not readable as CSV: line 2"),
+        ("rows.csv", b"prompt\na\xff", "not UTF-8"),
         ("rows.parquet", b"PAR1 and then nothing", "not a readable parquet file"),
     ],
 )
@@ -231,6 +235,34 @@ def test_a_file_without_rows_is_refused(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"data.path: .*{name}: {said}"):
         load({"path": str(tmp_path / name)})
+
+
+def test_csv_rows(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfprompt,answer,nums\r\n"how many, in\nall?",007,"[1, 2]"\r\nb,[3],[]\r\n\r\nc,,\r\nd,1.5,[4]\r\n'
+    )
+    task = load({"path": str(path), "shuffle": False}, prompts_per_step=4)
+    assert [dict(task.train.rows[i]) for i in range(4)] == [
+        {"prompt": "how many, in\nall?", "answer": "007", "nums": [1, 2]},
+        {"prompt": "b", "answer": "[3]", "nums": []},
+        {"prompt": "c", "answer": None, "nums": None},
+        {"prompt": "d", "answer": "1.5", "nums": [4]},
+    ]
+    path.write_text("prompt,answer\na,1\nb\n,3\n")
+    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:2: 1 values for 2 columns"):
+        load({"path": str(path)})
+    path.write_text("prompt,answer\na,1\nb,\n,3\n")
+    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:3: column 'prompt' is null"):
+        load({"path": str(path)})
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t", "\u3000", [], [{"role": "user", "content": " "}]])
+def test_a_blank_prompt_is_refused_by_row(tmp_path, prompt):
+    spoken = [{"role": "user", "content": "a"}] if isinstance(prompt, list) else "a"
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": spoken}, {"prompt": prompt}])
+    with pytest.raises(UserError, match=rf"1 of 2 rows .*\n  {path}:2: column 'prompt'"):
+        load({"path": path})
 
 
 def test_parquet_rows(tmp_path):

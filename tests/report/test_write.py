@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import random
 import re
+import shutil
 import struct
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
 from grpo.errors import UserError
-from grpo.report.page import COLUMNS, PROMPTS_A_KIND
+from grpo.report.page import COLUMNS, PROMPTS_A_KIND, _completion, _marked, _side_by_side
 from grpo.report.write import write_report, write_report_at_end
 from grpo.run.read import headline, read_run
 
@@ -285,3 +288,79 @@ def test_a_run_that_cannot_be_drawn_still_ends_well(tmp_path, monkeypatch, caplo
     write_report_at_end(run)
     assert "no report: the report needs matplotlib" in caplog.text
     assert not (run / "report.html").exists()
+
+
+def test_dollars_in_a_runs_name_are_no_formula(tmp_path):
+    folder = make_run(tmp_path / "costs_$5_and_$\\frac{", steps=4, every=2, tasks=2)
+    rows = (folder / "metrics.jsonl").read_text().replace("rewards/format/mean", "rewards/$a_{$/mean")
+    (folder / "metrics.jsonl").write_text(rows.replace("verdicts/countdown/wrong", "verdicts/countdown/$x^$"))
+    write_report(folder)
+    assert "costs_$5_and_$" in (folder / "report.html").read_text()
+
+
+def test_a_completion_of_tags_is_marked_in_one_pass():
+    start = perf_counter()
+    assert _completion("<answer>" * 100_000).count("<mark>") == 0
+    text = _completion("<answer>1</answer> <answer><answer>2</answer></answer><answer>")
+    assert text.count("<mark>") == text.count("</mark>") == 2
+    assert re.sub("<[^>]*>", "", text) == html.escape("<answer>1</answer> <answer><answer>2</answer></answer><answer>")
+    assert _marked("&lt;answer&gt;" * 200_000).startswith("&lt;answer&gt;")
+    assert perf_counter() - start < 2  # not in the square of them
+
+
+ODD = {
+    "metrics.jsonl": [
+        ('{"step": 1, "reward": "high"}', r"metrics.jsonl:1: reward is 'high', and not a number"),
+        ('{"step": 1, "eval/accuracy": [1]}', r"metrics.jsonl:1: eval/accuracy is \[1\], and not a number"),
+        ('{"step": true, "reward": 1}', r"metrics.jsonl:1: not a row of a run"),
+        ('{"step": 1, "reward": 1' + 400 * "0" + "}", "metrics.jsonl:1: reward is 1000"),
+        ("[" * 100_000 + "\n{}", "metrics.jsonl:1: not a line of JSON"),
+        ("\xff\xfe\n{}\n", "metrics.jsonl:1: not a"),
+    ],
+    "recipe.yaml": [
+        ("model: [", "recipe.yaml: not readable as YAML"),
+        ("- a\n- b\n", r"recipe.yaml: expected keys with values, got \['a', 'b'\]"),
+    ],
+    "environment.json": [
+        ("{", "environment.json: not readable as JSON"),
+        ("[1]", r"environment.json: expected keys with values, got \[1\]"),
+    ],
+    "rollouts/eval_000000.jsonl": [
+        ('{"step": 0, "prompt_id": []}', r"eval_000000.jsonl:1: prompt_id is \[\], which no run writes"),
+        ('{"step": 0, "reward": "x"}', r"eval_000000.jsonl:1: reward is 'x', which no run writes"),
+        ('{"step": 0, "rewards": {"a": "b"}}', r"eval_000000.jsonl:1: rewards is \{'a': 'b'\}, which"),
+        ('{"step": 0, "columns": 3}', "eval_000000.jsonl:1: columns is 3, which no run writes"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [(name, *case) for name, cases in ODD.items() for case in cases])
+def test_a_file_that_no_run_writes_is_named(small, name, content, said):
+    file = small / name
+    before = file.read_bytes()
+    try:
+        file.write_bytes(content.encode("latin-1"))
+        with pytest.raises(UserError, match=said):
+            _side_by_side(read_run(small))
+    finally:
+        file.write_bytes(before)
+
+
+def test_settings_and_facts_of_odd_types_are_left_out(small):
+    (small / "recipe.yaml").write_text("tracking: {run_name: 7}\ntraining: {max_steps: many, seed: []}\nrollout: [1]\n")
+    (small / "environment.json").write_text('{"cpu": 1, "gpus": [2], "packages": [3], "source": "x"}')
+    (small / "rollouts/eval_last.jsonl").write_text("no row")
+    write_report(small)
+    assert "<h1>7</h1>" in (small / "report.html").read_text()
+    for name in ("metrics.jsonl", "rollouts/eval_000000.jsonl"):
+        (small / name).unlink()
+        (small / name).mkdir()
+        with pytest.raises(UserError, match="cannot be read: Is a directory"):
+            write_report(small)
+        shutil.rmtree(small / name)
+        write_jsonl(small / name, [{"step": 0, "loss": 1.0}])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("small") / "run", steps=2, every=1, tasks=2)

@@ -65,7 +65,7 @@ def test_what_a_function_sees_and_says():
         s.score([g], step=7)
     assert g.rewards == [0.5, 0.5]
     assert g.extra_columns == {"seen": ["p|a|[1]|stop|<think>|[]", "p|bb|[2]|length|<think>|[1, 2]"]}
-    assert g.extra_metrics == {"step_seen": [107.0]}
+    assert {name.split("/logged/")[1]: values for name, values in g.extra_metrics.items()} == {"step_seen": [107.0]}
     assert g.verdicts == {"sees": {"fine": 2}}
     assert g.prompt.columns == {"nums": [1, 2]}
 

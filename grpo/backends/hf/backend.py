@@ -38,6 +38,7 @@ from grpo.model.device_memory import total_memory
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.memory_budget import CACHE_SHARE, KEPT_SHARE
 from grpo.model.policy import Policy
+from grpo.prompts.completion_text import CompletionText
 from grpo.types import Completion, Status, VersionSpan
 
 log = logging.getLogger("grpo")
@@ -101,6 +102,7 @@ class HFBackend:
     def __init__(self, policy: Policy, *, max_batch_size: int, kv_cache_gb: float | None = None):
         self.tokenizer = policy.tokenizer
         self.stop_token_ids = frozenset(policy.stop_token_ids)
+        self.completion_text = CompletionText(policy.tokenizer, policy.stop_token_ids)
         self.stop_strings: dict[tuple[str, ...], StopStrings] = {}
         self.max_batch_size = max_batch_size
         self.device = policy.device
@@ -279,11 +281,10 @@ class HFBackend:
         return token_ids[-1] in self.stop_token_ids or stop.ends(token_ids)
 
     def _completion(self, sequence: SampledSequence) -> Completion:
-        text = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
         return Completion(
             token_ids=sequence.tokens,
             sampler_logprobs=sequence.logprobs,
             status=Status.STOP if sequence.stopped else Status.LENGTH,
-            text=str(text),  # a list of texts only where a list of sequences is decoded
+            text=self.completion_text.of(sequence.tokens),
             versions=[VersionSpan(0, len(sequence.tokens), self.version)],
         )

@@ -29,6 +29,7 @@ from grpo.config import Recipe
 from grpo.errors import BackendFailed, RunError, UserError
 from grpo.model.devices import DTYPES
 from grpo.model.policy import Policy
+from grpo.prompts.completion_text import CompletionText
 from grpo.types import Completion, Status, TrainedSequence, VersionSpan
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class VLLMBackend:
     def __init__(self, policy: Policy, recipe: Recipe):
         rollout = self.rollout = recipe.rollout
         self.policy, self.version = policy, -1
+        self.completion_text = CompletionText(policy.tokenizer, policy.stop_token_ids)
         self.rank = policy.accelerator.process_index
         self.dtype = DTYPES[rollout.vllm_dtype or recipe.model.dtype]
         self.adapters = recipe.sends_adapters()
@@ -190,7 +192,7 @@ class VLLMBackend:
             token_ids=token_ids,
             sampler_logprobs=[0.0] * len(token_ids) if flight.sampling.temperature == 0 else logprobs,
             status=Status.STOP if answer["finish_reason"] == "stop" else Status.LENGTH,
-            text=str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=True)),
+            text=self.completion_text.of(token_ids),
             versions=spans,
         )
 

@@ -59,6 +59,43 @@ def test_a_completion_ends_where_decoding_every_token_would_end_it(kind: str, da
     assert where_it_ends(tokenizer, token_ids, seldom) == where_it_ends(tokenizer, token_ids, always)
 
 
+MANY_BYTES = ["答案完毕", "👍🏽👩‍🔬", "конец", "\u0301e\u0301"]
+
+
+def unmerged(kind: str, text: str) -> list[int]:
+    """The text's bytes as a token each: what a tokenizer makes of characters that it was not trained on."""
+    tokenizer = KINDS[kind]
+    if kind == "metaspace":
+        return [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
+    return tokenizer.convert_tokens_to_ids(list(byte_characters(text)))
+
+
+def byte_characters(text: str) -> str:
+    """The characters by which byte-level tokenizers write a text's bytes."""
+    return "".join(piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("string", MANY_BYTES)
+@pytest.mark.parametrize("before", ["", "好", "a好好好好好好", "ж好👍"])
+def test_a_stop_string_of_several_bytes_a_character_is_found(kind: str, string: str, before: str) -> None:
+    tokenizer = KINDS[kind]
+    token_ids = unmerged(kind, before + string + "。还有")
+    end = len(unmerged(kind, before + string))
+    assert string in tokenizer.decode(token_ids[:end])
+    assert where_it_ends(tokenizer, token_ids, StopStrings(tokenizer, [string])) == end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_without_a_text_hide_no_stop_string(kind: str) -> None:
+    """A model has more ids than its tokenizer, and a new one samples them."""
+    tokenizer = KINDS[kind]
+    empty = tokenizer.vocab_size + 7
+    token_ids = [token for one in unmerged(kind, "完毕</answer> x") for token in [one, *[empty] * 20]]
+    end = where_it_ends(tokenizer, token_ids, StopStrings(tokenizer, ["毕</answer>"]))
+    assert end == 21 * (len(unmerged(kind, "完毕</answer>")) - 1) + 1
+
+
 def test_most_tokens_are_not_decoded() -> None:
     tokenizer = KINDS["byte level"]
     stop = StopStrings(tokenizer, ["</answer>"])
