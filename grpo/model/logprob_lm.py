@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.model.logprobs import token_statistics
 from grpo.model.truncation import Truncation
 from grpo.types import Batch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+SHORT, LONG = 8, 80  # tokens of the rows that are compared at start
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types without a recurrent state
 
 
@@ -29,10 +30,29 @@ class LogprobLM(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self._no_split_modules = getattr(causal_lm, "_no_split_modules", None)  # FSDP's unit of sharding
+        self.head_name = self._part_with(causal_lm.get_output_embeddings())
+        base = causal_lm.base_model
+        own = base is not causal_lm  # else the class's base_model_prefix names no part of it (Llama 4's text model)
+        self.body_name = causal_lm.base_model_prefix if own else self._part_with(causal_lm.get_input_embeddings())
 
     @property
     def config(self) -> Any:
         return self.causal_lm.config
+
+    @property
+    def body(self) -> Any:
+        """The module that turns tokens into hidden states."""
+        return getattr(self.causal_lm, self.body_name) if self.body_name else self.causal_lm
+
+    @property
+    def head_module(self) -> Any:
+        """The module that turns hidden states into logits; BERT's has layers of its own before the matrix."""
+        return getattr(self.causal_lm, self.head_name) if self.head_name else self.causal_lm
+
+    def _part_with(self, module: nn.Module | None) -> str | None:
+        """The name of the causal LM's direct part that is or holds ``module``."""
+        parts = self.causal_lm.named_children()
+        return next((name for name, part in parts if any(m is module for m in part.modules())), None)
 
     @property
     def vocab_size(self) -> int:
@@ -50,7 +70,7 @@ class LogprobLM(nn.Module):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, as the model's own forward makes them (scaling and soft-capping included)."""
         config = self.config.get_text_config(decoder=True)
-        logits = self.causal_lm.get_output_embeddings()(hidden)
+        logits = self.head_module(hidden)
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
         if scale := getattr(config, "logits_scaling", None):  # Granite
@@ -76,7 +96,7 @@ class LogprobLM(nn.Module):
             self.head,
             vocab_size=self.vocab_size,
             temperature=temperature,
-            parameters=self.causal_lm.get_output_embeddings().parameters(),
+            parameters=self.head_module.parameters(),
             entropy_gradient=entropy_gradient,
             truncation=truncation,
         )
@@ -92,20 +112,65 @@ class LogprobLM(nn.Module):
         if batch.layout is not None:
             rows |= {"layout": batch.layout, "position_ids": batch.layout.position_ids_1N}
             rows["attention_mask"] = self.no_mask(batch.input_ids_RN.device)
-        return self.causal_lm.base_model(**rows).last_hidden_state
+        return self.body(**rows).last_hidden_state
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Refuse a model whose logits ``head`` does not reproduce, by comparing them on a few tokens."""
+        """Refuse a model whose logits ``head`` does not reproduce, by comparing them on a few tokens.
+
+        Raises:
+            UserError: the model is not a causal LM as ``forward`` expects one.
+            RunError: only its logits are made in another way.
+        """
         was_training = self.training
         self.eval()
-        device = next(self.causal_lm.parameters()).device
-        ids_BT = torch.arange(4, device=device)[None] % self.vocab_size
-        expected = self.causal_lm(input_ids=ids_BT, use_cache=False).logits.float()
-        ours = self.head(self.causal_lm.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state).float()
-        self.train(was_training)
+        try:
+            ours, expected = self._logits_of(SHORT)
+        finally:
+            self.train(was_training)
         if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-2):
             raise RunError(
                 f"{type(self.causal_lm).__name__} turns hidden states into logits in a way that "
-                "logprob_lm.LogprobLM.head does not know; add it there"
+                "logprob_lm.LogprobLM.head does not know; add it there, or take another model"
             )
+
+    @torch.no_grad()
+    def check_rows(self, beyond: int, longest: int) -> None:
+        """Refuse a model whose log-probability of a token depends on what comes after it, or on how long its row is.
+        Rows are padded on the right, and tokens are drawn one after the other. ``beyond``: a row length that passes the
+        model's windows and rope borders. ``longest``: of the recipe's rows.
+
+        Raises:
+            UserError: it does.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            alone, _ = self._logits_of(SHORT)
+            positions = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None) or LONG
+            whole, _ = self._logits_of(max(SHORT, beyond, min(LONG, longest, positions)))
+        finally:
+            self.train(was_training)
+        moved = float((whole[:, :SHORT] - alone).abs().max())
+        if not moved <= 1e-3 * max(1.0, float(alone.max() - alone.min())):
+            raise UserError(
+                f"model.name: {type(self.causal_lm).__name__} gives a token other logits (by up to {moved:.2g}) when "
+                "more tokens follow it, so it can't be trained on what it samples; an encoder must be loaded as a "
+                "decoder (is_decoder: true in its config.json), or take another model"
+            )
+
+    def _logits_of(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (1,tokens,V) by body and head, and the model's own, of made-up tokens. Raises UserError."""
+        name, device = type(self.causal_lm).__name__, next(self.causal_lm.parameters()).device
+        ids_1T = (torch.arange(tokens, device=device)[None] * 7 + 3) % self.vocab_size
+        try:
+            expected = self.causal_lm(input_ids=ids_1T, use_cache=False).logits.float()
+            ours = self.head(self.body(input_ids=ids_1T, use_cache=False).last_hidden_state).float()
+        except Exception as error:  # a model may raise anything where it is not what is expected here
+            line = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"model.name: {name} can't be trained: token ids alone must give logits, and its body "
+                f"({type(self.body).__name__}) last_hidden_state, but it fails ({type(error).__name__}: {line}). Take "
+                "a text model (a class that ends in ForCausalLM), or the text part of this one"
+            ) from error
+        return ours, expected

@@ -71,8 +71,13 @@ class Policy:
         self.needs_reference = needs_reference
 
         weights = self.compute_dtype if self.is_lora else self.weights_dtype
-        self.model, self.peft_model, self.packed = start(recipe, accelerator, weights, self.compute_dtype)
+        self.model, self.peft_model, self.packed, self.saved_config = start(
+            recipe, accelerator, weights, self.compute_dtype
+        )
         self.causal_lm = self.model.causal_lm
+        self.longest_sequence = recipe.longest_sequence()
+        pad = tokenizer.pad_token_id  # what pads counts nowhere, but must have an embedding
+        self.pad_token_id = pad if pad is not None and 0 <= pad < self.model.vocab_size else 0
         optimizer = make_optimizer(self.model, recipe.optimizer, sharded=self.sharded)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
@@ -82,7 +87,7 @@ class Policy:
 
     def collate(self, micro_batch: list[TrainedSequence]) -> Batch:
         """The tensors that ``logprobs`` takes, on this process's device."""
-        return collate(micro_batch, pad_token_id=self.tokenizer.pad_token_id, device=self.device, packed=self.packed)
+        return collate(micro_batch, pad_token_id=self.pad_token_id, device=self.device, packed=self.packed)
 
     @torch.no_grad()
     def _frozen_reference(self, recipe: Recipe) -> LogprobLM:
@@ -280,7 +285,7 @@ class Policy:
                 state[name] = tensor.cpu()
         adapter = self.adapter_state() if self.peft_model is not None else None
         if main:
-            twin = shell(self.causal_lm.config, self.compute_dtype, self.trust_remote_code)
+            twin = shell(self.saved_config, self.compute_dtype, self.trust_remote_code)
             twin.load_state_dict(state, assign=True)
             twin.tie_weights()
             twin.generation_config = self.causal_lm.generation_config

@@ -7,6 +7,7 @@ memory. The first process then sends what it read, tensor by tensor.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,8 @@ from accelerate import Accelerator
 from grpo import kernels
 from grpo.config import Recipe
 from grpo.errors import RunError, UserError
+from grpo.model.borders import check_rope, past_borders
+from grpo.model.dropout import check_repeats, turn_off_dropout
 from grpo.model.first_process import on_main
 from grpo.model.loading import attention_keyword, load_configs, load_quantized, load_weights
 from grpo.model.logprob_lm import LogprobLM
@@ -26,7 +29,7 @@ from grpo.model.placing import fill, is_sharded, match, materialize, shard, shel
 from grpo.randomness import Stream, key
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger("grpo")
 
@@ -37,20 +40,23 @@ class Started(NamedTuple):
     logprob_lm: LogprobLM
     peft_model: Any  # with LoRA: peft's model around the same transformers model
     packed: bool  # whether it computes packed rows
+    config: PreTrainedConfig  # as it was read, its dropout included
 
 
 class Equipped(NamedTuple):
     causal_lm: PreTrainedModel
     peft_model: Any
     cannot_pack: str | None
+    config: PreTrainedConfig  # as it was read
 
 
 def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, compute_dtype: torch.dtype) -> Started:
     """The model of ``recipe``, its trained weights in ``weights``. Called by all processes.
 
     Raises:
-        UserError: the model can't be loaded.
-        RunError: it makes logits in a way that is not known, or processes differ in what they can compute.
+        UserError: the model can't be loaded, or is not one that can be trained.
+        RunError: it makes logits in a way that is not known, computes otherwise in training, or processes differ in
+            what they can compute.
     """
     device, sharded = accelerator.device, is_sharded(accelerator)
     if recipe.model.load_in_4bit and sharded:
@@ -67,8 +73,13 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
         read.append(_equip(load_weights(recipe.model, dtype), recipe, device, sharded, says=True))
         logprob_lm = LogprobLM(read[0].causal_lm)
         with in_float32(logprob_lm):
+            longest = recipe.longest_sequence()
+            check_rope(logprob_lm.causal_lm, longest)
             logprob_lm.check_head()
-        return read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype)
+            logprob_lm.check_rows(past_borders(logprob_lm.config, longest), longest)
+            if recipe.model.disable_dropout:
+                check_repeats(logprob_lm)
+        return read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype, longest)
 
     why = on_main(accelerator, read_and_check)
     if accelerator.is_main_process:
@@ -81,9 +92,9 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
     if recipe.model.load_in_4bit:  # how a model packs was found without quantizing it
         read.clear()
         mine = _quantized(recipe, device, compute_dtype)
-        return Started(LogprobLM(mine.causal_lm).train(), mine.peft_model, why is None)
+        return Started(LogprobLM(mine.causal_lm).train(), mine.peft_model, why is None, mine.config)
     if as_read:
-        return Started(LogprobLM(read[0].causal_lm).train(), read[0].peft_model, why is None)
+        return Started(LogprobLM(read[0].causal_lm).train(), read[0].peft_model, why is None, read[0].config)
     mine = _equip(_shell(recipe, weights), recipe, device, sharded, says=False)
     if why is None and mine.cannot_pack:
         rank = accelerator.process_index
@@ -97,7 +108,7 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
     fill(logprob_lm, source, several=accelerator.num_processes > 1)
     del source
     gc.collect()  # patched modules refer to themselves, so what was read would stay
-    return Started(logprob_lm, mine.peft_model, why is None)
+    return Started(logprob_lm, mine.peft_model, why is None, mine.config)
 
 
 def _quantized(recipe: Recipe, device: torch.device, compute_dtype: torch.dtype) -> Equipped:
@@ -117,6 +128,9 @@ def _shell(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
 def _equip(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sharded: bool, *, says: bool) -> Equipped:
     """Give a model adapters and fast passes, and learn why it can't compute packed rows, if so. The log tells of the
     passes if ``says``."""
+    config = copy.deepcopy(causal_lm.config)
+    if recipe.model.disable_dropout:
+        turn_off_dropout(causal_lm)
     torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
     peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
     if recipe.model.gradient_checkpointing:
@@ -124,4 +138,4 @@ def _equip(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sha
     cannot_pack = kernels.install(
         causal_lm, device, trains=True, alone=not sharded, wanted=recipe.model.kernels, says=says
     )
-    return Equipped(causal_lm, peft_model, cannot_pack)
+    return Equipped(causal_lm, peft_model, cannot_pack, config)

@@ -1,0 +1,79 @@
+"""What is random in a model's training passes: turned off, so that the policy that learns is the one that samples.
+
+Dropout of every kind, layers left out (``layerdrop``) and noise on a router's logits make one row two different
+log-probabilities in two passes. Ratios of one would be clipped, and a policy would be some KL away from itself. LoRA's
+own dropout (``model.lora.lora_dropout``) is added later and stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from grpo.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from grpo.model.logprob_lm import LogprobLM
+
+TOKENS = 24
+TOLERANCE = 1e-3  # of the largest hidden state
+WORDS = ("drop", "jitter")  # of the names that transformers gives to such rates
+
+
+def turn_off_dropout(causal_lm: PreTrainedModel) -> None:
+    """Set every rate of the model to 0: of its modules, and of its configuration, which some ask in each pass."""
+    for module in causal_lm.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        _zero_rates(module)
+    for config in _configs(causal_lm):
+        _zero_rates(config)
+
+
+def _configs(causal_lm: nn.Module) -> Iterator[Any]:
+    """The configurations that the model's modules hold, each once."""
+    seen: set[int] = set()
+    for module in causal_lm.modules():
+        config = getattr(module, "config", None)
+        if config is not None and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+
+
+def _zero_rates(owner: Any) -> None:
+    for name, value in list(vars(owner).items()):
+        is_rate = isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1
+        if is_rate and any(word in name.lower() for word in WORDS):
+            setattr(owner, name, 0.0)
+
+
+@torch.no_grad()
+def check_repeats(logprob_lm: LogprobLM) -> None:
+    """Refuse a model whose passes in training mode are still others than those it samples by.
+
+    Raises:
+        RunError: they are, or two of them differ.
+    """
+    was_training, tokens = logprob_lm.training, torch.arange(TOKENS)[None] % logprob_lm.vocab_size
+    ids_BT = tokens.to(next(logprob_lm.parameters()).device)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            sampled = logprob_lm.eval().body(input_ids=ids_BT, use_cache=False).last_hidden_state
+            logprob_lm.train()
+            trained = [logprob_lm.body(input_ids=ids_BT, use_cache=False).last_hidden_state for _ in range(2)]
+    finally:
+        logprob_lm.train(was_training)
+    off = max(float((hidden - sampled).abs().max()) for hidden in trained)
+    if not off <= TOLERANCE * float(sampled.abs().max()):
+        raise RunError(
+            f"{type(logprob_lm.causal_lm).__name__} computes other hidden states in training mode than it samples by "
+            f"(they differ by up to {off:.2g}), with all dropout off that its configuration names: the policy would "
+            "differ from itself. Set to 0 in its config.json what is random, or model.disable_dropout: false to train "
+            "all the same"
+        )
