@@ -8,6 +8,7 @@ own dropout (``model.lora.lora_dropout``) is added later and stays.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,17 +24,27 @@ if TYPE_CHECKING:
 
 TOKENS = 24
 TOLERANCE = 1e-3  # of the largest hidden state
-WORDS = ("drop", "jitter")  # of the names that transformers gives to such rates
+RATE, NOISE = "drop", "jitter"  # in the names that transformers gives to them
 
 
 def turn_off_dropout(causal_lm: PreTrainedModel) -> None:
-    """Set every rate of the model to 0: of its modules, and of its configuration, which some ask in each pass."""
-    for module in causal_lm.modules():
+    """Set every rate of the model to 0: of its modules, and of its configuration, which some ask in each pass. A router
+    with noise computes in training as it does in sampling instead: to some, the noise's size is a threshold too."""
+    for module in list(causal_lm.modules()):
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         _zero_rates(module)
+        if any(NOISE in name for name in vars(module)):
+            module.training = False
+            module.train = MethodType(_train_but_for_itself, module)  # type: ignore[method-assign]
     for config in _configs(causal_lm):
         _zero_rates(config)
+
+
+def _train_but_for_itself(self: nn.Module, mode: bool = True) -> nn.Module:
+    nn.Module.train(self, mode)
+    self.training = False
+    return self
 
 
 def _configs(causal_lm: nn.Module) -> Iterator[Any]:
@@ -49,7 +60,7 @@ def _configs(causal_lm: nn.Module) -> Iterator[Any]:
 def _zero_rates(owner: Any) -> None:
     for name, value in list(vars(owner).items()):
         is_rate = isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1
-        if is_rate and any(word in name.lower() for word in WORDS):
+        if is_rate and RATE in name.lower():
             setattr(owner, name, 0.0)
 
 

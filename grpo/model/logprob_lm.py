@@ -75,8 +75,11 @@ class LogprobLM(nn.Module):
             logits = logits * scale
         if scale := getattr(config, "logits_scaling", None):  # Granite
             logits = logits / scale
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-            logits = cap * torch.tanh(logits / cap)
+        if scale := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+            logits = logits * scale
+        for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma, Griffin, xLSTM
+            if cap := getattr(config, name, None):
+                logits = cap * torch.tanh(logits / cap)
         return logits
 
     def forward(
@@ -128,7 +131,7 @@ class LogprobLM(nn.Module):
             ours, expected = self._logits_of(SHORT)
         finally:
             self.train(was_training)
-        if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-2):
+        if not (ours.shape == expected.shape and torch.allclose(ours, expected, rtol=1e-3, atol=1e-4)):
             raise RunError(
                 f"{type(self.causal_lm).__name__} turns hidden states into logits in a way that "
                 "logprob_lm.LogprobLM.head does not know; add it there, or take another model"

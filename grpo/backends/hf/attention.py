@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from grpo.backends.hf import flash
 from grpo.backends.hf.kv_cache import DecodeCache, Layer
 from grpo.backends.hf.step import PromptGroups, Step
-from grpo.errors import UserError
+from grpo.errors import RunError, UserError
 
 log = logging.getLogger("grpo")
 
@@ -92,7 +92,9 @@ def _attention(
         return _own(routed, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     layer, step = routed.cache.append(index, key, value), routed.cache.step
     assert step is not None
-    special = _chunk_of(module) or any(kwargs.get(name) for name in SPECIAL)
+    if attention_mask is not None and attention_mask.numel():
+        raise RunError(f"{type(module).__name__} makes masks of its own")
+    special = _chunk_of(module) or any(kwargs.get(name) is not None for name in SPECIAL)
     if routed.implementation in PLAIN and not special:
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         return decode_attention(query[:, :, 0], layer, step, scale)[:, None], None

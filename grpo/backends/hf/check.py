@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -65,7 +67,7 @@ def check_decoding(
     ids = made_up_ids(model, device, lengths)
     cache = DecodeCache(replace(ROOM, prompt_tokens=max(lengths)), device)
     difference, size = 0.0, 0.0
-    with decoding_into(model.causal_lm, cache):
+    with decoding_into(model.causal_lm, cache), known_failures(model):
         _prefill(model, cache, ids, lengths)
         decoded = [step(_tokens_at(ids, t, lengths), cache).clone() for t in range(STEPS)]
     for place in range(len(PROMPT_OF)):
@@ -81,6 +83,18 @@ def check_decoding(
             f"(by {difference:.3g}; they range over {size:.3g}), so its layers do something the backend does "
             "not know; use rollout.backend: vllm"
         )
+
+
+@contextmanager
+def known_failures(model: LogprobLM) -> Iterator[None]:
+    """A model may raise anything where it is not decoded as it expects; the message says what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise RunError(
+            f"{type(model.causal_lm).__name__} can't be decoded by the hf backend ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}); use rollout.backend: vllm"
+        ) from error
 
 
 @torch.no_grad()

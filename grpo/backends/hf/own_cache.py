@@ -139,7 +139,8 @@ def check_own_cache(model: LogprobLM, device: torch.device, beyond: int = 0, lon
             found = max(found, float((logits_BV - expected_BV).abs().max()))
         return found
 
-    alone, together = max(off([place]) for place in range(len(prompts))), off(list(range(len(prompts))))
+    with check.known_failures(model):
+        alone, together = max(off([place]) for place in range(len(prompts))), off(list(range(len(prompts))))
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else model.causal_lm.dtype
     if not alone <= check.TOLERANCE.get(dtype, 0.05) * max(size, 1e-3):
         raise RunError(
