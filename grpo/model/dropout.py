@@ -7,6 +7,7 @@ own dropout (``model.lora.lora_dropout``) is added later and stays.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from grpo.errors import RunError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from grpo.model.logprob_lm import LogprobLM
 
@@ -30,6 +31,7 @@ RATE, NOISE = "drop", "jitter"  # in the names that transformers gives to them
 def turn_off_dropout(causal_lm: PreTrainedModel) -> None:
     """Set every rate of the model to 0: of its modules, and of its configuration, which some ask in each pass. A router
     with noise computes in training as it does in sampling instead: to some, the noise's size is a threshold too."""
+    causal_lm._config_as_read = copy.deepcopy(causal_lm.config)
     for module in list(causal_lm.modules()):
         if isinstance(module, _DropoutNd):
             module.p = 0.0
@@ -39,6 +41,11 @@ def turn_off_dropout(causal_lm: PreTrainedModel) -> None:
             module.train = MethodType(_train_but_for_itself, module)  # type: ignore[method-assign]
     for config in _configs(causal_lm):
         _zero_rates(config)
+
+
+def config_as_read(causal_lm: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration with the rates that were turned off, as an exported model keeps them."""
+    return getattr(causal_lm, "_config_as_read", causal_lm.config)
 
 
 def _train_but_for_itself(self: nn.Module, mode: bool = True) -> nn.Module:

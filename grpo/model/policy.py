@@ -17,6 +17,7 @@ from grpo import kernels
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.model.devices import compute_dtype
+from grpo.model.dropout import config_as_read
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import base_of, deltas_of, without_adapters
 from grpo.model.moments import from_saved, load_moments, optimized
@@ -71,9 +72,7 @@ class Policy:
         self.needs_reference = needs_reference
 
         weights = self.compute_dtype if self.is_lora else self.weights_dtype
-        self.model, self.peft_model, self.packed, self.saved_config = start(
-            recipe, accelerator, weights, self.compute_dtype
-        )
+        self.model, self.peft_model, self.packed = start(recipe, accelerator, weights, self.compute_dtype)
         self.causal_lm = self.model.causal_lm
         self.longest_sequence = recipe.longest_sequence()
         pad = tokenizer.pad_token_id  # what pads counts nowhere, but must have an embedding
@@ -285,7 +284,7 @@ class Policy:
                 state[name] = tensor.cpu()
         adapter = self.adapter_state() if self.peft_model is not None else None
         if main:
-            twin = shell(self.saved_config, self.compute_dtype, self.trust_remote_code)
+            twin = shell(config_as_read(self.causal_lm), self.compute_dtype, self.trust_remote_code)
             twin.load_state_dict(state, assign=True)
             twin.tie_weights()
             twin.generation_config = self.causal_lm.generation_config

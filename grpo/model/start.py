@@ -7,7 +7,6 @@ memory. The first process then sends what it read, tensor by tensor.
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +28,7 @@ from grpo.model.placing import fill, is_sharded, match, materialize, shard, shel
 from grpo.randomness import Stream, key
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("grpo")
 
@@ -40,14 +39,12 @@ class Started(NamedTuple):
     logprob_lm: LogprobLM
     peft_model: Any  # with LoRA: peft's model around the same transformers model
     packed: bool  # whether it computes packed rows
-    config: PreTrainedConfig  # as it was read, its dropout included
 
 
 class Equipped(NamedTuple):
     causal_lm: PreTrainedModel
     peft_model: Any
     cannot_pack: str | None
-    config: PreTrainedConfig  # as it was read
 
 
 def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, compute_dtype: torch.dtype) -> Started:
@@ -92,9 +89,9 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
     if recipe.model.load_in_4bit:  # how a model packs was found without quantizing it
         read.clear()
         mine = _quantized(recipe, device, compute_dtype)
-        return Started(LogprobLM(mine.causal_lm).train(), mine.peft_model, why is None, mine.config)
+        return Started(LogprobLM(mine.causal_lm).train(), mine.peft_model, why is None)
     if as_read:
-        return Started(LogprobLM(read[0].causal_lm).train(), read[0].peft_model, why is None, read[0].config)
+        return Started(LogprobLM(read[0].causal_lm).train(), read[0].peft_model, why is None)
     mine = _equip(_shell(recipe, weights), recipe, device, sharded, says=False)
     if why is None and mine.cannot_pack:
         rank = accelerator.process_index
@@ -108,7 +105,7 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
     fill(logprob_lm, source, several=accelerator.num_processes > 1)
     del source
     gc.collect()  # patched modules refer to themselves, so what was read would stay
-    return Started(logprob_lm, mine.peft_model, why is None, mine.config)
+    return Started(logprob_lm, mine.peft_model, why is None)
 
 
 def _quantized(recipe: Recipe, device: torch.device, compute_dtype: torch.dtype) -> Equipped:
@@ -128,7 +125,6 @@ def _shell(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
 def _equip(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sharded: bool, *, says: bool) -> Equipped:
     """Give a model adapters and fast passes, and learn why it can't compute packed rows, if so. The log tells of the
     passes if ``says``."""
-    config = copy.deepcopy(causal_lm.config)
     if recipe.model.disable_dropout:
         turn_off_dropout(causal_lm)
     torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
@@ -138,4 +134,4 @@ def _equip(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, sha
     cannot_pack = kernels.install(
         causal_lm, device, trains=True, alone=not sharded, wanted=recipe.model.kernels, says=says
     )
-    return Equipped(causal_lm, peft_model, cannot_pack, config)
+    return Equipped(causal_lm, peft_model, cannot_pack)
