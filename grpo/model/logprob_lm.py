@@ -118,62 +118,48 @@ class LogprobLM(nn.Module):
         return self.body(**rows).last_hidden_state
 
     @torch.no_grad()
-    def check_head(self) -> None:
-        """Refuse a model whose logits ``head`` does not reproduce, by comparing them on a few tokens.
+    def check(self, beyond: int = 0, longest: int = LONG) -> None:
+        """Refuse a model that is not computed as it computes itself, by a few made-up tokens. ``longest``: of the
+        recipe's rows. ``beyond``: a row length that passes the model's windows and rope borders.
 
         Raises:
-            UserError: the model is not a causal LM as ``forward`` expects one.
-            RunError: only its logits are made in another way.
+            UserError: the model is not a causal LM as ``forward`` expects one, or its logits of a token depend on what
+                comes after it, or on how long its row is: rows are padded on the right, and tokens drawn one by one.
+            RunError: only its logits are made in a way that ``head`` does not know.
         """
-        was_training = self.training
+        name, was_training = type(self.causal_lm).__name__, self.training
+        positions = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None) or LONG
         self.eval()
         try:
-            ours, expected = self._logits_of(SHORT)
+            expected_1TV, ours_1TV = self._logits(max(SHORT, beyond, min(LONG, longest, positions)))
+            _, alone_1SV = self._logits(SHORT, own=False)
         finally:
             self.train(was_training)
-        if not (ours.shape == expected.shape and torch.allclose(ours, expected, rtol=1e-3, atol=1e-4)):
+        if not (ours_1TV.shape == expected_1TV.shape and torch.allclose(ours_1TV, expected_1TV, rtol=1e-3, atol=1e-4)):
             raise RunError(
-                f"{type(self.causal_lm).__name__} turns hidden states into logits in a way that "
-                "logprob_lm.LogprobLM.head does not know; add it there, or take another model"
+                f"{name} turns hidden states into logits in a way that logprob_lm.LogprobLM.head does not know; add it "
+                "there, or take another model"
             )
-
-    @torch.no_grad()
-    def check_rows(self, beyond: int, longest: int) -> None:
-        """Refuse a model whose log-probability of a token depends on what comes after it, or on how long its row is.
-        Rows are padded on the right, and tokens are drawn one after the other. ``beyond``: a row length that passes the
-        model's windows and rope borders. ``longest``: of the recipe's rows.
-
-        Raises:
-            UserError: it does.
-        """
-        was_training = self.training
-        self.eval()
-        try:
-            alone, _ = self._logits_of(SHORT)
-            positions = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None) or LONG
-            whole, _ = self._logits_of(max(SHORT, beyond, min(LONG, longest, positions)))
-        finally:
-            self.train(was_training)
-        moved = float((whole[:, :SHORT] - alone).abs().max())
-        if not moved <= 1e-3 * max(1.0, float(alone.max() - alone.min())):
+        moved = float((ours_1TV[:, :SHORT] - alone_1SV).abs().max())
+        if not moved <= 1e-3 * max(1.0, float(alone_1SV.max() - alone_1SV.min())):
             raise UserError(
-                f"model.name: {type(self.causal_lm).__name__} gives a token other logits (by up to {moved:.2g}) when "
-                "more tokens follow it, so it can't be trained on what it samples; an encoder must be loaded as a "
-                "decoder (is_decoder: true in its config.json), or take another model"
+                f"model.name: {name} gives a token other logits (by up to {moved:.2g}) when more tokens follow it, so it "
+                "can't be trained on what it samples; an encoder must be loaded as a decoder (is_decoder: true in its "
+                "config.json), or take another model"
             )
 
-    def _logits_of(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (1,tokens,V) by body and head, and the model's own, of made-up tokens. Raises UserError."""
-        name, device = type(self.causal_lm).__name__, next(self.causal_lm.parameters()).device
+    def _logits(self, tokens: int, own: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's own logits (1,tokens,V) of made-up tokens, if ``own``, and those by body and head."""
+        device = next(self.causal_lm.parameters()).device
         ids_1T = (torch.arange(tokens, device=device)[None] * 7 + 3) % self.vocab_size
         try:
-            expected = self.causal_lm(input_ids=ids_1T, use_cache=False).logits.float()
             ours = self.head(self.body(input_ids=ids_1T, use_cache=False).last_hidden_state).float()
+            return self.causal_lm(input_ids=ids_1T, use_cache=False).logits.float() if own else ours, ours
         except Exception as error:  # a model may raise anything where it is not what is expected here
-            line = (str(error).splitlines() or [""])[0]
+            adapted = ". Or its adapters do not fit (model.lora.target_modules)"
             raise UserError(
-                f"model.name: {name} can't be trained: token ids alone must give logits, and its body "
-                f"({type(self.body).__name__}) last_hidden_state, but it fails ({type(error).__name__}: {line}). Take "
-                "a text model (a class that ends in ForCausalLM), or the text part of this one"
+                f"model.name: {type(self.causal_lm).__name__} can't be trained: token ids alone must give logits, and "
+                f"its body ({type(self.body).__name__}) last_hidden_state, but it fails ({type(error).__name__}: "
+                f"{(str(error).splitlines() or [''])[0]}). Take a text model (a class that ends in ForCausalLM), or the "
+                f"text part of this one{adapted if hasattr(self.causal_lm, 'peft_config') else ''}"
             ) from error
-        return ours, expected

@@ -42,7 +42,7 @@ def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch
         return f"it has layers of {sorted(others)[0].replace('_', ' ')}"
     was_training = logprob_lm.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float32(logprob_lm), _all_cores(device):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float32(logprob_lm), all_cores(device):
             _check_model(logprob_lm)
             _check_beyond(logprob_lm, past_borders(logprob_lm.config, longest))
         if device.type != "cpu":
@@ -85,7 +85,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _all_cores(device: torch.device) -> Iterator[None]:
+def all_cores(device: torch.device) -> Iterator[None]:
     """Where the CPU works for an accelerator, all of its cores do: a launcher leaves each process one thread."""
     threads = torch.get_num_threads()
     if device.type != "cpu" and hasattr(os, "sched_getaffinity"):

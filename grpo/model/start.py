@@ -23,7 +23,7 @@ from grpo.model.first_process import on_main
 from grpo.model.loading import attention_keyword, load_configs, load_quantized, load_weights
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import add_adapters
-from grpo.model.packed_check import in_float32, why_padded
+from grpo.model.packed_check import all_cores, in_float32, why_padded
 from grpo.model.placing import fill, is_sharded, match, materialize, shard, shell
 from grpo.randomness import Stream, key
 
@@ -69,11 +69,10 @@ def start(recipe: Recipe, accelerator: Accelerator, weights: torch.dtype, comput
         dtype = weights if as_read or weights != torch.float32 else None
         read.append(_equip(load_weights(recipe.model, dtype), recipe, device, sharded, says=True))
         logprob_lm = LogprobLM(read[0].causal_lm)
-        with in_float32(logprob_lm):
-            longest = recipe.longest_sequence()
-            check_rope(logprob_lm.causal_lm, longest)
-            logprob_lm.check_head()
-            logprob_lm.check_rows(past_borders(logprob_lm.config, longest), longest)
+        longest = recipe.longest_sequence()
+        check_rope(logprob_lm.causal_lm, longest)
+        with in_float32(logprob_lm), all_cores(device):
+            logprob_lm.check(past_borders(logprob_lm.config, longest), longest)
             if recipe.model.disable_dropout:
                 check_repeats(logprob_lm)
         return read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype, longest)

@@ -82,11 +82,11 @@ def test_a_soft_cap_is_found_however_small_logits_are() -> None:
     model = model_of("recurrent_gemma", lru_width=64, attention_window_size=8)
     model.config.logits_soft_cap = None
     scored = LogprobLM(model)
-    scored.check_head()
+    scored.check()
     whole = type(model).forward
     model.forward = lambda **kw: capped(whole(model, **kw))
     with pytest.raises(RunError, match="turns hidden states into logits"):
-        scored.check_head()
+        scored.check()
 
 
 def capped(output: Any) -> Any:
