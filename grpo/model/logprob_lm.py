@@ -143,8 +143,8 @@ class LogprobLM(nn.Module):
         moved = float((ours_1TV[:, :SHORT] - alone_1SV).abs().max())
         if not moved <= 1e-3 * max(1.0, float(alone_1SV.max() - alone_1SV.min())):
             raise UserError(
-                f"model.name: {name} gives a token other logits (by up to {moved:.2g}) when more tokens follow it, so it "
-                "can't be trained on what it samples; an encoder must be loaded as a decoder (is_decoder: true in its "
+                f"model.name: {name} gives a token other logits (by up to {moved:.2g}) when more tokens follow it, so "
+                "it can't be trained on what it samples; an encoder must be loaded as a decoder (is_decoder: true in its "
                 "config.json), or take another model"
             )
 
@@ -160,6 +160,6 @@ class LogprobLM(nn.Module):
             raise UserError(
                 f"model.name: {type(self.causal_lm).__name__} can't be trained: token ids alone must give logits, and "
                 f"its body ({type(self.body).__name__}) last_hidden_state, but it fails ({type(error).__name__}: "
-                f"{(str(error).splitlines() or [''])[0]}). Take a text model (a class that ends in ForCausalLM), or the "
-                f"text part of this one{adapted if hasattr(self.causal_lm, 'peft_config') else ''}"
+                f"{(str(error).splitlines() or [''])[0]}). Take a text model (a class that ends in ForCausalLM), or "
+                f"the text part of this one{adapted if hasattr(self.causal_lm, 'peft_config') else ''}"
             ) from error
