@@ -144,8 +144,8 @@ class LogprobLM(nn.Module):
         if not moved <= 1e-3 * max(1.0, float(alone_1SV.max() - alone_1SV.min())):
             raise UserError(
                 f"model.name: {name} gives a token other logits (by up to {moved:.2g}) when more tokens follow it, so "
-                "it can't be trained on what it samples; an encoder must be loaded as a decoder (is_decoder: true in its "
-                "config.json), or take another model"
+                "it can't be trained on what it samples; an encoder must be loaded as a decoder (is_decoder: true in "
+                "its config.json), or take another model"
             )
 
     def _logits(self, tokens: int, own: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
