@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NAMES = re.compile(r"window|chunk|block_size|original_max_position|attn_size|attention_size")  # of a border in a config
 BEYOND = 8  # tokens behind a border that a check computes
+FIXED = "fixed"  # transformers changes the frequencies of other types alone
 SHORT = 8  # tokens whose rotary embeddings are compared
 
 
@@ -44,7 +45,8 @@ def check_rope(causal_lm: PreTrainedModel, longest: int) -> None:
 
     Two kinds do: ``longrope`` has other factors for rows beyond the length that it was made for, ``dynamic`` scales by
     the length. transformers chooses for all rows of a batch by its longest. So a short row beside a long one would be
-    another model's, and one row would be computed otherwise while it is sampled than when it is whole.
+    another model's, and one row would be computed otherwise while it is sampled than when it is whole. Where no row
+    passes the border, the frequencies then stay as they are: checks compute longer rows, and ``dynamic`` remembers.
 
     Raises:
         UserError: rows of ``longest`` tokens, the longest of the recipe, pass the border.
@@ -54,6 +56,15 @@ def check_rope(causal_lm: PreTrainedModel, longest: int) -> None:
             if _moved(module, layer_type, longest):
                 border = _last_unmoved(module, layer_type, longest)
                 raise UserError(past_border(type(causal_lm).__name__, border, longest))
+        _stay_short(module)
+
+
+def _stay_short(module: nn.Module) -> None:
+    kinds: Any = getattr(module, "rope_type", None)
+    if isinstance(kinds, dict):
+        module.rope_type = dict.fromkeys(kinds, FIXED)
+    elif isinstance(kinds, str) and ("dynamic" in kinds or kinds == "longrope"):
+        module.rope_type = FIXED
 
 
 def past_border(model: str, border: int, longest: int) -> str:

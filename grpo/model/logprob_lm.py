@@ -135,7 +135,7 @@ class LogprobLM(nn.Module):
             _, alone_1SV = self._logits(SHORT, own=False)
         finally:
             self.train(was_training)
-        if not (ours_1TV.shape == expected_1TV.shape and torch.allclose(ours_1TV, expected_1TV, rtol=1e-3, atol=1e-4)):
+        if not (ours_1TV.shape == expected_1TV.shape and torch.allclose(ours_1TV, expected_1TV, rtol=1e-4, atol=1e-4)):
             raise RunError(
                 f"{name} turns hidden states into logits in a way that logprob_lm.LogprobLM.head does not know; add it "
                 "there, or take another model"

@@ -77,10 +77,11 @@ def test_an_encoder_is_refused_as_one_that_sees_what_comes_after(tiny_model: Pat
         make_policy(tiny_model, causal_lm=model_of("bert"))
 
 
-def test_a_soft_cap_is_found_however_small_logits_are() -> None:
-    """At random weights, logits are so small that a cap of 30 moves them by less than a thousandth."""
-    model = model_of("recurrent_gemma", lru_width=64, attention_window_size=8)
-    model.config.logits_soft_cap = None
+def test_a_soft_cap_is_found_while_logits_are_small() -> None:
+    """Logits of up to 2 are moved by a cap of 30 by a few thousandths, and those of a trained model by far more."""
+    model = model_of("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4.0)
     scored = LogprobLM(model)
     scored.check()
     whole = type(model).forward
