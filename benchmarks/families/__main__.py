@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import multiprocessing
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -76,30 +73,23 @@ def _key(case: Case, lora: bool) -> str:
     return f"{case.kind} {case.note} {'LoRA' if lora else 'full'} {settings:x}"
 
 
-class OutOfTime(BaseException):
-    """Not an Exception, which checks at start would take for the model's."""
-
-
 def _limited(case: Case, lora: bool) -> Found:
+    """``measure`` in a process of its own, which may hang or crash."""
+    context = multiprocessing.get_context("fork")  # which has everything imported already
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: theirs.send(measure(case, lora=lora)))
+    process.start()
+    theirs.close()
     try:
-        with _time_limit(LIMIT):
-            return measure(case, lora=lora)
-    except OutOfTime as error:
-        return Found("failed", str(error))
-
-
-@contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    def over(*_: Any) -> None:
-        raise OutOfTime(f"it took more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(seconds)
-    try:
-        yield
+        if not mine.poll(LIMIT):
+            return Found("failed", f"it took more than {LIMIT} s")
+        return mine.recv()
+    except EOFError:
+        process.join()
+        return Found("failed", f"its process ended with {process.exitcode}")
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        process.kill()
+        process.join()
 
 
 if __name__ == "__main__":

@@ -110,11 +110,11 @@ def test_rows_that_pass_the_border_of_a_longrope(rows_file):
 
 def test_tokens_that_the_model_has_no_embedding_for(tmp_path):
     """A tokenizer may have more tokens than its model, as long as no row has one of those."""
-    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": letter} for letter in "abcd"])
     (warning,) = checked(make_tokenizer(), {"path": path}, task=True, model={"vocab_size": 20})
     assert "the tokenizer has 51 tokens" in warning
-    path = write_rows(tmp_path / "more.jsonl", [{"prompt": "a"}, {"prompt": "z"}])
-    with pytest.raises(UserError, match=rf"1 of 2 rows hold tokens that .* no embedding for, such as 31 .*{path}:2"):
+    path = write_rows(tmp_path / "more.jsonl", [{"prompt": letter} for letter in "azbc"])
+    with pytest.raises(UserError, match=rf"1 of 4 rows hold tokens that .* no embedding for, such as 31 .*{path}:2"):
         checked(make_tokenizer(), {"path": path}, task=True, model={"vocab_size": 20})
 
 

@@ -92,7 +92,7 @@ def _attention(
         return _own(routed, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     layer, step = routed.cache.append(index, key, value), routed.cache.step
     assert step is not None
-    if attention_mask is not None and attention_mask.numel():
+    if attention_mask is not None and attention_mask.shape != (1, 1, 0, 0):  # LogprobLM.no_mask's
         raise RunError(f"{type(module).__name__} makes masks of its own")
     special = _chunk_of(module) or any(kwargs.get(name) is not None for name in SPECIAL)
     if routed.implementation in PLAIN and not special:
