@@ -13,7 +13,7 @@ PARITY_VENV := .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-processes test-vllm test-nodes fuzz bench gpu-suite-dry parity algorithms staleness lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-processes test-vllm test-nodes fuzz bench gpu-suite-dry parity algorithms staleness families lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -122,6 +122,9 @@ algorithms: setup ## the demo under every variant of the loss, two seeds each (a
 
 staleness: setup setup-vllm ## the demo through vLLM, sampled 0, 1 and 4 steps ahead, two seeds (half an hour): docs/results/staleness.md
 	$(BIN)/python -m benchmarks.staleness
+
+families: setup ## every architecture of transformers, tiny, trained and compared with itself (five minutes): docs/models.md
+	$(BIN)/python -m benchmarks.families
 
 lint: setup ## style, formatting, imports between the rooms, types of the public surface
 	$(BIN)/ruff check .

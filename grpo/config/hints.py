@@ -209,7 +209,6 @@ NOT_HERE = {
     "generation_kwargs": "not supported: rollout has temperature, top_p, top_k, min_p and stop",
     "cache_implementation": "leave it out: the backend chooses",
     "router_aux_loss_coef": "not supported: there is no router loss",
-    "disable_dropout": "not supported: dropout is what the model's own configuration says, which is mostly 0",
     "gamma": "leave it out: the advantage of a completion is the same at all its tokens",
     "critic": "GRPO has no critic; the baseline is the group (algorithm.baseline)",
     "critic_learning_rate": "GRPO has no critic; the baseline is the group (algorithm.baseline)",

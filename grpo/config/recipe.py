@@ -139,6 +139,11 @@ class Recipe(Section):
         would round them."""
         return self.model.lora is not None and (self.model.load_in_4bit or self.rollout.vllm_lora_sync == "adapter")
 
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and completion together, evaluation included."""
+        longest = max(self.rollout.max_completion_length, self.evaluation.max_completion_length or 0)
+        return self.data.max_prompt_length + longest
+
     def reward_names(self) -> list[str]:
         """The rewards' names in metrics and in `evaluation.reward`: a built-in's own, else the function's after the
         colon; the second of the same name is `name#2`."""

@@ -38,7 +38,7 @@ WARNS = {
 # The problem, the model, the method, and what a checkpoint's state is shaped by (AdamW's own numbers are part of it).
 REFUSED = {
     "": "stage model data rewards rollout prompts algorithm optimizer scoring evaluation training tracking",  # as such
-    "model": "name dtype weights load_in_4bit lora tokenizer revision trust_remote_code",
+    "model": "name dtype weights load_in_4bit lora tokenizer revision trust_remote_code disable_dropout",
     "model.lora": "r lora_alpha lora_dropout target_modules",
     "data": """name path hub args template system_prompt chat_template_kwargs prompt_column completion_column
         max_prompt_length train_size eval_size eval_path shuffle""",

@@ -59,6 +59,10 @@ class ModelConfig(Section):
     """Kernels that GPUs gain from. `auto`: on a GPU, all that can be had; on a CPU none. `liger`: norms and gated MLPs
     by Liger's (`pip install 'grpo-train[gpu]'`), compared at start with the model's own. `float32_head`: logits in
     float32 where the model computes in bfloat16, in the update, `rollout.backend: hf` and evaluation."""
+    disable_dropout: bool = True
+    """Turn off what the model's configuration makes random in training: dropout of every kind, layers left out, noise
+    on a router. The policy that learns is then the one that samples. `lora.lora_dropout` stays. TRL's default is
+    false."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, far less memory."""
     lora: LoraConfig | None = None

@@ -100,6 +100,7 @@ def attention(
     asked = [what for name, what in NOT_HERE.items() if kwargs.get(name) is not None]
     asked += ["dropout in attention"] * (dropout > 0)
     asked += ["attention that is not causal"] * (not getattr(module, "is_causal", True) or "is_causal" in kwargs)
+    asked += ["a mask of its own"] * (attention_mask is not None and attention_mask.shape != (1, 1, 0, 0))
     asked += ["values of another size than keys"] * (key.shape[-1] != value.shape[-1])
     if asked:
         raise CannotPack(f"it has {asked[0]}")

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from grpo.errors import RunError, UserError
 from grpo.files import usual_modes, whole_folder
+from grpo.model.dropout import config_as_read
 from grpo.model.placing import shell
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def rehearse(
 def _holding(like: PreTrainedModel, state: State, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import GenerationConfig
 
-    twin = shell(_without_generation(like.config), dtype, trust_remote_code)
+    twin = shell(_without_generation(config_as_read(like)), dtype, trust_remote_code)
     twin.load_state_dict(state, assign=True)
     twin.tie_weights()
     twin.generation_config = GenerationConfig()  # one that can be written; the model's own follows

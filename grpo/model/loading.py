@@ -73,11 +73,31 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _config(source: str, keywords: dict[str, Any]) -> tuple[PreTrainedConfig, bool]:
+    """The model configuration, and whether it is not as the source has it: without a pad token that the embedding does
+    not have, for which torch would refuse to make one."""
+    config = AutoConfig.from_pretrained(source, **keywords)
+    text = config.get_text_config(decoder=True)
+    pad = getattr(text, "pad_token_id", None)
+    outside = isinstance(pad, int) and not 0 <= pad < getattr(text, "vocab_size", pad + 1)
+    if outside:
+        text.pad_token_id = config.pad_token_id = None
+    return config, outside
+
+
+def _weights(source: str, keywords: dict[str, Any], **more: Any) -> PreTrainedModel:
+    names = ("trust_remote_code", "revision")
+    config, mended = _config(source, {name: keywords[name] for name in names if name in keywords})
+    if mended:
+        more["config"] = config
+    return AutoModelForCausalLM.from_pretrained(source, **keywords, **more)
+
+
 def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig]:
     """The model configuration and the generation configuration (made from the former where the source has none)."""
     source, keywords = _source(model.name, model)
     with _named("configuration", model.name):
-        config = AutoConfig.from_pretrained(source, **keywords)
+        config, _ = _config(source, keywords)
     with _named("generation configuration", model.name):
         try:
             generation_config = GenerationConfig.from_pretrained(source, revision=model.revision or "main")
@@ -100,7 +120,7 @@ def load_weights(model: ModelConfig, dtype: torch.dtype | None) -> PreTrainedMod
     with _named("weights", model.name):
         if file := keywords.pop("gguf_file", None):
             return load_gguf(Path(source) / file, dtype or torch.float32, **keywords)
-        causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **keywords)
+        causal_lm = _weights(source, keywords, dtype=dtype or "auto")
     quantizer = getattr(causal_lm, "hf_quantizer", None)  # gone where transformers has dequantized what it read
     if quantizer is not None and not model.load_in_4bit:
         method = quantizer.quantization_config.quant_method
@@ -117,6 +137,6 @@ def load_quantized(model: ModelConfig, dtype: torch.dtype, device: torch.device)
     source, keywords = _source(model.name, model)
     keywords |= attention_keyword(model) | {"quantization_config": quantization_config(dtype)}
     with _named("weights", model.name):
-        causal_lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map={"": device}, **keywords)
+        causal_lm = _weights(source, keywords, dtype=dtype, device_map={"": device})
     settle(causal_lm)
     return causal_lm

@@ -40,6 +40,7 @@ def add_adapters(causal_lm: PreTrainedModel, lora: LoraConfig) -> Any:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules,
+        exclude_modules=_routers(causal_lm) if lora.target_modules == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -174,3 +175,14 @@ def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _routers(causal_lm: nn.Module) -> list[str] | None:
+    """Routers that are linear layers by their class and give more than a product (Llama 4's, PhiMoE's). peft would take
+    them for linear ones, and fail in the first pass."""
+    linear = (name for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear) and _routes(module))
+    return list(linear) or None
+
+
+def _routes(module: nn.Module) -> bool:
+    return "Router" in type(module).__name__ and type(module).forward is not nn.Linear.forward

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.kernels import CannotPack
+from grpo.model.borders import past_borders
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import wraps_parameter
 from grpo.packing import collate
@@ -30,20 +31,21 @@ TOLERANCE = 1e-3  # nats, at a token
 LEAK = 0.1  # of the tolerance: nothing but the rounding of experts, whose batches differ, may move
 
 
-def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch.dtype) -> str | None:
+def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch.dtype, longest: int = 0) -> str | None:
     """None if the model can compute packed rows on ``device``, else why it can't.
 
     ``kernels.install`` has given it the attention for them. The model is still whole and on the CPU, whatever it will
     be trained on; another device's kernels are compared separately. It computes in float32 (``in_float32``), so that
-    rounding hides no mistake.
+    rounding hides no mistake. ``longest``: of the recipe's rows, in tokens.
     """
     config = logprob_lm.config.get_text_config(decoder=True)
     if others := {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}:
         return f"it has layers of {sorted(others)[0].replace('_', ' ')}"
     was_training = logprob_lm.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float32(logprob_lm), _all_cores(device):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float32(logprob_lm), all_cores(device):
             _check_model(logprob_lm)
+            _check_beyond(logprob_lm, past_borders(logprob_lm.config, longest))
         if device.type != "cpu":
             _check_kernels(device, compute_dtype, logprob_lm.config)
     except CannotPack as reason:
@@ -88,7 +90,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _all_cores(device: torch.device) -> Iterator[None]:
+def all_cores(device: torch.device) -> Iterator[None]:
     """Where the CPU works for an accelerator, all of its cores do: a launcher leaves each process one thread."""
     threads = torch.get_num_threads()
     if device.type != "cpu" and hasattr(os, "sched_getaffinity"):
@@ -122,6 +124,19 @@ def _check_model(logprob_lm: LogprobLM) -> None:
         leaked = float((logprob_lm(collate(others, pad_token_id=0), 1.0)[0] - packed_BT)[same].abs().max())
         if not leaked <= LEAK * TOLERANCE:
             raise CannotPack(f"{what} moves its log-probabilities by {leaked:.2g}: a state passes from row to row")
+
+
+def _check_beyond(logprob_lm: LogprobLM, tokens: int) -> None:
+    """Compare a row of so many tokens, which passes the model's windows and rope borders, beside a short one."""
+    prompt = made_up(logprob_lm.vocab_size)[0][0].prompt_ids
+    if tokens <= len(prompt):
+        return
+    completion = [(3 + 7919 * i * i) % logprob_lm.vocab_size for i in range(tokens - len(prompt))]
+    rows = [TrainedSequence(prompt, ids, [0.0] * len(ids), 1.0) for ids in (completion, completion[:9])]
+    ways = [logprob_lm(collate(rows, pad_token_id=0, packed=packed), 1.0)[0] for packed in (True, False)]
+    error = float((ways[0] - ways[1]).abs().max())
+    if not error <= TOLERANCE:
+        raise CannotPack(f"its log-probabilities differ by up to {error:.2g} in one of {tokens} tokens")
 
 
 def unrelated(sequences: list[TrainedSequence]) -> Iterator[tuple[str, list[TrainedSequence], list[int]]]:

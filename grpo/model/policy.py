@@ -77,6 +77,9 @@ class Policy:
         self.model, self.peft_model, self.packed = start(recipe, accelerator, tokenizer, weights, self.compute_dtype)
         self.causal_lm = self.model.causal_lm
         self.kept = self._kept()
+        self.longest_sequence = recipe.longest_sequence()
+        pad = tokenizer.pad_token_id  # what pads counts nowhere, but must have an embedding
+        self.pad_token_id = pad if pad is not None and 0 <= pad < self.model.vocab_size else 0
         optimizer = make_optimizer(self.model, recipe.optimizer, sharded=self.sharded)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
@@ -86,7 +89,7 @@ class Policy:
 
     def collate(self, micro_batch: list[TrainedSequence]) -> Batch:
         """The tensors that ``logprobs`` takes, on this process's device."""
-        return collate(micro_batch, pad_token_id=self.tokenizer.pad_token_id, device=self.device, packed=self.packed)
+        return collate(micro_batch, pad_token_id=self.pad_token_id, device=self.device, packed=self.packed)
 
     @torch.no_grad()
     def _frozen_reference(self, recipe: Recipe) -> LogprobLM:

@@ -17,12 +17,14 @@ from accelerate import Accelerator
 from grpo import kernels
 from grpo.config import Recipe
 from grpo.errors import RunError, UserError
+from grpo.model.borders import check_rope, past_borders
+from grpo.model.dropout import check_repeats, turn_off_dropout
 from grpo.model.export import rehearse
 from grpo.model.first_process import on_main
 from grpo.model.loading import attention_keyword, load_configs, load_quantized, load_weights
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import add_adapters, base_of
-from grpo.model.packed_check import in_float32, why_padded
+from grpo.model.packed_check import all_cores, in_float32, why_padded
 from grpo.model.placing import fill, is_sharded, match, materialize, shard, shell
 from grpo.model.unused import described, freeze_unused
 from grpo.randomness import Stream, key
@@ -58,8 +60,10 @@ def start(
     """The model of ``recipe``, its trained weights in ``weights``. Called by all processes.
 
     Raises:
-        UserError: the model can't be loaded, or what is trained of it could not be written in the end.
-        RunError: it makes logits in a way that is not known, or processes differ in what they can compute.
+        UserError: the model can't be loaded, is not one that can be trained, or what is trained of it could not be
+            written in the end.
+        RunError: it makes logits in a way that is not known, computes otherwise in training, or processes differ in
+            what they can compute.
     """
     device, sharded = accelerator.device, is_sharded(accelerator)
     if recipe.model.load_in_4bit and sharded:
@@ -76,9 +80,14 @@ def start(
         read.append(_equip(load_weights(recipe.model, dtype), recipe, device, sharded, unused=None))
         _rehearse(read[0], tokenizer, recipe)
         logprob_lm = LogprobLM(read[0].causal_lm)
-        with in_float32(logprob_lm):
-            logprob_lm.check_head()
-        return read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype), read[0].unused
+        longest = recipe.longest_sequence()
+        check_rope(logprob_lm.causal_lm, longest)
+        with in_float32(logprob_lm), all_cores(device):
+            logprob_lm.check(past_borders(logprob_lm.config, longest), longest)
+            if recipe.model.disable_dropout:
+                check_repeats(logprob_lm)
+        why = read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype, longest)
+        return why, read[0].unused
 
     why, unused = on_main(accelerator, read_and_check)
     if accelerator.is_main_process:
@@ -137,6 +146,8 @@ def _equip(
 ) -> Equipped:
     """Give a model adapters and fast passes, freeze what text does not reach, and learn why it can't compute packed
     rows, if so. ``unused`` is None for the model that was read: it is found out then, and the log tells of passes."""
+    if recipe.model.disable_dropout:
+        turn_off_dropout(causal_lm)
     torch.manual_seed(key(recipe.training.seed, Stream.ADAPTERS.value) >> 1)
     peft_model = add_adapters(causal_lm, recipe.model.lora) if recipe.model.lora else None
     says = unused is None

@@ -44,8 +44,10 @@ def check_before_loading(
     ]
     if task is not None and not errors:  # rows cannot be judged without a usable template and EOS
         limit = recipe.rollout.max_completion_length
-        errors += [*_row_errors(task, task.train, limit), *_row_errors(task, task.held_out, limit)]
-    errors += _length_errors(recipe, model_config)
+        vocabulary = _text_config(model_config).vocab_size
+        for part in (task.train, task.held_out):
+            errors += _row_errors(task, part, limit, vocabulary)
+    errors += [*_length_errors(recipe, model_config), *_rope_errors(recipe, model_config)]
     if errors:
         raise UserError("\n".join(errors))
     notes = [f"data: {note}" for note in task.notes] if task is not None else []
@@ -140,6 +142,30 @@ def _tag_warnings(recipe: Recipe, tokenizer: Any, stops: list[int]) -> Iterator[
         yield f"model: a completion ends on {', '.join(ends)}, a tag of its form: what comes behind it is never sampled"
 
 
+def _rope_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
+    """An error where rows may pass the length beyond which longrope has other factors for the whole batch. vLLM takes
+    those for all rows, if its own limit is beyond."""
+    config, longest = _text_config(model_config), recipe.longest_sequence()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if part.get("rope_type") != "longrope":
+            continue
+        border = part.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        if longest > border:
+            yield (
+                f"data.max_prompt_length: prompt and completion may have {longest} tokens together. Beyond {border}, "
+                "this model's longrope takes other factors for all rows of a batch, so the log-probabilities of one "
+                "would depend on the rows beside it. Lower data.max_prompt_length, or max_completion_length of rollout "
+                f"and evaluation: to {border} together"
+            )
+        elif (recipe.rollout.vllm_max_model_length or 0) > border:
+            yield (
+                f"rollout.vllm_max_model_length: beyond {border} tokens, vLLM takes longrope's long factors for all "
+                "rows, and the update the short ones; lower it, or leave it out"
+            )
+        return
+
+
 def _chat_errors(data: DataConfig, tokenizer: Any, stops: list[int]) -> Iterator[str]:
     """Errors about a chat template that does not exist, or that this model was not trained with."""
     if data.template != "chat":
@@ -206,7 +232,7 @@ def _chat_warnings(data: DataConfig, tokenizer: Any) -> Iterator[str]:
 EMPTY_THINKING = re.compile(r"<think>\s*</think>|\[THINK\]\s*\[/THINK\]")
 
 
-def _row_errors(task: Task, part: Part, max_completion_length: int) -> Iterator[str]:
+def _row_errors(task: Task, part: Part, max_completion_length: int, vocabulary: int) -> Iterator[str]:
     """Errors about prompts (and completions to imitate) that are too long, or that a template was applied to before."""
     data, markers = task.data, _turn_markers(task.tokenizer)
     prompts: dict[int, str] = {}
@@ -241,12 +267,30 @@ def _row_errors(task: Task, part: Part, max_completion_length: int) -> Iterator[
         yield _too_long(
             "rollout.max_completion_length", max_completion_length, "completions to imitate", too_long, part
         )
+    if len(task.tokenizer) > vocabulary:
+        yield from _unknown_to_the_model(task, part, prompts, completions, vocabulary)
     if marked:
         row, marker = next(iter(marked.items()))
         yield (
             f"data.template: {len(marked)} of {len(part)} prompts already hold a template's token, {marker} (first "
             f"{part.rows.place(row)}); template: {data.template} would wrap them once more. Take template: none for "
             f"prompts that are rendered already, or take the tokens out"
+        )
+
+
+def _unknown_to_the_model(
+    task: Task, part: Part, prompts: dict[int, str], completions: dict[int, str], vocabulary: int
+) -> Iterator[str]:
+    """An error where texts hold tokens that the model has no embedding for."""
+    encoded = [(row, task.encode(text)) for row, text in prompts.items()]
+    encoded += [(row, task.encode_answer(text)) for row, text in completions.items()]
+    found = {row: max(ids) for row, ids in encoded if ids and max(ids) >= vocabulary}
+    if found:
+        row, token = next(iter(found.items()))
+        yield (
+            f"model.tokenizer: {len(found)} of {len(part)} rows hold tokens that the model has no embedding for, such "
+            f"as {token} ({_name(task.tokenizer, token)}) in {part.rows.place(row)}; the model has {vocabulary}. Name "
+            "the tokenizer that belongs to the model, or enlarge the model (resize_token_embeddings) and save it"
         )
 
 

@@ -159,11 +159,14 @@ def kept_per_token(policy: Policy) -> float:
 
 
 def _kept(policy: Policy, tokens: int) -> int:
-    """Bytes kept by a forward pass over one made-up sequence."""
-    vocab_size = policy.causal_lm.config.get_text_config(decoder=True).vocab_size
-    ids = [token % vocab_size for token in range(tokens)]
+    """Bytes kept by a forward pass over one made-up sequence; over several where the model has fewer positions."""
+    config = policy.causal_lm.config.get_text_config(decoder=True)
+    rows = -(-tokens // (getattr(config, "max_position_embeddings", None) or tokens))
+    length = tokens // rows
+    made_up = [[(row * length + i) % config.vocab_size for i in range(length)] for row in range(rows)]
+    prompt = length // 4
     batch = policy.collate(
-        [TrainedSequence(ids[: tokens // 4], ids[tokens // 4 :], [0.0] * (tokens - tokens // 4), 1.0)]
+        [TrainedSequence(ids[:prompt], ids[prompt:], [0.0] * (length - prompt), 1.0) for ids in made_up]
     )
     kept = measure_kept(lambda: policy.logprobs(batch, 1.0)[0])
     policy.end_pass()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -268,3 +269,14 @@ def test_recurrent_layers_are_named_and_found_where_nobody_names_them(
     assert f"layers of {layers.replace('_', ' ')}" in str(why_padded(scored, CPU, torch.float32))
     monkeypatch.setattr(LogprobLM, "config", property(lambda self: LlamaConfig(**SMALL)))
     assert "differ by up to" in str(why_padded(scored, CPU, torch.float32))
+
+
+def test_a_window_that_only_masks_tell_is_found_where_rows_may_pass_it() -> None:
+    """Attention is not told of it, and rows of the usual check do not reach it."""
+    scored = model(MistralConfig(**SMALL, sliding_window=100))
+    told = copy.deepcopy(scored.config)
+    told.sliding_window = None
+    for layer in scored.causal_lm.model.layers:
+        layer.self_attn.config = told
+    assert why_padded(scored, CPU, torch.float32, longest=90) is None
+    assert "in one of 108 tokens" in str(why_padded(scored, CPU, torch.float32, longest=200))

@@ -117,7 +117,7 @@ def test_a_model_that_makes_logits_another_way_is_refused(tiny_model: Path) -> N
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     plain = model.lm_head.forward
     scored = LogprobLM(model)
-    scored.check_head()
-    model.forward = lambda **kw: type(model).forward(model, **kw) | {"logits": 2 * plain(torch.ones(1, 4, 128))}
+    scored.check()
+    model.forward = lambda **kw: type(model).forward(model, **kw) | {"logits": 2 * plain(torch.ones(1, 80, 128))}
     with pytest.raises(RunError, match="LlamaForCausalLM"):
-        scored.check_head()
+        scored.check()

@@ -97,6 +97,29 @@ def test_more_tokens_than_positions(rows_file):
         checked(make_tokenizer(), {"path": rows_file}, model=short, **lengths)
 
 
+def test_rows_that_pass_the_border_of_a_longrope(rows_file):
+    """transformers takes the long factors for a whole batch, by its longest row; vLLM by its own limit."""
+    factors = {"short_factor": [1.0] * 64, "long_factor": [4.0] * 64, "factor": 4.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64} | factors
+    data, model = {"path": rows_file, "max_prompt_length": 40}, {"rope_parameters": rope}
+    with pytest.raises(UserError, match=r"65 tokens together\. Beyond 64, .*longrope.*Lower data\.max_prompt_length"):
+        checked(make_tokenizer(), data, model=model, rollout={"max_completion_length": 25})
+    assert checked(make_tokenizer(), data, model=model, rollout={"max_completion_length": 24}) == []
+    rollout = {"max_completion_length": 24, "backend": "vllm", "vllm_max_model_length": 65}
+    with pytest.raises(UserError, match=r"rollout\.vllm_max_model_length: beyond 64 tokens, vLLM takes"):
+        checked(make_tokenizer(), data, model=model, rollout=rollout)
+
+
+def test_tokens_that_the_model_has_no_embedding_for(tmp_path):
+    """A tokenizer may have more tokens than its model, as long as no row has one of those."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": letter} for letter in "abcd"])
+    (warning,) = checked(make_tokenizer(), {"path": path}, task=True, model={"vocab_size": 20})
+    assert "the tokenizer has 51 tokens" in warning
+    path = write_rows(tmp_path / "more.jsonl", [{"prompt": letter} for letter in "azbc"])
+    with pytest.raises(UserError, match=rf"1 of 4 rows hold tokens that .* no embedding for, such as 31 .*{path}:2"):
+        checked(make_tokenizer(), {"path": path}, task=True, model={"vocab_size": 20})
+
+
 def test_a_chat_template_on_a_base_model(rows_file):
     data = {"path": rows_file, "template": "chat"}
     with pytest.raises(UserError, match=r"no chat template. This looks like a base model: take template: r1_zero"):

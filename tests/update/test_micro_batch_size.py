@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.errors import RunError
 from grpo.model import devices
@@ -130,6 +131,17 @@ def test_what_a_token_keeps_is_what_the_forward_pass_of_more_of_them_keeps(
     inputs = width * config.num_hidden_layers
     kept = kept_per_token(policy)
     assert (inputs <= kept < 3 * inputs) if checkpointing else (10 * inputs < kept < 60 * inputs)
+
+
+def test_it_is_measured_in_as_many_rows_as_the_models_positions_need(tiny_model: Path) -> None:
+    """A model with a table of positions has none beyond them."""
+    shape = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 2, "bos_token_id": None, "eos_token_id": 1}
+    found = []
+    for positions in (1024, 100):
+        config = AutoConfig.for_model("gpt2", n_positions=positions, **shape)
+        policy = make_policy(tiny_model, causal_lm=AutoModelForCausalLM.from_config(config))
+        found.append(kept_per_token(policy))
+    assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
 def test_the_automatic_size_is_a_share_of_free_memory(

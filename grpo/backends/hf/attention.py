@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from grpo.backends.hf import flash
 from grpo.backends.hf.kv_cache import DecodeCache, Layer
 from grpo.backends.hf.step import PromptGroups, Step
-from grpo.errors import UserError
+from grpo.errors import RunError, UserError
 
 log = logging.getLogger("grpo")
 
@@ -92,11 +92,23 @@ def _attention(
         return _own(routed, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     layer, step = routed.cache.append(index, key, value), routed.cache.step
     assert step is not None
-    if routed.implementation in PLAIN and not any(kwargs.get(name) for name in SPECIAL):
+    if attention_mask is not None and attention_mask.shape != (1, 1, 0, 0):  # LogprobLM.no_mask's
+        raise RunError(f"{type(module).__name__} makes masks of its own")
+    special = _chunk_of(module) or any(kwargs.get(name) is not None for name in SPECIAL)
+    if routed.implementation in PLAIN and not special:
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         return decode_attention(query[:, :, 0], layer, step, scale)[:, None], None
-    keys, values, mask = _spread(layer, step, kwargs.get("sliding_window"), query.dtype)
+    keys, values, mask = _spread(layer, step, kwargs.get("sliding_window"), _chunk_of(module), query.dtype)
     return _own(routed, module)(module, query, keys, values, mask, scaling=scaling, **kwargs)
+
+
+def _chunk_of(module: torch.nn.Module) -> int | None:
+    """Of a layer that attends within chunks of the row (Llama 4's), which only masks tell: the chunk's tokens."""
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or kinds[int(module.layer_idx)] != "chunked_attention":  # type: ignore[arg-type]
+        return None
+    return config.attention_chunk_size
 
 
 def _own(routed: _Routed, module: torch.nn.Module) -> Any:
@@ -177,11 +189,11 @@ def _flash_on_cpu() -> Any:
 
 
 def _spread(
-    layer: Layer, step: Step, sliding_window: int | None, dtype: torch.dtype
+    layer: Layer, step: Step, sliding_window: int | None, chunk: int | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values (B, kv heads, P + C, D) of prompt and completion together, and the mask to add to scores.
 
-    This is a copy. The model's own attention needs it where it has a window, soft-capping or sinks.
+    This is a copy. The model's own attention needs it where it has a window, chunks, soft-capping or sinks.
     """
     B, C, prompts = len(step.sequences_B), step.sequence_tokens, step.prompts
     keys, values = layer.sequence_keys[:B, :, :C], layer.sequence_values[:B, :, :C]
@@ -197,5 +209,7 @@ def _spread(
         exists_BK = torch.cat([in_prompt_BP < prompts.lengths_B[:, None], exists_BK], dim=1)
     if sliding_window:
         exists_BK = exists_BK & (positions_BK > at_B1 - sliding_window)
+    if chunk:
+        exists_BK = exists_BK & (positions_BK // chunk == at_B1 // chunk)
     mask = torch.zeros(exists_BK.shape, dtype=dtype, device=device).masked_fill_(~exists_BK, torch.finfo(dtype).min)
     return keys, values, mask[:, None, None, :]

@@ -34,6 +34,7 @@ from grpo.backends.hf.step_compiled import why_not as why_not_compiled
 from grpo.backends.hf.step_graph import GraphStep, cuda_capture
 from grpo.backends.hf.stop_strings import StopStrings
 from grpo.errors import RunError
+from grpo.model.borders import past_borders
 from grpo.model.device_memory import total_memory
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.memory_budget import CACHE_SHARE, KEPT_SHARE
@@ -119,9 +120,10 @@ class HFBackend:
             check_attention(model)
         self.model = model
         self.logprob_lm = LogprobLM(model)
+        self.rows = past_borders(model.config, policy.longest_sequence), policy.longest_sequence  # to check
         with self._sampling_mode():
             if keeps_state(model):
-                self.own_cache = check_own_cache(self.logprob_lm, self.device)
+                self.own_cache = check_own_cache(self.logprob_lm, self.device, *self.rows)
                 choice = Choice(make_plain_step, self.own_cache.description())
             else:
                 choice = self._choose_step()
@@ -233,12 +235,12 @@ class HFBackend:
             ways += self._graph_ways()
         for make_step, what in ways:
             try:
-                check_decoding(self.logprob_lm, self.device, make_step(self.logprob_lm))
+                check_decoding(self.logprob_lm, self.device, make_step(self.logprob_lm), *self.rows)
                 return Choice(make_step, what)
             except (RuntimeError, RunError) as error:
                 log.warning("decoding: %s fails, so it goes through transformers: %s", what, error)
                 why = f"{what} fails"
-        check_decoding(self.logprob_lm, self.device, make_plain_step(self.logprob_lm))
+        check_decoding(self.logprob_lm, self.device, make_plain_step(self.logprob_lm), *self.rows)
         return Choice(make_plain_step, f"through transformers, slower: {why}")
 
     def _graph_ways(self) -> list[Way]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import transformers
@@ -22,6 +25,7 @@ PROMPT_OF = (0, 1, 0, 2, 1)  # of each sequence
 # More than needed: a graph computes all.
 ROOM = Shape(prompts=5, prompt_tokens=40, sequences=6, sequence_tokens=80, group_size=3)
 STEPS = 4
+NO_LIMIT = 1 << 30
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # share of the logits' range
 
 
@@ -50,20 +54,25 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_decoding(model: LogprobLM, device: torch.device, step: NextLogits) -> None:
-    """Compare the engine's logits with the model's own on a few made-up tokens.
+def check_decoding(
+    model: LogprobLM, device: torch.device, step: NextLogits, beyond: int = 0, longest: int = NO_LIMIT
+) -> None:
+    """Compare the engine's logits with the model's own on a few made-up tokens, and on a row of ``beyond`` tokens,
+    which passes the model's windows. None is longer than ``longest``.
 
     Raises:
         RunError: they differ.
     """
-    ids = made_up_ids(model, device)
-    cache = DecodeCache(ROOM, device)
+    lengths = prompt_lengths(PROMPT_LENGTHS, beyond, longest)
+    ids = made_up_ids(model, device, lengths)
+    cache = DecodeCache(replace(ROOM, prompt_tokens=max(lengths)), device)
     difference, size = 0.0, 0.0
-    with decoding_into(model.causal_lm, cache):
-        _prefill(model, cache, ids)
-        decoded = [step(_tokens_at(ids, t), cache).clone() for t in range(STEPS)]
+    with decoding_into(model.causal_lm, cache), known_failures(model):
+        _prefill(model, cache, ids, lengths)
+        decoded = [step(_tokens_at(ids, t, lengths), cache).clone() for t in range(STEPS)]
     for place in range(len(PROMPT_OF)):
-        own = model.causal_lm(input_ids=_ids_of(ids, place)[None], use_cache=False).logits[0, -STEPS:].float()
+        row = _ids_of(ids, place, lengths)[None]
+        own = model.causal_lm(input_ids=row, use_cache=False).logits[0, -STEPS:].float()
         ours = torch.stack([logits_BV[place] for logits_BV in decoded]).float()
         difference = max(difference, float((ours - own).abs().max()))
         size = max(size, float(own.max() - own.min()))
@@ -76,38 +85,58 @@ def check_decoding(model: LogprobLM, device: torch.device, step: NextLogits) -> 
         )
 
 
+@contextmanager
+def known_failures(model: LogprobLM) -> Iterator[None]:
+    """A model may raise anything where it is not decoded as it expects; the message says what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise RunError(
+            f"{type(model.causal_lm).__name__} can't be decoded by the hf backend ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}); use rollout.backend: vllm"
+        ) from error
+
+
 @torch.no_grad()
 def cache_bytes(model: LogprobLM, device: torch.device) -> int:
     """Bytes of one token's keys and values, over all layers. A prompt of one token is computed to find out."""
     cache = DecodeCache(Shape(prompts=1, prompt_tokens=1, sequences=1, sequence_tokens=1, group_size=1), device)
     with decoding_into(model.causal_lm, cache):
         cache.prefill = Prefill([(0, cache.add_prompt(1), 1)])
-        model.causal_lm.base_model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
+        model.body(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
     return sum(layer.token_bytes() for layer in cache.layers.values())
 
 
-def made_up_ids(model: LogprobLM, device: torch.device) -> torch.Tensor:
-    """Tokens (sequences, longest prompt + STEPS). Sequences of one prompt begin with the same."""
+def prompt_lengths(lengths: tuple[int, ...], beyond: int, longest: int) -> tuple[int, ...]:
+    """The lengths of prompts, the first so long that decoding reaches ``beyond``, and none with more than ``longest``
+    tokens in the end."""
+    wanted = max(lengths[0], beyond - STEPS), *lengths[1:]
+    return tuple(max(1, min(length, longest - STEPS)) for length in wanted)
+
+
+def made_up_ids(model: LogprobLM, device: torch.device, lengths: tuple[int, ...] = PROMPT_LENGTHS) -> torch.Tensor:
+    """Tokens (sequences, at least longest prompt + STEPS). Sequences of one prompt begin with the same."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.arange(len(PROMPT_OF) * 64, device=device).view(len(PROMPT_OF), 64) * 7 % (vocab - 1)
+    width = max(64, max(lengths) + STEPS)
+    ids = torch.arange(len(PROMPT_OF) * width, device=device).view(len(PROMPT_OF), width) * 7 % (vocab - 1)
     for place, prompt in enumerate(PROMPT_OF):
-        ids[place, : PROMPT_LENGTHS[prompt]] = ids[PROMPT_OF.index(prompt), : PROMPT_LENGTHS[prompt]]
+        ids[place, : lengths[prompt]] = ids[PROMPT_OF.index(prompt), : lengths[prompt]]
     return ids
 
 
-def _ids_of(ids: torch.Tensor, place: int) -> torch.Tensor:
-    return ids[place, : PROMPT_LENGTHS[PROMPT_OF[place]] + STEPS]
+def _ids_of(ids: torch.Tensor, place: int, lengths: tuple[int, ...]) -> torch.Tensor:
+    return ids[place, : lengths[PROMPT_OF[place]] + STEPS]
 
 
-def _prefill(model: LogprobLM, cache: DecodeCache, ids: torch.Tensor) -> None:
-    cache.prefill = Prefill([(row, cache.add_prompt(length), length) for row, length in enumerate(PROMPT_LENGTHS)])
-    first = [PROMPT_OF.index(prompt) for prompt in range(len(PROMPT_LENGTHS))]
-    model.causal_lm.base_model(input_ids=ids[first, : max(PROMPT_LENGTHS)], use_cache=False)
+def _prefill(model: LogprobLM, cache: DecodeCache, ids: torch.Tensor, lengths: tuple[int, ...]) -> None:
+    cache.prefill = Prefill([(row, cache.add_prompt(length), length) for row, length in enumerate(lengths)])
+    first = [PROMPT_OF.index(prompt) for prompt in range(len(lengths))]
+    model.body(input_ids=ids[first, : max(lengths)], use_cache=False)
     cache.prefill = None
     for prompt in PROMPT_OF:
         cache.add_sequence(prompt)
 
 
-def _tokens_at(ids: torch.Tensor, t: int) -> torch.Tensor:
+def _tokens_at(ids: torch.Tensor, t: int, lengths: tuple[int, ...]) -> torch.Tensor:
     """The t-th tokens (sequences,) behind the prompts."""
-    return torch.stack([_ids_of(ids, place)[PROMPT_LENGTHS[p] + t] for place, p in enumerate(PROMPT_OF)])
+    return torch.stack([ids[place, lengths[prompt] + t] for place, prompt in enumerate(PROMPT_OF)])

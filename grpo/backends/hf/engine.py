@@ -44,7 +44,7 @@ def drawing(step: NextLogits, distribution: Distribution) -> NextTokens:
 def step_through_transformers(model: LogprobLM, tokens_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
     """``NextLogits`` by the model's own modules. Call it within ``decoding_into``."""
     step = cache.begin_step()
-    hidden_B1H = model.causal_lm.base_model(
+    hidden_B1H = model.body(
         input_ids=tokens_B[:, None],
         position_ids=step.positions_B[:, None],
         attention_mask=model.no_mask(tokens_B.device),
@@ -159,7 +159,7 @@ class Engine:
             width = max(map(len, tokens))
             ids_UT = torch.tensor([t + [0] * (width - len(t)) for t in tokens], device=self.device)
             self.cache.begin_prefill(self._destinations(batch))
-            hidden_UTH = self.model.causal_lm.base_model(input_ids=ids_UT, use_cache=False).last_hidden_state
+            hidden_UTH = self.model.body(input_ids=ids_UT, use_cache=False).last_hidden_state
             self.cache.prefill = None
             prompts = [(row, request) for row, (request, sequence) in enumerate(batch) if sequence is None]
             rows = [row for row, _ in prompts]

@@ -182,7 +182,7 @@ class GraphStep:
         assert cache is not None
         tokens_S, written_S = inputs["tokens"][: size.sequences], inputs["written"][: size.sequences]
         step = cache.step = self._step_of(size)
-        hidden_S1H = self.model.causal_lm.base_model(
+        hidden_S1H = self.model.body(
             input_ids=tokens_S[:, None],
             position_ids=step.positions_B[:, None],
             attention_mask=self.model.no_mask(tokens_S.device),

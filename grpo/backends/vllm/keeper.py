@@ -16,7 +16,7 @@ from grpo.backends.base import Sampling
 from grpo.backends.vllm import trust
 from grpo.backends.vllm.api import Server, ServerGone, generate_payload
 from grpo.backends.vllm.pool import Pool
-from grpo.backends.vllm.process import EngineProcess, adapters_held, longest_sequence
+from grpo.backends.vllm.process import EngineProcess, adapters_held
 from grpo.backends.vllm.transfer import HttpSender, Sender, on_each, servers_elsewhere
 from grpo.config import Recipe
 from grpo.errors import BackendFailed, UserError
@@ -265,7 +265,7 @@ class Keeper:
         except ServerGone as why:
             self.pool.down[server.url] = str(why)
             return False
-        dtype, length = str(self.dtype).removeprefix("torch."), longest_sequence(self.recipe)
+        dtype, length = str(self.dtype).removeprefix("torch."), self.recipe.longest_sequence()
         if problems := trust.settings_problems(version, settings, dtype=dtype, length=length, adapters=self.adapters):
             cure = "launch/vllm_serve.sh starts one that fits"
             raise (BackendFailed if self.met else UserError)(
@@ -284,7 +284,7 @@ class Keeper:
 
     async def _probe(self, server: Server, policy: Policy, version: int) -> trust.Probe:
         """Sample as rollouts do, but past any end, and without truncation, which scoring a probe leaves out."""
-        length = longest_sequence(self.recipe)
+        length = self.recipe.longest_sequence()
         prompt_ids = policy.tokenizer.encode(trust.PROBE_TEXT, add_special_tokens=False)[: length // 2]
         sampling = Sampling(min(trust.PROBE_TOKENS, length - len(prompt_ids)), temperature=self.rollout.temperature)
         adapter = adapter_name(version) if self.adapters else None

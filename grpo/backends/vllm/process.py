@@ -137,12 +137,6 @@ def make_engine(recipe: Recipe, policy: Policy, scratch: Path, private: Path) ->
     return EngineProcess(model, arguments, python, devices, log=log, scratch=scratch, private=private)
 
 
-def longest_sequence(recipe: Recipe) -> int:
-    """Tokens of the longest prompt and completion that the recipe allows, evaluation included."""
-    longest = max(recipe.rollout.max_completion_length, recipe.evaluation.max_completion_length or 0)
-    return recipe.data.max_prompt_length + longest
-
-
 def write_model_folder(policy: Policy, folder: Path) -> Path:
     """Write config and tokenizer, which the engine is built from. Its weights come with the first sync."""
     config = policy.causal_lm.config
@@ -158,7 +152,7 @@ def engine_arguments(recipe: Recipe, *, on_gpu: bool) -> list[str]:
     arguments = [
         "--load-format=dummy",
         f"--dtype={rollout.vllm_dtype or recipe.model.dtype}",
-        f"--max-model-len={rollout.vllm_max_model_length or longest_sequence(recipe)}",
+        f"--max-model-len={rollout.vllm_max_model_length or recipe.longest_sequence()}",
         f"--gpu-memory-utilization={rollout.vllm_gpu_memory_utilization}",
         f"--tensor-parallel-size={rollout.vllm_tensor_parallel_size}",
     ]

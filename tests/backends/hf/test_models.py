@@ -1,7 +1,7 @@
 """Today's models, tiny and with random weights: each samples what it computes and trains two steps with the hf backend.
 
-``FAMILIES`` is the table of tested models in docs/backends.md: how rows are computed in the update, and how a decoding
-step is made on a CPU with a compiler.
+``FAMILIES`` says how rows are computed in the update, and how a decoding step is made on a CPU with a compiler. What
+``final/`` computes, LoRA and all other architectures are in tests/test_families.py and docs/models.md.
 """
 
 from __future__ import annotations
