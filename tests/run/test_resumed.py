@@ -20,8 +20,8 @@ def test_a_run_that_went_to_nan_goes_on_with_a_lower_learning_rate(
     training = {"output_dir": str(folder), "save_every": 2}
 
     def run(steps: int, rate: float, resume: bool = True) -> None:
-        optimizer = {"learning_rate": rate}
-        small_run(tiny_model, folder, monkeypatch, steps=steps, resume=resume, optimizer=optimizer, training=training)
+        changes = {"optimizer": {"learning_rate": rate}, "training": training, "algorithm": {"num_minibatches": 2}}
+        small_run(tiny_model, folder, monkeypatch, steps=steps, resume=resume, **changes)
 
     run(2, 1e-3, resume=False)
     with pytest.raises(RunError, match=r"resume from the last checkpoint with a lower optimizer\.learning_rate"):

@@ -80,10 +80,10 @@ SCRIPT = """
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         time.sleep(0.5)
         print("not asked" if not stopping.asked() else "asked", flush=True)
-        endless = threading.Thread(target=time.sleep, args=(60,), daemon=True)
-        endless.start()
         threading.Timer(0.3, lambda: os.kill(os.getpid(), int(sys.argv[1]))).start()
-        ctypes.CDLL(None).pthread_join(ctypes.c_ulong(endless.ident), None)  # which no signal interrupts
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second time for ever; no signal interrupts it
 """
 
 
