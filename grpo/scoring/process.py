@@ -27,7 +27,7 @@ from grpo.scoring.messages import (
     decode,
 )
 from grpo.scoring.worker import Setup
-from rewards.processes import how_it_ended, kill, start_python
+from rewards.processes import how_it_ended, kill, start_python, worker_pid
 
 WORKER = "grpo.scoring.worker"
 START_TIMEOUT = 300.0  # seconds; a reward function may import torch from a cold network disk
@@ -59,7 +59,7 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return worker_pid(self._process) if self._process else None
 
     def start(self) -> list[Signature]:
         """Start the process, wait until it has imported every function, and return what each asks for.
