@@ -13,7 +13,7 @@ from contextlib import closing
 
 from grpo.advantages import rewards_array, step_advantages
 from grpo.audit.rows import warn_of_unscorable_rows
-from grpo.backends import find_backend, make_backend, resolve_backend, rest
+from grpo.backends import check_engine, find_backend, make_backend, resolve_backend, rest
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
@@ -39,6 +39,7 @@ def train(recipe: Recipe, resume: bool | str = False) -> None:
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
+    check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)

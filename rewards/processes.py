@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rewards.secrets import without_secrets
+
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -181,12 +183,17 @@ def _lives(pid: int) -> bool:
 # --- in the process that starts it ------------------------------------------------------------------------------------
 
 
-def start_python(module: str, fds: Sequence[int], *, stdout: int | None = None) -> subprocess.Popen[bytes]:
+def start_python(
+    module: str, fds: Sequence[int], *, stdout: int | None = None, keep: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     """Start a new interpreter that calls ``module.serve(*fds, pid of its parent)``, and its guard.
 
     It has this process's import path and the open files ``fds``. It is in a session of its own: Ctrl-C does not reach
     it, and ``kill`` ends it together with the programs that it started. It is neither a fork (CUDA, threads) nor a
     "spawn" of multiprocessing (which runs ``__main__`` again). ``serve`` should begin with ``die_with_parent``.
+
+    It has this process's environment without what looks like a secret (``rewards.secrets``), but for the variables
+    that ``keep`` names.
 
     What is returned is the guard, which ends as the worker ends; ``worker_pid`` is the worker's own number.
 
@@ -198,7 +205,12 @@ def start_python(module: str, fds: Sequence[int], *, stdout: int | None = None) 
     command = [sys.executable, "-c", boot, *map(str, fds), str(os.getpid()), ROOT, *path]
     return on_staying_thread(
         lambda: subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stdout, pass_fds=tuple(fds), start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            pass_fds=tuple(fds),
+            env=without_secrets(os.environ, keep),
+            start_new_session=True,
         )
     )
 

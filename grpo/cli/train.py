@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, RecipeArgument
+from grpo.cli.arguments import Overrides, RecipeArgument, Trust, read_recipe
 from grpo.cli.exit_codes import exit_codes
-from grpo.config.load import dump_recipe, load_recipe
+from grpo.config.load import dump_recipe
 from grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,10 +24,11 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the resolved recipe, train nothing.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Train as RECIPE says, into its training.output_dir."""
     with exit_codes():
-        resolved = load_recipe(recipe, overrides or [])
+        resolved = read_recipe(recipe, overrides, trust)
     with exit_codes(Path(resolved.training.output_dir)):
         if dry_run:
             check_before_training(resolved)
@@ -45,9 +46,11 @@ def train(
 def check_before_training(recipe: Recipe) -> None:
     """Everything that a run looks at before it loads weights: tokenizer, rows, prompts, rewards. Raises UserError."""
     from grpo.audit.rows import unscorable_rows
+    from grpo.backends import check_engine
     from grpo.run.session import prepare_task
     from grpo.scoring.scorer import Scorer
 
+    check_engine(recipe.rollout)
     _, _, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring) as scorer:
         scorer.check_columns(task.columns)

@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
-from grpo.config.load import dump_recipe
+from grpo.config.yaml_text import dump
 from grpo.errors import UserError
+from grpo.run.owner import sign
 from grpo.run.same_run import check_same_run
+from grpo.run.secrets import command_without_secrets, recipe_without_secrets
 from grpo.run.trackers import check_installed
 from grpo.run.whole import write_whole
 
@@ -136,9 +138,10 @@ def _record(folder: Path, recipe: Recipe, *, started: bool) -> None:
     path = folder / "recipe.yaml"
     if started and path.exists():
         before = type(recipe).model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        check_same_run({"recipe": before.model_dump(mode="json")}, {"recipe": recipe.model_dump(mode="json")})
-    _replace(path, dump_recipe(recipe))
+        check_same_run({"recipe": before.model_dump(mode="json")}, {"recipe": recipe_without_secrets(recipe)})
+    _replace(path, dump(recipe_without_secrets(recipe)))
     _replace(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    sign(folder)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -158,7 +161,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(_command()),
+        "command": shlex.join(command_without_secrets(_command())),
         "directory": os.getcwd(),
         "host": socket.gethostname(),
         "platform": platform.platform(),

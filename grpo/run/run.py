@@ -19,6 +19,7 @@ from grpo.run import peers
 from grpo.run.folder import prepare_run_folder
 from grpo.run.log import RunLog
 from grpo.run.nodes import check_checkpoint, check_folder
+from grpo.run.secrets import recipe_without_secrets
 from grpo.run.session import PreemptionGuard, on_main
 from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
 
@@ -57,7 +58,7 @@ class Run:
         return RunLog(
             self.folder,
             self.recipe.tracking,
-            recipe_dict=self.recipe.model_dump(mode="json"),
+            recipe_dict=recipe_without_secrets(self.recipe),
             total_steps=self.recipe.training.max_steps,
             resume_offset=self.progress.metrics_offset if self.resumed else None,
         )

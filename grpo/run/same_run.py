@@ -18,7 +18,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo.config import Recipe
+from grpo.config.load import LEFT_OUT
 from grpo.errors import UserError
+from grpo.run.secrets import recipe_without_secrets
 
 log = logging.getLogger("grpo")
 
@@ -42,6 +44,7 @@ MAY_CHANGE = (
     "recipe.scoring.workers",
     "recipe.scoring.timeout",
     "recipe.scoring.memory_limit_gb",
+    "recipe.scoring.environment",
     "recipe.scoring.max_failure_rate",
     "recipe.training.output_dir",
     "recipe.training.max_steps",
@@ -72,7 +75,7 @@ def run_identity(recipe: Recipe, *, world_size: int, threads: int) -> dict[str, 
     """What makes a run this run: for the manifest when saving, for ``check_same_run`` when resuming."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe_without_secrets(recipe),
         "world_size": world_size,
         "threads": threads,
         "versions": {"python": platform.python_version(), **versions},
@@ -89,7 +92,11 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     shared = {key: manifest[key] for key in now.keys() & manifest.keys()}
     if "recipe" in shared:
         shared["recipe"] = _of_this_version(shared["recipe"])
-    found = list(differences(shared, json.loads(json.dumps(now))))
+    found = [
+        (key, old, new)
+        for key, old, new in differences(shared, json.loads(json.dumps(now)))
+        if LEFT_OUT not in old + new  # secrets may change, and are not shown
+    ]
     # A launch of several processes sets the number of threads too.
     rounds = ROUNDS_DIFFERENTLY + (("threads",) if "world_size" in [key for key, *_ in found] else ())
     lines = {

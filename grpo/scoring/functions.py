@@ -6,6 +6,8 @@ No other module of the trainer imports a reward; ``process.py`` and ``worker.py`
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -17,6 +19,9 @@ from grpo.errors import UserError
 from grpo.scoring.call import FunctionSpec
 from grpo.types import REWARD_KEYWORDS
 from rewards import REWARDS
+from rewards.secrets import secrets_of
+
+log = logging.getLogger(__name__)
 
 
 def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[FunctionSpec]:
@@ -73,6 +78,16 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
                 raise UserError(f"rewards[{index}] ({spec.source}): {why}") from None
             modules[index] = module
     return modules
+
+
+def tell_left_out(specs: Sequence[FunctionSpec], keep: Sequence[str]) -> None:
+    """Say which variables of the environment the user's functions do not get."""
+    left_out = sorted(secrets_of(os.environ).keys() - set(keep))
+    if left_out and not all(spec.builtin for spec in specs):
+        log.info(
+            "reward functions do not get %s, which may be secret; scoring.environment lets one through",
+            ", ".join(left_out),
+        )
 
 
 def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[str, Callable[[dict[str, Any]], str | None]]]:

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from grpo.scoring.call import OWN_FOLDER
@@ -47,10 +48,14 @@ class FunctionsNotLoaded(WorkerFailed):
 
 
 class WorkerProcess:
-    """One worker and its pipe. ``close`` may be called from any thread, the other methods from one at a time."""
+    """One worker and its pipe. ``close`` may be called from any thread, the other methods from one at a time.
 
-    def __init__(self, setup: Setup) -> None:
+    Of the variables that look like secrets the worker gets those in ``environment``.
+    """
+
+    def __init__(self, setup: Setup, environment: Sequence[str] = ()) -> None:
         self._setup = setup
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
@@ -78,7 +83,9 @@ class WorkerProcess:
                 if self._closed:
                     raise WorkerFailed("scoring was closed")
                 try:
-                    self._process = start_python(WORKER, (theirs.fileno(), self._stacks.fileno()))
+                    self._process = start_python(
+                        WORKER, (theirs.fileno(), self._stacks.fileno()), keep=self._environment
+                    )
                 except OSError as why:
                     raise WorkerFailed(f"cannot start a process: {why}") from None
         try:
