@@ -2,5 +2,6 @@
 
 Others take ``run.Run``, ``session``, ``state``, ``log.RunLog``, ``folder``, ``checkpoint``, ``peers`` (what became
 of the other processes), ``exchange`` (between processes), ``read`` (a folder read back), ``whole.write_whole`` and
-``screen.duration`` (times as text).
+``screen.duration`` (times as text); the command also ``owner`` (whose folder it is) and ``secrets`` (what no file
+holds).
 """
