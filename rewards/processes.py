@@ -153,7 +153,8 @@ def _signal(pids: set[int], number: int) -> None:
 
 
 def _living_below(pid: int) -> list[int]:
-    found, waiting = [], [pid]
+    found: list[int] = []
+    waiting = [pid]
     while waiting:
         children = children_of(waiting.pop())
         waiting += children
@@ -163,7 +164,7 @@ def _living_below(pid: int) -> list[int]:
 
 def children_of(pid: int) -> list[int]:
     """The children of a process, oldest first; none where it has ended."""
-    found = []
+    found: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:

@@ -80,10 +80,10 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
     return modules
 
 
-def tell_left_out(specs: Sequence[FunctionSpec], keep: Sequence[str]) -> None:
+def tell_left_out(rewards: Sequence[RewardConfig], keep: Sequence[str]) -> None:
     """Say which variables of the environment the user's functions do not get."""
     left_out = sorted(secrets_of(os.environ).keys() - set(keep))
-    if left_out and not all(spec.builtin for spec in specs):
+    if left_out and any(reward.path for reward in rewards):
         log.info(
             "reward functions do not get %s, which may be secret; scoring.environment lets one through",
             ", ".join(left_out),

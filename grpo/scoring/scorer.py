@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from grpo.config import RewardConfig, ScoringConfig
-from grpo.scoring.functions import locate, start_own_workers, tell_left_out
+from grpo.scoring.functions import locate, start_own_workers
 from grpo.scoring.pool import Pool
 from grpo.scoring.step import ScoredFunction, StepScoring, check_columns
 from grpo.types import Group
@@ -30,7 +30,6 @@ class Scorer:
 
     def __init__(self, rewards: Sequence[RewardConfig], scoring: ScoringConfig, *, max_steps: int = 0) -> None:
         specs = locate(rewards, scoring)
-        tell_left_out(specs, scoring.environment)
         self._own_workers = start_own_workers(specs, scoring.workers)
         try:
             self._pool = Pool(specs, scoring, max_steps, run_here=self._own_workers)

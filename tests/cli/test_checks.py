@@ -97,6 +97,7 @@ def test_a_folder_one_letter_away_is_no_hub_id(tmp_path):
 MISSING = ["data/tiny_bse", "models/none", "./none", "/no/such/model", "some/deep/folder/model", "none.gguf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISSING)
 def test_validate_refuses_a_model_folder_that_is_not_there(name):
     result = run("validate", "recipe.yaml", f"model.name={name}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config import RewardConfig, ScoringConfig
+from grpo.scoring.functions import tell_left_out
 from grpo.scoring.scorer import Scorer
 from tests.scoring.helpers import group, misbehaving, scorer
 
@@ -101,8 +102,9 @@ def test_a_function_does_not_get_secrets_unless_they_are_named(tmp_path, monkeyp
         "def asks(completions, **kwargs):\n"
         "    return [float(os.environ.get(name, 0)) for name in completions]\n"
     )
-    scoring = ScoringConfig(workers=1, environment=named)
-    with Scorer([RewardConfig(path=f"{tmp_path}/asks.py:asks")], scoring) as s:
+    scoring, rewards_of = ScoringConfig(workers=1, environment=named), [RewardConfig(path=f"{tmp_path}/asks.py:asks")]
+    tell_left_out(rewards_of, scoring.environment)
+    with Scorer(rewards_of, scoring) as s:
         g = group("JUDGE_API_KEY", "HF_TOKEN")
         s.score([g], step=1)
     assert g.rewards == rewards
