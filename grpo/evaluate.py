@@ -133,7 +133,7 @@ def evaluate(
 
 def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float]:
     """Held-out metrics of a recipe's model, or of another one, without a run folder: what ``grpo eval`` does."""
-    from grpo.backends import find_backend, make_backend, resolve_backend
+    from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
     from grpo.model.policy import Policy
     from grpo.run.session import leave, make_accelerator, prepare_task, resolve_dtype
     from grpo.scoring.scorer import Scorer
@@ -143,6 +143,7 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
+    check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
     if not task.eval_prompts:
         raise UserError("data.eval_size is 0: there is nothing to evaluate on")

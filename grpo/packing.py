@@ -9,7 +9,8 @@ each sequence, for models that can't compute packed rows (``Policy.packed`` says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -30,18 +31,30 @@ Sized = tuple[int, MicroBatch]  # with its number of tokens
 
 
 def to_sequences(groups: list[Group], advantages_PG: np.ndarray, algorithm: AlgorithmConfig) -> list[TrainedSequence]:
-    """Flatten scored groups, G completions each."""
+    """Flatten scored groups, G completions each. Tokens that the sampler gave no finite log-probability do not
+    count.
+    """
     return [
         TrainedSequence(
             prompt_ids=group.prompt.token_ids,
             completion_ids=completion.token_ids,
-            sampler_logprobs=completion.sampler_logprobs,
+            sampler_logprobs=logprobs,
             advantage=float(advantage),
             valid=counts_in_loss(completion, reward, algorithm),
+            uncounted=uncounted,
         )
         for group, advantages_G in zip(groups, advantages_PG, strict=True)
         for completion, reward, advantage in zip(group.completions, group.rewards, advantages_G, strict=True)
+        for logprobs, uncounted in [_finite(completion.sampler_logprobs)]
     ]
+
+
+def _finite(logprobs: Sequence[float]) -> tuple[Sequence[float], tuple[int, ...]]:
+    """The log-probabilities with 0 where one is not finite, and where that is."""
+    if math.isfinite(sum(logprobs)):  # the usual case, and quick
+        return logprobs, ()
+    finite = [x if math.isfinite(x) else 0.0 for x in logprobs]
+    return finite, tuple(place for place, x in enumerate(logprobs) if not math.isfinite(x))
 
 
 def counts_in_loss(completion: Completion, reward: float | None, algorithm: AlgorithmConfig) -> bool:
@@ -189,6 +202,8 @@ def collate(
         predicts_BT[i, 1:length] = torch.arange(rest_B[i], rest_B[i] + max(length - 1, 0))
         completion_mask_BT[i, :length] = True
         mask_BT[i, :length] = s.weight if s.valid else 0.0
+        if s.uncounted:
+            mask_BT[i, list(s.uncounted)] = 0.0
         for name, tensor in per_token.items():
             tensor[i, :length] = torch.tensor(getattr(s, name))
     per_token = {name: tensor.to(device) for name, tensor in per_token.items()}

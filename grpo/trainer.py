@@ -14,7 +14,7 @@ from contextlib import closing
 from grpo.advantages import rewards_array, step_advantages
 from grpo.audit.at_start import warn_of_unpaid_answers
 from grpo.audit.rows import warn_of_unscorable_rows
-from grpo.backends import find_backend, make_backend, resolve_backend, rest
+from grpo.backends import check_engine, find_backend, make_backend, resolve_backend, rest
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
@@ -28,6 +28,7 @@ from grpo.rollout.replay import remembered, restored
 from grpo.rollout.rollouts import Rollouts
 from grpo.run.run import Run, due, start_run
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
+from grpo.scoring.functions import tell_left_out
 from grpo.scoring.scorer import Scorer
 from grpo.update.kl_in_reward import less_kl
 from grpo.update.metrics import mean_over_updates
@@ -43,7 +44,9 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
+    check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
+    tell_left_out(recipe.rewards, recipe.scoring.environment)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
         on_main(accelerator, lambda: warn_of_unscorable_rows(recipe.rewards, task))

@@ -70,7 +70,8 @@ class Completion:
     """One sampled answer: its tokens (a final end-of-sequence token included) and how they came about.
 
     ``sampler_logprobs[i]`` is the log-probability of ``token_ids[i]`` under the distribution it was actually drawn
-    from: after temperature and after top-k/top-p/min-p truncation (renormalized). ``text`` has special tokens removed.
+    from: after temperature and after top-k/top-p/min-p truncation (renormalized); nan where an engine could not say.
+    ``text`` has special tokens removed.
     Both sequences are the backend's lists, or arrays of numbers where the completion has come from another process.
     """
 
@@ -118,6 +119,7 @@ class TrainedSequence:
     kept: list[float] | None = None  # 0 at tokens that a selection excludes, else 1; None without one
     log_left: list[float] | None = None  # log of what truncation leaves of the old policy's probability
     weight: float = 1.0
+    uncounted: tuple[int, ...] = ()  # places of tokens that do not count: the sampler gave no log-probability
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)

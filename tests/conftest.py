@@ -64,6 +64,12 @@ def cpu_seconds() -> float:
 collect_ignore = ["processes", "vllm_engine", "several_nodes"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_no_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The key that run folders are signed with is the tests' own, also in processes that they start."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained tiny model and its tokenizer."""

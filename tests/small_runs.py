@@ -85,6 +85,7 @@ def small_run(
         return CallsCounted(make_backend(recipe.model_copy(update=on_hf), policy), fails_at, calls, failure)
 
     patch.setattr(trainer, "make_backend", make)
+    patch.setattr(trainer, "check_engine", lambda rollout: None)  # no engine is started
     patch.setattr(trainer, "write_report_at_end", lambda folder: None)  # takes seconds
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()

@@ -1,7 +1,7 @@
 """Rollout backends: one file or folder each, chosen by ``rollout.backend``; ``own`` holds what loads one of the user's.
 
-Others take ``make_backend`` and, before anything heavy is loaded, ``find_backend`` and ``resolve_backend``; ``rest``
-after a step's rollouts; from ``base`` the protocol, and what a backend is asked for.
+Others take ``make_backend`` and, before anything heavy is loaded, ``find_backend``, ``resolve_backend`` and
+``check_engine``; ``rest`` after a step's rollouts; from ``base`` the protocol, and what a backend is asked for.
 """
 
 from __future__ import annotations
@@ -28,6 +28,25 @@ def find_backend(rollout: RolloutConfig) -> None:
         from grpo.backends.own import load_backend
 
         load_backend(rollout)
+
+
+def check_engine(rollout: RolloutConfig) -> None:
+    """Raise UserError where ``backend: vllm`` is to start an engine and its Python has no vLLM that will do."""
+    if rollout.backend != "vllm" or rollout.vllm_mode != "colocate":
+        return
+    from grpo.backends.vllm import serve
+
+    python, version = rollout.vllm_python, serve.installed_version()
+    if python is not None:
+        try:
+            version = serve.version_for(python)
+        except OSError as error:
+            raise UserError(f"rollout.vllm_python: cannot start {python}: {error.strerror}") from None
+    where = f"for {python} (rollout.vllm_python)" if python else "here, and rollout.vllm_python does not say where"
+    if version is None:
+        raise UserError(f"rollout.backend: vllm is not installed {where}: pip install 'vllm{serve.RANGE}'")
+    if not serve.supported(version):
+        raise UserError(f"rollout.backend: vLLM {version} is installed {where}; grpo supports vllm{serve.RANGE}")
 
 
 def resolve_backend(recipe: Recipe, accelerator: Accelerator) -> Recipe:

@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
+from grpo.config import Recipe
+from grpo.config.find import find_recipe
+from grpo.config.load import load_recipe
 from grpo.errors import UserError
+from grpo.run.owner import check_own_code
 
 RECIPE_HELP = "A file or a name (`grpo recipes` lists the names)."
 
@@ -16,6 +20,20 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides, such as rollout.temperature=0.8.", show_default=False),
 ]
+
+
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Execute code that a run folder's recipe names, whoever made the folder.")
+]
+
+
+def read_recipe(given: str, overrides: list[str] | None, trust: bool) -> Recipe:
+    """The recipe of a command. One that lies in a run folder is that run's: its code is executed only if this user has
+    made the folder on this machine, or with ``trust``. Raises UserError."""
+    file, recipe = find_recipe(given), load_recipe(given, overrides or [])
+    if not trust and file.name.startswith("recipe.") and (file.parent / "environment.json").exists():
+        check_own_code(file.parent, recipe)
+    return recipe
 
 
 def inside(run: Path, name: str, complaint: str) -> Path:

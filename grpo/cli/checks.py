@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, RecipeArgument
+from grpo.cli.arguments import Overrides, RecipeArgument, Trust, read_recipe
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
-from grpo.config.load import as_overrides, load_recipe
+from grpo.config.load import as_overrides
 from grpo.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def validate(
             help="Recipes (files or names), then overrides for them all.",
         ),
     ],
+    trust: Trust = False,
 ) -> None:
     """Check recipes and their data, without weights or network.
 
@@ -41,7 +42,7 @@ def validate(
             raise UserError(f"no recipe given, only overrides: {' '.join(overrides)}")
         for file in files:
             try:
-                resolved = load_recipe(file, overrides)
+                resolved = read_recipe(file, overrides, trust)
             except UserError as error:
                 failures.append(str(error))
                 continue
@@ -61,13 +62,14 @@ def audit(
         str | None,
         typer.Option("--gold", metavar="TEMPLATE", help="A right completion, for rewards of yours: '#### {answer}'."),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Try a recipe's rewards on its rows: right answers and cheats.
 
     Right answers must be paid, cheats must not.
     """
     with exit_codes():
-        resolved = load_recipe(recipe, overrides or [])
+        resolved = read_recipe(recipe, overrides, trust)
         if not resolved.data.hub:
             os.environ["HF_HUB_OFFLINE"] = "1"  # a tokenizer is used if it is on this machine, and not downloaded
         from grpo.audit.audit import audit as audit_rewards
@@ -115,15 +117,29 @@ def check_offline(recipe: Recipe) -> str:
             scorer.close()
     if problems:
         raise UserError("\n".join(problems))
-    return note
+    return note + _engine_note(recipe)
+
+
+def _engine_note(recipe: Recipe) -> str:
+    """A recipe may be checked on a machine that does not train it, so a missing engine is no mistake."""
+    from grpo.backends import check_engine
+
+    try:
+        check_engine(recipe.rollout)
+    except UserError as error:
+        return f"; {error}"
+    return ""
 
 
 def _has_tokenizer(recipe: Recipe) -> bool:
-    from grpo.model.loading import load_configs, load_tokenizer
+    """Whether the tokenizer is on this machine. Raises UserError where it never will be: a folder that is not there."""
+    from grpo.model.loading import load_configs, load_tokenizer, still_to_come
 
     try:
         load_tokenizer(recipe.model)
         load_configs(recipe.model)
     except UserError:
-        return False
+        if still_to_come(recipe.model.tokenizer or recipe.model.name) or still_to_come(recipe.model.name):
+            return False
+        raise
     return True

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, inside
+from grpo.cli.arguments import Overrides, Trust, inside, read_recipe
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import tell
 from grpo.config.find import shipped_recipes
-from grpo.config.load import load_recipe
+from grpo.run.owner import check_own_code
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,12 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(metavar="PATH", help="Model to evaluate. Default: the run's final/, or model.name.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
-    """Evaluate a model on a recipe's held-out tasks, or on a run's."""
+    """Evaluate a model on a recipe's held-out tasks, or on a run's.
+
+    A recipe is a program: it can name code. That of a run folder which you have not made here needs --trust.
+    """
     run = Path(recipe_or_run).expanduser()
     with exit_codes():
         if run.is_dir():
@@ -35,7 +39,9 @@ def evaluate(
                 log.info("%s is a folder here, and is taken for a run, not for the recipe of that name", run)
             recipe_or_run = str(inside(run, "recipe.yaml", "is not a run folder"))
             model = model or str(inside(run, "final", "has no final model yet; name another with --model PATH"))
-        resolved = load_recipe(recipe_or_run, overrides or [])
+        resolved = read_recipe(recipe_or_run, overrides, trust)
+        if run.is_dir() and not trust:
+            check_own_code(run, resolved)  # whatever the folder lacks
     with exit_codes(run if run.is_dir() else None):
         from grpo.evaluate import evaluate_recipe
 

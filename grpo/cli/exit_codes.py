@@ -65,8 +65,10 @@ def _keep_traceback(folder: Path | None) -> str:
     rank = os.environ.get("RANK", "0")
     if folder is not None and folder.is_dir():
         file = folder / ("error.txt" if rank == "0" else f"error_rank{rank}.txt")
+        from grpo.run.secrets import scrubbed  # here: it imports our `rewards`, which must have been found first
+
         try:
-            file.write_text(printable(traceback.format_exc()), encoding="utf-8")
+            file.write_text(printable(scrubbed(traceback.format_exc())), encoding="utf-8")
             return f"The traceback is in {file}."
         except OSError as error:
             _say(f"cannot write {file}: {error.strerror}")

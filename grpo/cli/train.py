@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, RecipeArgument
+from grpo.cli.arguments import Overrides, RecipeArgument, Trust, read_recipe
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
-from grpo.config.load import dump_given, load_recipe
+from grpo.config.load import dump_given
 from grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the resolved recipe, train nothing.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Train as RECIPE says, into its training.output_dir."""
     resume_from = resume_from and os.path.expanduser(resume_from)  # no shell does so behind an =
     with exit_codes():
-        resolved = load_recipe(recipe, overrides or [])
+        resolved = read_recipe(recipe, overrides, trust)
     allowed = {"allow_changed_inputs": True} if allow_changed_inputs else {}
     with exit_codes(Path(resolved.training.output_dir)):
         if dry_run:
@@ -57,9 +58,11 @@ def check_before_training(recipe: Recipe) -> None:
     """Everything that a run looks at before it loads weights: tokenizer, rows, prompts, rewards. Raises UserError."""
     from grpo.audit.at_start import warn_of_unpaid_answers
     from grpo.audit.rows import unscorable_rows
+    from grpo.backends import check_engine
     from grpo.run.session import prepare_task
     from grpo.scoring.scorer import Scorer
 
+    check_engine(recipe.rollout)
     _, _, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring) as scorer:
         scorer.check_columns(task.columns)

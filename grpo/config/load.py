@@ -6,7 +6,7 @@ imports anything heavy: a wrong recipe is told before torch is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from grpo.config.problems import OVERRIDES_FROM, Finding, Origin, problems_of, s
 from grpo.config.recipe import Recipe
 from grpo.config.yaml_text import KeyPath, YamlError, dotted, dump, parse
 from grpo.errors import UserError
+
+LEFT_OUT = "<secret-left-out>"  # stands for a secret in what a run has written
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -36,6 +38,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         except ValueError as error:
             problems.append((Origin(OVERRIDES_FROM + i, f"override {override}"), str(error)))
     _drop_empty_sections(value)
+    problems += [(_origin(origins, path), text) for path, text in _left_out(value)]
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
@@ -159,6 +162,21 @@ def _step(here: Any, path: KeyPath, part: str) -> str | int:
         count = "is an empty list" if not here else f"has {len(here)} item{'s' * (len(here) > 1)}, 0 to {len(here) - 1}"
         raise ValueError(f"{dotted(path)} {count}; {part} is not one of them ({len(here)} adds one)")
     return int(part)
+
+
+def _left_out(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Secrets that a run did not write down, and which are needed again."""
+    if isinstance(value, (dict, list)):
+        for step, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _left_out(item, (*path, step))
+    elif isinstance(value, str) and LEFT_OUT in value:
+        key = ".".join(map(str, path))
+        yield path, f"{dotted(path)}: a secret, which the run left out of its folder; give it again: {key}=..."
+
+
+def _origin(origins: dict[KeyPath, Origin], path: KeyPath) -> Origin:
+    """Where a value stands in the file, or what is nearest around it."""
+    return next(origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in origins)
 
 
 def _drop_empty_sections(value: dict[str, Any]) -> None:

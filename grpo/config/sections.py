@@ -141,6 +141,9 @@ class ScoringConfig(Section):
     """Seconds one call of a reward function may take before its worker is killed."""
     memory_limit_gb: Positive | None = 4.0
     """Address space of a worker; null sets no limit."""
+    environment: list[NonEmpty] = Field(default_factory=list)
+    """Environment variables that reward functions get although they look like secrets, such as `OPENAI_API_KEY`. All
+    others of that kind (`HF_TOKEN`, `WANDB_API_KEY`, `AWS_…`) are not passed on; docs/rewards.md."""
     max_failure_rate: Fraction = 0.5
     """Share of a step's completions that may be unscorable; above it the run stops with the first traceback."""
 
@@ -260,7 +263,9 @@ class TrainingConfig(Section):
     """Seconds that a process waits for the others before it gives up on one that hangs; null is 1800, or more where
     vLLM's timeouts add up to more."""
     peer_timeout: Annotated[float, Field(ge=5)] = 60.0
-    """Seconds without an answer from a process's machine after which it counts as lost, and the others end."""
+    """Seconds without an answer from a process's machine, or, after the first step, without a word from a process that
+    is stopped, after which it counts as lost, and the others end. A stopped process of another node has five times as
+    long, and before the first step `ddp_timeout`."""
     replica_check_every: NonNegativeInt = 10
     """With several processes: compare the weights of those that hold the same ones (DDP; HSDP's nodes) every so many
     steps, besides at the start and before each checkpoint. All stop where one differs, and name it; 0: never."""

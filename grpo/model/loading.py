@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -44,22 +48,76 @@ def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:
     return name, keywords
 
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+OUR_FOLDERS = ("data", "models", "runs")  # the first part of a name that means a folder, and no hub's organization
+SECONDS_FOR_HUB = 10.0
+
+
+def is_local(name: str) -> bool:
+    """Whether a model's name means something on disk, by its form and by what is there, rather than a hub id."""
+    path = Path(locate(name)).expanduser()
+    if path.exists() or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        return True
+    return path.parts[0] in OUR_FOLDERS or (len(path.parts) == 2 and path.parent.is_dir() and not _in_cache(name))
+
+
+def still_to_come(name: str) -> bool:
+    """Whether a name that does not load here may do so later: a hub id, or what another run is to leave."""
+    return not is_local(name) or (Path(name).name == "final" and not Path(name).expanduser().exists())
+
+
 @contextmanager
 def _named(what: str, name: str) -> Iterator[None]:
     """Turn the many ways a model can fail to load into one message that says what to do."""
-    path = Path(locate(name)).expanduser()
-    looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~", "runs/", "models/")) or path.exists()
-    if (looks_local or (path.parent.name and path.parent.is_dir())) and not path.exists():
+    if is_local(name) and not Path(locate(name)).expanduser().exists():
         raise UserError(
-            f"model.name: {name} does not exist (from {Path.cwd()}); give a folder that holds config.json and weights, "
-            "a GGUF file or a hub id. A stage that starts from another run needs that run's final/ first, and where a "
-            "model is made here the recipe's header says how"
+            f"model.name: {name} does not exist (from {Path.cwd()}){_did_you_mean(name)}; give a folder that holds "
+            "config.json and weights, a GGUF file or a hub id. A stage that starts from another run needs that run's "
+            "final/ first, and where a model is made here the recipe's header says how"
+        )
+    if not is_local(name) and not _in_cache(name) and (why := _why_no_hub()):
+        raise UserError(
+            f"model.name: {name} is no folder here (from {Path.cwd()}){_did_you_mean(name)}, it was not downloaded "
+            f"before, and the hub can't be reached: {why}"
         )
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.name: can't load the {what} of {name}: {first_line}") from error
+        near = "" if is_local(name) else _did_you_mean(name)
+        raise UserError(f"model.name: can't load the {what} of {name}{near}: {first_line}") from error
+
+
+def _did_you_mean(name: str) -> str:
+    """``, did you mean …?`` with the folders of models and GGUF files nearest to a name; empty where none is near."""
+    places = [(Path(), ""), (Path(name).expanduser().parent, ""), (Path(__file__).parents[2] / "data", "data/")]
+    known = set()
+    for place, prefix in places:
+        for pattern in ("*/config.json", "*/*/config.json", "*/*/final/config.json", "*.gguf", "*/*.gguf"):
+            found = (file.parent if file.name == "config.json" else file for file in place.glob(pattern))
+            known |= {prefix + str(path.relative_to(place)) if prefix else str(path) for path in found}
+    guesses = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7)
+    return f", did you mean {' or '.join(guesses)}?" if guesses else ""
+
+
+def _in_cache(name: str) -> bool:
+    """Whether a hub's model was downloaded before."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no id that a hub would take
+        return False
+
+
+@cache
+def _why_no_hub() -> str | None:
+    """Why the hub can't be reached, found out once; its own client would try for a minute, file by file."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS_FOR_HUB)
+    except Exception as error:  # whatever its client raises
+        return f"{constants.ENDPOINT}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+    return None
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

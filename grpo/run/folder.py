@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
-from grpo.config.load import dump_recipe
+from grpo.config.yaml_text import dump
 from grpo.errors import UserError
+from grpo.run.owner import sign
 from grpo.run.same_run import check_same_recipe
+from grpo.run.secrets import command_without_secrets, recipe_without_secrets
 from grpo.run.trackers import check_installed
 from grpo.run.whole import write_whole
 
@@ -154,9 +156,10 @@ def _record(folder: Path, recipe: Recipe, inputs: Mapping[str, str] | None, *, s
     path = folder / "recipe.yaml"
     if started and (before := _recipe_before(path)) is not None:
         check_same_recipe(before, recipe)
-    _replace(path, dump_recipe(recipe))
+    _replace(path, dump(recipe_without_secrets(recipe)))
     found = environment() | ({} if inputs is None else {"inputs": dict(inputs)})
     _replace(folder / "environment.json", json.dumps(found, indent=2) + "\n")
+    sign(folder)
 
 
 def _recipe_before(path: Path) -> dict[str, Any] | None:
@@ -185,7 +188,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(_command()),
+        "command": shlex.join(command_without_secrets(_command())),
         "directory": os.getcwd(),
         "host": socket.gethostname(),
         "platform": platform.platform(),

@@ -66,13 +66,13 @@ def choose_interface() -> None:
     )
 
 
-def watch_peers(accelerator: Accelerator, seconds: float) -> None:
+def watch_peers(accelerator: Accelerator, seconds: float, patience: float) -> None:
     """Notice when another process of this launch is lost; ``peers`` says how."""
     if accelerator.num_processes == 1:
         return
     store: Any = dist.distributed_c10d._get_default_store()
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    peers.watch(store, address, accelerator.process_index, accelerator.num_processes, seconds)
+    peers.watch(store, address, accelerator.process_index, accelerator.num_processes, seconds, patience)
 
 
 def check_same_on_all(recipe: Recipe, task: Task) -> None:

@@ -26,6 +26,7 @@ from grpo.run.log import RunLog
 from grpo.run.manifest import read_manifest
 from grpo.run.nodes import check_checkpoint, check_folder
 from grpo.run.same_run import check_same_run, differences
+from grpo.run.secrets import recipe_without_secrets
 from grpo.run.session import on_main
 from grpo.run.state import Progress, find_checkpoint, identity_on, restore_state, save_state
 
@@ -68,7 +69,7 @@ class Run:
         return RunLog(
             self.folder,
             self.recipe.tracking,
-            recipe_dict=self.recipe.model_dump(mode="json"),
+            recipe_dict=recipe_without_secrets(self.recipe),
             total_steps=self.recipe.training.max_steps,
             resume_offset=self.progress.metrics_offset if self.resumed else None,
         )
@@ -193,7 +194,7 @@ def say_if_schedule_changes(manifest: Mapping[str, Any], recipe: Recipe) -> None
     old, new = (learning_rate(r.optimizer, step, r.training.max_steps) for r in (before, recipe))
     if old != new:
         keys = {f"optimizer.{key}" for key in OptimizerConfig.model_fields} | {"training.max_steps"}
-        changed = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        changed = differences(before.model_dump(mode="json"), recipe_without_secrets(recipe))
         why = ", ".join(f"{key}: {was} -> {now}" for key, was, now in changed if key in keys)
         log.warning("the learning rate of step %d is %.3g, and would have been %.3g (%s)", step + 1, new, old, why)
 

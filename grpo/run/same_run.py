@@ -18,8 +18,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo.config import Recipe
+from grpo.config.load import LEFT_OUT
 from grpo.config.resume import on_resume
 from grpo.errors import UserError
+from grpo.run.secrets import recipe_without_secrets
 
 log = logging.getLogger("grpo")
 
@@ -39,7 +41,7 @@ def run_identity(
     """
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe_without_secrets(recipe),
         "world_size": world_size,
         "versions": {"python": platform.python_version(), **versions},
         **({} if threads is None else {"threads": threads}),
@@ -78,7 +80,7 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any], *, allow
 
 def check_same_recipe(before: dict[str, Any], recipe: Recipe) -> None:
     """Raises UserError as ``check_same_run`` does, for the recipe alone; what may change passes in silence."""
-    refused, _ = _changes({"recipe": before}, {"recipe": recipe.model_dump(mode="json")})
+    refused, _ = _changes({"recipe": before}, {"recipe": recipe_without_secrets(recipe)})
     if refused:
         raise UserError(
             "the folder holds another run; it differs in\n  "
@@ -93,7 +95,8 @@ def _changes(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
     if "recipe" in shared:
         shared["recipe"] = _of_this_version(shared["recipe"])
     here = json.loads(json.dumps({key: now[key] for key in shared}))
-    found = list(differences(shared, here))
+    # Secrets may change, and are not shown.
+    found = [change for change in differences(shared, here) if not any(LEFT_OUT in value for value in change[1:])]
     # A launch of several processes sets the number of threads too.
     rounds = ROUNDS_DIFFERENTLY + (("threads",) if "world_size" in [key for key, *_ in found] else ())
     refused: list[str] = []

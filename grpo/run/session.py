@@ -63,7 +63,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "DeepSpeed steps its own optimizer and is not supported; FSDP2 shards the same state: "
             "accelerate launch --config_file launch/fsdp2.yaml"
         )
-    watch_peers(accelerator, recipe.training.peer_timeout)
+    watch_peers(accelerator, recipe.training.peer_timeout, patience.timeout.total_seconds())
     prepare_process()
     P, W = recipe.training.prompts_per_step, accelerator.num_processes
     if P % W:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from grpo.errors import UserError
+from grpo.run.secrets import command_without_secrets
 
 if TYPE_CHECKING:
     from grpo.config import TrackingConfig
 
 log = logging.getLogger("grpo")
 
+SECONDS_TO_INIT = 30
 INSTALL = {
     "wandb": "pip install 'grpo-train[wandb]'",
     "tensorboard": "pip install 'grpo-train[tensorboard]'",
@@ -65,8 +69,20 @@ def open_trackers(folder: Path, tracking: TrackingConfig, recipe_dict: dict[str,
     opened: list[_Sink] = []
     for name in _asked_for(tracking):
         # their code is loaded here, not at the top: it is optional and slow
-        _survives(name, lambda name=name: opened.append(_OPEN[name](folder, tracking, recipe_dict, first_step)))  # type: ignore[misc]
+        with _no_secrets_in_command():
+            _survives(name, lambda name=name: opened.append(_OPEN[name](folder, tracking, recipe_dict, first_step)))  # type: ignore[misc]
     return Trackers(opened)
+
+
+@contextmanager
+def _no_secrets_in_command() -> Iterator[None]:
+    """wandb writes the command line down."""
+    whole = sys.argv
+    sys.argv = [whole[0], *command_without_secrets(whole[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = whole
 
 
 def _asked_for(tracking: TrackingConfig) -> list[str]:
@@ -111,7 +127,9 @@ def _open_wandb(folder: Path, tracking: TrackingConfig, recipe_dict: dict[str, A
             config=recipe_dict,
             mode=mode,
             # never wait long for a server, ask for a key on the terminal briefly, leave the screen to our own progress
-            settings=wandb.Settings(init_timeout=30, login_timeout=30, finish_timeout=60, console="off", silent=True),
+            settings=wandb.Settings(
+                init_timeout=SECONDS_TO_INIT, login_timeout=30, finish_timeout=60, console="off", silent=True
+            ),
         )
 
     try:
@@ -120,8 +138,10 @@ def _open_wandb(folder: Path, tracking: TrackingConfig, recipe_dict: dict[str, A
         if tracking.wandb == "offline":
             raise
         reason = str(error).strip().partition("\n")[0]
-        log.warning("wandb cannot go online (%s); writing offline, `wandb sync %s/wandb/*` uploads it", reason, folder)
+        with suppress(Exception):  # its service knows the run that did not start, and refuses another of that name
+            wandb.teardown()
         run = start("offline")
+        log.warning("wandb cannot go online (%s); writing offline, `wandb sync %s/wandb/*` uploads it", reason, folder)
     if run.url:
         log.info("wandb: %s", run.url)
     return _Sink("wandb", lambda step, metrics: run.log(dict(metrics), step=step), run.finish)

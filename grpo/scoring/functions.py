@@ -6,6 +6,8 @@ No other module of the trainer imports a reward; ``process.py`` and ``worker.py`
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -17,6 +19,9 @@ from grpo.errors import UserError
 from grpo.scoring.call import FunctionSpec
 from grpo.types import REWARD_KEYWORDS
 from rewards import REWARDS
+from rewards.secrets import secrets_of
+
+log = logging.getLogger(__name__)
 
 
 def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[FunctionSpec]:
@@ -78,6 +83,16 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
 def judged_by(name: str) -> str:
     """What a built-in reward judges, as its module says: ``answer``, ``form`` or ``shaping``. Empty for no reward."""
     return "" if name not in REWARDS else str(getattr(import_module(f"rewards.{name}"), "JUDGES", "answer"))
+
+
+def tell_left_out(rewards: Sequence[RewardConfig], keep: Sequence[str]) -> None:
+    """Say which variables of the environment the user's functions do not get."""
+    left_out = sorted(secrets_of(os.environ).keys() - set(keep))
+    if left_out and any(reward.path for reward in rewards):
+        log.info(
+            "reward functions do not get %s, which may be secret; scoring.environment lets one through",
+            ", ".join(left_out),
+        )
 
 
 def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[str, Callable[[dict[str, Any]], str | None]]]:

@@ -32,7 +32,7 @@ class Pool:
         self._run_here = {index: RewardFunction(functions[index]) for index in run_here}
         limit = scoring.memory_limit_gb
         setup = Setup(list(functions), None if limit is None else int(limit * 2**30), max_steps)
-        self._workers = [WorkerProcess(setup) for _ in range(scoring.workers)]
+        self._workers = [WorkerProcess(setup, scoring.environment) for _ in range(scoring.workers)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(scoring.workers, "scoring")
         try:

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from grpo.scoring.call import OWN_FOLDER
@@ -27,7 +28,7 @@ from grpo.scoring.messages import (
     decode,
 )
 from grpo.scoring.worker import Setup
-from rewards.processes import how_it_ended, kill, start_python
+from rewards.processes import how_it_ended, kill, start_python, worker_pid
 
 WORKER = "grpo.scoring.worker"
 START_TIMEOUT = 300.0  # seconds; a reward function may import torch from a cold network disk
@@ -47,10 +48,14 @@ class FunctionsNotLoaded(WorkerFailed):
 
 
 class WorkerProcess:
-    """One worker and its pipe. ``close`` may be called from any thread, the other methods from one at a time."""
+    """One worker and its pipe. ``close`` may be called from any thread, the other methods from one at a time.
 
-    def __init__(self, setup: Setup) -> None:
+    Of the variables that look like secrets the worker gets those in ``environment``.
+    """
+
+    def __init__(self, setup: Setup, environment: Sequence[str] = ()) -> None:
         self._setup = setup
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
@@ -59,7 +64,7 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return worker_pid(self._process) if self._process else None
 
     def start(self) -> list[Signature]:
         """Start the process, wait until it has imported every function, and return what each asks for.
@@ -78,7 +83,9 @@ class WorkerProcess:
                 if self._closed:
                     raise WorkerFailed("scoring was closed")
                 try:
-                    self._process = start_python(WORKER, (theirs.fileno(), self._stacks.fileno()))
+                    self._process = start_python(
+                        WORKER, (theirs.fileno(), self._stacks.fileno()), keep=self._environment
+                    )
                 except OSError as why:
                     raise WorkerFailed(f"cannot start a process: {why}") from None
         try:

@@ -126,4 +126,11 @@ def select_tokens(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSeq
         generator = torch.Generator().manual_seed(seed << 32 | digest)
         kept_M = select(StepTokens(logps_M, logps_M - old_M, entropies_M, advantages_M), algorithm, generator)
     parts = kept_M.split(lengths)
-    return [replace(s, kept=kept_t.tolist()) for s, kept_t in zip(sequences, parts, strict=True)]
+    return [replace(s, kept=_counted(kept_t.tolist(), s)) for s, kept_t in zip(sequences, parts, strict=True)]
+
+
+def _counted(kept: list[float], sequence: TrainedSequence) -> list[float]:
+    """``kept`` without the tokens that do not count anyway."""
+    for place in sequence.uncounted:
+        kept[place] = 0.0
+    return kept

@@ -26,6 +26,8 @@ from grpo.update.loss import micro_batch_loss
 from grpo.update.metrics import combined, over_processes, step_metrics
 from grpo.update.micro_batch_size import within_memory, work_through
 
+MOST_UNCOUNTED = 0.05  # share of a step's tokens that a sampler may give no log-probability of
+
 LossOf = Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -38,16 +40,35 @@ def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_ra
     algorithm = run.recipe.algorithm
     check_staleness(groups, run.progress.step, run.recipe.rollout.max_staleness)
     sequences = to_sequences(groups, advantages_PG, algorithm)
+    uncounted = check_uncounted(sequences, run.progress.step)
     if algorithm.num_iterations * algorithm.num_minibatches > 1 or any(group.replayed for group in groups):
         needed = [s for s in sequences if s.valid] if selects_tokens(algorithm) else with_signal(sequences, algorithm)
         sequences = precompute_logprobs(run, sequences, reference=algorithm.kl_in_loss, needed=needed)
         sequences = with_sampler_as_old(sequences, groups)
     size = len(sequences) // algorithm.num_minibatches
-    return [
+    updates = [
         optimizer_step(run, sequences[start : start + size], learning_rate)
         for _ in range(algorithm.num_iterations)
         for start in range(0, len(sequences), size)
     ]
+    return [metrics | uncounted for metrics in updates]
+
+
+def check_uncounted(sequences: list[TrainedSequence], step: int) -> dict[str, float]:
+    """How many tokens do not count because the sampler gave no finite log-probability, as a metric; empty for none.
+
+    Raises RunError where they are too many to be chance.
+    """
+    count, tokens = sum(len(s.uncounted) for s in sequences), sum(len(s.completion_ids) for s in sequences)
+    if not count:
+        return {}
+    if count > MOST_UNCOUNTED * tokens:
+        raise RunError(
+            f"step {step}: the sampler gave {count} of {tokens} tokens no finite log-probability (nan or -inf). A few "
+            f"are left out of the loss; more than {MOST_UNCOUNTED:.0%} mean that the engine computes wrongly: an "
+            "overflow of its type (rollout.vllm_dtype=float32 shows whether), or broken weights or kernels"
+        )
+    return {"sampling/nan_logprobs": float(count)}
 
 
 def check_staleness(groups: list[Group], step: int, most: int) -> None:
@@ -81,7 +102,7 @@ def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: fl
     def attempt(max_tokens: int) -> tuple[dict[str, float], float]:
         plan = plan_for(policy, contributing, run.recipe.training, max_tokens)
         counts = Counts(
-            tokens=sum(len(s.completion_ids) for s in valid),
+            tokens=sum(len(s.completion_ids) - len(s.uncounted) for s in valid),
             sequences=len(valid),
             micro_batches=sum(any(s.weight for s in micro_batch) for share in plan for micro_batch in share),
             max_completion_length=rollout.max_completion_length,

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from rewards.processes import how_it_ended, kill, start_python
+from rewards.processes import how_it_ended, kill, start_python, worker_pid
 
 WORKER = "rewards.math.worker"
 START_TIMEOUT = 120.0  # seconds; sympy may come from a cold network disk
@@ -59,7 +59,8 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """The processes that live now."""
-        return [worker.process.pid for worker in self._all if worker.process and worker.process.poll() is None]
+        processes = [worker.process for worker in self._all if worker.process]
+        return [worker_pid(process) for process in processes if process.poll() is None]
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The reply of the next idle worker. ``timeout`` seconds count from when it has the request.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from grpo import backends
-from grpo.backends import make_backend, resolve_backend, rest, what_can_be_had
+from grpo.backends import check_engine, make_backend, resolve_backend, rest, what_can_be_had
 from grpo.backends.vllm import serve
 from grpo.config import Recipe, RolloutConfig
 from grpo.config.find import find_recipe
@@ -129,3 +130,23 @@ def test_recipes_for_gpus_take_vllm_where_they_find_it(name: str) -> None:
 def test_recipes_for_cpus_do_not() -> None:
     for path in RECIPES.glob("*cpu.yaml"):
         assert load_recipe(path).rollout.backend == "hf"
+
+
+def test_an_engine_that_cannot_be_had_is_told_before_weights_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def told(**rollout: Any) -> str:
+        with pytest.raises(UserError) as refusal:
+            check_engine(RolloutConfig.model_validate({"backend": "vllm", **rollout}))
+        return str(refusal.value)
+
+    installed(monkeypatch, None)
+    assert "vllm is not installed here, and rollout.vllm_python does not say where: pip install 'vllm>=" in told()
+    installed(monkeypatch, "0.31.2")
+    assert "vLLM 0.31.2 is installed here" in told()
+    assert "is not installed for " in told(vllm_python=sys.executable)
+    assert f"cannot start {tmp_path}/no: No such file" in told(vllm_python=f"{tmp_path}/no")
+    installed(monkeypatch, "0.33.0")
+    check_engine(RolloutConfig.model_validate({"backend": "vllm"}))
+    check_engine(RolloutConfig.model_validate({"backend": "vllm", **SERVER}))
+    check_engine(RolloutConfig())

@@ -51,8 +51,12 @@ def run(*arguments: str):
     return CliRunner().invoke(app, list(arguments))
 
 
-def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, cwd: Path | None = None, more: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``more`` variables are set for it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= more or {}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=100
     )

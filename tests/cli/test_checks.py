@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,31 @@ def test_a_folder_one_letter_away_is_no_hub_id(tmp_path):
     assert result.returncode == 2
     assert "model.name: mine/tiny_bse does not exist" in result.stderr
     assert "hub" not in result.stderr.replace("a hub id", ""), "nobody was asked"
+
+
+MISSING = ["data/tiny_bse", "models/none", "./none", "/no/such/model", "some/deep/folder/model", "none.gguf"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISSING)
+def test_validate_refuses_a_model_folder_that_is_not_there(name):
+    result = run("validate", "recipe.yaml", f"model.name={name}")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"recipe.yaml: model.name: {name} does not exist (from " in result.stderr
+    assert ("did you mean data/tiny_base?" in result.stderr) == (name == "data/tiny_bse")
+
+
+@pytest.mark.slow
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_folders_with_near_names_are_told(tmp_path):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "config.json").write_text("{}")
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    begun = time.monotonic()
+    result = python("-m", "grpo", "train", "recipe.yaml", "model.name=model/tiny", cwd=tmp_path, more=online)
+    assert result.returncode == 2
+    assert "model.name: model/tiny is no folder here (from " in result.stderr
+    assert ", did you mean models/tiny?, it was not downloaded before, and the hub can't be reached: " in result.stderr
+    assert time.monotonic() - begun < 30, "its own client tries for a minute"
 
 
 def test_validate_finds_a_missing_column(rows):

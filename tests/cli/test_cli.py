@@ -130,6 +130,30 @@ def test_eval_of_a_recipe_and_of_a_run(stand_in):
     assert called == [("run", 1, None), ("run", 1, "other"), ("run", 4, "run/final"), ("run", 1, "other")]
 
 
+@pytest.mark.parametrize("command", [["eval", "run"], ["validate", "run/recipe.yaml"], ["audit", "run/recipe.yaml"],
+                                     ["train", "run/recipe.yaml"]])  # fmt: skip
+def test_a_stranger_s_run_executes_nothing_without_trust(tmp_path, stand_in, command):
+    called = []
+    stand_in("evaluate", evaluate_recipe=lambda recipe, model: called.append(model) or {})
+    stand_in("trainer", train=lambda recipe, resume: called.append(recipe))
+    Path("run/final").mkdir(parents=True)
+    Path("run/environment.json").write_text('{"host": "elsewhere"}')
+    Path("run/spy.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef fn(completions, **kwargs): ...\n")
+    Path("run/recipe.yaml").write_text(RECIPE.replace("{name: countdown}]", '{path: "run/spy.py:fn"}]'))
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("run was made by somebody else or on another machine (it does not have the mark of")
+    assert "\n  rewards[0].path: run/spy.py:fn\n" in result.stderr
+    assert "--trust" in result.stderr
+    assert not called
+    assert not Path("ran").exists()
+    if command[0] in ("eval", "train"):
+        assert run(*command, "--trust").exit_code == 0
+        assert len(called) == 1
+        own = run(*command, "rewards=[{name: countdown}]")
+        assert own.exit_code == 0, "an override replaces the stranger's code"
+
+
 def test_eval_of_a_run_that_has_no_model_yet():
     Path("run").mkdir()
     result = run("eval", "run")

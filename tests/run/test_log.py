@@ -276,6 +276,28 @@ def test_wandb_online_without_a_server_goes_on_offline(tmp_path, monkeypatch, ca
     assert "wandb sync" in caplog.text
 
 
+@pytest.mark.slow
+def test_wandb_online_and_unreachable_writes_offline_to_the_end(tmp_path, monkeypatch, caplog):
+    """The real wandb: its service remembers the run that could not start."""
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(trackers, "SECONDS_TO_INIT", 3)
+    monkeypatch.setattr(sys, "argv", ["grpo", "train", "x.yaml", "rewards.0.args.api_key=hunter2-hunter2"])
+    with caplog.at_level(logging.WARNING, "grpo"), open_run_log(tmp_path / "run", wandb="online") as run_log:
+        run_log.log(1, {"reward": 0.5})
+    assert "wandb cannot go online" in caplog.text
+    assert "switched off" not in caplog.text
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    give_up = time.monotonic() + 30
+    while b"reward" not in written.read_bytes():
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+    for file in filter(Path.is_file, (tmp_path / "run").rglob("*")):
+        assert b"hunter2" not in file.read_bytes(), file
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The screen
 

@@ -29,12 +29,17 @@ class Store:  # as c10d's: get waits for the key
 
 rank, does = int(sys.argv[2]), sys.argv[3]
 peers.SECONDS_TO_UNWIND = peers.SECONDS_TO_LEARN = 0.2
-peers.watch(Store(), "127.0.0.1", rank, 3, 60)
-peers.at_step(7)
+seconds, step = (float(text) for text in sys.argv[4:] or (60, 7))
+peers.watch(Store(), "127.0.0.1", rank, 3, seconds)
+for number in range(int(step) - 1, int(step) + 1):
+    if number:
+        peers.at_step(number)
 (Store.folder / f"ready_{rank}").touch()
 while len(list(Store.folder.glob("ready_*"))) < 3:
     time.sleep(0.01)
 time.sleep(0.1)
+if does == "stops":
+    os.kill(os.getpid(), signal.SIGSTOP)
 if does == "is killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if does == "forks" and os.fork() == 0:
@@ -66,18 +71,23 @@ for words in (b"1\n", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guessed"}\n{"ended
 """
 
 
-def launch(folder: Path, *does: str) -> list[tuple[int, str]]:
-    """Exit code and stderr of three processes, by rank."""
+def start(folder: Path, *does: str, more: tuple[object, ...] = ()) -> list[subprocess.Popen[str]]:
+    """Three processes, by rank."""
     folder.mkdir()
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(folder), str(rank), what],
+            [sys.executable, "-c", PROCESS, str(folder), str(rank), what, *map(str, more)],
             env=environment() | {"LOCAL_RANK": "0"},  # each the first of a node
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank, what in enumerate(does)
     ]
+
+
+def launch(folder: Path, *does: str) -> list[tuple[int, str]]:
+    """Exit code and stderr of three processes, by rank."""
+    processes = start(folder, *does)
     said = [process.communicate(timeout=60)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
@@ -95,6 +105,30 @@ def test_a_killed_process_ends_the_others_which_name_it(tmp_path: Path, gone: in
         assert code == 1
         assert f"rank {gone} (on " in said
         assert ") was lost in step 7: its process " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_ends_the_others_in_time_and_they_name_it(tmp_path: Path, stopped: int) -> None:
+    """The kernel goes on answering for it. Before the first step the others wait longer: they may compile."""
+    does = ["waits"] * 3
+    does[stopped] = "stops"
+    late, early = start(tmp_path / "late", *does, more=(1, 7)), start(tmp_path / "early", *does, more=(1, 1))
+    try:
+        begun = time.monotonic()
+        for rank, process in enumerate(late):
+            if rank == stopped:
+                continue
+            said = process.communicate(timeout=30)[1]
+            assert process.returncode == 1
+            assert f"rank {stopped} (on " in said
+            assert f") was lost in step 7: its process {late[stopped].pid} is stopped (by SIGSTOP" in said
+        assert time.monotonic() - begun < 8
+        assert [process.poll() for process in early] == [None] * 3
+    finally:
+        for process in (*late, *early):
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.slow

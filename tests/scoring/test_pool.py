@@ -15,6 +15,7 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.errors import RunError
 from grpo.scoring.scorer import Scorer
+from tests.launching import environment
 from tests.scoring.helpers import MISBEHAVING, SHORT, alive, group, misbehaving, scorer, wait_until
 
 
@@ -50,6 +51,88 @@ def test_a_hang_is_killed_in_time_with_all_its_processes(tmp_path):
         assert time.monotonic() - started < 3
         child = int((tmp_path / "pid").read_text())
         assert wait_until(lambda: not alive(child))
+
+
+LEAVES_PROCESSES = '''
+import os, subprocess, sys, time
+from pathlib import Path
+
+FORKS = """
+import os, sys, time
+while True:
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    if os.fork():
+        time.sleep(1000)
+    time.sleep(0.02)
+"""
+
+def note(pid):
+    with open(Path(__file__).with_name("pids"), "a") as file:
+        file.write(f"{pid}\\n")
+
+def leaves(completions, **kwargs):
+    note(subprocess.Popen(["sleep", "1000"]).pid)
+    note(subprocess.Popen(["sleep", "1000"], start_new_session=True, env={}, close_fds=True).pid)
+    if os.fork() == 0:  # a daemon: its parent ends, nothing of this process is left in it
+        os.setsid()
+        if os.fork() == 0:
+            note(os.getpid())
+            os.execve("/bin/sleep", ["sleep", "1000"], {})
+        os._exit(0)
+    if completions == ["forks"]:
+        subprocess.Popen([sys.executable, "-c", FORKS, str(Path(__file__).with_name("pids"))], start_new_session=True)
+    while len(Path(__file__).with_name("pids").read_text().split()) < 3:
+        time.sleep(0.01)
+    note(0)
+    if completions == ["dies"]:
+        os.kill(os.getpid(), 11)
+    if completions != ["done"]:
+        time.sleep(1000)
+    return [1.0]
+'''
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="subreapers")
+@pytest.mark.parametrize("text", ["late", "forks", "dies", "done"])
+def test_no_child_of_a_reward_outlives_its_worker(tmp_path, text):
+    """Neither one in a session of its own, nor a daemon without a parent, nor one that goes on forking: when the worker
+    is late, crashes, or is closed."""
+    (tmp_path / "leaves.py").write_text(LEAVES_PROCESSES)
+    with scorer(RewardConfig(path=f"{tmp_path}/leaves.py:leaves", timeout=1.0), timeout=100) as s:
+        s.score([group(text)], step=1)
+        pids = _noted(tmp_path)
+        if text == "done":
+            assert all(map(alive, pids)), "a function may keep what it has started, for the next call"
+        pids = _noted(tmp_path)
+    assert wait_until(lambda: not any(map(alive, _noted(tmp_path))))
+    assert len(_noted(tmp_path)) == len(pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="subreapers")
+def test_no_child_of_a_reward_outlives_a_killed_trainer(tmp_path):
+    (tmp_path / "leaves.py").write_text(LEAVES_PROCESSES)
+    trainer = textwrap.dedent(
+        f"""
+        from grpo.config import RewardConfig, ScoringConfig
+        from grpo.scoring.scorer import Scorer
+        from grpo.types import Completion, Group, Prompt, Status
+        scorer = Scorer([RewardConfig(path="{tmp_path}/leaves.py:leaves")], ScoringConfig(workers=1, timeout=60))
+        scorer.start(step=1).add(Group(Prompt(0, "p", "p", []), [Completion([], [], Status.STOP, "late", [])]))
+        input()
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", trainer], stdin=subprocess.PIPE, env=environment()) as process:
+        assert wait_until(lambda: (tmp_path / "pids").exists() and 0 in _noted(tmp_path, whole=True), 30)
+        pids = _noted(tmp_path)
+        assert all(map(alive, pids))
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: not any(map(alive, pids)))
+
+
+def _noted(folder: Path, *, whole: bool = False) -> list[int]:
+    return [pid for pid in map(int, (folder / "pids").read_text().split()) if pid or whole]
 
 
 def test_closing_ends_workers_even_those_at_work():

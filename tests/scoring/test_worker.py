@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import RewardConfig
+from grpo.config import RewardConfig, ScoringConfig
+from grpo.scoring.functions import tell_left_out
+from grpo.scoring.scorer import Scorer
 from tests.scoring.helpers import group, misbehaving, scorer
 
 ROOT = str(Path(__file__).parents[2])
@@ -88,3 +90,23 @@ def test_ctrl_c_and_sigterm_are_the_trainers():
         g = group("a")
         s.score([g], step=1)
         assert g.rewards == [float(pid)]
+
+
+@pytest.mark.parametrize(("named", "rewards"), [([], [0.0, 0.0]), (["JUDGE_API_KEY"], [1.0, 0.0])])
+def test_a_function_does_not_get_secrets_unless_they_are_named(tmp_path, monkeypatch, named, rewards, caplog):
+    caplog.set_level("INFO", logger="grpo")
+    monkeypatch.setenv("JUDGE_API_KEY", "1")
+    monkeypatch.setenv("HF_TOKEN", "1")
+    (tmp_path / "asks.py").write_text(
+        "import os\n"
+        "def asks(completions, **kwargs):\n"
+        "    return [float(os.environ.get(name, 0)) for name in completions]\n"
+    )
+    scoring, rewards_of = ScoringConfig(workers=1, environment=named), [RewardConfig(path=f"{tmp_path}/asks.py:asks")]
+    tell_left_out(rewards_of, scoring.environment)
+    with Scorer(rewards_of, scoring) as s:
+        g = group("JUDGE_API_KEY", "HF_TOKEN")
+        s.score([g], step=1)
+    assert g.rewards == rewards
+    assert "HF_TOKEN" in caplog.text
+    assert ("JUDGE_API_KEY" in caplog.text) == (not named)

@@ -18,11 +18,11 @@ from grpo.errors import RunError, UserError
 from grpo.losses import LOSSES, Counts
 from grpo.packing import to_sequences
 from grpo.run.same_run import check_same_run, run_identity
-from grpo.types import Batch, Completion, Group, Prompt, Status, TrainedSequence
+from grpo.types import Batch, Completion, Group, Prompt, Status, TrainedSequence, VersionSpan
 from grpo.update.forward import precompute_logprobs
 from grpo.update.loss import micro_batch_loss
 from grpo.update.metrics import RATIO, over_processes, step_metrics
-from grpo.update.step import backward, optimizer_step, with_signal
+from grpo.update.step import backward, optimizer_step, update, with_signal
 from tests import gradient_of_step
 from tests.conftest import make_policy, make_recipe, make_run
 from tests.gradient_of_step import TEMPERATURE, gradient, recipe_for, sequences
@@ -149,6 +149,40 @@ def test_unscorable_and_masked_completions_are_not_valid() -> None:
     assert [s.valid for s in to_sequences([group], np.ones((1, 4)), algorithm)] == [True, True, False, False]
     masking = algorithm.model_copy(update={"mask_truncated_completions": True})
     assert [s.valid for s in to_sequences([group], np.ones((1, 4)), masking)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("unknown", [math.nan, -math.inf])
+@pytest.mark.parametrize("mode", ["none", *MODES])
+def test_a_token_without_a_sampler_s_logprob_is_left_out_and_counted(
+    tiny_model: Path, tmp_path: Path, mode: str, unknown: float
+) -> None:
+    """The step is the one in which that token was never counted, in numerator and denominator."""
+    made = [
+        Completion([5 + i, 6, 7, 8] * 6, [-1.0 - i] * 24, Status.STOP, "", [VersionSpan(0, 24, 0)]) for i in range(4)
+    ]
+    group = Group(Prompt(0, "", "", [3, 4]), made, rewards=[1.0, 0.0, 0.0, 1.0])
+    made[1].sampler_logprobs = [*([-2.0] * 3), unknown, *([-2.0] * 20)]
+    advantages = np.array([[1.0, -1.0, -1.0, 1.0]])
+    policy = make_policy(tiny_model)
+    run = make_run(policy, tmp_path, algorithm={"importance_sampling_mode": mode, "loss_type": "dapo"})
+    before = {name: t.clone() for name, t in policy.full_state().items()}
+    (metrics,) = update(run, [group], advantages, 1e-3)
+    assert metrics["sampling/nan_logprobs"] == 1.0
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert not all(torch.equal(t, before[name]) for name, t in policy.full_state().items())
+    (first,) = [s for s in to_sequences([group], advantages, run.recipe.algorithm) if s.uncounted]
+    assert first.uncounted == (3,)
+    assert policy.collate([first]).mask_BT.sum() == 23
+
+
+def test_too_many_tokens_without_a_logprob_stop_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    made = [Completion([5, 6], [-1.0, math.nan], Status.STOP, "", [VersionSpan(0, 2, 0)]) for _ in range(2)]
+    group = Group(Prompt(0, "", "", [3, 4]), made, rewards=[1.0, 0.0])
+    run = make_run(make_policy(tiny_model), tmp_path)
+    with pytest.raises(
+        RunError, match=r"step 0: the sampler gave 2 of 4 tokens no finite log-probability .*vllm_dtype"
+    ):
+        update(run, [group], np.array([[1.0, -1.0]]), 1e-3)
 
 
 def from_another_sampler() -> list[TrainedSequence]:

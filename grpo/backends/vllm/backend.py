@@ -7,6 +7,7 @@ colocated engine. An error on one process is raised on all, because the others w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from grpo.types import Completion, Status, TrainedSequence, VersionSpan
 
 T = TypeVar("T")
 
+UNKNOWN = -9999.0
 RECOVERIES = 5  # within one rollout; servers that die more often die of the requests
 
 
@@ -178,7 +180,7 @@ class VLLMBackend:
         ]
 
     def _completion(self, answer: Any, flight: InFlight) -> Completion:
-        token_ids, logprobs = answer["token_ids"], [entry["logprob"] for entry in answer["logprobs"]["content"]]
+        token_ids, logprobs = answer["token_ids"], [_logprob(e["logprob"]) for e in answer["logprobs"]["content"]]
         if self.adapters:  # the engine's label is that of the frozen weights; its adapter is named by version
             spans = [VersionSpan(0, len(token_ids), version_of(answer["model"]))]
         else:
@@ -244,6 +246,11 @@ class VLLMBackend:
             if failure is not None:
                 raise failure
         return [value for value, _ in outcomes]
+
+
+def _logprob(said: float | None) -> float:
+    """nan where the engine could not compute one: vLLM sends -9999 in place of nan and -inf, JSON writers a null."""
+    return math.nan if said is None or said <= UNKNOWN else said
 
 
 class _Landing:

@@ -54,6 +54,8 @@ class EngineProcess:
         self.command = [python or sys.executable, "-m", "grpo.backends.vllm.serve", "--die-with", str(os.getpid())]
         self.command += [str(model), f"--uds={self.socket}", *arguments]
         self.environment = _environment(devices, _only_grpo(scratch))
+        # The engine's processes talk to each other over sockets too, and unpickle what comes there.
+        self.environment["VLLM_RPC_BASE_PATH"] = str(private)
         self.starting = False  # started, and has not answered yet
         self.started = 0.0  # when, by time.monotonic
         self.process: subprocess.Popen[bytes] | None = None

@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 SUPPORTED = ("0.32", "0.34")  # from the first, up to but not including the second
+SECONDS_TO_ASK = 60
 RANGE = f">={SUPPORTED[0]},<{SUPPORTED[1]}"
 
 # vLLM's arguments in any case, and why.
@@ -50,6 +52,14 @@ def installed_version() -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def version_for(python: str) -> str | None:
+    """The version of the vLLM that another Python has; None where it has none, or does not say. Raises OSError where it
+    cannot be started."""
+    command = [python, __file__, "--version-of-vllm"]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_ASK, check=False)
+    return asked.stdout.strip() or None
 
 
 def for_cpus() -> bool:
@@ -90,6 +100,9 @@ def die_with(parent: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if arguments == ["--version-of-vllm"]:
+        print(installed_version() or "")
+        return
     if arguments[:1] == ["--die-with"]:
         die_with(int(arguments[1]))
         arguments = arguments[2:]

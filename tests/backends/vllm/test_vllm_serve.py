@@ -343,6 +343,7 @@ def test_an_engine_starts_once_and_stops(engine: Callable[..., EngineProcess]) -
     assert came["arguments"][-2:] == [f"--uds={one.socket}", "--x"]
     assert one.url == f"unix:{one.socket}"
     assert stat.S_IMODE(one.socket.parent.stat().st_mode) == 0o700, "nobody else reaches the engine"
+    assert one.environment["VLLM_RPC_BASE_PATH"] == str(one.socket.parent), "nor what its processes say to each other"
     assert "grpo" in os.listdir(came["variables"]["PYTHONPATH"].split(os.pathsep)[0])
     one.stop()
     assert not alive(pid)
