@@ -47,8 +47,8 @@ def _reached(logprob_lm: LogprobLM) -> set[int]:
     device = next(logprob_lm.parameters()).device
     ids_BT = torch.linspace(0, logprob_lm.vocab_size - 1, TOKENS, device=device).long()[None]
     was_training = logprob_lm.training
-    logprob_lm.eval()
-    with torch.enable_grad(), in_float32(logprob_lm):
+    logprob_lm.train()  # as in an update: some layers go another way then
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), in_float32(logprob_lm):
         logits = logprob_lm.causal_lm(input_ids=ids_BT, use_cache=False).logits
     logprob_lm.train(was_training)
     found: set[int] = set()
