@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from contextlib import suppress
 
 
 def output_is_closed() -> bool:
-    """Whether what was last printed could not be delivered. From then on standard output leads nowhere, so that no
-    later print fails, nor the end of the process."""
+    """Whether standard output has no reader. From then on it leads nowhere, so that no later print fails, nor the end
+    of the process."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
-        return True
-    return False
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file at all
+        return False
+    asked = select.poll()
+    asked.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
+        return False
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)
+    return True
