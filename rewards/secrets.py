@@ -17,6 +17,7 @@ WORDS = re.compile(
 )
 PARTS = re.compile(r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY|(TOKEN|KEY)$")
 SERVICES = ("AWS_", "AZURE_", "GCP_", "GOOGLE_", "CLOUDSDK_", "SSH_", "GPG_", "VAULT_", "OP_", "DOCKER_AUTH")
+PUBLIC = re.compile(r"(^|_)CA_?(BUNDLE|CERTS?|INFO|FILE|PATH)(_|$)")  # certificates of authorities
 LOOKS = re.compile(
     r"hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}|wandb_v\d+_\w{16,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"
@@ -29,7 +30,7 @@ SHORTEST = 20  # characters of a secret that is looked for inside of other texts
 def names_secret(variable: str) -> bool:
     """Whether a variable of the environment is called like a secret (``WANDB_API_KEY``, ``HF_TOKEN``, ``AWS_…``)."""
     name = variable.upper()
-    if name in ORDINARY:
+    if name in ORDINARY or PUBLIC.search(name):
         return False
     return name.startswith(SERVICES) or PARTS.search(name) is not None or WORDS.search(name) is not None
 

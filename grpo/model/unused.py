@@ -5,6 +5,7 @@ They get no gradient. Left among the trained ones they would cost moments, be de
 
 from __future__ import annotations
 
+import logging
 import re
 
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.packed_check import in_float32
+
+log = logging.getLogger("grpo")
 
 TOKENS = 16
 
@@ -48,9 +51,14 @@ def _reached(logprob_lm: LogprobLM) -> set[int]:
     ids_BT = torch.linspace(0, logprob_lm.vocab_size - 1, TOKENS, device=device).long()[None]
     was_training = logprob_lm.training
     logprob_lm.train()  # as in an update: some layers go another way then
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), in_float32(logprob_lm):
-        logits = logprob_lm.causal_lm(input_ids=ids_BT, use_cache=False).logits
-    logprob_lm.train(was_training)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), in_float32(logprob_lm):
+            logits = logprob_lm.causal_lm(input_ids=ids_BT, use_cache=False).logits
+    except Exception as error:  # of a class that is none of ours: LogprobLM.check refuses it by name
+        log.debug("the weights that text reaches are not known: %s", error)
+        return {id(parameter) for parameter in logprob_lm.parameters()}
+    finally:
+        logprob_lm.train(was_training)
     found: set[int] = set()
     nodes, seen = [logits.grad_fn], set()
     while nodes:

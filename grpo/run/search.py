@@ -61,11 +61,8 @@ def _refuse_lost(folder: Path) -> None:
 
 
 def _last_step(metrics: Path) -> int:
-    """0 where there are no metrics, or none that can be read back."""
-    try:
-        return max((row["step"] for row in read_jsonl(metrics)), default=0)
-    except FileNotFoundError:
-        return 0
+    """0 where there are no metrics. Raises UserError where they can't be read back."""
+    return max((row["step"] for row in read_jsonl(metrics)), default=0) if metrics.exists() else 0
 
 
 def _save_every(recipe: Path) -> int:

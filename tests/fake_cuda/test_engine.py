@@ -12,7 +12,7 @@ import torch
 
 from grpo.backends.hf import attention, flash, step_graph
 from grpo.backends.hf.attention import decoding_into
-from grpo.backends.hf.check import ROOM, _prefill, _tokens_at, made_up_ids
+from grpo.backends.hf.check import PROMPT_LENGTHS, ROOM, _prefill, _tokens_at, made_up_ids
 from grpo.backends.hf.draw import Distribution, sample
 from grpo.backends.hf.engine import NextLogits, step_through_transformers
 from grpo.backends.hf.kv_cache import DecodeCache
@@ -45,11 +45,11 @@ def decode(watch: Watch, name: str, make_step: Callable[[LogprobLM], NextLogits]
         ids, cache = made_up_ids(model, CUDA), DecodeCache(ROOM, CUDA)
         with decoding_into(model.causal_lm, cache):
             watch.may_make_masks = True
-            _prefill(model, cache, ids)
+            _prefill(model, cache, ids, PROMPT_LENGTHS)
             watch.may_make_masks = False
             step = make_step(model)
             for t in range(3):
-                logits_BV = step(_tokens_at(ids, t), cache)
+                logits_BV = step(_tokens_at(ids, t, PROMPT_LENGTHS), cache)
         uniforms_B = torch.zeros(len(logits_BV), dtype=torch.float64).to(CUDA)
         tokens_B, logps_B = sample(logits_BV, uniforms_B, temperature=0.7, top_k=20, top_p=0.9)
     assert (tokens_B.device.type, tokens_B.dtype) == ("cuda", torch.int64)

@@ -53,7 +53,7 @@ def sections(project: Path, **more: Any) -> dict[str, Any]:
 
 def hashes(project: Path, **more: Any) -> dict[str, str]:
     recipe = make_recipe(project / "model", **sections(project, **more))
-    task = load_task(recipe.data, recipe.training, recipe.stage, load_tokenizer(recipe.model))
+    task = load_task(recipe, load_tokenizer(recipe.model))
     return hash_inputs(recipe, task)
 
 
@@ -126,7 +126,7 @@ def test_losses_and_backends_of_ones_own_and_dotted_names_are_inputs(project: Pa
 def test_rows_that_a_task_makes_and_rows_held_out_are_hashed(tiny_model: Path) -> None:
     def of(**data: Any) -> dict[str, str]:
         recipe = make_recipe(tiny_model, data={"name": "countdown", "train_size": 40, "eval_size": 4} | data)
-        task = load_task(recipe.data, recipe.training, recipe.stage, load_tokenizer(recipe.model))
+        task = load_task(recipe, load_tokenizer(recipe.model))
         return {name: hash for name, hash in hash_inputs(recipe, task).items() if name.startswith("data")}
 
     assert of().keys() == {"data: rows", "data: held-out rows"}

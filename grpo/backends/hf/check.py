@@ -133,8 +133,7 @@ def _prefill(model: LogprobLM, cache: DecodeCache, ids: torch.Tensor, lengths: t
     first = [PROMPT_OF.index(prompt) for prompt in range(len(lengths))]
     model.body(input_ids=ids[first, : max(lengths)], use_cache=False)
     cache.prefill = None
-    for prompt in PROMPT_OF:
-        cache.add_sequence(prompt)
+    cache.begin_sequences([cache.add_sequence(prompt) for prompt in PROMPT_OF])  # with a copy of a short prompt
 
 
 def _tokens_at(ids: torch.Tensor, t: int, lengths: tuple[int, ...]) -> torch.Tensor:
