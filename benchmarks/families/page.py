@@ -33,7 +33,7 @@ the installed vLLM supports, and its log-probabilities are compared after each s
 """
 
 
-def page(rows: list[Row]) -> str:
+def page(rows: list[Row], unmeasured: list[Case] | None = None) -> str:
     good = [row for row in rows if any(found.status == "right" for found in row[1])]
     both = sum(all(found.status == "right" for found in row[1]) for row in rows)
     text = HEAD.format(version=transformers.__version__, longest=LONGEST, near=NEAR, right=both, all=len(rows))
@@ -43,6 +43,8 @@ def page(rows: list[Row]) -> str:
         found = [(case, way, one) for case, way, one in found if one.status == status]
         if found:
             text += f"\n## {title}\n\n" + "".join(_reasons(found))
+    if unmeasured:
+        text += "\n## Not measured yet\n\n" + "".join(f"- {_name(case)}\n" for case in unmeasured)
     return text
 
 
