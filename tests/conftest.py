@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# Where tests run behind an & in a script, Ctrl-C is ignored, and so it would be in the processes that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports torch or transformers, and inherited by the processes that tests start: one thread each, since
 # test processes share the cores; no network; nothing of the terminal that the tests were started from.
