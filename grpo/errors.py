@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     return STEERING.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; of one that says nothing, its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """The recipe, the data or the command line is wrong. The CLI prints the message alone and exits 2."""
 

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, whoever is killed or refused, and modes that follow the umask."""
+"""Files and folders that are there whole or not at all, who is killed or refused; modes follow the umask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grpo.files import usual_modes, whole_folder
+from grpo.files import usual_modes, whole_folder, write_whole
+from tests.launching import DIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,8 +65,10 @@ def test_where_the_disk_refuses_nothing_is_left_but_what_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-KILLER = """
-    import json, os, shutil, signal, sys
+KILLER = (
+    DIES
+    + """
+    import json, os, sys
     from pathlib import Path
     from grpo.files import whole_folder
 
@@ -75,18 +78,7 @@ KILLER = """
                 (aside / name).write_text(content)
 
     def save_and_die(final, moment):
-        count = 0
-        def deadly(function):
-            def call(*args, **kwargs):
-                nonlocal count
-                result = function(*args, **kwargs)
-                count += 1
-                if count == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-            return call
-        for module, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree")):
-            setattr(module, name, deadly(getattr(module, name)))
+        die_after(moment)
         write(final, "new")
         os._exit(0)
 
@@ -103,6 +95,7 @@ KILLER = """
         found.append([seen, kept, sorted(path.name for path in final.parent.iterdir())])
     print(json.dumps(found))
 """
+)
 
 
 def test_a_kill_at_any_moment_leaves_no_half_folder_under_the_name(tmp_path: Path) -> None:
@@ -129,3 +122,38 @@ def test_modes_follow_the_umask_though_safetensors_does_not(tmp_path: Path, umas
         "model.safetensors": mode,
         "config.json": mode,
     }
+
+
+def test_it_writes_text_and_bytes_and_replaces_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file.jsonl"
+    write_whole(path, "naïve 😀 \udc80\n")
+    assert path.read_bytes() == "naïve 😀 \\udc80\n".encode()
+    write_whole(path, b"\x00\r\n")
+    assert path.read_bytes() == b"\x00\r\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_the_disk_refuses_the_old_content_stays_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "old")
+
+    def half(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "new content")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_way_is_an_error_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "inside").touch()
+    with pytest.raises(OSError, match="directory"):
+        write_whole(tmp_path / "file", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

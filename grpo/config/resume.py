@@ -20,7 +20,7 @@ FREE = {
     "optimizer": "offload",
     "scoring": "workers timeout memory_limit_gb environment max_failure_rate",
     "evaluation": "num_generations temperature max_completion_length at_start",
-    # The learning rate may depend on max_steps: `run/resume.py` says so where it does.
+    # The learning rate may depend on max_steps: `run/run.py` says so where it does.
     "training": """output_dir max_steps max_seconds eval_every save_every save_total_limit log_rollouts_every
         ddp_timeout peer_timeout replica_check_every dollars_per_hour num_threads""",  # threads in use are compared
     "tracking": "project run_name wandb tensorboard trackio",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from grpo.errors import RunError, UserError
-from grpo.files import usual_modes, whole_folder
+from grpo.errors import RunError, UserError, first_line
+from grpo.files import usual_modes, whole_folder, why_not_written
 from grpo.model.dropout import config_as_read
 from grpo.model.placing import shell
 
@@ -59,7 +58,11 @@ def write_final(
         RuntimeError,
         SafetensorError,
     ) as error:  # where a write fails, libraries raise errors of their own
-        raise RunError(_explain(folder, error, needed)) from error
+        raise RunError(
+            f"could not write {folder}: {why_not_written(folder, error, needed)}. No step is lost: the last checkpoint "
+            "has them all. Free some space or raise the quota, then give --resume, which writes it without another "
+            "step."
+        ) from error
 
 
 def write_adapter(folder: Path, peft_model: Any, adapter: State) -> None:
@@ -103,7 +106,7 @@ def rehearse(
     except Exception as error:  # whatever a library says
         raise UserError(
             f"model.name: the {part} of this model can't be written, so the run would end without its final/: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -137,18 +140,3 @@ def _write_generation_config(folder: Path, like: PreTrainedModel) -> str | None:
         config.to_json_file(folder / "generation_config.json")
         return " ".join(str(error).split())[:300]
     return None
-
-
-def _explain(folder: Path, error: Exception, needed: int) -> str:
-    parent = folder.parent
-    free = shutil.disk_usage(parent if parent.exists() else Path.cwd()).free
-    full = "the disk is full; " if free < needed else ""
-    return (
-        f"could not write {folder}: {full}it needs about {needed:,} bytes, {free:,} are free there "
-        f"({_first_line(error)}). No step is lost: the last checkpoint has them all. Free some space or raise the "
-        "quota, then give --resume, which writes it without another step."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import ModelConfig
-from grpo.errors import UserError
+from grpo.errors import UserError, first_line
 from grpo.model.gguf import load_gguf
 from grpo.model.quantized import quantization_config, settle
 
@@ -83,9 +83,8 @@ def _named(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         near = "" if is_local(name) else _did_you_mean(name)
-        raise UserError(f"model.name: can't load the {what} of {name}{near}: {first_line}") from error
+        raise UserError(f"model.name: can't load the {what} of {name}{near}: {first_line(error)}") from error
 
 
 def _did_you_mean(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grpo.errors import RunError, UserError
+from grpo.errors import RunError, UserError, first_line
 from grpo.model.logprobs import token_statistics
 from grpo.model.truncation import Truncation
 from grpo.types import Batch
@@ -160,7 +160,7 @@ class LogprobLM(nn.Module):
             raise UserError(
                 f"model.name: {type(self.causal_lm).__name__} can't be trained: token ids alone must give logits, and "
                 f"its body ({type(self.body).__name__}) last_hidden_state, but it fails ({type(error).__name__}: "
-                f"{(str(error).splitlines() or [''])[0]}). Take a text model (a class that ends in ForCausalLM), or "
+                f"{first_line(error)}). Take a text model (a class that ends in ForCausalLM), or "
                 f"the text part of this one{adapted if hasattr(self.causal_lm, 'peft_config') else ''}"
             ) from error
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grpo.errors import first_line
 from grpo.kernels import CannotPack
 from grpo.model.borders import past_borders
 from grpo.model.logprob_lm import LogprobLM
@@ -51,7 +52,7 @@ def why_padded(logprob_lm: LogprobLM, device: torch.device, compute_dtype: torch
     except CannotPack as reason:
         return str(reason)
     except Exception as error:  # a user's own model may raise anything at keyword arguments that it does not know
-        return f"it failed on one ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        return f"it failed on one ({type(error).__name__}: {first_line(error)})"
     finally:
         logprob_lm.train(was_training)
     return None

@@ -21,7 +21,7 @@ import data as tasks
 from data import files
 from grpo import user_code
 from grpo.config import DataConfig, TrainingConfig
-from grpo.errors import UserError
+from grpo.errors import UserError, first_line
 from grpo.randomness import Stream, permutation
 from grpo.types import REWARD_KEYWORDS
 
@@ -164,8 +164,7 @@ def _from_hub(data: DataConfig, split: str, columns: files.Columns) -> files.Row
     try:
         dataset = datasets.load_dataset(data.hub, split=split, **arguments)
     except Exception as error:  # a hub fails in many ways; all are told in one line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.hub: can't load split {split!r} of {data.hub}: {reason}") from error
+        raise UserError(f"data.hub: can't load split {split!r} of {data.hub}: {first_line(error)}") from error
     if not isinstance(dataset, datasets.Dataset):
         raise UserError(f"data.args: {data.hub} came as {type(dataset).__name__}, rows need a plain Dataset")
     return _named("data.hub", files.check_dataset, dataset, f"{data.hub}[{split}]", columns)

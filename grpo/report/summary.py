@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from grpo.errors import UserError, printable
+from grpo.files import write_whole
 from grpo.run.read import headline, read_run
-from grpo.run.whole import write_whole
 
 FACTS = ("accuracy_before", "accuracy_after", "length_before", "length_after", "seconds")
 

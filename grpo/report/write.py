@@ -10,9 +10,9 @@ import logging
 from pathlib import Path
 
 from grpo.errors import UserError
+from grpo.files import write_whole
 from grpo.report.page import page
 from grpo.run.read import headline, read_run
-from grpo.run.whole import write_whole
 
 log = logging.getLogger("grpo")
 

@@ -1,8 +1,8 @@
 """A run: its processes, its folder, its loop of steps, checkpoints and resume, its log, trackers and screen.
 
 Others take ``run.Run``, ``session``, ``state``, ``log.RunLog``, ``folder``, ``checkpoint``, ``peers`` (what became
-of the other processes), ``exchange`` (between processes), ``read`` (a folder read back), ``whole.write_whole``,
-``closed_output`` (nobody reads what is printed), ``screen.duration`` (times as text), ``agreement`` (of what processes
+of the other processes), ``exchange`` (between processes), ``read`` (a folder read back), ``closed_output``
+(nobody reads what is printed), ``screen.duration`` (times as text), ``agreement`` (of what processes
 draw), and ``stopping`` (requests to stop); the command also ``owner`` (whose folder it is) and ``secrets`` (what no
 file holds).
 """

@@ -29,12 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo.errors import RunError
-from grpo.files import fsync, usual_modes
-from grpo.run.manifest import MANIFEST as MANIFEST
+from grpo.files import fsync, move_in, usual_modes, why_not_written
 from grpo.run.manifest import SHARDS, read_manifest, write_manifest
 from grpo.run.search import folders, step_of
-from grpo.run.search import latest_checkpoint as latest_checkpoint
-from grpo.run.search import verified_checkpoint as verified_checkpoint
 
 log = logging.getLogger("grpo")
 
@@ -136,7 +133,7 @@ def commit(
             if shards:
                 fsync(aside / SHARDS)
             write_manifest(aside, {**manifest, "step": step_of(final)}, shards)
-            _move_in(aside, final)
+            move_in(aside, final)
     finally:
         discard(aside)
     _prune(final.parent, keep)
@@ -176,19 +173,6 @@ def _refuse_unsafe(path: Path) -> None:
         )
 
 
-def _move_in(aside: Path, final: Path) -> None:
-    """Rename; where the step was saved before, keep that one readable as ``.old`` until the new one is in place."""
-    if final.exists():
-        replaced = final.with_name(final.name + ".old")
-        os.rename(final, replaced)
-        os.rename(aside, final)
-        fsync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.rename(aside, final)
-        fsync(final.parent)
-
-
 def _sweep(root: Path) -> None:
     """Clear what a killed process left: unfinished writes go; a checkpoint whose replacement never came returns."""
     for path in root.glob("step_*.tmp"):
@@ -210,12 +194,9 @@ def _prune(root: Path, keep: int) -> None:
 
 
 def _explain(final: Path, error: BaseException, needed: int) -> str:
-    free = shutil.disk_usage(final.parent if final.parent.exists() else Path.cwd()).free
     older = folders(final.parent) if final.parent.exists() else []
-    full = "the disk is full; " if free < needed else ""
     return (
-        f"could not write the checkpoint {final}: {full}it needs about {needed:,} bytes, {free:,} are free there "
-        f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+        f"could not write the checkpoint {final}: {why_not_written(final, error, needed)}. "
         + (f"Earlier checkpoints are intact, the newest is {older[0].name}. " if older else "")
         + "Free some space or raise the quota, then go on with --resume."
     )

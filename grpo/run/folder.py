@@ -27,11 +27,11 @@ import yaml
 
 from grpo.config.yaml_text import dump
 from grpo.errors import UserError
+from grpo.files import write_whole
 from grpo.run.owner import sign
 from grpo.run.same_run import check_same_recipe
 from grpo.run.secrets import command_without_secrets, recipe_without_secrets
 from grpo.run.trackers import check_installed
-from grpo.run.whole import write_whole
 
 if TYPE_CHECKING:
     from grpo.config import Recipe

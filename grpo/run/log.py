@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from grpo.errors import RunError
+from grpo.files import write_whole
 from grpo.run.screen import open_display
 from grpo.run.trackers import open_trackers
-from grpo.run.whole import write_whole
 
 if TYPE_CHECKING:
     from grpo.config import TrackingConfig

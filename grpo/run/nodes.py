@@ -21,11 +21,11 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 
 from grpo.config import Recipe
 from grpo.errors import UserError
+from grpo.files import write_whole
 from grpo.prompts.task import Task
 from grpo.run import peers
 from grpo.run.manifest import MANIFEST
 from grpo.run.same_run import differences
-from grpo.run.whole import write_whole
 
 log = logging.getLogger("grpo")
 

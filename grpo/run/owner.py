@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.run.whole import write_whole
+from grpo.files import write_whole
 from grpo.user_code import is_place
 
 log = logging.getLogger("grpo")

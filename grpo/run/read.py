@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from grpo.errors import UserError
+from grpo.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def read_run(folder: Path) -> RunRecord:
     try:
         recipe = yaml.safe_load(recipe_text) or {}
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{folder / 'recipe.yaml'}: not readable as YAML: {_first_line(error)}") from None
+        raise UserError(f"{folder / 'recipe.yaml'}: not readable as YAML: {first_line(error)}") from None
     try:
         environment = json.loads(_text(folder / "environment.json") or "{}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'environment.json'}: not readable as JSON: {_first_line(error)}") from None
+        raise UserError(f"{folder / 'environment.json'}: not readable as JSON: {first_line(error)}") from None
     for name, content in (("recipe.yaml", recipe), ("environment.json", environment)):
         if not isinstance(content, dict):
             raise UserError(f"{folder / name}: expected keys with values, got {_brief(content)}")
@@ -172,10 +172,6 @@ def mapping(value: Any) -> dict[str, Any]:
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _runs_inside(folder: Path) -> str:

@@ -26,9 +26,10 @@ from grpo.run.log import RunLog
 from grpo.run.manifest import read_manifest
 from grpo.run.nodes import check_checkpoint, check_folder
 from grpo.run.same_run import check_same_run, differences
+from grpo.run.search import find_checkpoint
 from grpo.run.secrets import recipe_without_secrets
 from grpo.run.session import on_main
-from grpo.run.state import Progress, find_checkpoint, identity_on, restore_state, save_state
+from grpo.run.state import Progress, identity_on, restore_state, save_state
 
 log = logging.getLogger("grpo")
 

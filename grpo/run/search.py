@@ -39,9 +39,13 @@ def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
             )
         _refuse_lost(folder)
         log.warning("--resume: no checkpoint in %s yet, starting at step 0", root)
+    _say_skipped(damaged)
+    return found
+
+
+def _say_skipped(damaged: Mapping[Path, str]) -> None:
     for path, why in damaged.items():
         log.warning("skipping checkpoint %s: %s", path, why)
-    return found
 
 
 def _refuse_lost(folder: Path) -> None:
@@ -80,8 +84,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     Raises UserError as ``search`` does.
     """
     found, damaged = search(root)
-    for path, why in damaged.items():
-        log.warning("skipping checkpoint %s: %s", path, why)
+    _say_skipped(damaged)
     return found
 
 

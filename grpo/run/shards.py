@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from grpo.errors import RunError
+from grpo.errors import RunError, first_line
 
 METADATA = ".metadata"
 # What torch's description of a checkpoint is made of: classes of these modules, shapes and types. Nothing else is
@@ -43,7 +43,7 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], rank: int) -> l
         dcp.save(dict(tensors), storage_writer=FileSystemWriter(folder, sync_files=True))
     except CheckpointException as error:
         which, why = next(iter(error.failures.items()))
-        raise RunError(f"rank {which} could not write its shard to {folder}: {_first_line(why[0])}") from None
+        raise RunError(f"rank {which} could not write its shard to {folder}: {first_line(why[0])}") from None
     mine = sorted(folder.glob(f"__{rank}_*.distcp"))
     return [*mine, folder / METADATA] if rank == 0 else mine
 
@@ -77,7 +77,3 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _OTHERS or (module.startswith(_MODULES) and isinstance(found, type)):
             return found
         raise RunError(f"{METADATA} of a checkpoint asks for {module}.{name}, which is in no checkpoint of a run")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

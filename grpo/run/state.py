@@ -31,7 +31,6 @@ from grpo.run.checkpoint import (
 )
 from grpo.run.manifest import SHARDS, facts
 from grpo.run.same_run import run_identity
-from grpo.run.search import find_checkpoint as find_checkpoint
 from grpo.run.shards import read_shards, stored_tensors, write_shards
 
 if TYPE_CHECKING:

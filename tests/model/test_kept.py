@@ -14,22 +14,10 @@ from grpo.backends.base import Request, Sampling
 from grpo.backends.hf.backend import HFBackend
 from grpo.types import Prompt
 from tests.conftest import make_policy
+from tests.small_models import LATENT, SMALL
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 511,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
 EXPERTS |= {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4}
-LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "named, a buffer": ("deepseek_v3", SMALL | EXPERTS | LATENT, "gate.e_score_correction_bias"),
     "named for half types, weights": ("gpt_oss", SMALL | EXPERTS, "input_layernorm.weight"),

@@ -13,27 +13,17 @@ from grpo.errors import UserError
 from grpo.model.policy import Policy
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
+from tests.small_models import SMALL
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 511,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+UNTIED = SMALL | {"tie_word_embeddings": False}
 GPT2 = {"vocab_size": 511, "n_embd": 32, "n_layer": 2, "n_head": 2, "eos_token_id": 1, "bos_token_id": 1}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 ALL = "all-linear"
 MERGED: dict[str, tuple[str, dict[str, Any], str | list[str]]] = {
-    "fused experts and their router": ("qwen3_moe", SMALL | EXPERTS, ALL),
-    "experts alone": ("qwen3_moe", SMALL | EXPERTS, ["gate_proj", "up_proj", "down_proj"]),
-    "experts of another layout": ("gpt_oss", SMALL | EXPERTS, ALL),
-    "a head and an embedding of their own": ("llama", SMALL, ["q_proj", "lm_head", "embed_tokens"]),
+    "fused experts and their router": ("qwen3_moe", UNTIED | EXPERTS, ALL),
+    "experts alone": ("qwen3_moe", UNTIED | EXPERTS, ["gate_proj", "up_proj", "down_proj"]),
+    "experts of another layout": ("gpt_oss", UNTIED | EXPERTS, ALL),
+    "a head and an embedding of their own": ("llama", UNTIED, ["q_proj", "lm_head", "embed_tokens"]),
     "weights held transposed": ("gpt2", GPT2, ALL),
     "positions": ("gpt2", GPT2, ["c_attn", "wpe"]),
 }
@@ -85,7 +75,7 @@ def test_final_computes_what_the_policy_does_and_so_does_the_adapter_on_the_base
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_one_of_two_tied_weights_is_refused(layer: str, tiny_model: Path) -> None:
     """``final/`` has one weight for both, and could hold neither."""
-    causal_lm = model("llama", SMALL | {"tie_word_embeddings": True})
+    causal_lm = model("llama", UNTIED | {"tie_word_embeddings": True})
     with pytest.raises(UserError, match=r"target_modules: .*lm_head.* are one weight \(tied\)"):
         make_policy(tiny_model, causal_lm=causal_lm, model={"lora": {"target_modules": ["q_proj", layer]}})
 
@@ -103,7 +93,7 @@ def test_what_is_trained_beside_the_product_of_two_matrices_is_refused(
 
     plain = peft.LoraConfig
     monkeypatch.setattr(peft, "LoraConfig", lambda **settings: plain(**settings | more))
-    causal_lm = model("llama", SMALL | {"attention_bias": True})
+    causal_lm = model("llama", UNTIED | {"attention_bias": True})
     with pytest.raises(UserError, match=r"model\.lora: .* can't be merged"):
         make_policy(tiny_model, causal_lm=causal_lm, model={"lora": {"target_modules": ["q_proj"]}})
 
@@ -114,7 +104,7 @@ def test_experts_with_adapters_over_a_base_in_bfloat16(tiny_model: Path, tmp_pat
     from data.tiny import write_tiny_model
 
     write_tiny_model(tmp_path / "base")
-    model("qwen3_moe", SMALL | EXPERTS).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model("qwen3_moe", UNTIED | EXPERTS).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     policy = make_policy(tmp_path / "base", dtype="bfloat16", model={"lora": {"r": 4}})
     assert {p.dtype for p in policy.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     move_adapters(policy)

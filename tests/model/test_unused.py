@@ -15,25 +15,12 @@ from grpo.model.logprob_lm import LogprobLM
 from grpo.model.unused import without_gradient
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
-
-TEXT: dict[str, Any] = {
-    "vocab_size": 511,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 14}
-IMAGES = {"mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}
+from tests.small_models import IMAGES, SMALL, VISION
 
 
 def multimodal() -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model("gemma3", text_config=TEXT | {"sliding_window": 8}, vision_config=VISION, **IMAGES)
+    config = AutoConfig.for_model("gemma3", text_config=SMALL | {"sliding_window": 8}, vision_config=VISION, **IMAGES)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -81,7 +68,7 @@ class Routed(nn.Module):
 
 
 def test_an_expert_that_few_tokens_passed_over_is_trained() -> None:
-    config = LlamaConfig(**TEXT)
+    config = LlamaConfig(**SMALL)
     causal_lm = AutoModelForCausalLM.from_config(config)
     for layer in causal_lm.model.layers:
         layer.mlp = Routed(config.hidden_size)

@@ -27,31 +27,16 @@ from grpo.run.session import make_accelerator
 from tests.conftest import make_recipe
 from tests.forked import run_forked
 from tests.gradient_of_step import sequences
+from tests.small_models import IMAGES, LATENT, SMALL, VISION
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 511,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 4, "n_routed_experts": 4}
-LATENT = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8}
-LATENT |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 14}
-IMAGES = {"mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}
+GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 CONFIGS = {
-    "experts": AutoConfig.for_model("qwen3_moe", **TEXT | EXPERTS),
+    "experts": AutoConfig.for_model("qwen3_moe", **SMALL | EXPERTS),
     "images": AutoConfig.for_model(
-        "gemma3", text_config=TEXT | {"sliding_window": 8}, vision_config=VISION, tie_word_embeddings=True, **IMAGES
+        "gemma3", text_config=SMALL | {"sliding_window": 8}, vision_config=VISION, tie_word_embeddings=True, **IMAGES
     ),
-    "router bias": AutoConfig.for_model("deepseek_v3", **TEXT | EXPERTS | LATENT),
+    "router bias": AutoConfig.for_model("deepseek_v3", **SMALL | EXPERTS | GROUPS | LATENT),
 }
 LORA = {"lora": {"r": 4}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -34,9 +34,9 @@ from grpo.prompts.task import Task
 from grpo.rollout.rollouts import Rollouts
 from grpo.run import shards
 from grpo.run.agreement import check_weights
-from grpo.run.checkpoint import latest_checkpoint
+from grpo.run.search import find_checkpoint, latest_checkpoint
 from grpo.run.session import make_accelerator
-from grpo.run.state import Progress, find_checkpoint, restore_state, save_state
+from grpo.run.state import Progress, restore_state, save_state
 from tests.conftest import make_recipe
 from tests.forked import run_forked
 from tests.gradient_of_step import sequences

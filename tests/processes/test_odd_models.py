@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.launching import ROOT, run_python
+from tests.launching import how_parts_ended
 from tests.processes.odd_models import CASES
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
@@ -23,10 +22,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ended(root: Path) -> dict[str, list[int]]:
     """How the processes of each part of the script ended."""
-    done = run_python(ROOT / "tests/processes/odd_models.py", root)
-    print(done.stderr)  # pytest shows it with a failure
-    assert done.returncode == 0
-    return json.loads(done.stdout.splitlines()[-1])
+    return how_parts_ended("odd_models.py", root)[0]
 
 
 def test_every_part_ends_well(ended: dict[str, list[int]]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import ROOT, run_python
+from tests.launching import how_parts_ended
 from tests.small_runs import lines, same_weights
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
@@ -23,11 +22,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ended(root: Path) -> dict[str, list[int]]:
     """How the processes of each part of the script ended."""
-    done = run_python(ROOT / "tests/processes/sharded_checkpoints.py", root)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(done.stderr)  # pytest shows it with a failure
-    (root / "said.txt").write_text(done.stderr)
+    found, said = how_parts_ended("sharded_checkpoints.py", root)
+    (root / "said.txt").write_text(said)
     return found
 
 

@@ -16,14 +16,10 @@ import pytest
 import torch
 
 from grpo.errors import UserError
-from grpo.run.checkpoint import (
-    MANIFEST,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    set_aside_newer,
-    verified_checkpoint,
-)
+from grpo.run.checkpoint import load_checkpoint, save_checkpoint, set_aside_newer
+from grpo.run.manifest import MANIFEST
+from grpo.run.search import latest_checkpoint, verified_checkpoint
+from tests.launching import DIES
 
 ROOM = Path(__file__).parents[2]
 
@@ -175,26 +171,18 @@ def test_going_back_sets_newer_checkpoints_aside(tmp_path):
 
 # In a process of its own (forking one that holds torch's and pytest's threads is not safe), one fork for each moment:
 # the fork is killed right after its n-th fsync, rename or rmtree, until one gets through the whole save.
-KILLER = """
-    import json, os, shutil, signal, sys
+KILLER = (
+    DIES
+    + """
+    import json, os, shutil, sys
     from pathlib import Path
     sys.path[:0] = ["tests/run"]
     from test_checkpoint import save, steps
-    from grpo.run.checkpoint import latest_checkpoint, load_checkpoint
+    from grpo.run.checkpoint import load_checkpoint
+    from grpo.run.search import latest_checkpoint
 
     def save_and_die(root, step, moment):
-        count = 0
-        def deadly(function):
-            def call(*args, **kwargs):
-                nonlocal count
-                result = function(*args, **kwargs)
-                count += 1
-                if count == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-            return call
-        for module, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree")):
-            setattr(module, name, deadly(getattr(module, name)))
+        die_after(moment)
         save(root, step, value=2.0)
         os._exit(0)
 
@@ -213,6 +201,7 @@ KILLER = """
         found.append([*first, steps(root)])
     print(json.dumps(found))
 """
+)
 
 
 def run(script: str, *args: object) -> str:
@@ -247,7 +236,8 @@ FULL_DISK = """
     import resource, sys
     from pathlib import Path
     import torch
-    from grpo.run.checkpoint import latest_checkpoint, save_checkpoint
+    from grpo.run.checkpoint import save_checkpoint
+    from grpo.run.search import latest_checkpoint
     from grpo.errors import RunError
 
     root, kind = Path(sys.argv[1]), sys.argv[2]

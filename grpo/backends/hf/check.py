@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from grpo.backends.hf.attention import decoding_into, implementation_of
 from grpo.backends.hf.engine import NextLogits
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape
-from grpo.errors import RunError, UserError
+from grpo.errors import RunError, UserError, first_line
 from grpo.model.logprob_lm import LogprobLM
 
 log = logging.getLogger("grpo")
@@ -93,7 +93,7 @@ def known_failures(model: LogprobLM) -> Iterator[None]:
     except Exception as error:
         raise RunError(
             f"{type(model.causal_lm).__name__} can't be decoded by the hf backend ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0]}); use rollout.backend: vllm"
+            f"{first_line(error)}); use rollout.backend: vllm"
         ) from error
 
 
