@@ -1,8 +1,8 @@
 """Norms and the product of gated MLPs on a CPU, forward and backward, each in one pass (``elementwise.cpp``).
 
 torch reads and writes memory five times for a norm's forward pass and a dozen times for its backward pass. A model's
-modules are matched by running them, not by class name. A module that computes something else, or is given another type
-or layout, goes through torch.
+modules are matched by running them, not by class name. A module that computes something else, or is given another type,
+layout or shape, goes through torch: compiled code would read beyond what it is given.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Norm(NamedTuple):
     eps: float
 
     def takes(self, *inputs: torch.Tensor | None) -> bool:
-        return _take(inputs, torch.float32)
+        x, weight = inputs
+        return _take(inputs, torch.float32) and x.shape[-1:] == weight.shape
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out, H = torch.empty_like(x), x.shape[-1]
@@ -66,8 +67,10 @@ class Gated(NamedTuple):
     """gate and up, float32 or bfloat16, to silu(gate) up (arXiv:2002.05202)."""
 
     def takes(self, *inputs: torch.Tensor | None) -> bool:
-        gate = inputs[0]
-        return gate is not None and gate.dtype in (torch.float32, torch.bfloat16) and _take(inputs, gate.dtype)
+        gate, up = inputs
+        if gate is None or gate.dtype not in (torch.float32, torch.bfloat16):
+            return False
+        return _take(inputs, gate.dtype) and gate.shape == up.shape
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(gate)

@@ -67,7 +67,7 @@ class Norm(NamedTuple):
 
     def takes(self, *inputs: torch.Tensor | None) -> bool:
         x, weight = inputs
-        if x is None or weight is None or not _on_device(x, weight):
+        if x is None or weight is None or not _on_device(x, weight) or x.shape[-1:] != weight.shape:
             return False
         return torch.promote_types(x.dtype, weight.dtype) == x.dtype  # else the module's own result is wider than x
 
@@ -88,7 +88,7 @@ class Gated(NamedTuple):
 
     def takes(self, *inputs: torch.Tensor | None) -> bool:
         gate, up = inputs
-        return gate is not None and up is not None and _on_device(gate, up) and gate.dtype == up.dtype
+        return gate is not None and up is not None and _on_device(gate, up) and _alike(gate, up)
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return _ops().gated_forward(gate.contiguous(), up.contiguous())[2]
@@ -141,6 +141,10 @@ def _same(form: Any, forward: Callable, inputs: list[torch.Tensor], dtype: torch
 
 def _made_up(width: int, phase: float) -> torch.Tensor:
     return (torch.linspace(-3, 3, ROWS * width) * 977 + phase).sin().view(ROWS, width) * 3
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape
 
 
 def _on_device(*tensors: torch.Tensor) -> bool:

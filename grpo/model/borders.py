@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NAMES = re.compile(r"window|chunk|block_size|original_max_position|attn_size|attention_size")  # of a border in a config
+ROPE = re.compile("[Rr]otary|Ro[Pp][Ee]|^rope")  # in the name of a class; SolarOpenDecoderLayer is none
 BEYOND = 8  # tokens behind a border that a check computes
 FIXED = "fixed"  # transformers changes the frequencies of other types alone
 SHORT = 8  # tokens whose rotary embeddings are compared
@@ -78,7 +79,7 @@ def past_border(model: str, border: int, longest: int) -> str:
 
 def _layer_types(module: nn.Module) -> list[str | None]:
     """For a module of rotary embeddings: the layer types that it has frequencies for, or None for all together."""
-    if not re.search("rotary|rope", type(module).__name__.lower()):
+    if not ROPE.search(type(module).__name__):
         return []
     parameters = inspect.signature(module.forward).parameters
     if "position_ids" not in parameters:

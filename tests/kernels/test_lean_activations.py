@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from grpo.kernels import lean_activations
+from grpo.kernels import elementwise, lean_activations
 from grpo.kernels.lean_activations import install
 from grpo.model.logprob_lm import LogprobLM
 from grpo.packing import collate
@@ -282,3 +282,13 @@ def test_gated_mlps_are_known_where_there_are_no_numbers_yet() -> None:
         made = AutoModelForCausalLM.from_config(config)
     install(made)
     assert all("forward" in vars(layer.mlp) for layer in made.model.layers)
+
+
+def test_compiled_code_takes_no_shapes_that_it_would_read_beyond() -> None:
+    x_TH, weight_H = torch.zeros(3, 64), torch.ones(64)
+    norm, gated = elementwise.Norm(1e-6), elementwise.Gated()
+    assert norm.takes(x_TH, weight_H)
+    assert not norm.takes(x_TH[:, :1].contiguous(), weight_H)  # torch repeats the one number
+    assert not norm.takes(x_TH, weight_H[:1])
+    assert gated.takes(x_TH, x_TH)
+    assert not gated.takes(x_TH, x_TH[:1])

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from grpo.backends.base import Request, Sampling
 from grpo.backends.hf.backend import HFBackend
 from grpo.errors import UserError
-from grpo.model.borders import past_borders
+from grpo.model.borders import check_rope, past_borders
 from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Prompt, TrainedSequence
@@ -82,3 +83,25 @@ def test_the_checks_pass_every_border_that_rows_pass() -> None:
     assert past_borders(config, 1000) == 72
     config.sliding_window = 500
     assert past_borders(config, 1000) == 508
+
+
+ASKED: list[str] = []
+
+
+class SolarOpenDecoderLayer(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        ASKED.append("layer")
+        return hidden_states
+
+
+def test_only_rotary_embeddings_are_asked_for_theirs() -> None:
+    """SolarOpen's layers have "rope" inside of their names, and would be called with one number a token."""
+    ASKED.clear()
+
+    class YarnRoPE(nn.Module):
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            ASKED.append("rope")
+            return position_ids[..., None].float()
+
+    check_rope(nn.Sequential(SolarOpenDecoderLayer(), YarnRoPE()), 40)  # type: ignore[arg-type]
+    assert set(ASKED) == {"rope"}
