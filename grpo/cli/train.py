@@ -38,7 +38,6 @@ def train(
     resume_from = resume_from and os.path.expanduser(resume_from)  # no shell does so behind an =
     with exit_codes():
         resolved = read_recipe(recipe, overrides, trust)
-    allowed = {"allow_changed_inputs": True} if allow_changed_inputs else {}
     with exit_codes(Path(resolved.training.output_dir)):
         if dry_run:
             check_before_training(resolved)
@@ -47,11 +46,11 @@ def train(
         elif resolved.stage == "sft":
             from grpo import sft
 
-            sft.train(resolved, resume_from or resume, **allowed)
+            sft.train(resolved, resume_from or resume, allow_changed_inputs=allow_changed_inputs)
         else:
             from grpo import trainer
 
-            trainer.train(resolved, resume_from or resume, **allowed)
+            trainer.train(resolved, resume_from or resume, allow_changed_inputs=allow_changed_inputs)
 
 
 def check_before_training(recipe: Recipe) -> None:

@@ -102,7 +102,7 @@ def test_module_and_version():
 def test_train_calls_its_stage(stand_in, stage, switches, resume):
     called = []
     for name in ("sft", "trainer"):
-        stand_in(name, train=lambda recipe, resume, name=name: called.append((name, recipe, resume)))
+        stand_in(name, train=lambda recipe, resume, name=name, **_: called.append((name, recipe, resume)))
     result = run("train", "recipe.yaml", f"stage={stage}", *switches, "rollout.top_k=5")
     assert result.exit_code == 0, result.output
     recipe = load_recipe("recipe.yaml", [f"stage={stage}", "rollout.top_k=5"])
@@ -135,7 +135,7 @@ def test_eval_of_a_recipe_and_of_a_run(stand_in):
 def test_a_stranger_s_run_executes_nothing_without_trust(tmp_path, stand_in, command):
     called = []
     stand_in("evaluate", evaluate_recipe=lambda recipe, model: called.append(model) or {})
-    stand_in("trainer", train=lambda recipe, resume: called.append(recipe))
+    stand_in("trainer", train=lambda recipe, resume, **_: called.append(recipe))
     Path("run/final").mkdir(parents=True)
     Path("run/environment.json").write_text('{"host": "elsewhere"}')
     Path("run/spy.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef fn(completions, **kwargs): ...\n")

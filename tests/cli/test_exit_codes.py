@@ -18,7 +18,7 @@ from tests.cli.conftest import ROOT, run
 
 
 def failing(error: BaseException):
-    def train(recipe, resume):
+    def train(recipe, resume, **_):
         raise error
 
     return train
@@ -153,7 +153,7 @@ def test_what_is_logged_or_reported_cannot_steer_the_terminal(stand_in):
     # pytest-xdist can't send a captured log that holds half a surrogate pair
     steers, harmless = STEERS.replace("\ud800", ""), HARMLESS.replace(r"\ud800", "")
 
-    def train(recipe, resume):
+    def train(recipe, resume, **_):
         logging.getLogger("grpo.scoring").warning("it said %s", steers)
         try:
             raise ValueError(steers)
