@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import pickle
+import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Completion, Prompt, Status
 from tests.conftest import make_policy, make_recipe
-from tests.vllm_engine.conftest import TINY, ServerProcess
+from tests.vllm_engine.conftest import TINY, ServerProcess, serve
 
 QUESTIONS = ["6 3 9 = 27", "1 2 3 = 6", "8 8 8 = 24"]
 
@@ -107,6 +108,31 @@ def test_stop_strings_stay_in_the_completion(backend: VLLMBackend, policy: Polic
     stopped = [c for c in completions if c.status is Status.STOP and "=" in c.text]
     assert len(stopped) > len(completions) // 2
     assert all(c.text.endswith("=") and c.text.count("=") == 1 for c in stopped)
+
+
+def test_a_tag_that_is_a_special_token_reaches_the_text_and_stops_the_completion(tmp_path: Path) -> None:
+    tokenizer = make_policy(TINY).tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["="]})
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    tokenizer.save_pretrained(model)
+    policy = make_policy(model)
+    assert "=" in policy.tokenizer.all_special_tokens
+    server = serve(model, tmp_path, '--weight-transfer-config={"backend": "ipc"}').wait()
+    backend = connect(policy, server)
+    try:
+        backend.sync(policy, 0)
+        free = [c for group in backend.generate(requests(policy), Sampling(60), 0) for c in group]
+        tag = policy.tokenizer.convert_tokens_to_ids("=")
+        assert sum(c.token_ids.count(tag) for c in free) > 0
+        assert all(c.text.count("=") == c.token_ids.count(tag) for c in free)
+        ended = [c for group in backend.generate(requests(policy), Sampling(60, stop=["="]), 0) for c in group]
+        found = [c for c in ended if tag in c.token_ids]
+        assert found
+        assert all(c.token_ids.index(tag) == len(c.token_ids) - 1 and c.status is Status.STOP for c in found)
+    finally:
+        backend.close()
+        server.kill()
 
 
 def test_a_key_is_a_completion(backend: VLLMBackend, policy: Policy) -> None:
