@@ -200,7 +200,7 @@ def test_a_prompt_of_special_tokens_alone_is_refused_by_row(tmp_path, prompt, te
     with pytest.raises(
         UserError, match=rf"data: 1 of 3 rows can't be used, the first is {path}:2: the prompt is empty"
     ):
-        checked(make_tokenizer(bos=True, chat=chat), data, task=True, prompts_per_step=3)
+        checked(make_tokenizer(bos=True, chat=chat), data, task=True, prompts_per_step=3, model={"eos_token_id": 5})
 
 
 class DroppingTokenizer:
