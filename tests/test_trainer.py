@@ -156,6 +156,7 @@ def test_before_weights_load_the_engine_is_looked_for_and_rewards_are_tried_on_r
     sections: dict[str, Any] = {
         "data": {"name": None, "path": f"{tmp_path}/rows.jsonl", "eval_size": 0, "max_prompt_length": 32},
         "rewards": [{"path": f"{tmp_path}/mine.py:compares"}],
+        "rollout": {"num_generations": 4, "max_completion_length": 8},
         "scoring": {"workers": 1},
         "training": {"output_dir": f"{tmp_path}/run", "prompts_per_step": 4, "max_steps": 1, "num_threads": 1},
     }
