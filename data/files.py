@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import datasets
 
 SHOWN = 10  # unsound rows that a message spells out
+LONGEST_FIELD = 2**31 - 1  # characters; the library alone would refuse 131,073
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"{path}: no such file" + ("" if Path(path).is_absolute() else f" (from {Path.cwd()})"))
-    if file.suffix == ".parquet":
+    kind_of_file = file.suffix.lower()
+    if kind_of_file == ".parquet":
         import datasets  # takes a second and 100 MB, which a .jsonl does without
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -73,9 +76,9 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
         return check_dataset(datasets.Dataset(table), str(path), columns)
-    if file.suffix == ".jsonl":
+    if kind_of_file == ".jsonl":
         return _read_jsonl(file, str(path), columns)
-    if file.suffix == ".csv":
+    if kind_of_file == ".csv":
         return _read_csv(file, str(path), columns)
     raise ValueError(f"{path}: give a .jsonl, .parquet or .csv file")
 
@@ -122,11 +125,15 @@ def _read_jsonl(file: Path, source: str, columns: Columns) -> Rows:
 
 
 def _read_csv(file: Path, source: str, columns: Columns) -> Rows:
-    """Rows of a CSV file whose first line names the columns. Every value is text, an empty one is null; a column whose
-    values are all JSON lists or objects is read as these."""
+    """Rows of a CSV file whose first line names the columns, parted by commas, semicolons or tabs. Every value is text,
+    an empty one is null; a column whose values are all JSON lists or objects is read as these."""
+    csv.field_size_limit(LONGEST_FIELD)
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
-            lines = csv.reader(text, strict=True)
+            first = text.readline()
+            text.seek(0)
+            mark = _delimiter(first, columns)
+            lines = csv.reader(text, strict=True, delimiter=mark, skipinitialspace=f"{mark} " in first)
             header, *rows = filter(None, lines)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
@@ -134,8 +141,14 @@ def _read_csv(file: Path, source: str, columns: Columns) -> Rows:
         raise ValueError(f"{source}: not readable as CSV: line {lines.line_num}: {error}") from error
     except ValueError:
         raise ValueError(f"{source}: no rows") from None
+    header = [name.strip() for name in header]
     if wrong := [name for name in header if not name or header.count(name) > 1]:
         raise ValueError(f"{source}: the first line names the columns; {wrong[0]!r} is empty or there twice")
+    if missing := [name for name in columns.required() if name not in header]:
+        raise ValueError(
+            f"{source}: the first line names the columns; there is no {' or '.join(missing)}, but "
+            f"{', '.join(map(repr, header))} (data.prompt_column and data.completion_column say which to take)"
+        )
     lengths = (None if len(row) == len(header) else f"{len(row)} values for {len(header)} columns" for row in rows)
     _raise_if_any(source, enumerate(lengths, 1))
     values = [_csv_column(column) for column in zip(*rows, strict=True)]
@@ -143,6 +156,15 @@ def _read_csv(file: Path, source: str, columns: Columns) -> Rows:
     check = _RowCheck(columns)
     _raise_if_any(source, ((line, check(row)) for line, row in enumerate(found, 1)))
     return _not_empty(Rows(found, source))
+
+
+def _delimiter(first_line: str, columns: Columns) -> str:
+    """What parts the names of the first line: that with which it names the columns that must be there."""
+    for delimiter in ",;\t":
+        names = [name.strip() for name in next(csv.reader([first_line], delimiter=delimiter), [])]
+        if names and set(columns.required()) <= set(names):
+            return delimiter
+    return ","
 
 
 def _csv_column(texts: Sequence[str]) -> list[Any]:
@@ -240,14 +262,19 @@ def _text_problem(column: str, value: Any) -> str | None:
     return None
 
 
+def _is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: it is white space, control characters, and marks without a width."""
+    return all(unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs") for character in text)
+
+
 def _blank_prompt(column: str, value: Any) -> str | None:
     """A prompt of white space alone asks nothing, and some tokenizers make no token of it."""
     if isinstance(value, str):
-        return f"column {column!r} is blank" if value and not value.strip() else None
+        return f"column {column!r} is blank" if value and _is_blank(value) else None
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return None  # told by another check
     spoken = [message for message in value if message.get("role") != "system"] or value
-    if spoken and all(isinstance(m.get("content"), str) and not m["content"].strip() for m in spoken):
+    if spoken and all(isinstance(m.get("content"), str) and _is_blank(m["content"]) for m in spoken):
         return f"column {column!r}: no message has a text"
     return None
 

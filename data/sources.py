@@ -6,8 +6,8 @@ Either nothing is loaded or, if the caller asks for it, they are left out with a
 
 from __future__ import annotations
 
+import logging
 import random
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ from data import files
 
 SUFFIXES = (".jsonl", ".parquet")
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class _AnyColumns(files.Columns):
@@ -104,7 +106,7 @@ def convert(parts: Sequence[files.Rows], row_of: Callable[[dict[str, Any]], T], 
             lines += ["(skip_unsound: true leaves such rows out)"] if sound else []
             raise ValueError("\n".join(lines))
         lines = [f"{len(unsound)} of {total} rows in {source} are left out:", *shown]
-        warnings.warn("\n".join(lines), stacklevel=2)
+        log.warning("%s", "\n".join(lines))
     return sound
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from grpo import trainer
 from grpo.backends import make_backend
-from grpo.errors import BackendFailed
+from grpo.backends.vllm import serve
+from grpo.errors import BackendFailed, UserError
 from grpo.run.folder import release_run_folder
 from tests.conftest import make_recipe
 from tests.launching import ROOT
@@ -134,3 +135,38 @@ def test_a_backend_that_fails_before_the_first_step_saves_nothing(run: Callable[
     with pytest.raises(BackendFailed, match=r"^vllm server http://a:1 did not answer within 3 s$"):
         run("failing", ("sync", 0))
     assert not (tmp_path / "failing" / "checkpoints").exists()
+
+
+COMPARES = """
+def compares(completions, answer, **_):
+    given = [text.rpartition("<answer>")[2].partition("</answer>")[0] for text in completions]
+    return [float(one == right) for one, right in zip(given, answer)]
+"""
+
+
+@pytest.mark.slow
+def test_before_weights_load_the_engine_is_looked_for_and_rewards_are_tried_on_right_answers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loads(*_: Any, **__: Any) -> None:
+        raise MemoryError("weights")
+
+    (tmp_path / "mine.py").write_text(COMPARES)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{i} + 0", "answer": {i}}}\n' for i in range(20)))
+    sections: dict[str, Any] = {
+        "data": {"name": None, "path": f"{tmp_path}/rows.jsonl", "eval_size": 0, "max_prompt_length": 32},
+        "rewards": [{"path": f"{tmp_path}/mine.py:compares"}],
+        "rollout": {"num_generations": 4, "max_completion_length": 8},
+        "scoring": {"workers": 1},
+        "training": {"output_dir": f"{tmp_path}/run", "prompts_per_step": 4, "max_steps": 1, "num_threads": 1},
+    }
+    monkeypatch.setattr(trainer, "start_run", loads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(MemoryError, match="weights"):
+        trainer.train(make_recipe(tiny_model, **sections))
+    assert "rewards[0] (compares): the right answers of 16 rows get 0 in every usual form" in caplog.text
+    monkeypatch.setattr(trainer, "resolve_backend", lambda recipe, _: recipe.with_backend("vllm"))
+    monkeypatch.setattr(trainer, "prepare_task", loads)
+    monkeypatch.setattr(serve, "installed_version", lambda: None)
+    with pytest.raises(UserError, match=r"rollout\.backend: vllm is not installed here"):
+        trainer.train(make_recipe(tiny_model, **sections))

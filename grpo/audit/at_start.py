@@ -41,7 +41,7 @@ class _Tried:
     best: list[float] = field(default_factory=list)  # of each row, what its right answer got in the best form
     above_wrong: bool = False
     unpaid: list[str] = field(default_factory=list)  # places of rows whose right answer was not paid in full
-    odd_column: str = ""  # the column of the right answers, where it holds no text
+    other_type: str = ""  # what the column of the right answers holds, where that is not the text that people write
 
 
 def audit_at_start(recipe: Recipe, task: Task, scorer: Scorer) -> list[str]:
@@ -103,17 +103,33 @@ def _try_row(one: _Tried, task: Task, row: int, score: Any) -> None:
         one.candidates = (max(pairs, key=lambda pair: pair[0] - (pair[1] or 0.0))[2],)
     if value < standard_of(one.reward).gold_at_least:
         one.unpaid.append(place)
-    name = next((name for name in ANSWER_COLUMNS if prompt.columns.get(name) is not None), "")
-    if isinstance(prompt.columns.get(name), int | float):
-        one.odd_column = name
+    name, gold = _answer_column(prompt.columns)
+    if gold is not None and gold != _as_written(gold):
+        one.other_type = f"The column {name!r} holds {gold!r}, and a completion is text: {_as_written(gold)!r}"
 
 
 def _golds(kind: str, columns: dict[str, Any]) -> list[str]:
     """The right answer of a row; for a function whose kind is not known, in the forms that it may mean."""
     found = [gold_answer(kind, columns)]
     if kind == "user":
+        if isinstance(gold := _answer_column(columns)[1], int | float | str):
+            found = [_as_written(gold)]
         found += [bare(found[0]), countdown_solution(columns.get("nums"), columns.get("target"))]
     return list(dict.fromkeys(gold for gold in found if gold))
+
+
+def _answer_column(columns: dict[str, Any]) -> tuple[str, Any]:
+    """The column of the right answer and what it holds, of a list its first; nothing where there is none."""
+    name = next((name for name in ANSWER_COLUMNS if columns.get(name) not in (None, [])), "")
+    gold = columns.get(name)
+    return name, gold[0] if isinstance(gold, list) else gold
+
+
+def _as_written(gold: Any) -> Any:
+    """The text that people write for a right answer: ``3`` for 3.0, and no blanks around."""
+    if isinstance(gold, float) and gold.is_integer():
+        gold = int(gold)
+    return str(gold).strip() if isinstance(gold, str | int | float) else gold
 
 
 def _group(prompt: Prompt, texts: list[str]) -> Group:
@@ -134,12 +150,7 @@ def _finding(where: str, one: _Tried) -> list[str]:
     if one.above_wrong or max(one.best) >= 1:
         return []
     given = f"{min(one.best):g}" if min(one.best) == max(one.best) else f"{min(one.best):g} to {max(one.best):g}"
-    cure = (
-        f"The column {one.odd_column!r} holds numbers, and a completion is text: does it compare with "
-        f"str({one.odd_column})? "
-        if one.odd_column
-        else ""
-    )
+    cure = f"{one.other_type}; are the two equal to it? " if one.other_type else ""
     return [
         f"{where} ({one.name}): the right answers of {one.rows} rows get {given} in every usual form, no more than "
         f"wrong ones. {cure}If it looks for another form, grpo audit --gold tries that; if it judges no answer, say "

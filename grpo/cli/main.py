@@ -78,7 +78,7 @@ def start(
 
 
 def _log_to_stderr() -> None:
-    for log in map(logging.getLogger, ("grpo", "rewards")):
+    for log in map(logging.getLogger, ("grpo", "rewards", "data")):
         if not log.handlers:
             handler = StderrHandler()
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

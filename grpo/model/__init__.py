@@ -4,9 +4,3 @@ Others take ``policy.Policy``, ``loading``, ``optimizer``, ``logprob_lm``, ``tru
 ``placing``, ``moments``, ``files``, ``first_process``, ``devices``, ``device_memory``, ``borders`` and
 ``memory_budget``.
 """
-
-import logging
-
-# peft imports bitsandbytes, which on a CPU warns that it has not found a kernel for inference: it is never used here
-# (quantized.py says why).
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

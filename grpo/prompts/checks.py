@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.config import DataConfig, Recipe
 from grpo.errors import UserError
-from grpo.prompts.completion_text import TAGS, CompletionText
+from grpo.prompts.completion_text import TAGS, CompletionText, special_tokens
 from grpo.prompts.lengths import longer_than, without_tokens
 from grpo.prompts.task import NO_TOKENS
 from grpo.prompts.templates import TemplateHangs, render
@@ -179,7 +179,7 @@ def _chat_errors(data: DataConfig, tokenizer: Any, stops: list[int]) -> Iterator
         return
     try:
         text = _shown(data, tokenizer, TURN)
-        if _shown(data, tokenizer, TURN) != text:
+        if any(_shown(data, tokenizer, TURN) != text for _ in range(DRAWS)):
             yield "data.template: the tokenizer's chat template shows the same conversation differently each time"
             return
     except TemplateHangs as error:
@@ -197,6 +197,7 @@ def _chat_errors(data: DataConfig, tokenizer: Any, stops: list[int]) -> Iterator
 
 
 ANSWER = "An answer."
+DRAWS = 20  # renderings in which a template that draws by chance shows that it does
 TURN = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": ANSWER}]
 
 
@@ -229,7 +230,9 @@ def _chat_warnings(data: DataConfig, tokenizer: Any) -> Iterator[str]:
         )
 
 
-EMPTY_THINKING = re.compile(r"<think>\s*</think>|\[THINK\]\s*\[/THINK\]")
+THOUGHT = r"[a-z_]*(?:think|thought|reason)[a-z_]*\|?[>\]▷]"
+EMPTY_THINKING = re.compile(rf"[<\[◁]\|?{THOUGHT}\s*[<\[◁]\|?(?:/\|?|end){THOUGHT}", re.IGNORECASE)
+"""``<think></think>``, ``[THINK][/THINK]``, ``<|begin_of_thought|><|end_of_thought|>`` and their like."""
 
 
 def _row_errors(task: Task, part: Part, max_completion_length: int, vocabulary: int) -> Iterator[str]:
@@ -257,7 +260,7 @@ def _row_errors(task: Task, part: Part, max_completion_length: int, vocabulary: 
             marked[row] = held[0]
     if refused:
         yield f"data: {len(refused)} of {len(part)} rows can't be used, the first is {refused[0]}"
-    if empty := without_tokens(prompts, task.encode):
+    if empty := without_tokens(prompts, task.encode, special_tokens(task.tokenizer).values()):
         first = part.rows.place(empty[0])
         yield f"data: {len(empty)} of {len(part)} rows can't be used, the first is {first}: {NO_TOKENS}"
     limit = data.max_prompt_length

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,12 +30,26 @@ def longer_than(
     return found
 
 
-def without_tokens(texts: Mapping[int, str], encode: Callable[[str], list[int]]) -> list[int]:
-    """Rows of whose text the tokenizer makes nothing: it is blank, or all of characters that the tokenizer drops.
+def without_tokens(texts: Mapping[int, str], encode: Callable[[str], list[int]], special: Collection[str]) -> list[int]:
+    """Rows of whose text the tokenizer makes nothing: it is blank, or all of characters that the tokenizer drops. And
+    rows of ``special`` tokens alone, which ask nothing.
 
-    A text with one character that by itself makes a token is sound, and needs no encoding.
+    Any other text with one character that by itself makes a token is sound, and needs no encoding.
     """
+    known, sizes = set(special), sorted({len(token) for token in special}, reverse=True)
+    empty = {row for row, text in texts.items() if _all_special(text, known, sizes)}
     nothing = encode("")  # mostly nothing, or BOS
     sound = {character for text in texts.values() for character in text[:40]}
     sound = {character for character in sound if encode(character) != nothing}
-    return [row for row, text in texts.items() if sound.isdisjoint(text) and encode(text) == nothing]
+    empty |= {row for row, text in texts.items() if sound.isdisjoint(text) and encode(text) == nothing}
+    return [row for row in texts if row in empty]
+
+
+def _all_special(text: str, special: set[str], sizes: list[int]) -> bool:
+    """``sizes`` are the lengths of the special tokens, the longest first."""
+    while text := text.lstrip():
+        size = next((size for size in sizes if text[:size] in special), 0)
+        if not size:
+            return False
+        text = text[size:]
+    return True

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-NO_TOKENS = "the prompt is empty: the tokenizer makes no token of it"
+NO_TOKENS = "the prompt is empty: the tokenizer makes no token of it, or special tokens alone"
 
 
 def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
+
+import psutil
 
 from grpo.errors import UserError
 
@@ -37,6 +40,8 @@ TINYZERO = (
 
 DATE = "2025-01-01"  # default of ``data.chat_template_date``
 SECONDS = 10.0  # in which a template ends that ends at all: mostly it takes a millisecond
+GIGABYTES = 2.0  # by which the process may grow meanwhile: a text that a loop doubles fills any memory
+LOOK = 0.1  # seconds between looks at both
 
 PLAIN_TEMPLATES = {"none": ("{question}", ""), "r1_zero": (R1_ZERO, ""), "tinyzero": (TINYZERO, "<think>")}
 
@@ -112,16 +117,23 @@ def render(
 
 @contextmanager
 def _ends_in_time() -> Iterator[None]:
-    """Raises TemplateHangs within it after ``SECONDS``. Only the main thread can be interrupted; others are not."""
+    """Raises TemplateHangs within it after ``SECONDS``, or where the process grows by ``GIGABYTES``. Only the main
+    thread can be interrupted; others are not."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: object) -> None:
-        raise TemplateHangs(f"the tokenizer's chat template does not end (given up after {SECONDS:g} s)")
+    process, begun = psutil.Process(), time.monotonic()
+    size = process.memory_info().rss
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    def look(*_: object) -> None:
+        if time.monotonic() - begun > SECONDS:
+            raise TemplateHangs(f"the tokenizer's chat template does not end (given up after {SECONDS:g} s)")
+        if process.memory_info().rss - size > GIGABYTES * 1e9:
+            raise TemplateHangs(f"the tokenizer's chat template makes a text of more than {GIGABYTES:g} GB")
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, LOOK, LOOK)
     try:
         yield
     finally:

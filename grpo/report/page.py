@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.errors import printable
 from grpo.run.read import mapping, read_rollouts
 from grpo.run.screen import duration
 
@@ -58,8 +59,8 @@ def page(run: RunRecord, facts: Mapping[str, float], curves: list[tuple[Panel, s
 
 
 def _e(value: Any) -> str:
-    """Text that is safe inside HTML, control characters made visible."""
-    return html.escape(str(value).translate(_CONTROL))
+    """Text that is safe inside HTML, control characters and marks that turn text round made visible."""
+    return html.escape(printable(str(value).translate(_CONTROL)))
 
 
 def _subtitle(run: RunRecord) -> str:

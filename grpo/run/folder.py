@@ -166,7 +166,7 @@ def _recipe_before(path: Path) -> dict[str, Any] | None:
     """The recipe that the folder's run was last started with; None where that is not known. Checkpoints have theirs."""
     try:
         value = yaml.safe_load(path.read_bytes())
-    except (FileNotFoundError, yaml.YAMLError):
+    except (FileNotFoundError, yaml.YAMLError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

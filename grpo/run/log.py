@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from grpo.errors import RunError
 from grpo.files import write_whole
+from grpo.run.read import read_jsonl
 from grpo.run.screen import open_display
 from grpo.run.trackers import open_trackers
 
@@ -31,7 +32,7 @@ class RunLog:
 
     ``resume_offset`` is the ``offset`` in the checkpoint that the run goes on from. ``metrics.jsonl`` is cut there,
     because the lines beyond will be written again. ``recipe_dict`` is the resolved recipe, for the trackers.
-    Raises UserError for a tracker that is asked for but not installed.
+    Raises UserError for a tracker that is asked for but not installed, and for a ``metrics.jsonl`` that no run wrote.
     """
 
     def __init__(
@@ -115,10 +116,11 @@ def _open_at(path: Path, offset: int | None) -> BinaryIO:
 
 
 def _so_far(path: Path) -> tuple[int, float]:
-    """Last step, and seconds spent in steps, that earlier starts of this run logged; (0, 0.0) for a new run."""
-    rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
-    seconds = sum(row.get("step_time") or 0.0 for row in rows)
-    return max((row["step"] for row in rows), default=0), seconds
+    """Last step, and seconds spent in steps, that earlier starts of this run logged; (0, 0.0) for a new run. Raises
+    UserError where a line is none that a run writes."""
+    rows = list(read_jsonl(path))
+    seconds = [time for row in rows if isinstance(time := row.get("step_time"), int | float)]
+    return max((row["step"] for row in rows), default=0), float(sum(seconds))
 
 
 def _forget_rollouts(folder: Path, after: int) -> None:

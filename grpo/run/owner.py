@@ -62,7 +62,7 @@ def why_not_own(folder: Path) -> str | None:
         known = hmac.compare_digest(mark.encode(), _signature(folder, _key(make=False)).encode())
     except FileNotFoundError:
         return "it does not have the mark of a run of yours"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"its mark can't be read: {error}"
     return None if known else "its mark is not yours, or its recipe was changed since"
 
@@ -93,7 +93,8 @@ def code_of(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
 def _signature(folder: Path, key: bytes) -> str:
     content = (folder / "recipe.yaml").read_bytes()
-    host = json.loads((folder / "environment.json").read_bytes()).get("host")
+    environment = json.loads((folder / "environment.json").read_bytes())
+    host = environment.get("host") if isinstance(environment, dict) else None
     return hmac.new(key, json.dumps([str(host), os.geteuid()]).encode() + content, "sha256").hexdigest()
 
 

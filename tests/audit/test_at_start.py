@@ -25,6 +25,9 @@ def text(completion):
     return found[-1].strip() if found else ""
 
 def compares(completions, answer, **_): return [float(text(c) == a) for c, a in zip(completions, answer)]
+def as_text(completions, answer, **_): return [float(text(c) == str(a)) for c, a in zip(completions, answer)]
+def one_of(completions, answer, **_): return [float(text(c) in a) for c, a in zip(completions, answer)]
+def below_zero(completions, answer, **_): return [float(text(c) == a) - 1 for c, a in zip(completions, answer)]
 def half(completions, answer, **_): return [0.5 * (text(c) == a) for c, a in zip(completions, answer)]
 def always(completions, **_): return [1.0 for _ in completions]
 def brief(completions, **_): return [0.2 for _ in completions]
@@ -50,8 +53,30 @@ def test_an_answer_of_another_type_is_found(tmp_path: Path) -> None:
     assert line.startswith(
         "rewards[0] (compares): the right answers of 16 rows get 0 in every usual form, no more than"
     )
-    assert "The column 'answer' holds numbers, and a completion is text: does it compare with str(answer)?" in line
+    assert "The column 'answer' holds 28, and a completion is text: '28'; are the two equal to it?" in line
     assert lines(tmp_path, "compares", list(map(str, range(30)))) == []
+    assert lines(tmp_path, "as_text", list(range(30))) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "answers", "said"),
+    [
+        ("as_text", [3.0, 4.0], "holds 4.0, and a completion is text: '4'"),
+        ("compares", [True, False], "holds False, and a completion is text: 'False'"),
+        ("compares", [" 3", "4 "], "holds '4 ', and a completion is text: '4'"),
+        ("compares", [[3], [4]], "holds 4, and a completion is text: '4'"),
+        ("below_zero", [3, 4], "holds 4, and a completion is text: '4'"),
+    ],
+)
+def test_answers_of_any_other_type_are_found(tmp_path: Path, function: str, answers: list, said: str) -> None:
+    (line,) = lines(tmp_path, function, answers)
+    assert said in line
+
+
+def test_answers_that_are_found_among_others_are_paid(tmp_path: Path) -> None:
+    assert lines(tmp_path, "one_of", [["3", "4"], ["5"]]) == []
+    assert lines(tmp_path, "as_text", [3.0, 2.5]) == []
+    assert lines(tmp_path, "compares", [None, None]) == []
 
 
 def test_a_built_in_reward_that_does_not_pay_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

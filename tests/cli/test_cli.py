@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -36,6 +37,14 @@ finally:
         "override training.max_steps=none: expected an integer, got 'none'",
     ]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bitsandbytes_does_not_warn_of_a_kernel_that_is_never_used():
+    """Whoever imports it, and before anything else of ours: a task of the user's own may, and so may a reward."""
+    says = Path(importlib.util.find_spec("bitsandbytes").origin).parent / "backends/cpu/ops.py"
+    assert "logger = logging.getLogger(__name__)" in says.read_text()
+    warns = "import grpo, logging; logging.getLogger('bitsandbytes.backends.cpu.ops').warning('no kernel')"
+    assert python("-c", warns).stderr == ""
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "validate"])

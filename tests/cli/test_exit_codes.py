@@ -133,8 +133,8 @@ def test_other_processes_say_who_they_are(stand_in, monkeypatch):
     assert Path("run/error_rank3.txt").read_text().startswith("Traceback")
 
 
-STEERS = "\x1b]0;owned\x07 \x9b31m \r\x08 \u202eab \x7f \ud800 naïve 好"
-HARMLESS = r"\x1b]0;owned\x07 \x9b31m \r\x08 \u202eab \x7f \ud800 naïve 好"
+STEERS = "\x1b]0;owned\x07 \x9b31m \r\x08 \u202eab\u061c \x7f \ud800 naïve 好"
+HARMLESS = r"\x1b]0;owned\x07 \x9b31m \r\x08 \u202eab\u061c \x7f \ud800 naïve 好"
 
 
 @pytest.mark.parametrize("error", [UserError(STEERS), RunError(STEERS), Preempted(STEERS), ValueError(STEERS)])
@@ -155,6 +155,7 @@ def test_what_is_logged_or_reported_cannot_steer_the_terminal(stand_in):
 
     def train(recipe, resume, **_):
         logging.getLogger("grpo.scoring").warning("it said %s", steers)
+        logging.getLogger("data.sources").warning("a row says %s", steers)
         try:
             raise ValueError(steers)
         except ValueError:
@@ -162,7 +163,7 @@ def test_what_is_logged_or_reported_cannot_steer_the_terminal(stand_in):
         raise UserError("done")
 
     stand_in("trainer", train=train)
-    assert run("train", "recipe.yaml").stderr.count(harmless) == 2
+    assert run("train", "recipe.yaml").stderr.count(harmless) == 3
     stand_in("audit.audit", audit=lambda recipe, rows, gold, tell: [tell(steers), steers][1:])
     result = run("audit", "recipe.yaml")
     assert harmless in result.stdout

@@ -30,6 +30,9 @@ def test_a_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path) -> None
     folder = tmp_path / "run"
     done = run_python(*command(tiny_model, folder, *SHORT, "training.dollars_per_hour=3.6"))
     assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert all(line.startswith(("INFO: ", "WARNING: ")) for line in said), "no library's warnings"
+    assert len(said) == len(set(said)), "nothing is said twice"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     training = [row for row in rows if "reward" in row]
     evaluation = [row for row in rows if "eval/accuracy" in row]

@@ -190,6 +190,19 @@ def test_a_prompt_of_which_the_tokenizer_makes_nothing_is_refused_by_row(tmp_pat
         load({"path": path}, dropping, prompts_per_step=6).train_prompts(0)
 
 
+@pytest.mark.parametrize(("prompt", "template"), [("<bos>", "none"), ("<eos> <|start|><|end|>", "none"), ("x", "chat")])
+def test_a_prompt_of_special_tokens_alone_is_refused_by_row(tmp_path, prompt, template):
+    chat = "{% if messages[0].content != 'x' %}" + CHAT + "{% endif %}<|end|>"
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": text} for text in ("a", prompt, "<|end|>a" if template == "none" else "b")]
+    )
+    data = {"path": path, "template": template}
+    with pytest.raises(
+        UserError, match=rf"data: 1 of 3 rows can't be used, the first is {path}:2: the prompt is empty"
+    ):
+        checked(make_tokenizer(bos=True, chat=chat), data, task=True, prompts_per_step=3, model={"eos_token_id": 5})
+
+
 class DroppingTokenizer:
     """A tokenizer without an unknown token: it makes nothing of characters that it does not have."""
 
@@ -234,8 +247,9 @@ def test_a_chat_template_that_asks_the_clock_is_told_the_recipes_date(rows_file)
         recipe(data | {"chat_template_date": "6 May"})
 
 
-def test_a_chat_template_that_draws_is_refused(rows_file):
-    tokenizer = make_tokenizer(chat=CHAT + "{{ range(99999) | random }}", eos="<|end|>")
+@pytest.mark.parametrize("draws", ["{{ range(99999) | random }}", "{{ ['', '.'] | random }}", "{{ lipsum(n=1) }}"])
+def test_a_chat_template_that_draws_is_refused(rows_file, draws):
+    tokenizer = make_tokenizer(chat=CHAT + draws, eos="<|end|>")
     with pytest.raises(UserError, match="shows the same conversation differently each time"):
         checked(tokenizer, {"path": rows_file, "template": "chat"}, model={"eos_token_id": 5})
 
@@ -262,9 +276,29 @@ def test_a_chat_template_that_loops_for_ever_is_given_up(tmp_path, monkeypatch, 
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-def test_an_empty_think_block_is_reported(rows_file):
+def test_a_chat_template_whose_text_fills_the_memory_is_given_up(rows_file, monkeypatch):
+    monkeypatch.setattr(templates, "GIGABYTES", 0.02)
+    monkeypatch.setattr(templates, "LOOK", 0.005)
+    doubles = "{% set n = namespace(s='x') %}{% for _ in range(28) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+    with pytest.raises(UserError, match=r"data.template: .* makes a text of more than 0.02 GB"):
+        checked(
+            make_tokenizer(chat=doubles + CHAT, eos="<|end|>"),
+            {"path": rows_file, "template": "chat"},
+            model={"eos_token_id": 5},
+        )
+
+
+BLOCKS = [
+    "<think>\n\n</think>\n\n",
+    "[THINK] [/THINK]",
+    "<|begin_of_thought|><|end_of_thought|>",
+    "<Reasoning></Reasoning>",
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_an_empty_think_block_is_reported(rows_file, block):
     data, model = {"path": rows_file, "template": "chat"}, {"eos_token_id": 5}
-    block = "<think>\n\n</think>\n\n"
     thinks_for_it = make_tokenizer(
         chat=CHAT.replace("<|start|>assistant :", f"<|start|>assistant :{block}"), eos="<|end|>"
     )

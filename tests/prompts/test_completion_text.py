@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from transformers import AutoTokenizer
 
 from grpo.backends.base import Sampling
@@ -57,6 +58,27 @@ def test_a_tag_stays_even_where_a_completion_ends_on_it():
 def test_tags_that_a_template_shows_are_no_turns():
     thinking = tokenizer_with_tags(*TAGS, chat=CHAT.replace("assistant :", "assistant :<think></think>"))
     assert seen(thinking, PERFECT).startswith("<think>")
+
+
+OTHER_TAGS = [("[THINK]", "[/THINK]"), ("<|think|>", "<|/think|>"), ("<tool_call>", "</tool_call>")]
+
+
+@pytest.mark.parametrize("tags", OTHER_TAGS)
+def test_tags_of_other_names_reach_the_reward(tags):
+    """Wherever the template shows them: in its own words, around what it leaves out, before an answer, or as an end."""
+    said, opened = f"{{{{ '{tags[0]} think {tags[1]}' }}}}" + CHAT, CHAT.replace("assistant :", f"assistant :{tags[0]}")
+    for chat in (None, said, opened):
+        tokenizer = tokenizer_with_tags(*tags, "[INST]", "[/INST]", chat=chat)
+        stops = (3, tokenizer.convert_tokens_to_ids(tags[1]))
+        assert seen(tokenizer, f"{tags[0]} a {tags[1]} <eos>", stops).split() == [tags[0], "a", tags[1]]
+    around = "{% for m in messages %}[INST] {{ m.content }}[/INST]{% endfor %}"
+    tokenizer = tokenizer_with_tags(*tags, "[INST]", "[/INST]", chat=around)
+    assert seen(tokenizer, f"[INST] {tags[0]} [/INST] a").split() == [tags[0], "a"]
+
+
+def test_a_token_that_only_begins_answers_is_the_answers():
+    tokenizer = tokenizer_with_tags("<|thought|>", chat=CHAT.replace("assistant :", "assistant :<|thought|>"))
+    assert seen(tokenizer, "<|thought|> a <|end|>").split() == ["<|thought|>", "a"]
 
 
 def test_both_backends_keep_them(tiny_model: Path):

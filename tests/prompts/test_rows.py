@@ -227,6 +227,11 @@ def test_sound_rows_of_all_sorts_pass(tmp_path):
         ("rows.csv", b"prompt,answer\n", "no rows"),
         ("rows.csv", b"prompt,prompt\na,b\n", "the first line names the columns; 'prompt' is empty or there twice"),
         ("rows.csv", b'prompt\n"a', "not readable as CSV: line 2"),
+        (
+            "rows.csv",
+            b"what is 1 ?,2\nwhat is 2 ?,3\n",
+            "the first line names the columns; there is no prompt, but 'what is",
+        ),
         ("rows.csv", b"prompt\na\xff", "not UTF-8"),
         ("rows.parquet", b"PAR1 and then nothing", "not a readable parquet file"),
     ],
@@ -235,6 +240,18 @@ def test_a_file_without_rows_is_refused(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"data.path: .*{name}: {said}"):
         load({"path": str(tmp_path / name)})
+
+
+@pytest.mark.parametrize("header", ["prompt;answer", "prompt\tanswer", '"prompt", "answer"', "answer,prompt"])
+def test_csv_of_other_tongues(tmp_path, header):
+    path = tmp_path / "rows.CSV"
+    mark = next((mark for mark in ";\t" if mark in header), ",")
+    long = "x, " * 50_000 if mark != "," else "x" * 150_000
+    values = [f"{long}a", "3"] if header.startswith(("p", '"')) else ["3", f"{long}a"]
+    between = f"{mark} " if f"{mark} " in header else mark
+    path.write_text(f"{header}\n{between.join(values)}\n", encoding="utf-8")
+    task = load({"path": str(path)}, prompts_per_step=1)
+    assert dict(task.train.rows[0]) == {"prompt": f"{long}a", "answer": "3"}
 
 
 def test_csv_rows(tmp_path):
@@ -257,7 +274,9 @@ def test_csv_rows(tmp_path):
         load({"path": str(path)})
 
 
-@pytest.mark.parametrize("prompt", ["", " \n\t", "\u3000", [], [{"role": "user", "content": " "}]])
+@pytest.mark.parametrize(
+    "prompt", ["", " \n\t", "\u3000", "\u200b\ufeff", "\x00\x1b", [], [{"role": "user", "content": " "}]]
+)
 def test_a_blank_prompt_is_refused_by_row(tmp_path, prompt):
     spoken = [{"role": "user", "content": "a"}] if isinstance(prompt, list) else "a"
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": spoken}, {"prompt": prompt}])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from grpo.errors import UserError
-from grpo.report.summary import write_summary
+from grpo.report.summary import main, write_summary
 
 
 def run_folder(tmp_path, *lines):
@@ -47,3 +48,15 @@ def test_a_run_without_a_second_evaluation_has_no_summary(tmp_path, lines):
     with pytest.raises(UserError, match="not evaluated before and after"):
         write_summary(folder)
     assert not (folder / "summary.json").exists()
+
+
+def test_the_name_of_a_folder_cannot_steer_the_terminal(tmp_path, monkeypatch, capsys):
+    folder = run_folder(tmp_path, evaluation(0, 0.1, 9.0), {"step": 1, "step_time": 1.0}, evaluation(1, 0.2, 9.0))
+    steers = folder.rename(tmp_path / "a\x1b[31m\u202eb")
+    monkeypatch.setattr(sys, "argv", ["summary", str(steers)])
+    main()
+    assert capsys.readouterr().out.startswith("a\\x1b[31m\\u202eb: held-out accuracy 0.100 -> 0.200")
+    monkeypatch.setattr(sys, "argv", ["summary", str(steers / "none")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "\x1b" not in capsys.readouterr().err

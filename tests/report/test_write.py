@@ -17,6 +17,7 @@ from time import perf_counter
 import pytest
 
 from grpo.errors import UserError
+from grpo.report.curves import summary
 from grpo.report.page import COLUMNS, PROMPTS_A_KIND, _completion, _marked, _side_by_side
 from grpo.report.write import write_report, write_report_at_end
 from grpo.run.read import headline, read_run
@@ -288,6 +289,15 @@ def test_a_run_that_cannot_be_drawn_still_ends_well(tmp_path, monkeypatch, caplo
     write_report_at_end(run)
     assert "no report: the report needs matplotlib" in caplog.text
     assert not (run / "report.html").exists()
+
+
+def test_what_turns_text_round_is_shown_as_its_escape(tmp_path):
+    """Elsewhere than on a terminal too: the page, and the title of the picture."""
+    run = read_run(make_run(tmp_path / "a\x1b[31m\u202eb", steps=2, every=1, tasks=2))
+    assert summary(run, headline(run)).startswith("a\\x1b[31m\\u202eb: held-out accuracy")
+    written = _completion("\u202eab\x9b\u2066 <answer>\x7f</answer>")
+    assert written.startswith("\\u202eab\\x9b\\u2066 <mark>")
+    assert "\x7f" not in written
 
 
 def test_dollars_in_a_runs_name_are_no_formula(tmp_path):

@@ -127,6 +127,17 @@ def test_a_log_shorter_than_its_checkpoint_is_said(tmp_path, caplog):
     assert len(lines(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"reward": 1}', '{"step": null}', "\x00\x01", '{"step": 1, "rew'])
+def test_a_line_that_no_run_writes_is_named_when_a_run_goes_on(tmp_path, line):
+    good = '{"step": 1, "step_time": "x"}\n'
+    (tmp_path / "metrics.jsonl").write_text(f"{good}{line}\n{good}")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a"):
+        open_run_log(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(f"{good}{line}")  # killed while writing; what is whole is read
+    if line in ("no json", "\x00\x01", '{"step": 1, "rew'):
+        open_run_log(tmp_path).close()
+
+
 def test_rollouts_are_written_whole_or_not_at_all(tmp_path):
     rows = [
         {

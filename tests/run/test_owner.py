@@ -61,6 +61,14 @@ def another_host(folder, monkeypatch):
     (folder / "environment.json").write_text(json.dumps(facts | {"host": "elsewhere"}))
 
 
+def facts_of_another_type(folder, monkeypatch):
+    (folder / "environment.json").write_text("[1]")
+
+
+def facts_that_are_no_json(folder, monkeypatch):
+    (folder / "environment.json").write_bytes(b"\xff\x00")
+
+
 def no_mark(folder, monkeypatch):
     (folder / ".made_here").unlink()
 
@@ -90,6 +98,8 @@ def another_user_s_model(folder, monkeypatch):
         (another_machine_with_a_key, "its mark is not yours"),
         (another_recipe, "its recipe was changed since"),
         (another_host, "its mark is not yours"),
+        (facts_of_another_type, "its mark is not yours"),
+        (facts_that_are_no_json, "its mark can't be read"),
         (no_mark, "does not have the mark of a run of yours"),
         (open_to_all, "everybody may write to run"),
         (another_user, "belongs to user"),

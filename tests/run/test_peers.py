@@ -48,7 +48,7 @@ if does == "forks":
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGKILL)
 if does == "fails":
-    peers.say_ended("OutOfMemoryError: 80 GB are not enough", code=4)
+    peers.say_ended("OutOfMemoryError: 80 GB are\x1b[31m not enough", code=4)
 if does == "raises":
     peers.SECONDS_TO_LEARN = 2
     try:
@@ -140,7 +140,7 @@ def test_the_last_words_of_a_process_that_fails_reach_the_others(tmp_path: Path,
     assert ended.pop(gone) == (0, "")
     for code, said in ended:
         assert code == 4
-        assert ") ended in step 7: OutOfMemoryError: 80 GB are not enough\nThis process cannot go on" in said
+        assert ") ended in step 7: OutOfMemoryError: 80 GB are\\x1b[31m not enough\nThis process cannot go on" in said
 
 
 @pytest.mark.slow
