@@ -103,6 +103,17 @@ def test_what_is_no_input_may_change(project: Path) -> None:
     assert hashes(project, **training) == before
 
 
+def test_a_file_that_an_argument_of_a_reward_names_is_an_input(project: Path) -> None:
+    (project / "words.txt").write_text("one\n")
+    args = {"words": "words.txt", "limit": 3, "text": "x" * 5000, "odd": "a\x00b"}
+    more = {"rewards": [{"path": "my_reward.py:judge", "args": args}], "training": {"output_dir": "unused"}}
+    before = hashes(project, **more)
+    (project / "words.txt").touch()
+    assert hashes(project, **more) == before
+    append("words.txt", "two\n")(project)
+    assert changed_inputs(before, hashes(project, **more)) == ["rewards.0.args.words has changed"]
+
+
 def test_losses_and_backends_of_ones_own_and_dotted_names_are_inputs(project: Path) -> None:
     (project / "my_loss.py").write_text("from .nothing import it\n")
     (project / "more/engine.py").write_text("from . import deeper\nimport helper\n")

@@ -42,6 +42,18 @@ def test_before_and_after_the_steps_it_is_raised_at_once_and_within_them_it_wait
     assert signal.getsignal(number) == before
 
 
+def test_what_the_starter_of_the_command_ignores_stays_ignored() -> None:
+    """As ``nohup`` has it with SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.listening():
+            ask(signal.SIGHUP)
+            assert not stopping.asked()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_catches_exceptions_does_not_catch_it_and_a_second_request_does_not_disturb_its_end() -> None:
     def tries() -> None:
         try:
