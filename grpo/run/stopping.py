@@ -1,5 +1,5 @@
-"""A request to stop, from the command's first moment to its last: SIGTERM, SIGUSR1 (Slurm's early warning) or SIGHUP (the
-terminal is gone). One that the command's starter ignores, as ``nohup`` does, stays ignored.
+"""A request to stop, from the command's first moment to its last: SIGTERM, SIGUSR1 (Slurm's early warning) or SIGHUP
+(the terminal is gone). One that the command's starter ignores, as ``nohup`` does, stays ignored.
 
 A step under way is finished and saved first: the loop asks whether there was a request (``asked``). Before the first
 step and after the last one there is nothing to save, and Preempted is raised wherever the main thread is. It may be in
