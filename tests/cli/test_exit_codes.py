@@ -84,6 +84,16 @@ def test_unexpected_exception_leaves_its_traceback_in_the_run_folder(stand_in):
     assert text.endswith("ValueError: seven\nof nine\n")
 
 
+def test_secrets_are_not_in_the_traceback_that_is_kept(stand_in, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "hunter2-hunter2-hunter2")
+    Path("run").mkdir()
+    stand_in("trainer", train=failing(ValueError("401 for hunter2-hunter2-hunter2 at postgres://me:hunter3@db/x")))
+    run("train", "recipe.yaml")
+    text = Path("run/error.txt").read_text()
+    assert "401 for " in text
+    assert "hunter" not in text
+
+
 def test_without_a_run_folder_the_traceback_is_printed_before_the_last_line(stand_in):
     stand_in("trainer", train=failing(ValueError("seven")))
     result = run("train", "recipe.yaml")
