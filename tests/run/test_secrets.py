@@ -30,6 +30,8 @@ SECRETS = [
     "rewards.1.args.password=12345678",
     "rewards.1.args.other=sk-abcdefghijklmnopqrstuv",
     "rewards.1.args.url=https://me:hunter2-hunter2@judge/v1",
+    "rewards.1.args.database=Server=db;User=me;Password=hunter2-hunter2;Encrypt=true",
+    "rewards.1.args.hook=https://hooks.slack.com/services/T0/B0/hunter2",
     "rewards.1.args.headers={Authorization: Bearer hunter2-hunter2}",
     "rewards.1.args={api_key: hunter2-hunter2}",
     "data.args={seed: 1, token: hunter2hunter2}",
