@@ -20,7 +20,7 @@ def ask(number: int = signal.SIGUSR1) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", stopping.REQUESTS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_before_and_after_the_steps_it_is_raised_at_once_and_within_them_it_waits(number) -> None:
     before = signal.getsignal(number)
     with stopping.listening():
@@ -55,6 +55,8 @@ def test_what_the_starter_of_the_command_ignores_stays_ignored() -> None:
 
 
 def test_what_catches_exceptions_does_not_catch_it_and_a_second_request_does_not_disturb_its_end() -> None:
+    ended = []
+
     def tries() -> None:
         try:
             ask()
@@ -62,9 +64,11 @@ def test_what_catches_exceptions_does_not_catch_it_and_a_second_request_does_not
             pytest.fail("caught")
         finally:
             ask()
+            ended.append("in good order")
 
     with stopping.listening(), pytest.raises(Preempted):
         tries()
+    assert ended
 
 
 def test_another_thread_does_not_listen() -> None:
