@@ -281,7 +281,7 @@ def test_a_token_without_a_logprob_ends_neither_the_probe_nor_a_rollout(
     connect: Callable[..., VLLMBackend], engine: FakeEngine, policy: Policy, unknown: float | None
 ) -> None:
     """It is nan, which the update leaves out and counts. Many of them are an engine that computes wrongly."""
-    every = 20
+    every = 24
 
     def holes(body: dict[str, Any]) -> Any:
         answer = engine.completion(body)
@@ -292,7 +292,7 @@ def test_a_token_without_a_logprob_ends_neither_the_probe_nor_a_rollout(
 
     engine.routes[GENERATE] = holes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "PROBE_TOKENS", 20)
+        patch.setattr(trust, "PROBE_TOKENS", 24)
         backend = connect(engine)
         found = backend.sync(policy, 0)
     assert found["sampling/probe_logp_difference/max"] < 1e-3
