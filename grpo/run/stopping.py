@@ -1,5 +1,5 @@
 """A request to stop, from the command's first moment to its last: SIGTERM, SIGUSR1 (Slurm's early warning) or SIGHUP
-(the terminal is gone). One that the command's starter ignores, as ``nohup`` does, stays ignored.
+(the terminal is gone), unless ``nohup`` has it ignored. A batch script may ignore SIGUSR1: for itself, not for the run.
 
 A step under way is finished and saved first: the loop asks whether there was a request (``asked``). Before the first
 step and after the last one there is nothing to save, and Preempted is raised wherever the main thread is. It may be in
@@ -44,7 +44,7 @@ def listening() -> Iterator[None]:
     _listened += 1
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    heard = [number for number in REQUESTS if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in REQUESTS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, _hear) for number in heard}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading, _listened), name="stopping", daemon=True).start()

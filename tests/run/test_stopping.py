@@ -42,16 +42,18 @@ def test_before_and_after_the_steps_it_is_raised_at_once_and_within_them_it_wait
     assert signal.getsignal(number) == before
 
 
-def test_what_the_starter_of_the_command_ignores_stays_ignored() -> None:
-    """As ``nohup`` has it with SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_under_nohup_the_end_of_the_terminal_is_no_request_but_what_a_batch_script_ignores_is() -> None:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGUSR1)}
     try:
         with stopping.listening():
             ask(signal.SIGHUP)
             assert not stopping.asked()
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(Preempted):
+                ask(signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_what_catches_exceptions_does_not_catch_it_and_a_second_request_does_not_disturb_its_end() -> None:

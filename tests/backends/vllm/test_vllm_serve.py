@@ -357,6 +357,8 @@ def test_another_user_can_neither_connect_to_an_engine_nor_take_its_place(engine
     attempts = """
 import os, socket, sys
 path, folder = sys.argv[1], os.path.dirname(sys.argv[1])
+os.setgid(65534)
+os.setuid(65534)
 for attempt in (
     lambda: socket.socket(socket.AF_UNIX).connect(path),
     lambda: socket.socket(socket.AF_UNIX).bind(path + "2"),
@@ -375,9 +377,7 @@ for attempt in (
         with socket.socket(socket.AF_UNIX) as own:
             own.connect(str(path))
         command = [sys.executable, "-I", "-S", "-c", attempts, str(path)]
-        done = subprocess.run(
-            command, user=65534, group=65534, capture_output=True, text=True, cwd="/", timeout=60, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["refused"] * 4, done.stderr
 
 
