@@ -88,7 +88,8 @@ says from what to what.
   template (of a hub, the commit), and the source of rewards, losses and backends given by path, with what these import
   from beside them. What has changed is refused by name; `--allow-changed-inputs` goes on with what is there now. Files
   that such code only reads are not seen, unless an argument of the reward names them. Checkpoints from before there
-  were hashes are not compared.
+  were hashes are not compared. Hashing takes 0.6 s of CPU for SmolLM2-135M in float32 (538 MB) and 10 MB of JSON lines
+  (60,000 rows).
 - Where checkpoints exist and none verifies, or one cannot be read, or a run is so far that there must have been one,
   the command says so of each of them, changes nothing and exits with 2. Without any, and before the first was due, it
   starts at step 0 and says so.
