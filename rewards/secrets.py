@@ -12,18 +12,23 @@ from collections.abc import Collection, Iterable, Mapping
 
 ORDINARY = frozenset({"PWD", "OLDPWD", "PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR"})
 WORDS = re.compile(
-    r"(^|_)(KEYS?|TOKENS?|PASS|PASSWD|PWD|CREDS?|AUTH|AUTHORIZATION|BEARER|COOKIES?|PAT|DSN|SESSION|WEBHOOK|NETRC"
+    r"(^|_)(KEYS?|TOKENS?|PASS|PASSWD|PWD|CREDS?|AUTH|AUTHORIZATION|BEARER|COOKIES?|PAT|DSN|JWT|SAS|SESSION|WEBHOOK|NETRC"
     r"|XAUTHORITY|KRB5CCNAME|PGPASSFILE|KUBECONFIG)(_|$)"
 )
-PARTS = re.compile(r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY|(TOKEN|KEY)$")
+PARTS = re.compile(
+    r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|CONN(ECTION)?_?STR|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY|(TOKEN|KEY)$"
+)
 SERVICES = ("AWS_", "AZURE_", "GCP_", "GOOGLE_", "CLOUDSDK_", "SSH_", "GPG_", "VAULT_", "OP_", "DOCKER_AUTH")
 PUBLIC = re.compile(r"(^|_)CA_?(BUNDLE|CERTS?|INFO|FILE|PATH)(_|$)")  # certificates of authorities
 LOOKS = re.compile(
     r"hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}|wandb_v\d+_\w{16,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|npm_\w{20,}|pypi-[\w-]{16,}|gsk_\w{16,}|xai-\w{16,}|r8_\w{16,}|dop_v1_\w{16,}|SG\.[\w-]{16,}\.[\w-]{16,}"
+    r"|(?<=hooks\.slack\.com/services/)\S+|(?<=[Bb]earer )[\w.~+/-]{16,}=*|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    # of a connection string, or of a URL's query
+    r"|(?<=[?&;])(?i:password|pwd|account_?key|shared_?access_?key|api_?key|access_?token|client_?secret|token|sig)=[^\s;&]+"
 )
-IN_URL = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")  # user:password
+IN_URL = re.compile(r"(?<=://)([^\s/@:]*:[^\s/@]+|[^\s/@:]{20,})(?=@)")  # user:password, or a token alone
 SHORTEST = 20  # characters of a secret that is looked for inside of other texts: a region's name is no secret
 
 

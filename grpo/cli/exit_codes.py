@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import typer
@@ -114,4 +114,5 @@ def _say_once(message: str) -> None:
 
 
 def _say(message: str) -> None:
-    print(printable(message), file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal is gone; the exit code says it too
+        print(printable(message), file=sys.stderr, flush=True)

@@ -72,7 +72,7 @@ override rollout.num_generations=1: must be at least 2, got 1. Completions per p
 |---|---|
 | 0 | done |
 | 2 | the recipe, the data or the command line is wrong |
-| 143 | preempted (SIGTERM or SIGUSR1), and saved what there was: start again with `--resume` |
+| 143 | preempted (SIGTERM, SIGUSR1, SIGHUP), and saved what there was: start again with `--resume` |
 | 130 | Ctrl-C |
 | 1 | anything else; the last line says what to do; a traceback, if there is one, is in `OUTPUT_DIR/error.txt` |
 
@@ -87,7 +87,9 @@ says from what to what.
 - Checkpoints hold hashes of what the run is made from: the rows, the files of the model, its tokenizer and chat
   template (of a hub, the commit), and the source of rewards, losses and backends given by path, with what these import
   from beside them. What has changed is refused by name; `--allow-changed-inputs` goes on with what is there now. Files
-  that such code only reads are not seen. Checkpoints from before there were hashes are not compared.
+  that such code only reads are not seen, unless an argument of the reward names them. Checkpoints from before there
+  were hashes are not compared. Hashing takes 0.6 s of CPU for SmolLM2-135M in float32 (538 MB) and 10 MB of JSON lines
+  (60,000 rows).
 - Where checkpoints exist and none verifies, or one cannot be read, or a run is so far that there must have been one,
   the command says so of each of them, changes nothing and exits with 2. Without any, and before the first was due, it
   starts at step 0 and says so.

@@ -41,5 +41,5 @@ def write_report_at_end(run: Path) -> None:
     the model is there."""
     try:
         write_report(run)
-    except UserError as error:
-        log.warning("no report: %s", error)
+    except (UserError, OSError) as error:
+        log.warning("no report: %s; when that is mended: grpo report %s", error, run)

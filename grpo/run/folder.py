@@ -172,9 +172,10 @@ def _recipe_before(path: Path) -> dict[str, Any] | None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write ``path`` whole; a former version that differs stays beside it as ``NAME.previous.EXT``."""
-    if path.exists() and path.read_bytes() != text.encode("utf-8", "backslashreplace"):
-        os.replace(path, path.with_suffix(f".previous{path.suffix}"))
+    """Write ``path`` whole; a former version that differs stays beside it as ``NAME.previous.EXT``. Where the disk
+    refuses, ``path`` is as it was."""
+    if path.exists() and (before := path.read_bytes()) != text.encode("utf-8", "backslashreplace"):
+        write_whole(path.with_suffix(f".previous{path.suffix}"), before)
     write_whole(path, text)
 
 

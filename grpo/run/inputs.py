@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
 
     Raises UserError where a file cannot be read.
     """
-    files = input_files(recipe.model) | _code(recipe)
+    files = input_files(recipe.model) | _code(recipe) | _named_in_args(recipe)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
         hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
     rows: dict[str, Any] = {"data: rows": task.train.rows}
@@ -47,6 +48,22 @@ def _code(recipe: Recipe) -> dict[str, Path]:
         if user_code.is_place(place)
         for name, file in user_code.sources_of(place, key).items()
     }
+
+
+def _named_in_args(recipe: Recipe) -> dict[str, Path]:
+    """The files that arguments of rewards name: a list of words, say, or answers."""
+    return {
+        f"rewards.{i}.args.{key}": Path(value).expanduser()
+        for i, reward in enumerate(recipe.rewards)
+        for key, value in reward.args.items()
+        if isinstance(value, str) and _is_file(value)
+    }
+
+
+def _is_file(text: str) -> bool:
+    with suppress(OSError, ValueError):  # too long for a path, or not one
+        return Path(text).expanduser().is_file()
+    return False
 
 
 def _of_file(name: str, file: Path) -> str:

@@ -76,12 +76,12 @@ def watch_peers(accelerator: Accelerator, seconds: float, patience: float) -> No
 
 
 def check_same_on_all(recipe: Recipe, task: Task) -> None:
-    """Compare recipe and prompts over the nodes, each of which has read its own files.
+    """Compare recipe and prompts over the processes, each of which has read its own files.
 
     Raises:
-        UserError: on every process, where a node's differ from the first one's.
+        UserError: on every process, where one's differ from the first one's.
     """
-    if not several_nodes() or not dist.is_initialized():
+    if not dist.is_initialized():
         return
     mine = {"host": socket.gethostname(), "recipe": recipe.model_dump(mode="json"), "prompts": _digest(task)}
     first, *others = gather_object([mine])
@@ -93,7 +93,7 @@ def check_same_on_all(recipe: Recipe, task: Task) -> None:
         if first["prompts"] != other["prompts"]:
             raise UserError(
                 f"{who} reads other prompts than {whose}: the files of `data`, the tokenizer or the code of the task "
-                "are not the same on both nodes"
+                "are not the same for both"
             )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from rich.console import Console
@@ -141,10 +142,16 @@ class PlainLines:
 
 
 def _print(line: str) -> None:
-    """Print a line. A run does not end because nobody looks at it any more."""
-    try:
+    with _seen_or_not():
         print(line, flush=True)
-    except BrokenPipeError:
+
+
+@contextmanager
+def _seen_or_not() -> Iterator[None]:
+    """A run does not end because nobody looks at it any more: a pipe's reader or the terminal is gone."""
+    try:
+        yield
+    except OSError:
         if not output_is_closed():
             raise
         log.warning("standard output is closed; the run goes on, and its metrics are in metrics.jsonl")
@@ -171,16 +178,19 @@ class LiveBar:
     def log(self, step: int, metrics: Metrics) -> None:
         if _is_evaluation(metrics):
             text = evaluation_text(step, self.total, metrics)
-            self.bar.console.print(text, style="bold green", highlight=False, markup=False)
+            with _seen_or_not():
+                self.bar.console.print(text, style="bold green", highlight=False, markup=False)
             if (accuracy := metrics.get("eval/accuracy")) is not None:
                 self.accuracy = [f"accuracy {accuracy:.3f}"]
             return
         time_left = self.eta.text(step, metrics.get("step_time"))
         pace = "  ".join([*self.accuracy, *_texts([SPEED], metrics), f"eta {time_left}"])
-        self.bar.update(self.task, completed=step, pace=pace, numbers="  ".join(training_texts(metrics)))
+        with _seen_or_not():
+            self.bar.update(self.task, completed=step, pace=pace, numbers="  ".join(training_texts(metrics)))
 
     def close(self) -> None:
-        self.bar.stop()
+        with _seen_or_not():
+            self.bar.stop()
 
 
 def open_display(

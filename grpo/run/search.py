@@ -17,6 +17,7 @@ from grpo.run.read import read_jsonl
 log = logging.getLogger("grpo")
 
 FOLDER = re.compile(r"step_(\d{6,})(\.old)?")
+ROLLOUTS = re.compile(r"step_(\d+)\.jsonl")
 
 
 def find_checkpoint(folder: Path, resume: bool | str) -> Path | None:
@@ -50,12 +51,14 @@ def _say_skipped(damaged: Mapping[Path, str]) -> None:
 
 def _refuse_lost(folder: Path) -> None:
     """Raise UserError where a run without checkpoints is so far that it must have written one."""
-    step, every = _last_step(folder / "metrics.jsonl"), _save_every(folder / "recipe.yaml")
+    step, every = _last_step(folder), _save_every(folder / "recipe.yaml")
     final = folder / "final"
     if final.is_dir() and any(final.iterdir()):
         what = f"{final}, which is the end of a run"
+    elif step and every is None:
+        what = f"metrics or rollouts of {step} steps, and no recipe.yaml that says how often it was saved"
     elif every and step > every:
-        what = f"metrics of {step} steps, with a checkpoint every {every}"
+        what = f"metrics or rollouts of {step} steps, with a checkpoint every {every}"
     else:
         return
     raise UserError(
@@ -64,18 +67,21 @@ def _refuse_lost(folder: Path) -> None:
     )
 
 
-def _last_step(metrics: Path) -> int:
-    """0 where there are no metrics. Raises UserError where they can't be read back."""
-    return max((row["step"] for row in read_jsonl(metrics)), default=0) if metrics.exists() else 0
+def _last_step(folder: Path) -> int:
+    """Of metrics and rollouts; 0 where there are none. Raises UserError where metrics can't be read back."""
+    metrics = folder / "metrics.jsonl"
+    logged = [row["step"] for row in read_jsonl(metrics)] if metrics.exists() else []
+    sampled = [int(match[1]) for path in folder.glob("rollouts/step_*") if (match := ROLLOUTS.fullmatch(path.name))]
+    return max(logged + sampled, default=0)
 
 
-def _save_every(recipe: Path) -> int:
-    """Of the run that was in the folder; 0 where that is not known."""
+def _save_every(recipe: Path) -> int | None:
+    """Of the run that was in the folder; None where that is not known."""
     try:
         training = yaml.safe_load(recipe.read_text(encoding="utf-8"))["training"]
         return int(training["save_every"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return 0
+        return None
 
 
 def latest_checkpoint(root: Path) -> Path | None:

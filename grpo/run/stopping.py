@@ -1,4 +1,5 @@
-"""A request to stop: SIGTERM, or SIGUSR1 (Slurm's early warning), from the command's first moment to its last.
+"""A request to stop, from the command's first moment to its last: SIGTERM, SIGUSR1 (Slurm's early warning) or SIGHUP
+(the terminal is gone), unless ``nohup`` has it ignored. A batch script may ignore SIGUSR1: for itself, not for the run.
 
 A step under way is finished and saved first: the loop asks whether there was a request (``asked``). Before the first
 step and after the last one there is nothing to save, and Preempted is raised wherever the main thread is. It may be in
@@ -20,8 +21,8 @@ from types import FrameType
 from grpo.errors import Preempted
 from grpo.run import peers
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
-CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+CODES = dict.fromkeys(REQUESTS, 143) | {signal.SIGINT: 130}
 SECONDS_TO_UNWIND = 10.0  # for the main thread to end in good order
 BEFORE = "asked to stop before the first step: there is nothing new to save; start again with --resume"
 AFTER = "asked to stop after the last step, which is saved; start again with --resume for final/ and the report"
@@ -43,7 +44,8 @@ def listening() -> Iterator[None]:
     _listened += 1
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    previous = {number: signal.signal(number, _hear) for number in REQUESTS}
+    heard = [number for number in REQUESTS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _hear) for number in heard}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading, _listened), name="stopping", daemon=True).start()
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from grpo.config import AlgorithmConfig
-from grpo.errors import RunError
+from grpo.errors import RunError, first_line
 from grpo.losses import Counts, EntropyControl, find_loss, next_entropy_control
 from grpo.packing import MicroBatch, to_sequences
 from grpo.run.run import Run
@@ -160,11 +160,15 @@ def backward(run: Run, micro_batches: list[MicroBatch], loss_of: LossOf) -> tupl
 def _stop_before_step(run: Run, micro_batches: list[MicroBatch], loss: float, norm: float) -> None:
     rank = run.accelerator.process_index
     path = run.folder / f"nonfinite_rank_{rank}.pt"
-    torch.save([[asdict(s) for s in micro_batch] for micro_batch in micro_batches], path)
+    kept = f"The batch is in {path}"
+    try:
+        torch.save([[asdict(s) for s in micro_batch] for micro_batch in micro_batches], path)
+    except (OSError, RuntimeError) as error:  # of a full disk torch says the latter
+        kept = f"The batch could not be written to {path} ({first_line(error)})"
     run.accelerator.wait_for_everyone()
     raise RunError(
         f"rank {rank}: the loss is {loss} and the gradient norm {norm}: stopped before the optimizer's step, so "
-        f"the weights are the last step's. The batch is in {path}. Usual causes: a learning rate too high, sampler "
+        f"the weights are the last step's. {kept}. Usual causes: a learning rate too high, sampler "
         "log-probabilities of -inf, or bfloat16 overflow; resume from the last checkpoint with a lower "
         "optimizer.learning_rate"
     )

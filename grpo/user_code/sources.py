@@ -1,7 +1,7 @@
 """The files that the user's code at a place consists of: its own, and those of the user's that it imports.
 
-Read, not run: an import statement anywhere in a file counts, one that is computed (``importlib.import_module(name)``)
-does not. Libraries and our own packages are not the user's.
+Read, not run: an import statement anywhere in a file counts, and ``importlib.import_module("name")``; one whose name is
+computed does not. Libraries and our own packages are not the user's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def sources(where: str, file: Path | None) -> dict[str, Path]:
     """
     neighbours = True  # whether what lies beside it is the user's too
     if file is not None:
-        folder, todo = file.parent, [file]
+        folder, todo = file.parent, [file, *_packages_of(file)]
     else:
         top = where.partition(".")[0]
         spec = PathFinder.find_spec(top, [str(Path.cwd())]) or PathFinder.find_spec(top, sys.path)
@@ -58,6 +58,26 @@ def _imports(file: Path) -> list[tuple[int, list[str]]]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module.split(".") if node.module else []
             found += [(node.level, [*base, alias.name]) for alias in node.names]
+        elif isinstance(node, ast.Call) and (named := _name_in_call(node)):
+            found.append((0, named.split(".")))
+    return found
+
+
+def _name_in_call(call: ast.Call) -> str | None:
+    """The module that ``import_module("name")`` or ``__import__("name")`` imports."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
+    first = call.args[0] if call.args and function in ("import_module", "__import__") else None
+    name = first.value if isinstance(first, ast.Constant) else None
+    return name if isinstance(name, str) and all(part.isidentifier() for part in name.split(".")) else None
+
+
+def _packages_of(file: Path) -> list[Path]:
+    """The ``__init__.py`` of the packages that a file is in, which are executed before it."""
+    found = []
+    for folder in file.parents:
+        if not (init := folder / "__init__.py").is_file():
+            break
+        found.append(init)
     return found
 
 

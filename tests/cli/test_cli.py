@@ -156,6 +156,11 @@ def test_a_stranger_s_run_executes_nothing_without_trust(tmp_path, stand_in, com
     assert "--trust" in result.stderr
     assert not called
     assert not Path("ran").exists()
+    if command[0] == "eval":
+        Path("run/environment.json").rename("environment.json")
+        assert run(*command).exit_code == 2, "whatever the folder lacks"
+        assert not called
+        Path("environment.json").rename("run/environment.json")
     if command[0] in ("eval", "train"):
         assert run(*command, "--trust").exit_code == 0
         assert len(called) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_unexpected_exception_leaves_its_traceback_in_the_run_folder(stand_in):
     text = Path("run/error.txt").read_text()
     assert text.startswith("Traceback")
     assert text.endswith("ValueError: seven\nof nine\n")
+
+
+def test_secrets_are_not_in_the_traceback_that_is_kept(stand_in, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "hunter2-hunter2-hunter2")
+    Path("run").mkdir()
+    stand_in("trainer", train=failing(ValueError("401 for hunter2-hunter2-hunter2 at postgres://me:hunter3@db/x")))
+    run("train", "recipe.yaml")
+    text = Path("run/error.txt").read_text()
+    assert "401 for " in text
+    assert "hunter" not in text
 
 
 def test_without_a_run_folder_the_traceback_is_printed_before_the_last_line(stand_in):
@@ -168,6 +179,36 @@ def test_what_is_logged_or_reported_cannot_steer_the_terminal(stand_in):
     result = run("audit", "recipe.yaml")
     assert harmless in result.stdout
     assert harmless in result.stderr
+
+
+def test_a_terminal_that_is_gone_is_no_fault_of_the_run(tmp_path):
+    """SIGHUP asks the run to stop; what it prints from then on is refused."""
+    script = (
+        "import select, signal, sys, typer; from pathlib import Path; from grpo.cli.exit_codes import exit_codes\n"
+        "from grpo.errors import Preempted; from grpo.run.screen import LiveBar, open_display\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "display = open_display(3, 0)\n"
+        "assert isinstance(display, LiveBar)\n"
+        "print('it is ready', flush=True)\n"
+        "gone = select.poll(); gone.register(1, 0); gone.poll(20000)\n"
+        "try:\n"
+        "    with exit_codes(Path('.')):\n"
+        "        display.log(1, {'reward': 1.0}); display.log(1, {'eval/accuracy': 1.0}); display.close()\n"
+        "        raise Preempted('saved')\n"
+        "except typer.Exit as ending: sys.exit(ending.exit_code)\n"
+    )
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True,
+    )  # fmt: skip
+    os.close(its_end)
+    said = b""
+    while b"it is ready" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert process.wait(60) == 143
+    assert not (tmp_path / "error.txt").exists()
 
 
 def test_output_that_nobody_reads_is_no_fault_of_the_run(tmp_path):

@@ -37,7 +37,7 @@ def wait_until(what: Callable[[], bool]) -> None:
     ("number", "code", "says"),
     [
         (signal.SIGUSR1, 143, "asked to stop before the first step: there is nothing new to save"),
-        (signal.SIGTERM, 143, "start again with --resume"),
+        (signal.SIGHUP, 143, "start again with --resume"),
         (signal.SIGINT, 130, ""),
     ],
 )

@@ -28,6 +28,14 @@ SECRET = {
     "https_proxy": "http://me:hunter2@proxy:8080",
     "JUDGE": "sk-abcdefghijklmnopqrstuvwx",
     "MY_LOGIN": "hf_abcdefghijklmnopqrstuvwx",
+    "AZURE_SQL_CONNECTION_STRING": "x",
+    "CI_JOB_JWT": "x",
+    "ROWS_DB": "Server=db;User=me;Password=hunter2;Encrypt=true",
+    "JUDGE_CALL": "http://judge/v1?model=x&api_key=hunter2",
+    "CLONE_FROM": "https://0123456789abcdef0123@git.example/rows.git",
+    "REDIS_URL": "redis://:hunter2@cache/0",
+    "JUDGE_HEADER": "Bearer 0123456789abcdef",
+    "HOOK": "https://hooks.slack.com/services/T0/B0/hunter2",
 }
 ORDINARY = {
     "PATH": "/usr/bin",
@@ -41,6 +49,7 @@ ORDINARY = {
     "JUDGE_URL": "http://localhost:8000/v1",
     "LANG": "C.UTF-8",
     "REGION": "us-east-1",
+    "ROWS_URL": "https://example.org/rows?page=2&tokens=8",
 }
 
 

@@ -101,6 +101,23 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
+def test_where_the_disk_refuses_the_former_recipe_stays(folder, monkeypatch):
+    prepare_run_folder(make(folder), resume=False)
+    release_run_folder(folder)
+    before = {name: (folder / name).read_bytes() for name in ("recipe.yaml", "environment.json")}
+    write = Path.write_bytes
+
+    def full(path, data):
+        if path.name == "recipe.yaml.tmp":
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        prepare_run_folder(make(folder, training__max_steps=7), resume=True)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
 def test_a_folder_locked_by_a_live_run_is_refused_and_free_once_that_run_is_killed(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(make(folder).model_dump()))

@@ -103,6 +103,20 @@ def test_what_is_no_input_may_change(project: Path) -> None:
     assert hashes(project, **training) == before
 
 
+def test_a_file_that_an_argument_of_a_reward_names_is_an_input(project: Path) -> None:
+    (project / "words.txt").write_text("one\n")
+    args = {"words": "words.txt", "limit": 3, "text": "x" * 5000, "odd": "a\x00b"}
+    more = {
+        "rewards": [{"path": "my_reward.py:judge", "args": args}],
+        "training": {"output_dir": "unused", "prompts_per_step": 4},
+    }
+    before = hashes(project, **more)
+    (project / "words.txt").touch()
+    assert hashes(project, **more) == before
+    append("words.txt", "two\n")(project)
+    assert changed_inputs(before, hashes(project, **more)) == ["rewards.0.args.words has changed"]
+
+
 def test_losses_and_backends_of_ones_own_and_dotted_names_are_inputs(project: Path) -> None:
     (project / "my_loss.py").write_text("from .nothing import it\n")
     (project / "more/engine.py").write_text("from . import deeper\nimport helper\n")
@@ -121,6 +135,14 @@ def test_losses_and_backends_of_ones_own_and_dotted_names_are_inputs(project: Pa
     yaml = {name for name in found if name.startswith("rewards.2.path")}
     assert {"rewards.2.path: yaml/__init__.py", "rewards.2.path: yaml/loader.py"} <= yaml
     assert all(name.startswith("rewards.2.path: yaml/") for name in yaml), "a library's own files, and no other's"
+
+
+def test_a_package_around_a_file_and_imports_by_name_are_inputs(project: Path) -> None:
+    (project / "more/judge.py").write_text("import importlib\n\nhelper = importlib.import_module('helper')\n")
+    training = {"output_dir": "unused", "prompts_per_step": 4}
+    found = hashes(project, rewards=[{"path": "more/judge.py:judge"}], training=training)
+    code = {name.removeprefix("rewards.0.path: ") for name in found if name.startswith("rewards")}
+    assert code == {"judge.py", "__init__.py", "deeper.py", "helper.py"}
 
 
 def test_rows_that_a_task_makes_and_rows_held_out_are_hashed(tiny_model: Path) -> None:

@@ -119,9 +119,16 @@ def test_what_is_not_there_was_lost(tmp_path):
 def test_a_run_that_must_have_had_a_checkpoint_does_not_start_over(tmp_path):
     folder = write_run(tmp_path / "run", 11, 10)
     before = contents(folder)
-    with pytest.raises(UserError, match="metrics of 11 steps, with a checkpoint every 10, but no checkpoint"):
+    with pytest.raises(UserError, match="rollouts of 11 steps, with a checkpoint every 10, but no checkpoint"):
         find_checkpoint(folder, True)
     assert contents(folder) == before
+    (folder / "rollouts").mkdir()
+    (folder / "metrics.jsonl").rename(folder / "rollouts/step_000012.jsonl")
+    with pytest.raises(UserError, match="metrics or rollouts of 12 steps, with a checkpoint every 10"):
+        find_checkpoint(folder, True)
+    (folder / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"of 12 steps, and no recipe\.yaml that says how often it was saved"):
+        find_checkpoint(folder, True)
     finished = write_run(tmp_path / "finished", 5, 0)
     (finished / "final").mkdir()
     assert find_checkpoint(finished, True) is None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from grpo.config.load import LEFT_OUT, load_recipe
 from grpo.errors import UserError
+from grpo.run import run as run_module
 from grpo.run.folder import prepare_run_folder, release_run_folder
+from grpo.run.run import Run
 from grpo.run.same_run import check_same_run, run_identity
 from grpo.run.secrets import recipe_without_secrets, scrubbed
 from tests.conftest import make_recipe
@@ -26,6 +30,8 @@ SECRETS = [
     "rewards.1.args.password=12345678",
     "rewards.1.args.other=sk-abcdefghijklmnopqrstuv",
     "rewards.1.args.url=https://me:hunter2-hunter2@judge/v1",
+    "rewards.1.args.database=Server=db;User=me;Password=hunter2-hunter2;Encrypt=true",
+    "rewards.1.args.hook=https://hooks.slack.com/services/T0/B0/hunter2",
     "rewards.1.args.headers={Authorization: Bearer hunter2-hunter2}",
     "rewards.1.args={api_key: hunter2-hunter2}",
     "data.args={seed: 1, token: hunter2hunter2}",
@@ -73,6 +79,21 @@ def test_what_is_no_secret_stays(tmp_path, monkeypatch):
     assert written["rollout"]["vllm_args"] == ["--max-num-seqs=4", "--api-key", LEFT_OUT]
     written["rollout"]["vllm_args"][2] = "x1"
     assert written == recipe.model_dump(mode="json")
+
+
+def test_trackers_do_not_get_it(tmp_path, monkeypatch):
+    given = []
+
+    def log_of(folder, tracking, *, recipe_dict, **others):
+        given.append(recipe_dict)
+        return nullcontext()
+
+    monkeypatch.setattr(run_module, "RunLog", log_of)
+    recipe = make_recipe(tmp_path, rewards=[{"name": "countdown", "args": {"api_key": "hunter2-hunter2"}}])
+    policy = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True))
+    with Run(recipe, policy, tmp_path):
+        pass
+    assert [one["rewards"][0]["args"] for one in given] == [{"api_key": LEFT_OUT}]
 
 
 def test_a_traceback_is_scrubbed():

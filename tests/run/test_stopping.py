@@ -20,7 +20,7 @@ def ask(number: int = signal.SIGUSR1) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", stopping.REQUESTS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_before_and_after_the_steps_it_is_raised_at_once_and_within_them_it_waits(number) -> None:
     before = signal.getsignal(number)
     with stopping.listening():
@@ -42,7 +42,23 @@ def test_before_and_after_the_steps_it_is_raised_at_once_and_within_them_it_wait
     assert signal.getsignal(number) == before
 
 
+def test_under_nohup_the_end_of_the_terminal_is_no_request_but_what_a_batch_script_ignores_is() -> None:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        with stopping.listening():
+            ask(signal.SIGHUP)
+            assert not stopping.asked()
+            with pytest.raises(Preempted):
+                ask(signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_what_catches_exceptions_does_not_catch_it_and_a_second_request_does_not_disturb_its_end() -> None:
+    ended = []
+
     def tries() -> None:
         try:
             ask()
@@ -50,9 +66,11 @@ def test_what_catches_exceptions_does_not_catch_it_and_a_second_request_does_not
             pytest.fail("caught")
         finally:
             ask()
+            ended.append("in good order")
 
     with stopping.listening(), pytest.raises(Preempted):
         tries()
+    assert ended
 
 
 def test_another_thread_does_not_listen() -> None:

@@ -127,6 +127,14 @@ def test_a_non_finite_number_stops_before_the_step_and_dumps_the_batch(
     assert len([s for micro_batch in dumped for s in micro_batch]) == 5
 
 
+def test_a_batch_that_the_disk_refuses_does_not_hide_why_the_run_stops(tiny_model: Path, tmp_path: Path) -> None:
+    batch = sequences()
+    batch[0].advantage = float("nan")
+    (tmp_path / "nonfinite_rank_0.pt").mkdir()
+    with pytest.raises(RunError, match=r"the loss is nan .*The batch could not be written to .*rank_0\.pt \("):
+        optimizer_step(make_run(make_policy(tiny_model), tmp_path), batch, 1e-2)
+
+
 def test_precomputed_logprobs_are_the_policy_s_and_keep_their_places(tiny_model: Path) -> None:
     policy = make_policy(tiny_model, needs_reference=True)
     given = sequences()
@@ -173,6 +181,18 @@ def test_a_token_without_a_sampler_s_logprob_is_left_out_and_counted(
     (first,) = [s for s in to_sequences([group], advantages, run.recipe.algorithm) if s.uncounted]
     assert first.uncounted == (3,)
     assert policy.collate([first]).mask_BT.sum() == 23
+
+
+def test_a_token_that_is_left_out_is_not_counted_in_the_denominator(tiny_model: Path, tmp_path: Path) -> None:
+    """Left out at the end of a completion, it is as if it were not there."""
+    norms = []
+    for last in ([math.nan], []):
+        made = [Completion([5 + i, 6, 7] * 4, [-1.0] * 12, Status.STOP, "", [VersionSpan(0, 12, 0)]) for i in range(2)]
+        made[1].sampler_logprobs, made[1].token_ids = [*([-1.0] * 11), *last], made[1].token_ids[: 11 + len(last)]
+        group = Group(Prompt(0, "", "", [3, 4]), made, rewards=[1.0, 0.0])
+        run = make_run(make_policy(tiny_model), tmp_path, algorithm={"loss_type": "dapo"})
+        norms.append(update(run, [group], np.array([[1.0, -1.0]]), 1e-3)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_too_many_tokens_without_a_logprob_stop_the_run(tiny_model: Path, tmp_path: Path) -> None:

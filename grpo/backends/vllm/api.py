@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections.abc import AsyncIterator, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,7 @@ HEALTH = 5.0  # seconds for a server to say that it is up
 QUICK = 20.0  # seconds for a request that a healthy server answers at once
 UPLOADED_AT_ONCE = 1 << 22  # bytes
 UNIX = "unix:"  # what the URL of a Unix socket begins with
+UNKNOWN = -9999.0  # what vLLM writes in place of a log-probability that is nan or -inf
 UNLABELLED = "default"  # a server's weight version before anybody has sent it weights
 
 
@@ -297,6 +299,13 @@ def types_of(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, to
     purpose (``policy.kept``); a state in float32 throughout is cast."""
     mixed = dtype != torch.float32 and any(tensor.dtype == dtype for tensor in state.values())
     return {name: tensor.dtype if mixed and tensor.dtype == torch.float32 else dtype for name, tensor in state.items()}
+
+
+def logprobs_of(answer: dict[str, Any]) -> list[float]:
+    """The log-probabilities of a completion's tokens; nan where the engine could not compute one. vLLM sends -9999 in
+    place of nan and -inf, other writers of JSON a null."""
+    said = [entry["logprob"] for entry in answer["logprobs"]["content"]]
+    return [math.nan if logprob is None or logprob <= UNKNOWN else logprob for logprob in said]
 
 
 def why_no_nccl() -> str | None:

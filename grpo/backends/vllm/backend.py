@@ -7,7 +7,6 @@ colocated engine. An error on one process is raised on all, because the others w
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from accelerate.utils import gather_object
 
 from grpo.backends.base import OnGroup, Request, Sampling
 from grpo.backends.vllm import trust
-from grpo.backends.vllm.api import generate_payload
+from grpo.backends.vllm.api import generate_payload, logprobs_of
 from grpo.backends.vllm.keeper import Keeper, adapter_name, version_of
 from grpo.backends.vllm.pool import Answers, Lost, Pool
 from grpo.backends.vllm.process import engine_sleeps, make_engine
@@ -35,7 +34,6 @@ from grpo.types import Completion, Status, TrainedSequence, VersionSpan
 
 T = TypeVar("T")
 
-UNKNOWN = -9999.0
 RECOVERIES = 5  # within one rollout; servers that die more often die of the requests
 
 
@@ -180,7 +178,7 @@ class VLLMBackend:
         ]
 
     def _completion(self, answer: Any, flight: InFlight) -> Completion:
-        token_ids, logprobs = answer["token_ids"], [_logprob(e["logprob"]) for e in answer["logprobs"]["content"]]
+        token_ids, logprobs = answer["token_ids"], logprobs_of(answer)
         if self.adapters:  # the engine's label is that of the frozen weights; its adapter is named by version
             spans = [VersionSpan(0, len(token_ids), version_of(answer["model"]))]
         else:
@@ -246,11 +244,6 @@ class VLLMBackend:
             if failure is not None:
                 raise failure
         return [value for value, _ in outcomes]
-
-
-def _logprob(said: float | None) -> float:
-    """nan where the engine could not compute one: vLLM sends -9999 in place of nan and -inf, JSON writers a null."""
-    return math.nan if said is None or said <= UNKNOWN else said
 
 
 class _Landing:

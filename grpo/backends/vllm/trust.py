@@ -17,6 +17,7 @@ from grpo.backends.vllm.serve import RANGE, supported
 
 PROBE_TEXT = "Let me think: 3 + 4 = 7, and 12 - 5 = 7. The answer is"
 PROBES = 4  # sequences
+MOST_UNKNOWN = 0.05  # share of a probe's tokens of which an engine may give no log-probability
 PROBE_TOKENS = 16  # of each; none ends earlier, because a few tokens would say too little
 # Largest mean difference in nats between engine and trainer over a probe; measured values are in docs/backends.md.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
@@ -146,8 +147,12 @@ def different_weights(url: str, version: int, different: list[str], compared: in
 
 
 def probe_difference(probe: Probe, logprobs: list[list[float]]) -> dict[str, float]:
-    """Mean and largest absolute difference, nats, between engine and trainer over a probe's tokens."""
-    difference = (torch.cat(_tensors(probe.logprobs)) - torch.cat(_tensors(logprobs))).abs()
+    """Mean and largest absolute difference, nats, between engine and trainer over a probe's tokens. A few of which the
+    engine said none are left out, as a step's are."""
+    said = torch.cat(_tensors(probe.logprobs))
+    difference = (said - torch.cat(_tensors(logprobs))).abs()
+    if float((~said.isfinite()).float().mean()) <= MOST_UNKNOWN:
+        difference = difference[said.isfinite()]
     return {"mean": float(difference.mean()), "max": float(difference.max())}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -273,6 +274,36 @@ def test_an_engine_at_another_temperature_is_caught(
     engine.routes[GENERATE] = cooler
     with pytest.raises(BackendFailed, match=r"They are those of temperature 0\.7; the recipe's is 1$"):
         connect(engine).sync(policy, 0)
+
+
+@pytest.mark.parametrize("unknown", [None, -9999.0, math.nan])
+def test_a_token_without_a_logprob_ends_neither_the_probe_nor_a_rollout(
+    connect: Callable[..., VLLMBackend], engine: FakeEngine, policy: Policy, unknown: float | None
+) -> None:
+    """It is nan, which the update leaves out and counts. Many of them are an engine that computes wrongly."""
+    every = 24
+
+    def holes(body: dict[str, Any]) -> Any:
+        answer = engine.completion(body)
+        for place, entry in enumerate(answer["choices"][0]["logprobs"]["content"]):
+            if place % every == 3:
+                entry["logprob"] = unknown
+        return answer
+
+    engine.routes[GENERATE] = holes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trust, "PROBE_TOKENS", 24)
+        backend = connect(engine)
+        found = backend.sync(policy, 0)
+    assert found["sampling/probe_logp_difference/max"] < 1e-3
+    completions = [c for group in backend.generate(requests(policy), Sampling(6), 0) for c in group]
+    for completion in completions:
+        gaps = [place for place, logprob in enumerate(completion.sampler_logprobs) if math.isnan(logprob)]
+        assert gaps == [3][: len(completion.token_ids) > 3]
+    assert any(math.isnan(logprob) for completion in completions for logprob in completion.sampler_logprobs)
+    every = 4
+    with pytest.raises(BackendFailed, match="does not sample from the policy's distribution"):
+        backend.sync(policy, 1)
 
 
 def test_completions_of_a_version_that_cannot_be_are_refused(

@@ -351,6 +351,36 @@ def test_an_engine_starts_once_and_stops(engine: Callable[..., EngineProcess]) -
     one.stop()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_another_user_can_neither_connect_to_an_engine_nor_take_its_place(engine: Callable[..., EngineProcess]) -> None:
+    path = engine().socket
+    attempts = """
+import os, socket, sys
+path, folder = sys.argv[1], os.path.dirname(sys.argv[1])
+os.setgid(65534)
+os.setuid(65534)
+for attempt in (
+    lambda: socket.socket(socket.AF_UNIX).connect(path),
+    lambda: socket.socket(socket.AF_UNIX).bind(path + "2"),
+    lambda: os.listdir(folder),
+    lambda: os.rename(folder, folder + "-mine"),
+):
+    try:
+        attempt()
+    except PermissionError:
+        print("refused")
+"""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        path.chmod(0o777)  # whatever mode an engine gives it
+        with socket.socket(socket.AF_UNIX) as own:
+            own.connect(str(path))
+        command = [sys.executable, "-I", "-S", "-c", attempts, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["refused"] * 4, done.stderr
+
+
 def test_children_of_an_engine_end_with_it(engine: Callable[..., EngineProcess]) -> None:
     one = engine("children")
     one.start()
