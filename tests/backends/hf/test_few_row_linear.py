@@ -31,3 +31,16 @@ def test_bfloat16_weights_multiply_in_bfloat16() -> None:
         found = layer(x)
         assert found.dtype is torch.bfloat16
         torch.testing.assert_close(found, torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_weight_that_is_another_during_a_pass_is_the_one_that_counts() -> None:
+    """peft adds to a router's weight so, where it takes ``gate`` of a mixture of experts for a parameter."""
+    layer, x = torch.nn.Linear(48, 8, bias=False), torch.randn(3, 48)
+    with torch.no_grad(), packed_linears(layer):
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+        torch.testing.assert_close(layer(x), 2 * x @ layer.parametrizations.weight.original.T)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
