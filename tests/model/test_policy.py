@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy
 from tests.conftest import make_policy
@@ -119,5 +119,5 @@ def test_a_model_that_makes_logits_another_way_is_refused(tiny_model: Path) -> N
     scored = LogprobLM(model)
     scored.check()
     model.forward = lambda **kw: type(model).forward(model, **kw) | {"logits": 2 * plain(torch.ones(1, 80, 128))}
-    with pytest.raises(RunError, match="LlamaForCausalLM"):
+    with pytest.raises(UserError, match="LlamaForCausalLM"):
         scored.check()
