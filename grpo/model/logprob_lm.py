@@ -135,6 +135,8 @@ class LogprobLM(nn.Module):
             _, alone_1SV = self._logits(SHORT, own=False)
         finally:
             self.train(was_training)
+        if expected_1TV.isnan().any():
+            raise UserError(f"model.name: {name} gives logits that are no numbers (nan); its weights may be damaged")
         if not (ours_1TV.shape == expected_1TV.shape and torch.allclose(ours_1TV, expected_1TV, rtol=1e-4, atol=1e-4)):
             raise UserError(
                 f"model.name: {name} turns hidden states into logits in a way that logprob_lm.LogprobLM.head does not "

@@ -113,6 +113,13 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_weights_that_are_no_numbers_are_told_of_as_such(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.lm_head.weight.data[3, 3] = float("nan")
+    with pytest.raises(UserError, match=r"LlamaForCausalLM gives logits that are no numbers"):
+        LogprobLM(model).check()
+
+
 def test_a_model_that_makes_logits_another_way_is_refused(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     plain = model.lm_head.forward
