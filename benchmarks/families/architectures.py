@@ -133,7 +133,7 @@ CASES = [
     case("mamba2", num_heads=4, head_dim=32, **STATES),
     case("falcon_h1", mamba_d_ssm=64, mamba_d_head=16, **MAMBA),
     case("bamba", attn_layer_indices=[1], mamba_d_head=32, **MAMBA),
-    case("dots1", n_shared_experts=1),
+    case("dots1", n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     case("gemma3n_text", layer_types=["sliding_attention"] * 4 + ["full_attention"], **PER_LAYER),
     case("granitemoehybrid", layer_types=["linear_attention", "full_attention"]),
     case("jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
