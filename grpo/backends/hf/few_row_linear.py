@@ -59,7 +59,10 @@ def _can_pack() -> bool:
 
 
 def _fits(weight: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies by it; by bfloat16 it does not on every CPU."""
+    """Whether it is a weight that stays through a rollout, which one that a hook makes for each pass does not; and
+    whether oneDNN multiplies by it, by bfloat16 not on every CPU."""
+    if not isinstance(weight, nn.Parameter):
+        return False
     if weight.dtype == torch.bfloat16 and not getattr(torch.ops.mkldnn, BFLOAT16_SUPPORTED, lambda: False)():
         return False
     return weight.device.type == "cpu"
