@@ -25,6 +25,7 @@ RIGHT = {  # by kind and note: how rows are computed in the update
     ("gemma2", ""): PADDED,  # windows, soft caps on scores and logits
     ("llama4_text", ""): PADDED,  # chunks that masks alone tell, experts, a body by another name
     ("gpt_oss", ""): PADDED,  # attention sinks
+    ("gemma4_text", ""): PADDED,  # layers that differ in the size of their heads
     ("qwen3_5_text", ""): PADDED,  # recurrent layers
 }
 REFUSED = {

@@ -76,6 +76,12 @@ def case(kind: str, note: str = "", **settings: Any) -> Case:
 
 
 SHORT_ROPE = {"max_position_embeddings": 32, "rope_parameters": DYNAMIC}
+STATES = {"state_size": 8, "n_groups": 1, "chunk_size": 8}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+ZAMBA = {"num_hidden_layers": 4, "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 8}
+ZAMBA |= {"num_mem_blocks": 1, "attention_head_dim": 64, "attention_hidden_size": 128}
+PER_LAYER = {"num_hidden_layers": 5, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 5}
+PER_LAYER |= {"intermediate_size": [64] * 5, "hidden_size_per_layer_input": 16, "laurel_rank": 8}
 LATENT = {"num_key_value_heads": 2, "head_dim": 16}
 
 # Without settings of their own.
@@ -87,8 +93,7 @@ PLAIN = """
     minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mpt nanochat nemotron nemotron_h olmo
     olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text
     qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roberta rwkv seed_oss smollm3 solar_open stablelm starcoder2
-    vaultgemma xglm xlm falcon_mamba mamba mamba2 hunyuan_v1_dense hunyuan_v1_moe cwm modernbert-decoder gemma4_text
-    gemma3n_text dots1
+    vaultgemma xglm xlm falcon_mamba mamba hunyuan_v1_dense hunyuan_v1_moe cwm modernbert-decoder gemma4_text
 """
 CASES = [
     *(case(kind) for kind in PLAIN.split()),
@@ -125,11 +130,14 @@ CASES = [
     case("codegen", rotary_dim=16, n_head=4),
     case("lfm2", layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
     case("lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1),
-    case("falcon_h1"),
-    case("bamba", attn_layer_indices=[1]),
+    case("mamba2", num_heads=4, head_dim=32, **STATES),
+    case("falcon_h1", mamba_d_ssm=64, mamba_d_head=16, **MAMBA),
+    case("bamba", attn_layer_indices=[1], mamba_d_head=32, **MAMBA),
+    case("dots1", n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
+    case("gemma3n_text", layer_types=["sliding_attention"] * 4 + ["full_attention"], **PER_LAYER),
     case("granitemoehybrid", layer_types=["linear_attention", "full_attention"]),
     case("jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
-    case("zamba2", num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"]),
+    case("zamba2", layers_block_type=["mamba", "mamba", "hybrid", "mamba"], **ZAMBA),
 ]
 
 
@@ -139,8 +147,9 @@ def config_of(case: Case, vocab_size: int) -> PreTrainedConfig:
     settings = {name: value for name, value in SMALL.items() if _has(text, name)}
     settings |= {"vocab_size": vocab_size, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
-    own = not isinstance(getattr(type(text), "layer_types", None), property)  # else it follows from other settings
-    if kinds and own:
+    name = type(text).attribute_map.get("layer_types", "layer_types")
+    own = not isinstance(getattr(type(text), name, None), property)  # else it follows from other settings
+    if kinds and own and name not in case.settings:
         settings["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
     settings |= case.settings
     settings.setdefault("num_hidden_layers", max(2, len(settings.get("layer_types", ()))))

@@ -68,13 +68,21 @@ def register() -> None:
 
 def _missing(causal_lm: Any, device: torch.device) -> str | None:
     if device.type == "cpu":
-        config = causal_lm.config.get_text_config(decoder=True)
-        if not (size := getattr(config, "head_dim", None)):
-            width, heads = (getattr(config, name, 0) for name in ("hidden_size", "num_attention_heads"))
-            size = width // heads if heads else 0
+        size = head_size(causal_lm.config.get_text_config(decoder=True))
         return compiled.why_not(size) if size else "its configuration does not say how large its heads are"
     missing = [name for name in FLASH if not hasattr(aten, name)]
     return f"this torch has no torch.ops.aten.{missing[0]}" if missing else None
+
+
+def head_size(config: Any) -> int:
+    """How many numbers a head has; 0 where layers differ in it (Gemma 4) or the configuration does not say."""
+    try:
+        if size := getattr(config, "head_dim", None):
+            return size
+    except Exception:  # transformers' own, of a setting that layers differ in
+        return 0
+    width, heads = (getattr(config, name, 0) for name in ("hidden_size", "num_attention_heads"))
+    return width // heads if heads else 0
 
 
 def attention(

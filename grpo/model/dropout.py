@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from grpo.errors import RunError
+from grpo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -76,7 +76,7 @@ def check_repeats(logprob_lm: LogprobLM) -> None:
     """Refuse a model whose passes in training mode are still others than those it samples by.
 
     Raises:
-        RunError: they are.
+        UserError: they are.
     """
     was_training, tokens = logprob_lm.training, torch.arange(TOKENS)[None] % logprob_lm.vocab_size
     ids_BT = tokens.to(next(logprob_lm.parameters()).device)
@@ -89,9 +89,9 @@ def check_repeats(logprob_lm: LogprobLM) -> None:
         logprob_lm.train(was_training)
     off = float((trained - sampled).abs().max())
     if not off <= TOLERANCE * float(sampled.abs().max()):
-        raise RunError(
-            f"{type(logprob_lm.causal_lm).__name__} computes other hidden states in training mode than it samples by "
-            f"(they differ by up to {off:.2g}), with all dropout off that its configuration names: the policy would "
-            "differ from itself. Set to 0 in its config.json what is random, or model.disable_dropout: false to train "
-            "all the same"
+        raise UserError(
+            f"model.name: {type(logprob_lm.causal_lm).__name__} computes other hidden states in training mode than it "
+            f"samples by (they differ by up to {off:.2g}), with all dropout off that its configuration names: the "
+            "policy would differ from itself. Set to 0 in its config.json what is random, or model.disable_dropout: "
+            "false to train all the same"
         )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("grpo")
 
+TRIED_TOKENS = 100  # of a tokenizer's, at least, where two are compared
+
 State = dict[str, torch.Tensor]
 
 
@@ -100,6 +102,7 @@ def rehearse(
                 log.warning("model.name: its generation configuration goes into final/ as it is, though: %s", why)
             part = "tokenizer"
             tokenizer.save_pretrained(folder)
+            read_back = _read_back(folder, trust_remote_code)
             part = "adapter"
             if peft_model is not None:
                 write_adapter(folder / "adapter", peft_model, {})
@@ -108,6 +111,30 @@ def rehearse(
             f"model.name: the {part} of this model can't be written, so the run would end without its final/: "
             f"{first_line(error)}"
         ) from error
+    if read_back is not None and (text := _told_apart(tokenizer, read_back)):
+        log.warning(
+            "model.tokenizer: for a model of type %s, transformers will read the tokenizer in final/ as %s, which "
+            "makes other tokens of %r than the one that is trained with (%s). Name that one wherever final/ is used",
+            *(like.config.model_type, type(read_back).__name__, text[:40], type(tokenizer).__name__),
+        )
+
+
+def _read_back(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer that ``from_pretrained`` makes of a folder; None where it can't, which the log tells."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # such as code of its own on a hub that is not reached now
+        log.warning("model.tokenizer: it was not read back as final/ will hold it: %s", first_line(error))
+        return None
+
+
+def _told_apart(one: PreTrainedTokenizerBase, other: Any) -> str | None:
+    """A text of which two tokenizers make different tokens, if one is found among the words of the first."""
+    some = range(0, len(one), max(1, len(one) // TRIED_TOKENS))
+    words = [one.decode([token], skip_special_tokens=True) for token in some]
+    return next((t for t in [" ".join(words), *words] if one.encode(t) != other.encode(t)), None)
 
 
 def _holding(like: PreTrainedModel, state: State, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -48,6 +48,7 @@ def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:
     return name, keywords
 
 
+ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 OUR_FOLDERS = ("data", "models", "runs")  # the first part of a name that means a folder, and no hub's organization
 SECONDS_FOR_HUB = 10.0
@@ -68,7 +69,8 @@ def still_to_come(name: str) -> bool:
 
 @contextmanager
 def _named(what: str, name: str) -> Iterator[None]:
-    """Turn the many ways a model can fail to load into one message that says what to do."""
+    """Turn the many ways a model can fail to load into one message that says what to do. Code that comes with a model,
+    and a configuration that transformers does not expect, may raise anything."""
     if is_local(name) and not Path(locate(name)).expanduser().exists():
         raise UserError(
             f"model.name: {name} does not exist (from {Path.cwd()}){_did_you_mean(name)}; give a folder that holds "
@@ -80,11 +82,19 @@ def _named(what: str, name: str) -> Iterator[None]:
             f"model.name: {name} is no folder here (from {Path.cwd()}){_did_you_mean(name)}, it was not downloaded "
             f"before, and the hub can't be reached: {why}"
         )
+    if (Path(locate(name)) / ADAPTER).exists():
+        raise UserError(
+            f"model.name: {name} holds an adapter ({ADAPTER}), which is not trained on. Name a folder with whole "
+            "weights: the final/ around the adapter/ of a run of grpo's, or what peft's merge_and_unload gives"
+        )
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
         near = "" if is_local(name) else _did_you_mean(name)
-        raise UserError(f"model.name: can't load the {what} of {name}{near}: {first_line(error)}") from error
+        kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+        raise UserError(f"model.name: can't load the {what} of {name}{near}: {kind}{first_line(error)}") from error
 
 
 def _did_you_mean(name: str) -> str:
@@ -143,11 +153,32 @@ def _config(source: str, keywords: dict[str, Any]) -> tuple[PreTrainedConfig, bo
 
 
 def _weights(source: str, keywords: dict[str, Any], **more: Any) -> PreTrainedModel:
+    """The causal LM that ``from_pretrained`` makes, if every weight of it comes from the files.
+
+    Raises:
+        UserError: transformers would fill the gaps at random, or its configuration ties what differs in the files, so
+            that copies made by that configuration, and what is read back from ``final/``, would be other models.
+    """
     names = ("trust_remote_code", "revision")
     config, mended = _config(source, {name: keywords[name] for name in names if name in keywords})
     if mended:
         more["config"] = config
-    return AutoModelForCausalLM.from_pretrained(source, **keywords, **more)
+    causal_lm, info = AutoModelForCausalLM.from_pretrained(source, **keywords, **more, output_loading_info=True)
+    name = type(causal_lm).__name__
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model.name: the files in {source} lack {len(missing)} weights of {name}, such as {missing[0]}; "
+            "transformers would make them up at random. Name a folder with all of them: of a class that ends in "
+            "ForCausalLM, and saved whole"
+        )
+    for one, other in causal_lm.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if causal_lm.get_parameter(one) is not causal_lm.get_parameter(other):
+            raise UserError(
+                f"model.name: by its configuration, {one} and {other} of {name} are one weight (tie_word_embeddings), "
+                f"but the files in {source} hold two that differ. Set tie_word_embeddings: false in its config.json, "
+                "or take one of the two out"
+            )
+    return causal_lm
 
 
 def load_configs(model: ModelConfig) -> tuple[PreTrainedConfig, GenerationConfig]:

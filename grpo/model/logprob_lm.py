@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grpo.errors import RunError, UserError, first_line
+from grpo.errors import UserError, first_line
 from grpo.model.logprobs import token_statistics
 from grpo.model.truncation import Truncation
 from grpo.types import Batch
@@ -123,9 +123,9 @@ class LogprobLM(nn.Module):
         recipe's rows. ``beyond``: a row length that passes the model's windows and rope borders.
 
         Raises:
-            UserError: the model is not a causal LM as ``forward`` expects one, or its logits of a token depend on what
-                comes after it, or on how long its row is: rows are padded on the right, and tokens drawn one by one.
-            RunError: only its logits are made in a way that ``head`` does not know.
+            UserError: the model is not a causal LM as ``forward`` expects one; its logits are made in a way that
+                ``head`` does not know; or those of a token depend on what comes after it, or on how long its row is:
+                rows are padded on the right, and tokens drawn one by one.
         """
         name, was_training = type(self.causal_lm).__name__, self.training
         positions = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None) or LONG
@@ -135,10 +135,12 @@ class LogprobLM(nn.Module):
             _, alone_1SV = self._logits(SHORT, own=False)
         finally:
             self.train(was_training)
+        if expected_1TV.isnan().any():
+            raise UserError(f"model.name: {name} gives logits that are no numbers (nan); its weights may be damaged")
         if not (ours_1TV.shape == expected_1TV.shape and torch.allclose(ours_1TV, expected_1TV, rtol=1e-4, atol=1e-4)):
-            raise RunError(
-                f"{name} turns hidden states into logits in a way that logprob_lm.LogprobLM.head does not know; add it "
-                "there, or take another model"
+            raise UserError(
+                f"model.name: {name} turns hidden states into logits in a way that logprob_lm.LogprobLM.head does not "
+                "know; add it there, or take another model"
             )
         moved = float((ours_1TV[:, :SHORT] - alone_1SV).abs().max())
         if not moved <= 1e-3 * max(1.0, float(alone_1SV.max() - alone_1SV.min())):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+TRIED = 0.02  # standard deviation of an adapter's numbers where a check would find zeros
 _PRODUCT = re.compile(r"lora_(embedding_)?[AB]\.\w+(\.weight)?$")  # of an adapter that adds scaling * B A, and no more
 
 
@@ -169,6 +170,26 @@ def without_adapters(peft_model: Any) -> Iterator[None]:
     finally:  # peft trains all adapters again, also those that no text reaches
         for parameter, wanted in asked_for.items():
             parameter.requires_grad_(wanted)
+
+
+@contextmanager
+@torch.no_grad()
+def as_if_trained(causal_lm: nn.Module) -> Iterator[None]:
+    """Within it, adapters add something to what they adapt. New ones add nothing, so a check of a model with them would
+    see nothing of how a pass computes them. Of a model without adapters, nothing changes."""
+    random = torch.Generator().manual_seed(0)
+    zeros = []
+    for layer in _lora_layers(causal_lm).values():
+        for name in filter(_PRODUCT.match, _own(layer)):
+            if not (parameter := layer.get_parameter(name)).any():
+                zeros.append(parameter)
+                parameter.copy_(TRIED * torch.randn(parameter.shape, generator=random))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
 
 
 def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from grpo.model.export import rehearse
 from grpo.model.first_process import on_main
 from grpo.model.loading import attention_keyword, load_configs, load_quantized, load_weights
 from grpo.model.logprob_lm import LogprobLM
-from grpo.model.lora import add_adapters, base_of
+from grpo.model.lora import add_adapters, as_if_trained, base_of
 from grpo.model.packed_check import all_cores, in_float32, why_padded
 from grpo.model.placing import fill, is_sharded, match, materialize, shard, shell
 from grpo.model.unused import described, freeze_unused
@@ -62,8 +62,7 @@ def start(
     Raises:
         UserError: the model can't be loaded, is not one that can be trained, or what is trained of it could not be
             written in the end.
-        RunError: it makes logits in a way that is not known, computes otherwise in training, or processes differ in
-            what they can compute.
+        RunError: processes differ in what they can compute.
     """
     device, sharded = accelerator.device, is_sharded(accelerator)
     if recipe.model.load_in_4bit and sharded:
@@ -83,10 +82,12 @@ def start(
         longest = recipe.longest_sequence()
         check_rope(logprob_lm.causal_lm, longest)
         with in_float32(logprob_lm), all_cores(device):
-            logprob_lm.check(past_borders(logprob_lm.config, longest), longest)
+            with as_if_trained(logprob_lm):
+                logprob_lm.check(past_borders(logprob_lm.config, longest), longest)
             if recipe.model.disable_dropout:
-                check_repeats(logprob_lm)
-        why = read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype, longest)
+                check_repeats(logprob_lm)  # adapters as they are: these have a dropout of the recipe's
+        with as_if_trained(logprob_lm):
+            why = read[0].cannot_pack or why_padded(logprob_lm, device, compute_dtype, longest)
         return why, read[0].unused
 
     why, unused = on_main(accelerator, read_and_check)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.errors import RunError
+from grpo.errors import UserError
 from grpo.model.policy import Policy
 from tests.conftest import make_policy
 from tests.gradient_of_step import sequences
@@ -69,5 +69,5 @@ def test_the_exported_model_keeps_the_rates_of_its_configuration(tiny_model: Pat
 
 def test_what_is_random_by_another_name_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo.model.dropout.NOISE", "nothing")
-    with pytest.raises(RunError, match="MixtralForCausalLM computes other hidden states in training mode"):
+    with pytest.raises(UserError, match="MixtralForCausalLM computes other hidden states in training mode"):
         policy_of(*RANDOM["noise on a router"], tiny_model)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.config import ModelConfig
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from grpo.model.loading import load_configs, load_weights
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy
@@ -86,7 +86,7 @@ def test_a_soft_cap_is_found_while_logits_are_small() -> None:
     scored.check()
     whole = type(model).forward
     model.forward = lambda **kw: capped(whole(model, **kw))
-    with pytest.raises(RunError, match="turns hidden states into logits"):
+    with pytest.raises(UserError, match="turns hidden states into logits"):
         scored.check()
 
 

@@ -27,6 +27,8 @@ MERGED: dict[str, tuple[str, dict[str, Any], str | list[str]]] = {
     "weights held transposed": ("gpt2", GPT2, ALL),
     "positions": ("gpt2", GPT2, ["c_attn", "wpe"]),
 }
+AFMOE = UNTIED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1}
+AFMOE |= {"layer_types": ["full_attention"] * 2}
 
 
 def model(kind: str, settings: dict[str, Any]) -> Any:
@@ -111,3 +113,17 @@ def test_experts_with_adapters_over_a_base_in_bfloat16(tiny_model: Path, tmp_pat
     logps_BT = policy.logprobs(policy.collate(sequences()), 1.0)[0]
     logps_BT.sum().backward()
     assert all(p.grad is not None for p in policy.model.parameters() if p.requires_grad)
+
+
+def test_checks_at_the_start_see_adapters_that_add_something(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New ones add nothing. So a sampler that left out an adapter passed them, and sampled from another model."""
+    from grpo.backends.hf import few_row_linear
+    from grpo.backends.hf.backend import HFBackend
+
+    policy = make_policy(tiny_model, causal_lm=model("afmoe", AFMOE), model={"lora": {"r": 4}})
+    before = {name: parameter.clone() for name, parameter in policy.model.named_parameters()}
+    HFBackend(policy, max_batch_size=4)
+    assert all(torch.equal(before[name], parameter) for name, parameter in policy.model.named_parameters())
+    monkeypatch.setattr(few_row_linear, "is_parametrized", lambda _: False)
+    with pytest.raises(UserError, match="AfmoeForCausalLM decodes to other logits"):
+        HFBackend(policy, max_batch_size=4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy
 from tests.conftest import make_policy
@@ -113,11 +113,18 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_weights_that_are_no_numbers_are_told_of_as_such(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.lm_head.weight.data[3, 3] = float("nan")
+    with pytest.raises(UserError, match=r"LlamaForCausalLM gives logits that are no numbers"):
+        LogprobLM(model).check()
+
+
 def test_a_model_that_makes_logits_another_way_is_refused(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     plain = model.lm_head.forward
     scored = LogprobLM(model)
     scored.check()
     model.forward = lambda **kw: type(model).forward(model, **kw) | {"logits": 2 * plain(torch.ones(1, 80, 128))}
-    with pytest.raises(RunError, match="LlamaForCausalLM"):
+    with pytest.raises(UserError, match="LlamaForCausalLM"):
         scored.check()

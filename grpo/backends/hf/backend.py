@@ -23,7 +23,7 @@ from grpo.backends.base import OnGroup, Request, Sampling
 from grpo.backends.hf import flash
 from grpo.backends.hf.attention import PLAIN, implementation_of
 from grpo.backends.hf.budget import Budget
-from grpo.backends.hf.check import cache_bytes, check_attention, check_decoding
+from grpo.backends.hf.check import Around, cache_bytes, check_attention, check_decoding
 from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, drawing, step_through_transformers
 from grpo.backends.hf.few_row_linear import packed_linears
@@ -33,10 +33,11 @@ from grpo.backends.hf.step_compiled import DecodeStep
 from grpo.backends.hf.step_compiled import why_not as why_not_compiled
 from grpo.backends.hf.step_graph import GraphStep, cuda_capture
 from grpo.backends.hf.stop_strings import StopStrings
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.model.borders import past_borders
 from grpo.model.device_memory import total_memory
 from grpo.model.logprob_lm import LogprobLM
+from grpo.model.lora import as_if_trained
 from grpo.model.memory_budget import CACHE_SHARE, KEPT_SHARE
 from grpo.model.policy import Policy
 from grpo.prompts.completion_text import CompletionText
@@ -96,8 +97,8 @@ class HFBackend:
     device's memory, divided among the processes that share it.
 
     Raises:
-        UserError: the model does not attend through transformers' attention interface.
-        RunError: the model decodes to other logits than its own forward pass has.
+        UserError: the model does not attend through transformers' attention interface, or decodes to other logits than
+            its own forward pass has.
     """
 
     def __init__(self, policy: Policy, *, max_batch_size: int, kv_cache_gb: float | None = None):
@@ -121,9 +122,10 @@ class HFBackend:
         self.model = model
         self.logprob_lm = LogprobLM(model)
         self.rows = past_borders(model.config, policy.longest_sequence), policy.longest_sequence  # to check
-        with self._sampling_mode():
+        with self._sampling_mode(), as_if_trained(model):
             if keeps_state(model):
-                self.own_cache = check_own_cache(self.logprob_lm, self.device, *self.rows)
+                around = self._around(make_plain_step)
+                self.own_cache = check_own_cache(self.logprob_lm, self.device, *self.rows, around)
                 choice = Choice(make_plain_step, self.own_cache.description())
             else:
                 choice = self._choose_step()
@@ -165,8 +167,7 @@ class HFBackend:
         def group(request: int) -> list[Completion]:
             return [done[request][sample] for sample in range(len(requests[request].keys))]
 
-        packed = nullcontext() if self.make_step is make_compiled_step else packed_linears(self.model)
-        with self._weights(), self._sampling_mode(), packed:
+        with self._weights(), self._sampling_mode(), self._around(self.make_step)():
             for sequence in self._engine(requests, sampling).run():
                 request = sequence.request
                 done[request][sequence.sample] = self._completion(sequence)
@@ -227,7 +228,7 @@ class HFBackend:
         """The fastest way to make decoding steps that passes ``check_decoding``.
 
         Raises:
-            RunError: not even steps through transformers pass.
+            UserError: not even steps through transformers pass.
         """
         why = why_not_compiled(self.model)
         ways: list[Way] = [(make_compiled_step, "one compiled call a step")] if why is None else []
@@ -235,13 +236,21 @@ class HFBackend:
             ways += self._graph_ways()
         for make_step, what in ways:
             try:
-                check_decoding(self.logprob_lm, self.device, make_step(self.logprob_lm), *self.rows)
+                self._check(make_step)
                 return Choice(make_step, what)
-            except (RuntimeError, RunError) as error:
+            except (RuntimeError, UserError) as error:
                 log.warning("decoding: %s fails, so it goes through transformers: %s", what, error)
                 why = f"{what} fails"
-        check_decoding(self.logprob_lm, self.device, make_plain_step(self.logprob_lm), *self.rows)
+        self._check(make_plain_step)
         return Choice(make_plain_step, f"through transformers, slower: {why}")
+
+    def _check(self, make_step: Callable[[LogprobLM], NextLogits]) -> None:
+        step, around = make_step(self.logprob_lm), self._around(make_step)
+        check_decoding(self.logprob_lm, self.device, step, *self.rows, around)
+
+    def _around(self, make_step: Callable[[LogprobLM], NextLogits]) -> Around:
+        """What a rollout's passes run within."""
+        return nullcontext if make_step is make_compiled_step else partial(packed_linears, self.model)
 
     def _graph_ways(self) -> list[Way]:
         keys_dtype = self.autocast_dtype or self.model.dtype

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from grpo.backends.hf.attention import decoding_into, implementation_of
 from grpo.backends.hf.engine import NextLogits
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape
-from grpo.errors import RunError, UserError, first_line
+from grpo.errors import UserError, first_line
 from grpo.model.logprob_lm import LogprobLM
 
 log = logging.getLogger("grpo")
@@ -27,6 +27,8 @@ ROOM = Shape(prompts=5, prompt_tokens=40, sequences=6, sequence_tokens=80, group
 STEPS = 4
 NO_LIMIT = 1 << 30
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # share of the logits' range
+
+Around = Callable[[], AbstractContextManager]  # what a rollout's passes run within
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -55,19 +57,24 @@ def check_attention(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_decoding(
-    model: LogprobLM, device: torch.device, step: NextLogits, beyond: int = 0, longest: int = NO_LIMIT
+    model: LogprobLM,
+    device: torch.device,
+    step: NextLogits,
+    beyond: int = 0,
+    longest: int = NO_LIMIT,
+    around: Around = nullcontext,
 ) -> None:
     """Compare the engine's logits with the model's own on a few made-up tokens, and on a row of ``beyond`` tokens,
-    which passes the model's windows. None is longer than ``longest``.
+    which passes the model's windows. None is longer than ``longest``. The engine decodes within ``around``.
 
     Raises:
-        RunError: they differ.
+        UserError: they differ.
     """
     lengths = prompt_lengths(PROMPT_LENGTHS, beyond, longest)
     ids = made_up_ids(model, device, lengths)
     cache = DecodeCache(replace(ROOM, prompt_tokens=max(lengths)), device)
     difference, size = 0.0, 0.0
-    with decoding_into(model.causal_lm, cache), known_failures(model):
+    with around(), decoding_into(model.causal_lm, cache), known_failures(model):
         _prefill(model, cache, ids, lengths)
         decoded = [step(_tokens_at(ids, t, lengths), cache).clone() for t in range(STEPS)]
     for place in range(len(PROMPT_OF)):
@@ -78,10 +85,10 @@ def check_decoding(
         size = max(size, float(own.max() - own.min()))
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else model.causal_lm.dtype
     if not difference <= TOLERANCE.get(dtype, 0.05) * max(size, 1e-3):
-        raise RunError(
-            f"{type(model.causal_lm).__name__} decodes to other logits in the hf backend than its own forward pass has "
-            f"(by {difference:.3g}; they range over {size:.3g}), so its layers do something the backend does "
-            "not know; use rollout.backend: vllm"
+        raise UserError(
+            f"model.name: {type(model.causal_lm).__name__} decodes to other logits in the hf backend than its own "
+            f"forward pass has (by {difference:.3g}; they range over {size:.3g}), so its layers do something "
+            "the backend does not know; use rollout.backend: vllm"
         )
 
 
@@ -91,8 +98,8 @@ def known_failures(model: LogprobLM) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RunError(
-            f"{type(model.causal_lm).__name__} can't be decoded by the hf backend ({type(error).__name__}: "
+        raise UserError(
+            f"model.name: {type(model.causal_lm).__name__} can't be decoded by the hf backend ({type(error).__name__}: "
             f"{first_line(error)}); use rollout.backend: vllm"
         ) from error
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 log = logging.getLogger("grpo")
 
@@ -29,7 +30,8 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     """Within it, every ``nn.Linear`` of a model on a CPU multiplies by a packed copy of its weight.
 
     The copies take as much memory as the weights. It does nothing elsewhere, and nothing under autocast, where a layer
-    does not multiply by its weight but by a cast of it.
+    does not multiply by its weight but by a cast of it. A layer that is given another weight for the length of a pass,
+    as peft does with a router that gets an adapter, multiplies by that one.
     """
     before: list[tuple[Any, Callable | None]] = []  # layers, and a forward that was not the class's (grads_in_place)
     try:
@@ -57,7 +59,10 @@ def _can_pack() -> bool:
 
 
 def _fits(weight: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies by it; by bfloat16 it does not on every CPU."""
+    """Whether it is a weight that stays through a rollout, which one that a hook makes for each pass does not; and
+    whether oneDNN multiplies by it, by bfloat16 not on every CPU."""
+    if not isinstance(weight, nn.Parameter):
+        return False
     if weight.dtype == torch.bfloat16 and not getattr(torch.ops.mkldnn, BFLOAT16_SUPPORTED, lambda: False)():
         return False
     return weight.device.type == "cpu"
@@ -67,7 +72,8 @@ def _forward(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     weight, bias = (None if p is None else p.detach() for p in (module.weight, module.bias))
     assert weight is not None
     small = weight.dtype == torch.float32 and weight.numel() <= SMALL
-    return _transposed_forward(weight, bias) if small else _packed_forward(weight, bias)
+    packed = _transposed_forward(weight, bias) if small else _packed_forward(weight, bias)
+    return lambda x: nn.Linear.forward(module, x) if is_parametrized(module) else packed(x)
 
 
 def _packed_forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:

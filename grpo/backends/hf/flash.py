@@ -41,7 +41,6 @@ class Lengths:
 def why_not(causal_lm: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel can't serve a model whose keys are of ``dtype``, or None if it can."""
     config = causal_lm.config.get_text_config(decoder=True)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     windows = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
     if device.type != "cuda":
         return f"there is none for {device.type}"
@@ -49,10 +48,11 @@ def why_not(causal_lm: Any, device: torch.device, dtype: torch.dtype) -> str | N
         return f"this torch has no torch.ops.aten.{KERNEL}"
     if dtype not in (torch.bfloat16, torch.float16):
         return "it takes 16-bit numbers alone"
-    if head > LARGEST_HEAD or head % 8:
-        return f"it takes heads of up to {LARGEST_HEAD} numbers, in multiples of 8, and this model's are {head}"
     if windows or getattr(config, "sliding_window", None) or getattr(config, "attn_logit_softcapping", None):
         return "some layers have a window or soft-capping"
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head > LARGEST_HEAD or head % 8:
+        return f"it takes heads of up to {LARGEST_HEAD} numbers, in multiples of 8, and this model's are {head}"
     return None
 
 

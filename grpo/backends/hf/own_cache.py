@@ -11,6 +11,7 @@ Padding must not enter a state. transformers masks it, but a layer with a bias l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from grpo.backends.base import Request, Sampling
 from grpo.backends.hf import check
 from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.engine import SampledSequence
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from grpo.model.logprob_lm import ATTENTION, LogprobLM
 from grpo.randomness import uniforms
 
@@ -111,12 +112,19 @@ class OwnCache(NamedTuple):
 
 
 @torch.no_grad()
-def check_own_cache(model: LogprobLM, device: torch.device, beyond: int = 0, longest: int = check.NO_LIMIT) -> OwnCache:
+def check_own_cache(
+    model: LogprobLM,
+    device: torch.device,
+    beyond: int = 0,
+    longest: int = check.NO_LIMIT,
+    around: check.Around = nullcontext,
+) -> OwnCache:
     """Compare logits out of the cache with the model's own on a few made-up tokens, padded and not. The longest row has
-    ``beyond`` tokens at least, which pass the model's windows. None is longer than ``longest``.
+    ``beyond`` tokens at least, which pass the model's windows. None is longer than ``longest``. The cache is filled
+    within ``around``.
 
     Raises:
-        RunError: they differ even without padding.
+        UserError: they differ even without padding.
     """
     lengths = check.prompt_lengths(LENGTHS, beyond, longest)
     ids_T = check.made_up_ids(model, device, lengths)[0]
@@ -139,13 +147,13 @@ def check_own_cache(model: LogprobLM, device: torch.device, beyond: int = 0, lon
             found = max(found, float((logits_BV - expected_BV).abs().max()))
         return found
 
-    with check.known_failures(model):
+    with around(), check.known_failures(model):
         alone, together = max(off([place]) for place in range(len(prompts))), off(list(range(len(prompts))))
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else model.causal_lm.dtype
     if not alone <= check.TOLERANCE.get(dtype, 0.05) * max(size, 1e-3):
-        raise RunError(
-            f"{type(model.causal_lm).__name__} decodes to other logits through its cache than its own forward pass has "
-            f"(by {alone:.3g}; they range over {size:.3g}); use rollout.backend: vllm"
+        raise UserError(
+            f"model.name: {type(model.causal_lm).__name__} decodes to other logits through its cache than its own "
+            f"forward pass has (by {alone:.3g}; they range over {size:.3g}); use rollout.backend: vllm"
         )
     pads = together <= max(MORE_THAN_ROUNDING * alone, TINY * size)
     short, long = (Rows(model, [[1] * n], device).nbytes() for n in (16, 32))

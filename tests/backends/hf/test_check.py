@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.backends.hf.check import cache_bytes, check_decoding
 from grpo.backends.hf.engine import step_through_transformers
-from grpo.errors import RunError
+from grpo.errors import UserError
 from grpo.model.borders import past_borders
 from grpo.model.logprob_lm import LogprobLM
 
@@ -30,7 +30,7 @@ def test_a_model_that_decodes_otherwise_than_it_computes_is_refused() -> None:
     assert cache_bytes(scored, cpu) == 2 * 2 * 32 * 4
     forward = model.base_model.forward
     model.base_model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(RunError, match=r"GPT2LMHeadModel decodes to other logits.*rollout\.backend: vllm"):
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel decodes to other logits.*rollout\.backend: vllm"):
         check_decoding(scored, cpu, step)
 
 
@@ -48,7 +48,7 @@ def test_a_window_that_only_rows_beyond_the_usual_check_pass_is_seen(monkeypatch
     check_decoding(scored, cpu, step, beyond)
     monkeypatch.setattr("grpo.backends.hf.attention._chunk_of", lambda _: None)
     check_decoding(scored, cpu, step)
-    with pytest.raises(RunError, match="decodes to other logits"):
+    with pytest.raises(UserError, match="decodes to other logits"):
         check_decoding(scored, cpu, step, beyond)
 
 
@@ -58,5 +58,5 @@ def test_a_layer_that_makes_a_mask_of_its_own_is_refused() -> None:
     small = {"vocab_size": 97, "num_hidden_layers": 2, "head_dim": 32, "eos_token_id": 1, "pad_token_id": 0}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **sizes | small)).eval()
     scored = LogprobLM(model)
-    with pytest.raises(RunError, match=r"DogeForCausalLM can't be decoded.*makes masks of its own.*backend: vllm"):
+    with pytest.raises(UserError, match=r"DogeForCausalLM can't be decoded.*makes masks of its own.*backend: vllm"):
         check_decoding(scored, torch.device("cpu"), partial(step_through_transformers, scored))

@@ -12,7 +12,7 @@ import pytest
 from grpo.backends.base import Sampling
 from grpo.backends.hf import own_cache
 from grpo.backends.hf.backend import HFBackend
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from tests.backends.hf.test_models import REQUESTS, policy_of
 
 
@@ -45,5 +45,5 @@ def test_a_model_that_decodes_otherwise_through_its_cache_is_refused(
 ) -> None:
     policy, take = policy_of("LFM2", tiny_model), own_cache.Rows.take
     monkeypatch.setattr(own_cache.Rows, "take", lambda self, rows: (take(self, rows), self.cache.layers[0].reset()))
-    with pytest.raises(RunError, match=r"Lfm2ForCausalLM decodes to other logits through its cache"):
+    with pytest.raises(UserError, match=r"Lfm2ForCausalLM decodes to other logits through its cache"):
         HFBackend(policy, max_batch_size=8)

@@ -15,7 +15,7 @@ from grpo.backends.base import Request, Sampling
 from grpo.backends.hf import attention, check, few_row_linear, step_compiled
 from grpo.backends.hf.attention import _attend
 from grpo.backends.hf.backend import HFBackend
-from grpo.errors import RunError, UserError
+from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Prompt
@@ -47,7 +47,7 @@ def recurrent(folder: Path) -> Policy:
 
 
 def test_a_recurrent_model_whose_cache_is_unknown_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(RunError, match=r"MambaForCausalLM decodes to other logits through its cache.*backend: vllm"):
+    with pytest.raises(UserError, match=r"MambaForCausalLM decodes to other logits through its cache.*backend: vllm"):
         HFBackend(recurrent(tiny_model), max_batch_size=8)
 
 
@@ -68,7 +68,7 @@ def test_without_the_names_a_recurrent_model_is_refused_all_the_same(
     policy = recurrent(tiny_model)
     monkeypatch.setattr(check, "STATEFUL", "_gone")
     monkeypatch.setattr(check, "CAN_SET", "_gone")
-    with pytest.raises(RunError, match=r"MambaForCausalLM decodes to other logits.*rollout\.backend: vllm"):
+    with pytest.raises(UserError, match=r"MambaForCausalLM decodes to other logits.*rollout\.backend: vllm"):
         HFBackend(policy, max_batch_size=8)
 
 

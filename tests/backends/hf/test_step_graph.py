@@ -18,7 +18,7 @@ from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, drawing, step_through_transformers
 from grpo.backends.hf.kv_cache import DecodeCache, Shape
 from grpo.backends.hf.step_graph import GraphStep, Size
-from grpo.errors import RunError
+from grpo.errors import UserError
 from grpo.model.logprob_lm import LogprobLM
 from grpo.randomness import key
 from grpo.types import Prompt
@@ -220,7 +220,7 @@ def test_the_check_at_start_replays(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__call__(compute)
             return lambda: None
 
-    with pytest.raises(RunError, match="decodes to other logits"):
+    with pytest.raises(UserError, match="decodes to other logits"):
         check_decoding(model, torch.device("cpu"), GraphStep(model, Stale(monkeypatch)))
 
 
