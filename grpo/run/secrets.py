@@ -21,11 +21,11 @@ from rewards.secrets import IN_URL, LOOKS, long_enough, secrets_of
 # Names of arguments. Fewer than of variables: `eos_token` and `answer_key` are none.
 NAME = re.compile(
     r"secret|passw|passphrase|credential|bearer|authorization|(api|access|private|auth|secret|openai|judge)[_-]?key"
-    r"|(api|access|auth|hf|hub|bearer|session|refresh|secret|use_auth|github|wandb)[_-]?token|^(token|key|auth|pat)$",
+    r"|(api|access|auth|hf|hub|bearer|session|refresh|secret|use_auth|github|wandb)[_-]?token",
     re.IGNORECASE,
 )
-WEAK = re.compile(r"^(token|key|auth|pat)$", re.IGNORECASE)  # a secret only where the value may be one
-MAY_BE = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])\S{12,}")
+WEAK = re.compile(r"(^|[_-])(token|key|auth|pat)$", re.IGNORECASE)  # a secret only where the value may be one
+MAY_BE = re.compile(r"(?![<\[])(?=\S*\d)(?=\S*[A-Za-z])\S{12,}")  # no `<|reserved_token_0|>`
 OPTION = re.compile(r"(--?[\w-]+)=(.+)", re.DOTALL)
 SHORTEST_KNOWN = 6  # characters
 
@@ -72,9 +72,9 @@ def _remember(secret: str) -> None:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if WEAK.search(name):
-        return MAY_BE.fullmatch(value) is not None
-    return NAME.search(name) is not None
+    if NAME.search(name):
+        return True
+    return WEAK.search(name) is not None and MAY_BE.fullmatch(value) is not None
 
 
 def _items(items: Iterable[Any]) -> Iterable[Any]:

@@ -31,6 +31,7 @@ SECRETS = [
     "rewards.1.args.other=sk-abcdefghijklmnopqrstuv",
     "rewards.1.args.url=https://me:hunter2-hunter2@judge/v1",
     "rewards.1.args.database=Server=db;User=me;Password=hunter2-hunter2;Encrypt=true",
+    "rewards.1.args.acme_token=hunter2hunter2",
     "rewards.1.args.hook=https://hooks.slack.com/services/T0/B0/hunter2",
     "rewards.1.args.headers={Authorization: Bearer hunter2-hunter2}",
     "rewards.1.args={api_key: hunter2-hunter2}",
@@ -72,7 +73,8 @@ def test_a_checkpoint_from_before_secrets_were_left_out_resumes(tmp_path):
 def test_what_is_no_secret_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(RECIPE)
-    overrides = ["rewards.1.args.key=name", "rewards.1.args.token=<think>", "rollout.backend=vllm",
+    overrides = ["rewards.1.args.key=name", "rewards.1.args.token=<think>", "rewards.1.args.pad_token=<|reserved_0|>",
+                 "rewards.1.args.sort_key=a_long_column_name", "rollout.backend=vllm",
                  "rollout.vllm_args=[--max-num-seqs=4, --api-key, x1]"]  # fmt: skip
     recipe = load_recipe("recipe.yaml", overrides)
     written = recipe_without_secrets(recipe)
