@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections import Counter
 from types import SimpleNamespace
@@ -229,6 +230,8 @@ def test_sound_rows_of_all_sorts_pass(tmp_path):
         ("rows.csv", b'prompt\n"a', "not readable as CSV: line 2"),
         ("rows.csv", b"prompt\na\xff", "not UTF-8"),
         ("rows.parquet", b"PAR1 and then nothing", "not a readable parquet file"),
+        ("rows.jsonl", b'{"prompt": "a", "prompt": "b"}', "(.|\n)*:1: the key 'prompt' is there twice"),
+        ("rows.jsonl", b'{"prompt": "a", "x": ' + b"[" * 600 + b"]" * 600 + b"}", "(.|\n)*:1: nested too deeply"),
     ],
 )
 def test_a_file_without_rows_is_refused(tmp_path, name, content, said):
@@ -250,11 +253,29 @@ def test_csv_rows(tmp_path):
         {"prompt": "d", "answer": "1.5", "nums": [4]},
     ]
     path.write_text("prompt,answer\na,1\nb\n,3\n")
-    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:2: 1 values for 2 columns"):
+    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:3: 1 values for 2 columns"):
         load({"path": str(path)})
     path.write_text("prompt,answer\na,1\nb,\n,3\n")
-    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:3: column 'prompt' is null"):
+    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:4: column 'prompt' is null"):
         load({"path": str(path)})
+    path.write_text('prompt,answer\n"a\n\nb",1\n\nc,\n,3\n')
+    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:7: column 'prompt' is null"):
+        load({"path": str(path)})
+    path.write_text(f"prompt,answer\n{'a' * 200_000},1\nb,2\n")
+    rows = load({"path": str(path), "shuffle": False}, prompts_per_step=2).train.rows
+    assert (rows[0]["prompt"], rows.place(1)) == ("a" * 200_000, f"{path}:3")
+
+
+def test_what_is_no_readable_file_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "rows.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name, said in (("rows.jsonl", "is a folder"), ("pipe.csv", "is no plain file"), ("none.csv", "no such file")):
+        with pytest.raises(UserError, match=f"data.path: .*{name}: {said}"):
+            load({"path": str(tmp_path / name)})
+    latin = pa.array([b"a", b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": latin}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet: not a readable parquet file \(.*UTF8"):
+        load({"path": str(tmp_path / "rows.parquet")})
 
 
 @pytest.mark.parametrize("prompt", ["", " \n\t", "\u3000", [], [{"role": "user", "content": " "}]])
