@@ -242,6 +242,8 @@ def test_a_list_from_nothing(write):
         ("rollout.n=8", "unknown key: `n` is `rollout.num_generations` here"),
         ("actor_rollout_ref.rollout.n=8", "unknown key: `n` is `rollout.num_generations` here"),
         ("nothing", "an override is KEY=VALUE, such as rollout.temperature=0.8"),
+        ("rewards.\u0660.weight=1", "rewards has 2 items, 0 to 1; \u0660 is not one of them (2 adds one)"),
+        ('training.output_dir="a\\0b"', "training.output_dir: holds a NUL character, which no path has"),
         ("=5", "an override is KEY=VALUE, such as rollout.temperature=0.8"),
         ("rollout..top_p=1", "an override is KEY=VALUE, such as rollout.temperature=0.8"),
         ("rewards.7.weight=1", "rewards has 2 items, 0 to 1; 7 is not one of them (2 adds one)"),
@@ -314,6 +316,15 @@ def test_bad_override(write, override, message):
         ("tracking: {run_name: !!python/name:os.system x}", "could not determine a constructor for the tag "
          "'tag:yaml.org,2002:python/name:os.system'"),
         ("tracking: !!set {wandb}", "tracking: the tag !!set is not used in recipes"),
+        ("tracking: {run_name: !!int x}", "tracking.run_name: cannot be read as !!int: 'x'"),
+        ("tracking: {run_name: !!bool maybe}", "tracking.run_name: cannot be read as !!bool: 'maybe'"),
+        ("tracking: {run_name: !!timestamp x}", "tracking.run_name: the tag !!timestamp is not used in recipes"),
+        ("tracking: {run_name: " + "9" * 5000 + "}", f"tracking.run_name: cannot be read as !!int: {'9' * 40!r}"),
+        ("tracking: {a: &a [" + "x, " * 99 + "x], b: &b [" + "*a, " * 99 + "*a], c: [" + "*b, " * 99 + "*b]}",
+         "more than 100,000 values; aliases (*name) repeat all that they stand for"),
+        ("tracking: {a: &a {" + ", ".join(f"a{i}: 1" for i in range(99)) + "}, b: &b {<<: [" + "*a, " * 99
+         + "*a]}, c: {<<: [" + "*b, " * 99 + "*b]}}",
+         "more than 100,000 values; aliases (*name) repeat all that they stand for"),
         ("tracking: &loop {project: x, run_name: *loop}", "tracking.run_name: an alias that contains itself"),
     ],
 )  # fmt: skip
