@@ -123,8 +123,9 @@ class LogprobLM(nn.Module):
         recipe's rows. ``beyond``: a row length that passes the model's windows and rope borders.
 
         Raises:
-            UserError: the model is not a causal LM as ``forward`` expects one, or its logits of a token depend on what
-                comes after it, or on how long its row is: rows are padded on the right, and tokens drawn one by one.
+            UserError: the model is not a causal LM as ``forward`` expects one, or its logits are nan, or those of a
+                token depend on what comes after it, or on how long its row is: rows are padded on the right, and tokens
+                drawn one by one.
             RunError: only its logits are made in a way that ``head`` does not know.
         """
         name, was_training = type(self.causal_lm).__name__, self.training
@@ -135,6 +136,10 @@ class LogprobLM(nn.Module):
             _, alone_1SV = self._logits(SHORT, own=False)
         finally:
             self.train(was_training)
+        if expected_1TV.isnan().any():
+            named = self.causal_lm.named_parameters()
+            guilty = next((f"; {at} holds values that are not finite" for at, p in named if not p.isfinite().all()), "")
+            raise UserError(f"model.name: the logits of this {name} are nan{guilty}: take weights that are whole")
         if not (ours_1TV.shape == expected_1TV.shape and torch.allclose(ours_1TV, expected_1TV, rtol=1e-4, atol=1e-4)):
             raise RunError(
                 f"{name} turns hidden states into logits in a way that logprob_lm.LogprobLM.head does not know; add it "
