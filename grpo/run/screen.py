@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from grpo.run.closed_output import output_is_closed
+from grpo.run.closed_output import lead_nowhere
 
 log = logging.getLogger("grpo")
 Metrics = Mapping[str, float | None]
@@ -141,13 +142,19 @@ class PlainLines:
 
 
 def _print(line: str) -> None:
-    """Print a line. A run does not end because nobody looks at it any more."""
-    try:
+    with _unwatched():
         print(line, flush=True)
-    except BrokenPipeError:
-        if not output_is_closed():
-            raise
-        log.warning("standard output is closed; the run goes on, and its metrics are in metrics.jsonl")
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """What prints. A run does not end because nobody looks at it any more, or the disk under its log is full."""
+    try:
+        yield
+    except OSError as error:
+        lead_nowhere()
+        why = error.strerror or type(error).__name__
+        log.warning("standard output is closed (%s); the run goes on, and its metrics are in metrics.jsonl", why)
 
 
 class LiveBar:
@@ -171,7 +178,8 @@ class LiveBar:
     def log(self, step: int, metrics: Metrics) -> None:
         if _is_evaluation(metrics):
             text = evaluation_text(step, self.total, metrics)
-            self.bar.console.print(text, style="bold green", highlight=False, markup=False)
+            with _unwatched():
+                self.bar.console.print(text, style="bold green", highlight=False, markup=False)
             if (accuracy := metrics.get("eval/accuracy")) is not None:
                 self.accuracy = [f"accuracy {accuracy:.3f}"]
             return
@@ -180,7 +188,8 @@ class LiveBar:
         self.bar.update(self.task, completed=step, pace=pace, numbers="  ".join(training_texts(metrics)))
 
     def close(self) -> None:
-        self.bar.stop()
+        with _unwatched():
+            self.bar.stop()
 
 
 def open_display(
