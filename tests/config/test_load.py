@@ -313,8 +313,8 @@ def test_bad_override(write, override, message):
         ("algorithm: {num_minibatches: 5}",
          "training.prompts_per_step (32) is not divisible by algorithm.num_minibatches (5)"),
         ("tracking: {1: x}", "tracking: keys are text, got '1'; quote it"),
-        ("tracking: {run_name: !!python/name:os.system x}", "could not determine a constructor for the tag "
-         "'tag:yaml.org,2002:python/name:os.system'"),
+        ("tracking: {run_name: !!python/name:os.system x}",
+         "tracking.run_name: the tag !!python/name:os.system is not used in recipes"),
         ("tracking: !!set {wandb}", "tracking: the tag !!set is not used in recipes"),
         ("tracking: {run_name: !!int x}", "tracking.run_name: cannot be read as !!int: 'x'"),
         ("tracking: {run_name: !!bool maybe}", "tracking.run_name: cannot be read as !!bool: 'maybe'"),
