@@ -32,8 +32,9 @@ def write_report(run: Path) -> Path:
 
     record = read_run(run)
     facts = headline(record)
-    contents = {"curves.png": curves_png(record, facts), "report.html": page(record, facts, curves_svg(record))}
-    for name, content in contents.items():
+    picture, text = curves_png(record, facts), page(record, facts, curves_svg(record))
+    contents: tuple[tuple[str, str | bytes], ...] = (("curves.png", picture), ("report.html", text))
+    for name, content in contents:
         try:
             write_whole(run / name, content)
         except OSError as error:
