@@ -1,6 +1,6 @@
 """Reads rows from files and checks that each is sound.
 
-Unsound rows are named as ``file:line`` (in parquet, CSV and hub data the line is the row, counted from 1), and all
+Unsound rows are named as ``file:line`` (in parquet and hub data the line is the row, counted from 1), and all
 of them are counted. One bad row in a million would otherwise surface hours into a run, or never.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,15 +21,15 @@ if TYPE_CHECKING:
     import datasets
 
 SHOWN = 10  # unsound rows that a message spells out
-LONGEST_FIELD = 2**31 - 1  # characters; the library alone would refuse 131,073
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sound rows, and where they come from: row ``i`` is line ``i + 1`` of ``source``."""
+    """Sound rows, and where they come from: row ``i`` is line ``lines[i]`` of ``source``, by default ``i + 1``."""
 
     rows: Sequence[dict[str, Any]]
     source: str
+    lines: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,7 +43,7 @@ class Rows:
         return [row[name] for row in self.rows]
 
     def place(self, index: int) -> str:
-        return f"{self.source}:{index + 1}"
+        return f"{self.source}:{index + 1 if self.lines is None else self.lines[index]}"
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
     is unsound too, except at the end.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"{path}: no such file" + ("" if Path(path).is_absolute() else f" (from {Path.cwd()})"))
+    if not os.path.isfile(file):
+        what = "is a folder" if file.is_dir() else "is no plain file" if file.exists() else "no such file"
+        raise ValueError(f"{path}: {what}" + ("" if Path(path).is_absolute() else f" (from {Path.cwd()})"))
     kind_of_file = file.suffix.lower()
     if kind_of_file == ".parquet":
         import datasets  # takes a second and 100 MB, which a .jsonl does without
@@ -73,14 +76,17 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
 
         try:
             table = pq.read_table(file)
+            table.validate(full=True)  # also that text is UTF-8, which a row would tell hours later
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
         return check_dataset(datasets.Dataset(table), str(path), columns)
-    if kind_of_file == ".jsonl":
-        return _read_jsonl(file, str(path), columns)
-    if kind_of_file == ".csv":
-        return _read_csv(file, str(path), columns)
-    raise ValueError(f"{path}: give a .jsonl, .parquet or .csv file")
+    read = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(kind_of_file)
+    if read is None:
+        raise ValueError(f"{path}: give a .jsonl, .parquet or .csv file")
+    try:
+        return read(file, str(path), columns)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def check_dataset(dataset: datasets.Dataset, source: str, columns: Columns) -> Rows:
@@ -127,21 +133,29 @@ def _read_jsonl(file: Path, source: str, columns: Columns) -> Rows:
 def _read_csv(file: Path, source: str, columns: Columns) -> Rows:
     """Rows of a CSV file whose first line names the columns, parted by commas, semicolons or tabs. Every value is text,
     an empty one is null; a column whose values are all JSON lists or objects is read as these."""
-    csv.field_size_limit(LONGEST_FIELD)
+    usual_limit = csv.field_size_limit(sys.maxsize)  # csv's own is less than a prompt with a document in it
+    numbers, rows = [], []
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
             first = text.readline()
             text.seek(0)
-            mark = _delimiter(first, columns)
+            mark, before = _delimiter(first, columns), 0
             lines = csv.reader(text, strict=True, delimiter=mark, skipinitialspace=f"{mark} " in first)
-            header, *rows = filter(None, lines)
+            for row in lines:
+                if row:  # a blank line is none
+                    numbers.append(before + 1)
+                    rows.append(row)
+                before = lines.line_num  # a value between quotes may go over lines
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
     except csv.Error as error:
         raise ValueError(f"{source}: not readable as CSV: line {lines.line_num}: {error}") from error
-    except ValueError:
-        raise ValueError(f"{source}: no rows") from None
-    header = [name.strip() for name in header]
+    finally:
+        csv.field_size_limit(usual_limit)
+    if not rows:
+        raise ValueError(f"{source}: no rows")
+    header, *rows = rows
+    numbers, header = numbers[1:], [name.strip() for name in header]
     if wrong := [name for name in header if not name or header.count(name) > 1]:
         raise ValueError(f"{source}: the first line names the columns; {wrong[0]!r} is empty or there twice")
     if missing := [name for name in columns.required() if name not in header]:
@@ -150,12 +164,12 @@ def _read_csv(file: Path, source: str, columns: Columns) -> Rows:
             f"{', '.join(map(repr, header))} (data.prompt_column and data.completion_column say which to take)"
         )
     lengths = (None if len(row) == len(header) else f"{len(row)} values for {len(header)} columns" for row in rows)
-    _raise_if_any(source, enumerate(lengths, 1))
+    _raise_if_any(source, zip(numbers, lengths, strict=True))
     values = [_csv_column(column) for column in zip(*rows, strict=True)]
     found = [dict(zip(header, row, strict=True)) for row in zip(*values, strict=True)]
     check = _RowCheck(columns)
-    _raise_if_any(source, ((line, check(row)) for line, row in enumerate(found, 1)))
-    return _not_empty(Rows(found, source))
+    _raise_if_any(source, ((number, check(row)) for number, row in zip(numbers, found, strict=True)))
+    return _not_empty(Rows(found, source, numbers))
 
 
 def _delimiter(first_line: str, columns: Columns) -> str:
@@ -174,9 +188,23 @@ def _csv_column(texts: Sequence[str]) -> list[Any]:
     return [text or None for text in texts]
 
 
+class _Twice(Exception):
+    """A key that an object of JSON holds twice; Python's reader would take the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
 def _parse(line: bytes) -> tuple[Any, str | None]:
     try:
-        return json.loads(line.decode("utf-8-sig").strip()), None
+        return json.loads(line.decode("utf-8-sig").strip(), object_pairs_hook=_object), None
+    except _Twice as error:
+        return None, f"the key {error.args[0]!r} is there twice"
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})"
     except json.JSONDecodeError as error:
@@ -193,6 +221,12 @@ class _RowCheck:
         self.kinds: dict[str, str | None] | None = None
 
     def __call__(self, row: Any) -> str | None:
+        try:
+            return self._problem(row)
+        except RecursionError:
+            return "nested too deeply"
+
+    def _problem(self, row: Any) -> str | None:
         if not isinstance(row, dict):
             return f"not an object of columns but {kind(row)}"
         problems = [self._text_problem(name, row) for name in self.columns.required()]

@@ -15,7 +15,6 @@ from grpo.run.owner import check_own_code
 
 RECIPE_HELP = "A file or a name (`grpo recipes` lists the names)."
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP, show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides, such as rollout.temperature=0.8.", show_default=False),
@@ -27,10 +26,23 @@ Trust = Annotated[
 ]
 
 
+def not_empty(given: str | None) -> str | None:
+    """An argument's value. An empty one is a shell variable without a value, and neither the default nor ``.``."""
+    if given is not None and not given.strip():
+        raise typer.BadParameter("is empty")
+    return given
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", callback=not_empty, help=RECIPE_HELP, show_default=False)
+]
+
+
 def read_recipe(given: str, overrides: list[str] | None, trust: bool) -> Recipe:
     """The recipe of a command. One that lies in a run folder is that run's: its code is executed only if this user has
     made the folder on this machine, or with ``trust``. Raises UserError."""
     file, recipe = find_recipe(given), load_recipe(given, overrides or [])
+    file = file.resolve() if file.is_symlink() else file  # a link to a run's recipe is that run's too
     if not trust and file.name.startswith("recipe.") and (file.parent / "environment.json").exists():
         check_own_code(file.parent, recipe)
     return recipe

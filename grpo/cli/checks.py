@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, RecipeArgument, Trust, read_recipe
+from grpo.cli.arguments import Overrides, RecipeArgument, Trust, not_empty, read_recipe
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
 from grpo.config.load import as_overrides
@@ -32,11 +31,11 @@ def validate(
 
     One line for each recipe that is right; all mistakes at the end.
     """
-    files = [a for a in recipes if "=" not in a or Path(a).exists()]
+    files = [a for a in recipes if "=" not in a or os.path.exists(a)]  # which says no to a word too long for a path
     overrides = [a for a in recipes if a not in files]
     failures = []
     with exit_codes():
-        if written := as_overrides([a for a in recipes if not Path(a).exists()]):
+        if written := as_overrides([a for a in recipes if not os.path.exists(a)]):
             raise UserError("\n".join(written))
         if not files:
             raise UserError(f"no recipe given, only overrides: {' '.join(overrides)}")
@@ -60,7 +59,12 @@ def audit(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to try, of those to train on and held out.")] = 200,
     gold: Annotated[
         str | None,
-        typer.Option("--gold", metavar="TEMPLATE", help="A right completion, for rewards of yours: '#### {answer}'."),
+        typer.Option(
+            "--gold",
+            metavar="TEMPLATE",
+            callback=not_empty,
+            help="A right completion, for rewards of yours: '#### {answer}'.",
+        ),
     ] = None,
     trust: Trust = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, Trust, inside, read_recipe
+from grpo.cli.arguments import Overrides, Trust, inside, not_empty, read_recipe
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import tell
 from grpo.config.find import shipped_recipes
@@ -20,11 +20,16 @@ log = logging.getLogger(__name__)
 def evaluate(
     recipe_or_run: Annotated[
         str,
-        typer.Argument(metavar="RECIPE_OR_RUN", help="A run folder, or a recipe (a file or a name)."),
+        typer.Argument(
+            metavar="RECIPE_OR_RUN", callback=not_empty, help="A run folder, or a recipe (a file or a name)."
+        ),
     ],
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Model to evaluate. Default: the run's final/, or model.name.")
+        str | None,
+        typer.Option(
+            metavar="PATH", callback=not_empty, help="Model to evaluate. Default: the run's final/, or model.name."
+        ),
     ] = None,
     trust: Trust = False,
 ) -> None:

@@ -22,6 +22,7 @@ from grpo.run import peers
 from grpo.run.closed_output import output_is_closed
 
 SECONDS_TO_SPEAK = 5.0
+NOT_FOR_THIS_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @contextmanager
@@ -54,6 +55,11 @@ def exit_codes(folder: Path | None = None) -> Iterator[None]:
         if lost := peers.loss():  # whatever was raised, it is what a collective made of that
             _say_once(f"{lost.text}\n{peers.ADVICE}")
             raise typer.Exit(lost.code) from None
+        if isinstance(error, OSError) and error.errno in NOT_FOR_THIS_USER and error.filename is not None:
+            message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+            peers.say_ended(message, code=2)
+            _say_once(message)
+            raise typer.Exit(2) from None
         peers.say_ended(f"{type(error).__name__}: {_first_line(error)}")
         where = _keep_traceback(folder)
         _say(f"{_rank_prefix()}{type(error).__name__}: {_first_line(error)}. {_advice(error)} {where}".rstrip())

@@ -6,6 +6,7 @@ Nothing heavy is imported until a command has read its recipe. How commands end 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 from grpo import __version__
 from grpo.cli import checks, evaluate, recipes, report, train
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
-from grpo.cli.terminal import StderrHandler
+from grpo.cli.terminal import StderrHandler, output_taken
 from grpo.config.load import as_overrides
 from grpo.errors import UserError
 from grpo.user_code import import_ours
@@ -41,7 +42,8 @@ def main() -> None:
     try:
         with exit_codes():
             try:
-                code = app(prog_name="grpo", standalone_mode=False)
+                with output_taken():  # a command turns its own errors into an exit code: what is left prints help
+                    code = app(prog_name="grpo", standalone_mode=False)
             except WrongUsage as error:
                 written = as_overrides(sys.argv[1:])
                 raise UserError("\n".join(written) or _in_one_line(error)) from None
@@ -73,6 +75,10 @@ def start(
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
     with exit_codes():
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise UserError("the folder in which grpo was started is not there any more; cd to one that is") from None
         import_ours()  # before anything imports another `data` or `rewards`
     _log_to_stderr()
 

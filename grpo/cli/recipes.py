@@ -53,7 +53,7 @@ def list_recipes() -> None:
     columns = [[getattr(s, key) for s in summaries] for key in ("name", "stage", "model", "hardware")]
     widths = [max(map(len, column)) for column in columns]
     # A screen gets lines that fit; a file or a pipe gets whole lines, to search in.
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    room = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
     for summary, *cells in zip(summaries, *columns, strict=True):
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         tell(_cut(f"{line}  {summary.about}", room))  # not in exit_codes: `| head` closes the pipe

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.arguments import inside
+from grpo.cli.arguments import inside, not_empty
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
 
 
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+def report(run: Annotated[str, typer.Argument(metavar="RUN", callback=not_empty, help="A run folder.")]) -> None:
     """Draw a run: PNG curves and one self-contained HTML page."""
     with exit_codes():
-        run = run.expanduser()
-        inside(run, "metrics.jsonl", "is not a run folder")
+        folder = Path(run).expanduser()
+        inside(folder, "metrics.jsonl", "is not a run folder")
         from grpo.report.write import write_report
 
-        tell(write_report(run))
+        tell(write_report(folder))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, RecipeArgument, Trust, read_recipe
+from grpo.cli.arguments import Overrides, RecipeArgument, Trust, not_empty, read_recipe
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
 from grpo.config.load import dump_given
@@ -22,7 +22,9 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
-    resume_from: Annotated[str | None, typer.Option(metavar="PATH", help="Go on from this checkpoint.")] = None,
+    resume_from: Annotated[
+        str | None, typer.Option(metavar="PATH", callback=not_empty, help="Go on from this checkpoint.")
+    ] = None,
     allow_changed_inputs: Annotated[
         bool,
         typer.Option(

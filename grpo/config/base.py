@@ -17,7 +17,15 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonEmpty = Annotated[str, Field(min_length=1)]
-LocalPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+
+def _a_path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path has")
+    return os.path.expanduser(text)
+
+
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_a_path)]
 """A path on this machine, or a name that may be one (a hub id, ``file.py:name``): ``~`` is the home folder."""
 
 

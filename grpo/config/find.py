@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from pathlib import Path
 
 from grpo.errors import UserError
@@ -33,6 +34,8 @@ def shipped_recipe(name: str) -> Path:
 
 def find_recipe(given: str | Path) -> Path:
     """The file that ``given`` means; UserError if there is none, with the nearest that does exist."""
+    if not str(given):
+        raise UserError("a recipe's name is empty")
     path = Path(given).expanduser()
     try:
         local = next((file for file in (path, Path(f"{path}.yaml")) if file.exists() and not file.is_dir()), None)
@@ -52,7 +55,7 @@ def find_recipe(given: str | Path) -> Path:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if "=" in path.name:
         raise UserError(f"{path}: no recipe given, only an override; the recipe comes first")
-    files = {file.stem: str(file) for file in path.parent.glob("*.y*ml")}
+    files = {file.stem: str(file) for file in path.parent.glob("*.y*ml") if os.path.isfile(file)}
     if not _is_name(path):
         raise UserError(f"{path}: no such file{_guess(_stem(path), files)}")
     guess = _guess(_stem(path), {name: name for name in shipped_recipes()} | files)

@@ -158,7 +158,7 @@ def _step(here: Any, path: KeyPath, part: str) -> str | int:
         return part
     if not isinstance(here, list):
         raise ValueError(f"{dotted(path)} is {show(here)}, it has nothing inside to set")
-    if not part.isdecimal() or int(part) > len(here):
+    if not (part.isascii() and part.isdecimal()) or int(part) > len(here):
         count = "is an empty list" if not here else f"has {len(here)} item{'s' * (len(here) > 1)}, 0 to {len(here) - 1}"
         raise ValueError(f"{dotted(path)} {count}; {part} is not one of them ({len(here)} adds one)")
     return int(part)

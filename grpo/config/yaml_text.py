@@ -15,6 +15,8 @@ import yaml
 
 KeyPath = tuple[str | int, ...]
 
+MOST_VALUES = 100_000  # in one document, what aliases repeat included: a few lines of them can stand for billions
+
 _TAG = "tag:yaml.org,2002:"
 _IMPLICIT = {
     "null": (r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -29,8 +31,16 @@ _IMPLICIT = {
 }
 
 
+_SCALARS = {_TAG + name for name in ("str", "null", "bool", "int", "float")}
+
+
 class RecipeLoader(yaml.SafeLoader):
     """Safe loader with the scalar rules of this module."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise _too_many(node)
 
 
 class RecipeDumper(yaml.SafeDumper):
@@ -68,6 +78,7 @@ class Document:
     value: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    values: int = 0
 
 
 def dotted(path: KeyPath) -> str:
@@ -111,6 +122,10 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
     return f"not valid YAML: {problem}"
 
 
+def _too_many(node: yaml.Node) -> YamlError:
+    return YamlError(f"more than {MOST_VALUES:,} values; aliases (*name) repeat all that they stand for", _line(node))
+
+
 def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
 
@@ -142,8 +157,14 @@ def _build(loader: RecipeLoader, node: yaml.Node, path: KeyPath, document: Docum
         document.problems.append((_line(at), f"{dotted(path)}: {message}" if path else message))
 
     document.lines.setdefault(path, _line(node))
-    if isinstance(node, yaml.ScalarNode):
-        return loader.construct_object(node)
+    document.values += 1
+    if document.values > MOST_VALUES:
+        raise _too_many(node)
+    if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+        try:
+            return loader.construct_object(node)
+        except (ValueError, KeyError):  # an explicit tag on what it does not fit, an integer of thousands of digits
+            return problem(node, f"cannot be read as {node.tag.replace(_TAG, '!!')}: {node.value[:40]!r}")
     if id(node) in above:
         return problem(node, "an alias that contains itself")
     above = (*above, id(node))

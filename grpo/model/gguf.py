@@ -27,6 +27,17 @@ ROUND_TRIPS = (
 )
 
 
+def whole(model: PreTrainedModel, loading_info: dict[str, Any]) -> PreTrainedModel:
+    """The model, if it has all its weights: ``from_pretrained`` fills what is missing with random numbers. Raises
+    ValueError."""
+    if missing := sorted(loading_info["missing_keys"]):
+        raise ValueError(
+            f"{len(missing)} of the weights that its configuration asks for are not there, such as {missing[0]}; "
+            "they would be random numbers"
+        )
+    return model
+
+
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32, **keywords: Any) -> PreTrainedModel:
     """The causal LM of a GGUF file with all weights in ``dtype``; ``keywords`` go to ``from_pretrained``.
 
@@ -34,7 +45,8 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32, **keywords: Any) -
     """
     if hasattr(transformers, "GgufConfig"):  # where it exists, the default is packed weights, which can't be trained
         keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype, **keywords)
+    keywords |= {"gguf_file": file.name, "dtype": dtype, "output_loading_info": True}
+    model = whole(*AutoModelForCausalLM.from_pretrained(str(file.parent), **keywords))
     # Nothing is quantized any more, but save_pretrained would refuse while these attributes say so.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import ModelConfig
-from grpo.errors import UserError, first_line
-from grpo.model.gguf import load_gguf
+from grpo.errors import UserError, first_line, printable
+from grpo.model.gguf import load_gguf, whole
 from grpo.model.quantized import quantization_config, settle
 
 if TYPE_CHECKING:
@@ -25,7 +26,19 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+
+class PlainText(logging.Formatter):
+    """transformers colours its tables of weights, whose names are a stranger's text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(COLOURS.sub("", super().format(record)))
+
+
 transformers_logging.disable_progress_bar()  # a loading bar would fill the screen, in a log of one line per step
+for _handler in logging.getLogger("transformers").handlers:
+    _handler.setFormatter(PlainText("[transformers] %(message)s"))
 
 
 def locate(name: str) -> str:
@@ -89,12 +102,19 @@ def _named(what: str, name: str) -> Iterator[None]:
         )
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # whatever transformers and its readers of files make of a broken one
         near = "" if is_local(name) else _did_you_mean(name)
-        kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
-        raise UserError(f"model.name: can't load the {what} of {name}{near}: {kind}{first_line(error)}") from error
+        raise UserError(f"model.name: can't load the {what} of {name}{near}: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What an error says, in a line; the next one too where the first only announces it. Errors that are not made for
+    people say less than their class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+    return said if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {said}"
 
 
 def _did_you_mean(name: str) -> str:
@@ -163,20 +183,13 @@ def _weights(source: str, keywords: dict[str, Any], **more: Any) -> PreTrainedMo
     config, mended = _config(source, {name: keywords[name] for name in names if name in keywords})
     if mended:
         more["config"] = config
-    causal_lm, info = AutoModelForCausalLM.from_pretrained(source, **keywords, **more, output_loading_info=True)
-    name = type(causal_lm).__name__
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"model.name: the files in {source} lack {len(missing)} weights of {name}, such as {missing[0]}; "
-            "transformers would make them up at random. Name a folder with all of them: of a class that ends in "
-            "ForCausalLM, and saved whole"
-        )
+    causal_lm = whole(*AutoModelForCausalLM.from_pretrained(source, **keywords, **more, output_loading_info=True))
     for one, other in causal_lm.get_expanded_tied_weights_keys(all_submodels=True).items():
         if causal_lm.get_parameter(one) is not causal_lm.get_parameter(other):
             raise UserError(
-                f"model.name: by its configuration, {one} and {other} of {name} are one weight (tie_word_embeddings), "
-                f"but the files in {source} hold two that differ. Set tie_word_embeddings: false in its config.json, "
-                "or take one of the two out"
+                f"model.name: by its configuration, {one} and {other} of {type(causal_lm).__name__} are one weight "
+                f"(tie_word_embeddings), but the files in {source} hold two that differ. Set tie_word_embeddings to "
+                "false in its config.json, or take one of the two out"
             )
     return causal_lm
 

@@ -136,7 +136,9 @@ class LogprobLM(nn.Module):
         finally:
             self.train(was_training)
         if expected_1TV.isnan().any():
-            raise UserError(f"model.name: {name} gives logits that are no numbers (nan); its weights may be damaged")
+            named = self.causal_lm.named_parameters()
+            guilty = next((f"; {at} holds values that are not finite" for at, p in named if not p.isfinite().all()), "")
+            raise UserError(f"model.name: the logits of this {name} are nan{guilty}: take weights that are whole")
         if not (ours_1TV.shape == expected_1TV.shape and torch.allclose(ours_1TV, expected_1TV, rtol=1e-4, atol=1e-4)):
             raise UserError(
                 f"model.name: {name} turns hidden states into logits in a way that logprob_lm.LogprobLM.head does not "

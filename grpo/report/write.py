@@ -20,7 +20,8 @@ log = logging.getLogger("grpo")
 def write_report(run: Path) -> Path:
     """Draw ``curves.png`` and write ``report.html`` into the run folder; returns the page's path.
 
-    Raises UserError, naming what is missing, where there is nothing to report yet or matplotlib is not installed.
+    Raises UserError, naming what is missing, where there is nothing to report yet, matplotlib is not installed or the
+    folder takes no file.
     """
     try:
         from grpo.report.curves import curves_png, curves_svg  # matplotlib is slow to load
@@ -31,8 +32,13 @@ def write_report(run: Path) -> Path:
 
     record = read_run(run)
     facts = headline(record)
-    write_whole(run / "curves.png", curves_png(record, facts))
-    write_whole(run / "report.html", page(record, facts, curves_svg(record)))
+    picture, text = curves_png(record, facts), page(record, facts, curves_svg(record))
+    contents: tuple[tuple[str, str | bytes], ...] = (("curves.png", picture), ("report.html", text))
+    for name, content in contents:
+        try:
+            write_whole(run / name, content)
+        except OSError as error:
+            raise UserError(f"{run / name}: cannot be written: {error.strerror}") from error
     return run / "report.html"
 
 

@@ -1,4 +1,4 @@
-"""Standard output that nobody reads any more: ``| head`` has gone, or the terminal."""
+"""Standard output that takes nothing more: ``| head`` has gone, or the terminal, or the disk is full."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from contextlib import suppress
 
 
 def output_is_closed() -> bool:
-    """Whether standard output has no reader. From then on it leads nowhere, so that no later print fails, nor the end
-    of the process."""
+    """Whether standard output has no reader. From then on it leads nowhere."""
     try:
         output = sys.stdout.fileno()
     except (OSError, ValueError):  # no file at all
@@ -19,8 +18,13 @@ def output_is_closed() -> bool:
     asked.register(output, 0)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
         return False
-    with suppress(OSError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+    lead_nowhere()
+    return True
+
+
+def lead_nowhere() -> None:
+    """Drop what is printed from now on, so that no later print fails, nor the end of the process."""
+    with suppress(OSError, ValueError, AttributeError):  # no file at all
+        output, nowhere = sys.stdout.fileno(), os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, output)
         os.close(nowhere)
-    return True

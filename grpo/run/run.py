@@ -93,6 +93,8 @@ class Run:
         if not self.finished() and self._asked_to_stop():
             raise Preempted(stopping.BEFORE)
         first = self.progress.step
+        if first and self.finished() and self.accelerator.is_main_process:
+            log.info("nothing is left to train: the run is at step %d of %d", first, training.max_steps)
         while not self.finished():
             if self.progress.step == first or due(training.replica_check_every, self.progress.step):
                 self._check_replicas()

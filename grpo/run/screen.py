@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from grpo.run.closed_output import output_is_closed
+from grpo.run.closed_output import lead_nowhere
 
 log = logging.getLogger("grpo")
 Metrics = Mapping[str, float | None]
@@ -142,19 +142,19 @@ class PlainLines:
 
 
 def _print(line: str) -> None:
-    with _seen_or_not():
+    with _unwatched():
         print(line, flush=True)
 
 
 @contextmanager
-def _seen_or_not() -> Iterator[None]:
-    """A run does not end because nobody looks at it any more: a pipe's reader or the terminal is gone."""
+def _unwatched() -> Iterator[None]:
+    """What prints. A run does not end because nobody looks at it any more, or the disk under its log is full."""
     try:
         yield
-    except OSError:
-        if not output_is_closed():
-            raise
-        log.warning("standard output is closed; the run goes on, and its metrics are in metrics.jsonl")
+    except OSError as error:
+        lead_nowhere()
+        why = error.strerror or type(error).__name__
+        log.warning("standard output is closed (%s); the run goes on, and its metrics are in metrics.jsonl", why)
 
 
 class LiveBar:
@@ -178,18 +178,18 @@ class LiveBar:
     def log(self, step: int, metrics: Metrics) -> None:
         if _is_evaluation(metrics):
             text = evaluation_text(step, self.total, metrics)
-            with _seen_or_not():
+            with _unwatched():
                 self.bar.console.print(text, style="bold green", highlight=False, markup=False)
             if (accuracy := metrics.get("eval/accuracy")) is not None:
                 self.accuracy = [f"accuracy {accuracy:.3f}"]
             return
         time_left = self.eta.text(step, metrics.get("step_time"))
         pace = "  ".join([*self.accuracy, *_texts([SPEED], metrics), f"eta {time_left}"])
-        with _seen_or_not():
+        with _unwatched():
             self.bar.update(self.task, completed=step, pace=pace, numbers="  ".join(training_texts(metrics)))
 
     def close(self) -> None:
-        with _seen_or_not():
+        with _unwatched():
             self.bar.stop()
 
 

@@ -66,6 +66,12 @@ def test_validate_without_a_recipe():
     assert (result.exit_code, result.stderr) == (2, "no recipe given, only overrides: rollout.top_k=1\n")
 
 
+def test_an_override_may_be_longer_than_a_path():
+    result = run("validate", "recipe.yaml", f"data.args={{a: {'x' * 5000}, b: 1}}", "rollout.top_k=-1")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("override rollout.top_k=-1: must be at least 0")
+
+
 def test_validate_names_corrupt_rows_and_reward_functions(rows):
     rows(ROW, '{"prompt": "1 2', {"nums": [1]})
     result = run("validate", "rows.yaml", "rewards.1.path=nowhere.py:fn", "algorithm.loss_type=no_file.py:my_loss")

@@ -150,6 +150,9 @@ def test_a_stranger_s_run_executes_nothing_without_trust(tmp_path, stand_in, com
     Path("run/spy.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef fn(completions, **kwargs): ...\n")
     Path("run/recipe.yaml").write_text(RECIPE.replace("{name: countdown}]", '{path: "run/spy.py:fn"}]'))
     result = run(*command)
+    if command[0] == "train":  # a link to it is no recipe of one's own
+        Path("link.yaml").symlink_to("run/recipe.yaml")
+        assert run("train", "link.yaml").stderr == result.stderr.replace("run was", f"{tmp_path}/run was")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("run was made by somebody else or on another machine (it does not have the mark of")
     assert "\n  rewards[0].path: run/spy.py:fn\n" in result.stderr
@@ -186,3 +189,15 @@ def test_report(stand_in):
     Path("run/metrics.jsonl").touch()
     result = run("report", "run")
     assert (result.exit_code, result.stdout) == (0, "run/report.html\n")
+
+
+@pytest.mark.parametrize("arguments", [["train", ""], ["train", "recipe.yaml", "--resume-from="], ["eval", ""],
+                                       ["eval", "recipe.yaml", "--model", " "], ["audit", "recipe.yaml", "--gold="],
+                                       ["report", ""], ["validate", ""]])  # fmt: skip
+def test_a_shell_variable_without_a_value_is_not_the_default(arguments, stand_in):
+    """``--resume-from "$CHECKPOINT"`` would start another run, ``eval "$RUN"`` take the working directory."""
+    stand_in("trainer", train=lambda *_, **__: None)
+    stand_in("evaluate", evaluate_recipe=lambda *_: {})
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert " is empty" in result.output

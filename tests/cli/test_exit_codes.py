@@ -234,6 +234,23 @@ def test_output_that_nobody_reads_is_no_fault_of_the_run(tmp_path):
         assert process.wait(60) == code, stderr
         assert (said in stderr) if said else not stderr
         assert not (tmp_path / "error.txt").exists()
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", script, "train"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert process.returncode == 7, process.stderr
+    assert process.stderr.count("standard output is closed (No space left on device)") == 1
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["train", "--help"], ["--version"]])
+def test_a_full_disk_under_the_output_is_told_in_a_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo", *arguments])
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit, match="1"):
+            main()
+    assert capsys.readouterr().err == "standard output cannot be written: No space left on device\n"
 
 
 def test_an_option_that_is_a_key_is_told_what_to_write(monkeypatch, capsys):
@@ -244,3 +261,22 @@ def test_an_option_that_is_a_key_is_told_what_to_write(monkeypatch, capsys):
     assert run("validate", "recipe.yaml", "rollout.temperature", "0.8").stderr == (
         "rollout.temperature 0.8: write rollout.temperature=0.8\n"
     )
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied", "a\x1b/b"),
+                                   OSError(errno.EROFS, "Read-only file system", "a/b"),
+                                   OSError(errno.ENAMETOOLONG, "File name too long", "aaa")])  # fmt: skip
+def test_a_path_that_this_user_cannot_use_is_told_in_a_line(stand_in, error):
+    stand_in("trainer", train=failing(error))
+    result = run("train", "recipe.yaml")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"{error.filename}: {error.strerror}\n".replace("\x1b", r"\x1b")
+
+
+def test_a_folder_that_is_gone_is_no_place_to_start_in(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = run("recipes")
+    assert result.exit_code == 2
+    assert result.stderr == "the folder in which grpo was started is not there any more; cd to one that is\n"

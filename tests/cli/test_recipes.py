@@ -159,3 +159,9 @@ def test_a_reader_that_stops_reading_is_no_mistake(arguments):
     running.wait(timeout=60)
     assert "Broken" not in said
     assert "Traceback" not in said
+
+
+def test_the_list_needs_no_output(monkeypatch):
+    """``>&-``: Python then has no sys.stdout at all."""
+    monkeypatch.setattr("sys.stdout", None)
+    recipes.list_recipes()

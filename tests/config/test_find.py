@@ -86,6 +86,7 @@ def test_a_folder_of_that_name_is_no_recipe(said):
          "countdown_qwen2.5-0.5b?"),
         ("zzz.yaml", "zzz.yaml: no such file or recipe; `grpo recipes` lists those that grpo ships"),
         ("x/y/zzz.yaml", "x/y/zzz.yaml: no such file"),
+        ("loop.yaml", "loop.yaml: no such file or recipe; `grpo recipes` lists those that grpo ships"),
         ("empty", "empty: is a folder; a recipe is a file"),
         ("run", "run: is a folder; its recipe is run/recipe.yaml"),
         ("rollout.top_k=1", "rollout.top_k=1: no recipe given, only an override; the recipe comes first"),
@@ -97,6 +98,7 @@ def test_a_wrong_one_gets_the_nearest(given, message):
     Path("empty").mkdir()
     for file in ("recipe.yaml", "run/recipe.yaml"):
         Path(file).touch()
+    Path("loop.yaml").symlink_to("loop.yaml")
     assert refusal(given) == message
 
 

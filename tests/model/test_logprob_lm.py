@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.config import ModelConfig
 from grpo.errors import UserError
-from grpo.model.loading import load_configs, load_weights
+from grpo.model.loading import PlainText, load_configs, load_weights
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy
 from tests.conftest import make_policy
@@ -121,3 +122,43 @@ def test_a_configuration_whose_pad_token_has_no_embedding_is_loaded(tiny_model: 
     assert load_configs(section)[0].pad_token_id is None
     loaded = load_weights(section, torch.float32)
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_a_folder_of_broken_files_is_the_users_mistake_and_told_in_a_line(tmp_path: Path) -> None:
+    """Whatever transformers raises: weights that lack a layer would be random, and those of nan train nothing."""
+    model = model_of("llama")
+    model.save_pretrained(tmp_path)
+    section, weights = ModelConfig(name=str(tmp_path)), tmp_path / "model.safetensors"
+    config, whole = (tmp_path / "config.json").read_text(), weights.read_bytes()
+
+    def refusal(load: Any, *arguments: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            load(section, *arguments)
+        return str(caught.value)
+
+    for text, said in (
+        ("[]", "model_type"),
+        (config.replace('"hidden_size": 64', '"hidden_size": "x"'), "Field 'hidden_size' expected int"),
+        (config.replace('"dtype": "float32"', '"dtype": "float99"'), "float99"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        message = refusal(load_configs)
+        assert "can't load the configuration of" in message
+        assert said in message
+    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    assert "9 of the weights that its configuration asks for are not there" in refusal(load_weights, torch.float32)
+    (tmp_path / "config.json").write_text(config)
+    for content in (whole[: len(whole) // 2], b"", b"\xff" * 8 + whole[8:]):
+        weights.write_bytes(content)
+        assert "can't load the weights of" in refusal(load_weights, torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(UserError, match=r"logits of this LlamaForCausalLM are nan; model.layers.1.mlp.up_proj.weight"):
+        LogprobLM(model).check()
+
+
+def test_a_table_of_weights_cannot_steer_the_terminal() -> None:
+    record = logging.LogRecord("transformers", logging.WARNING, "", 0, "\x1b[1mREPORT\x1b[0m model.\x1b[2J", None, None)
+    handlers = logging.getLogger("transformers").handlers  # pytest adds its own
+    (handler,) = (handler for handler in handlers if isinstance(handler.formatter, PlainText))
+    assert handler.format(record) == "[transformers] REPORT model.\\x1b[2J"

@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
 def test_weights_that_are_no_numbers_are_told_of_as_such(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.lm_head.weight.data[3, 3] = float("nan")
-    with pytest.raises(UserError, match=r"LlamaForCausalLM gives logits that are no numbers"):
+    with pytest.raises(UserError, match=r"the logits of this LlamaForCausalLM are nan"):
         LogprobLM(model).check()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections import Counter
 from types import SimpleNamespace
@@ -267,11 +268,42 @@ def test_csv_rows(tmp_path):
         {"prompt": "d", "answer": "1.5", "nums": [4]},
     ]
     path.write_text("prompt,answer\na,1\nb\n,3\n")
-    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:2: 1 values for 2 columns"):
+    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:3: 1 values for 2 columns"):
         load({"path": str(path)})
     path.write_text("prompt,answer\na,1\nb,\n,3\n")
-    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:3: column 'prompt' is null"):
+    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:4: column 'prompt' is null"):
         load({"path": str(path)})
+    path.write_text('prompt,answer\n"a\n\nb",1\n\nc,\n,3\n')
+    with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:7: column 'prompt' is null"):
+        load({"path": str(path)})
+    path.write_text(f"prompt,answer\n{'a' * 200_000},1\nb,2\n")
+    rows = load({"path": str(path), "shuffle": False}, prompts_per_step=2).train.rows
+    assert (rows[0]["prompt"], rows.place(1)) == ("a" * 200_000, f"{path}:3")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (b'{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' is there twice"),  # Python's reader takes the last
+        (b'{"prompt": "a", "x": ' + b"[" * 600 + b"]" * 600 + b"}", "nested too deeply"),
+    ],
+)
+def test_json_that_is_read_in_more_than_one_way_or_too_deep_is_refused(tmp_path, row, said):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "b", "x": null}\n' + row)
+    with pytest.raises(UserError, match=rf"1 of 2 rows.*\n.*rows.jsonl:2: {said}"):
+        load({"path": str(tmp_path / "rows.jsonl")})
+
+
+def test_what_is_no_readable_file_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "rows.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name, said in (("rows.jsonl", "is a folder"), ("pipe.csv", "is no plain file"), ("none.csv", "no such file")):
+        with pytest.raises(UserError, match=f"data.path: .*{name}: {said}"):
+            load({"path": str(tmp_path / name)})
+    latin = pa.array([b"a", b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": latin}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet: not a readable parquet file \(.*UTF8"):
+        load({"path": str(tmp_path / "rows.parquet")})
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,15 @@ def test_what_turns_text_round_is_shown_as_its_escape(tmp_path):
     assert "\x7f" not in written
 
 
+def test_a_folder_that_takes_no_report_is_named(tmp_path, caplog):
+    run = make_run(tmp_path / "run", steps=4, every=2, tasks=2)
+    (run / "report.html" / "x").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run/report.html: cannot be written: Is a directory"):
+        write_report(run)
+    write_report_at_end(run)
+    assert "no report: " in caplog.text
+
+
 def test_dollars_in_a_runs_name_are_no_formula(tmp_path):
     folder = make_run(tmp_path / "costs_$5_and_$\\frac{", steps=4, every=2, tasks=2)
     rows = (folder / "metrics.jsonl").read_text().replace("rewards/format/mean", "rewards/$a_{$/mean")

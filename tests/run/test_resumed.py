@@ -30,6 +30,8 @@ def test_a_run_that_went_to_nan_goes_on_with_a_lower_learning_rate(
     run(3, 1e-4)
     assert "optimizer.learning_rate: 0.001 -> 0.0001" in caplog.text
     assert [row["learning_rate"] for row in lines(folder)] == [1e-3, 1e-3, 1e-4]
+    run(2, 1e-4)
+    assert "nothing is left to train: the run is at step 3 of 2" in caplog.text
 
 
 def test_a_recipe_that_another_run_had_is_refused_before_anything_changes(
