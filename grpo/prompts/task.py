@@ -44,8 +44,10 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
         for what, before, after in (("to train on", task.train, train), ("held out", task.held_out, held_out))
         if len(after) < len(before)
     ]
-    if dropped:
+    try:
         check_enough(len(train), training.prompts_per_step, train.rows)
+    except UserError as error:
+        raise UserError(f"{error} (data.too_long: drop: {'; '.join(dropped)})") from None
     return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]))
 
 

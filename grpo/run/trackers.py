@@ -32,6 +32,11 @@ INSTALL = {
 }
 
 
+def _storable(name: str) -> str:
+    """A reward may log a metric by any name; half of a surrogate pair has no bytes to be stored as."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass
 class _Sink:
     """One tracker: what to call for a line of metrics, and at the end."""
@@ -48,7 +53,8 @@ class Trackers:
         self._sinks = sinks
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._sinks = [s for s in self._sinks if _survives(s.name, lambda s=s: s.log(step, metrics))]  # type: ignore[misc]
+        named = {_storable(name): value for name, value in metrics.items()}
+        self._sinks = [s for s in self._sinks if _survives(s.name, lambda s=s: s.log(step, named))]  # type: ignore[misc]
 
     def close(self) -> None:
         for sink in self._sinks:
