@@ -28,15 +28,16 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def fingerprint(policy: Policy) -> torch.Tensor:
-    """A number of 64 bits, made of every bit of the weights that this process holds, those of the reference too.
+    """A number of 64 bits, made of every bit of the weights and buffers (rotary frequencies, a router's biases) that
+    this process holds, those of the reference too.
 
     Each tensor's numbers, taken as integers, are summed, and the sums weighed by the tensors' places. It reads the
     weights once and takes no memory.
     """
     models = [model for model in (policy.model, policy.reference) if model is not None]
     total = torch.zeros((), dtype=torch.int64, device=policy.device)
-    for place, parameter in enumerate(p for model in models for p in model.parameters()):
-        weights = local(parameter.detach())
+    for place, tensor in enumerate(t for model in models for t in (*model.parameters(), *model.buffers())):
+        weights = local(tensor.detach())
         if weights.numel() and not weights.is_meta:
             numbers = weights.contiguous().view(-1).view(INTEGERS[weights.element_size()])
             for piece in numbers.split(AT_ONCE):

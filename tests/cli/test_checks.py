@@ -156,3 +156,5 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(tmp_path, rows):
     assert sorted(tmp_path.rglob("*")) == before
     Path("resolved.yaml").write_text(result.stdout)
     assert load_recipe("resolved.yaml") == load_recipe("rows.yaml", ["rollout.top_k=4"])
+    assert "top_k: 4" in result.stdout
+    assert "top_p" not in result.stdout, "a default is not printed"

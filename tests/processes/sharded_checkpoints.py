@@ -244,7 +244,7 @@ def train(root: Path, run: str, steps: int, resume: bool, save_every: int = 1, *
 
 
 def drift(root: Path, model: dict[str, Any]) -> None:
-    """Replicas are equal before and after a step. One changed bit of a weight is noticed, on all, with the rank: the
+    """Replicas are equal before and after a step. One changed bit of a weight or a buffer is noticed, on all, with the rank: the
     last one, which is the second to hold its part. Sharded over all, no weight is held twice."""
     policy = policy_of(recipe_of(root, "unused", model, {} if model else MOVING))
     check_weights(policy, 0)
@@ -253,8 +253,9 @@ def drift(root: Path, model: dict[str, Any]) -> None:
     last = policy.accelerator.num_processes - 1
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     others = list(policy.reference.parameters()) if policy.reference is not None else list(policy.model.parameters())
-    for parameter in (trained[0], next(p for p in others if not p.requires_grad)):
-        numbers = local(parameter.detach()).view(-1)
+    frozen, buffer = next(p for p in others if not p.requires_grad), next(policy.model.buffers())
+    for tensor in (trained[0], frozen, buffer):
+        numbers = local(tensor.detach()).view(-1)
         kept = numbers[:1].clone()
         if policy.accelerator.process_index == last:
             bits = numbers[:1].view(torch.int32 if numbers.element_size() == 4 else torch.int16)
