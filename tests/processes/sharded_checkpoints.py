@@ -244,8 +244,8 @@ def train(root: Path, run: str, steps: int, resume: bool, save_every: int = 1, *
 
 
 def drift(root: Path, model: dict[str, Any]) -> None:
-    """Replicas are equal before and after a step. One changed bit of a weight or a buffer is noticed, on all, with the rank: the
-    last one, which is the second to hold its part. Sharded over all, no weight is held twice."""
+    """Replicas are equal before and after a step. One changed bit of a weight or a buffer is noticed, on all, with the
+    rank: the last one, which is the second to hold its part. Sharded over all, no weight is held twice."""
     policy = policy_of(recipe_of(root, "unused", model, {} if model else MOVING))
     check_weights(policy, 0)
     make_step(policy)
