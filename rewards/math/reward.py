@@ -28,7 +28,7 @@ from rewards.math.text import Unreadable, as_written, canonical
 from rewards.tags import NoAnswer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
-__all__ = ["check_gold", "check_row", "math_reward", "start", "stop", "verify"]
+__all__ = ["check_row", "gold_fault", "math_reward", "start", "stop", "verify"]
 
 GOLD_TIMEOUT = 10.0  # seconds; a gold answer is looked at once, and losing one to a busy machine loses a row
 MAX_CACHED = 4096
@@ -92,14 +92,20 @@ def math_reward(
     return rewards_of([verdict for verdict in judged if isinstance(verdict, Verdict)], kwargs.get("log_verdict"))
 
 
-def check_gold(answer: Any) -> str | None:
-    """Why a row's ``answer`` cannot be used, or None if it can. May start the workers."""
-    return _gold(answer).broken or None
+def gold_fault(gold: Any) -> str | None:
+    """Why a row's ``answer`` cannot be judged, so that no completion is ever paid for it; None if it can be.
+
+    One line for people. It may ask a worker, which is started where none runs.
+
+    Raises:
+        rewards.math.pool.WorkerFailed: workers cannot be started here.
+    """
+    return _gold(gold).broken or None
 
 
 def check_row(row: dict[str, Any]) -> str | None:
     """Why no completion could be right for this row, or None."""
-    return check_gold(row.get("answer"))
+    return gold_fault(row.get("answer"))
 
 
 # --- one pair --------------------------------------------------------------------------------------------------------

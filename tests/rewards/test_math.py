@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rewards.math import check_gold, check_row, math_reward, verify
+from rewards.math import check_row, gold_fault, math_reward, verify
 from rewards.verdict import Outcome
 
 FUZZ_EXAMPLES = int(os.environ.get("GRPO_FUZZ_EXAMPLES", "300"))
@@ -188,7 +190,7 @@ def test_status_and_prefill():
     ],
 )
 def test_a_good_gold_answer(gold):
-    assert check_gold(gold) is None
+    assert gold_fault(gold) is None
     assert check_row({"answer": gold}) is None
 
 
@@ -197,10 +199,24 @@ def test_a_good_gold_answer(gold):
     ["", "  ", "####", "\\boxed{}", "\\frac{1}{", "1+", "1 2", "9" * 600, None, True, [42], "7^{30000000}", "\x00"],
 )
 def test_a_broken_gold_answer_scores_nobody(gold):
-    assert check_gold(gold)
+    reason = gold_fault(gold)
+    assert isinstance(reason, str)
+    assert reason
+    assert "\n" not in reason
     assert check_row({"answer": gold})
     verdict = verify(gold, boxed("42"))
     assert (verdict.outcome, verdict.reward) == (Outcome.GOLD_UNPARSEABLE, None)
+
+
+def test_it_is_a_library_without_the_trainer():
+    code = r"""
+import sys
+from rewards.math import gold_fault, verify
+assert verify("72", r"so \boxed{72}").reward == 1.0 and gold_fault("1+") and gold_fault("72") is None
+print(sorted(sys.modules.keys() & {"torch", "transformers", "grpo", "numpy", "sympy", "math_verify", "accelerate"}))
+"""
+    heard = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert heard.stdout.strip() == "[]"
 
 
 def test_reward_function_has_one_entry_a_completion():
