@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from rewards.math import exact, expression, functions, units
+from rewards.math import exact, expression, functions, numbers, units
 from rewards.math.exact import Exact, NotExact
 from rewards.math.forms import (
     FLIPPED,
@@ -30,7 +30,8 @@ from rewards.math.forms import (
     without_names,
 )
 from rewards.math.guard import check_for_worker
-from rewards.math.text import Unreadable, as_written
+from rewards.math.text import as_written
+from rewards.math.text_errors import Unreadable
 
 MAX_ITEMS = 64
 
@@ -52,7 +53,7 @@ def same_value(gold: str, answer: str) -> bool:
     same = functions.same(a, b) if a is not None and b is not None else None
     if same is None:
         for formula in (gold, answer):
-            check_for_worker(formula)
+            check_for_worker(expression.for_worker(formula))
         raise NotExact("for the computer algebra system")
     return same
 
@@ -169,12 +170,15 @@ def _same_quantity(gold_text: str, answer_text: str, same: Same) -> bool:
     if gold.mark == answer.mark:
         if not units.compatible(gold.unit, answer.unit):
             return False
-        return same(gold.value, answer.value) or _same_digits(gold.value, answer.value)
+        if same(gold.value, answer.value) or _same_digits(gold.value, answer.value):
+            return True
+        factors = gold.product or answer.product  # a bare letter beside a number may be no unit
+        return bool(factors) and same(gold.product or gold_text, answer.product or answer_text)
     if (gold.unit and answer.mark) or (gold.mark and (answer.mark or answer.unit)):
         return False
     if gold.mark:
         return same(gold.value, answer.value) or same(_scaled(gold), answer.value)
-    if answer.mark == "degree" and expression.plain_number(gold.value) is not None:
+    if answer.mark == "degree" and numbers.plain_number(gold.value) is not None:
         return same(gold.value, answer.value)  # like a unit, the sign may be added
     return same(gold.value, _scaled(answer))
 
@@ -187,8 +191,8 @@ def _scaled(quantity: units.Quantity) -> str:
 
 def _same_digits(gold: str, answer: str) -> bool:
     """``1011`` for ``1011_2``: an answer may leave out the base that the gold has."""
-    digits, _, base = as_written(gold).partition("_")
-    return bool(base) and digits.isdigit() and as_written(answer) == digits
+    numeral = numbers.NUMERAL.fullmatch(gold)
+    return bool(numeral) and as_written(answer).upper() == numeral[1]  # type: ignore[index]
 
 
 # --- relations -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 from rewards.math import pool, units
 from rewards.math.compare import same_form, same_value, unknown_values
 from rewards.math.exact import NotExact
-from rewards.math.expression import plain_number as plain_number_of
+from rewards.math.numbers import plain_number as plain_number_of
 from rewards.math.extract import find_gold, find_piece
 from rewards.math.forms import Form, is_written_only, named, read, read_gold
 from rewards.math.pool import WorkerDied, WorkerTimeout, start, stop
