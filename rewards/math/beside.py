@@ -116,7 +116,28 @@ def _belonging(after: str, in_formula: bool) -> tuple[str, str]:
     return "", after
 
 
-_JOINING = frozenset("and but if so because since with to from by for into is are be therefore thus hence".split())
+_JOINING = frozenset(
+    [
+        "and",
+        "but",
+        "if",
+        "so",
+        "because",
+        "since",
+        "with",
+        "to",
+        "from",
+        "by",
+        "for",
+        "into",
+        "is",
+        "are",
+        "be",
+        "therefore",
+        "thus",
+        "hence",
+    ]
+)
 
 
 def _check_before(before: str, in_formula: bool) -> None:
@@ -125,17 +146,17 @@ def _check_before(before: str, in_formula: bool) -> None:
     rest = before[: spaces.start()] if spaces else before
     if dollars := re.search(r"(?<!\\)\$+$", rest):
         _check_crossed_before(rest[: dollars.start()], in_formula)
-        return
+        return None
     if money := re.search(r"\\\$$|[€£¥]$", rest):
         return _check_before(rest[: money.start()], in_formula)
     if words := TEXT_BEFORE.search(rest):
         _check_words_before(words[1])
-        return
+        return None
     if in_formula and _open_brackets(rest):
         raise NoAnswer("the box is inside of brackets")
     last = rest[-1:]
     if not last or LEADS_TO.search(rest) or rest.endswith("\\\\"):
-        return
+        return None
     if re.search(r"\\[A-Za-z]+$", rest):
         raise NoAnswer("the box is part of a larger formula")
     if last.isalpha() or last == "'":
@@ -143,7 +164,7 @@ def _check_before(before: str, in_formula: bool) -> None:
         if word and (not spaces or (in_formula and len(word[0]) == 1)) and (in_formula or len(word[0]) == 1):
             raise NoAnswer("the box is part of a larger formula")
         _check_words_before(rest)
-        return
+        return None
     _check_symbol_before(rest, bool(spaces), in_formula)
 
 
@@ -237,7 +258,7 @@ def _check_symbol_after(rest: str, spaced: bool, in_formula: bool) -> None:
         raise NoAnswer("a factorial of the box")
     if first in "0123456789([" and (in_formula or not spaced):
         raise NoAnswer("the box is part of a larger formula")
-    if first in "-\u2212\u2013" and (in_formula or re.match(r".\s*[0-9A-Za-z\\(]", rest) and not spaced):
+    if first in "-\u2212\u2013" and (in_formula or (re.match(r".\s*[0-9A-Za-z\\(]", rest) and not spaced)):
         raise NoAnswer("the box is part of a larger formula")
     if first == "*" and (in_formula or re.match(r"\*\s*[0-9A-Za-z\\(]", rest)):
         raise NoAnswer("the box is part of a larger formula")

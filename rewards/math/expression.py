@@ -122,7 +122,7 @@ class _Parser:
             if operator := self._operator():
                 right = self.factor()
                 result = result * right if operator == "*" else result / right
-            elif self._atom_follows() or self._number_follows():
+            elif self._number_follows() or self._atom_follows():
                 result = result * self.factor()
             else:
                 return result
@@ -146,7 +146,9 @@ class _Parser:
         if not DIGITS_FOLLOW.match(self.text, self.position):
             return False
         before = self.text[: self.position].rstrip()[-1:]
-        if before != ")" and (not re.match(r"[A-Za-z}\]]", before) or not BASE_OF_POWER.match(self.text, self.position)):
+        if before != ")" and (
+            not re.match(r"[A-Za-z}\]]", before) or not BASE_OF_POWER.match(self.text, self.position)
+        ):
             raise Unreadable("a number right after something else")
         self.edits.append((self.position, self.position, r"\cdot "))
         return True

@@ -22,7 +22,25 @@ JOINT = re.compile(
     r"[\s$]*(?P<joint>(?:[,;]|\bor\b|\band\b|\\text\s*\{\s*,?\s*(?:or|and)\s*\}|\\(?:lor|land|vee|wedge|quad)\b|[\s$])+)"
     r"(?:\\?[A-Za-z]\w*(?:_\{\w+\})?\s*=)?[\s$]*"
 )
-IN_SENTENCES = frozenset("is are be to from by for so because since therefore thus hence equals equal".split())
+IN_SENTENCES = frozenset(
+    [
+        "is",
+        "are",
+        "be",
+        "to",
+        "from",
+        "by",
+        "for",
+        "so",
+        "because",
+        "since",
+        "therefore",
+        "thus",
+        "hence",
+        "equals",
+        "equal",
+    ]
+)
 PROSE = re.compile(r"[A-Za-z\s,.:;'*()-]{0,120}", re.ASCII)
 PREFIX = re.compile(
     r"(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*[:=])\s*:?\s*",

@@ -257,3 +257,15 @@ def _real(value: complex) -> float:
     if abs(value.imag) > 1e-12:
         raise ValueError("a factorial of a complex number")
     return value.real
+
+
+def real_value(value: Exact) -> float:
+    """A number without variables, in floating point. Raises ValueError."""
+    if any(
+        isinstance(name, str) and name not in ("pi", "e")
+        for part in (value.top, value.bottom)
+        for _, powers in part
+        for name, _ in powers
+    ):
+        raise ValueError("not a number")
+    return _real(_number(value, SEEDS[0]))

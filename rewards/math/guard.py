@@ -17,7 +17,7 @@ TRIGONOMETRIC = frozenset(
 )
 FUNCTIONS = TRIGONOMETRIC | {"log", "ln", "exp", "lfloor", "rfloor", "lceil", "rceil"}
 COMMANDS = FUNCTIONS | GREEK | {"pi", "frac", "sqrt", "binom", "cdot", "times", "div"}
-ACCENTS = frozenset("bar hat vec tilde dot ddot".split())
+ACCENTS = frozenset(["bar", "hat", "vec", "tilde", "dot", "ddot"])
 SHIFTED_FACTORIAL = re.compile(r"\((?=[^()]*[A-Za-z])(?:[A-Za-z0-9 +-](?!\d\d))*\) ?!(?! ?!)")  # (n+1)!, (2n-k)!
 
 

@@ -21,7 +21,9 @@ SWITCH = re.compile(
     r"\\(?:bf|it|rm|sf|tt|bfseries|itshape|boldmath|tiny|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|"
     r"textstyle|scriptstyle|limits|nolimits|nobreak|null|strut|hfill|centering|color\s*\{[^{}]*\})(?![A-Za-z])\s*"
 )
-SPACING = re.compile(r"\\(?:hspace|vspace|hskip|mspace)\*?\s*\{[^{}]*\}|\\(?:enspace|thinspace|quad|qquad|enskip)(?![A-Za-z])")
+SPACING = re.compile(
+    r"\\(?:hspace|vspace|hskip|mspace)\*?\s*\{[^{}]*\}|\\(?:enspace|thinspace|quad|qquad|enskip)(?![A-Za-z])"
+)
 DROPPED = re.compile(r"\\(?:tag|label|vphantom|hphantom)\*?\s*\{[^{}]*\}")
 TEXT = re.compile(
     r"\\(text|textbf|textit|textrm|textsf|texttt|textnormal|textup|emph|mathrm|mbox|hbox|operatorname\*?|rm)\s*\{([^{}]*)\}"
@@ -111,7 +113,9 @@ def _upright(match: re.Match[str]) -> str:
 # --- fractions and binomials with their sign inside, matrices ---------------------------------------------------------
 
 INFIX = re.compile(r"\\(over|choose)(?![A-Za-z])")
-BEGIN = re.compile(r"\\begin\s*\{(array|[pbBvV]?matrix|smallmatrix|cases|aligned|gathered)\*?\}\s*(?:(\[[a-z]\])?\{[lcr|@ .{}]*?\})?")
+BEGIN = re.compile(
+    r"\\begin\s*\{(array|[pbBvV]?matrix|smallmatrix|cases|aligned|gathered)\*?\}\s*(?:(\[[a-z]\])?\{[lcr|@ .{}]*?\})?"
+)
 ENVIRONMENT = re.compile(r"\\begin\{(array|smallmatrix|matrix)\}(.*?)\\end\{\1\}", re.DOTALL)
 
 

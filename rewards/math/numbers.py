@@ -17,7 +17,24 @@ NUMERAL = re.compile(r"(?=[0-9A-Z]*[0-9])([0-9A-Z]+)\s*_\s*(?:\{\s*([0-9]{1,2})\
 BASES = {
     name: str(i)
     for i, name in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), start=2
+        [
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+        ],
+        start=2,
     )
 }
 _NAMES = "|".join(BASES)
@@ -68,5 +85,3 @@ def plain_number(text: str) -> Fraction | None:
 def repeating(match: re.Match[str]) -> Fraction:
     before, fixed, period = match[1] or "0", match[2], match[3]
     return Fraction(before + "." + (fixed or "0")) + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
-
-

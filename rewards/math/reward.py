@@ -20,11 +20,15 @@ from typing import Any
 from rewards.math import pool, units
 from rewards.math.compare import same_form, same_value, unknown_values
 from rewards.math.exact import NotExact
-from rewards.math.numbers import plain_number as plain_number_of
 from rewards.math.extract import find_gold, find_piece
-from rewards.math.forms import Form, is_written_only, named, read, read_gold
+from rewards.math.forms import read, read_gold
+from rewards.math.language import is_written_only
+from rewards.math.names import named
+from rewards.math.numbers import plain_number as plain_number_of
 from rewards.math.pool import WorkerDied, WorkerTimeout, start, stop
-from rewards.math.text import Unreadable, as_written, canonical
+from rewards.math.shapes import Form
+from rewards.math.text import as_written, canonical
+from rewards.math.text_errors import Unreadable
 from rewards.tags import NoAnswer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rewards.math.guard import FUNCTIONS
 from rewards.math.words import ATTACHED, CURRENCIES, FILLERS, UNITS, changes_a_number, foreign_unit, names_things
 
-LETTERS = frozenset("mgshLNJWVK")  # single letters that are units without \text
+LETTERS = frozenset("mgshLNJWV")  # single letters that are units without \text
 _NAME = r"[A-Za-z]+"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[1-4]\s*\}|[1-4]))?"
 TEXTS = re.compile(  # \text{m}, \text{ km}/\text{h}, \text{m} \text{s}^{-2}
@@ -25,7 +25,9 @@ WORDS = re.compile(
 )
 FRACTION_OF_UNITS = re.compile(r"\\frac\s*\{\s*(\\text\{[^{}]*\})\s*\}\s*\{\s*(\\text\{[^{}]*\})\s*\}$")
 FACTOR = re.compile(r"([A-Za-z$€£¥₹]+)(?:\s*\^?\s*\{?\s*(-?[1-4])\s*\}?)?")
-MARK = re.compile(r"\s*(?:\\(?P<percent>%)|\\(?P<degree>degree)(?![A-Za-z]))\s*(?:\\text\{\s*)?(?P<scale>[CF])?(?:\s*\})?$")
+MARK = re.compile(
+    r"\s*(?:\\(?P<percent>%)|\\(?P<degree>degree)(?![A-Za-z]))\s*(?:\\text\{\s*)?(?P<scale>[CF])?(?:\s*\})?$"
+)
 CURRENCY = r"\\\$|[€£¥₹₩₽]"
 MONEY = re.compile(
     rf"(?P<sign>-?)\s*(?:(?P<mark>{CURRENCY})|(?P<code>Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CHF)(?=[ 0-9]))"
@@ -35,7 +37,9 @@ MONEY = re.compile(
 MONEY_AFTER = re.compile(rf"(?<=[0-9)}}])\s*(?P<mark>{CURRENCY}|¢)$")
 FOREIGN = re.compile(r"(?<=[0-9)}])\s*([^\x00-\x7f]+\.?)$")
 NUMERIC_COMMANDS = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div|overline)(?![A-Za-z])")
-SHAPE = re.compile(r"\s+(?:long|wide|tall|high|deep|thick|old|away|apart|later|ago|in (?:length|width|height|area|diameter))$")
+SHAPE = re.compile(
+    r"\s+(?:long|wide|tall|high|deep|thick|old|away|apart|later|ago|in (?:length|width|height|area|diameter))$"
+)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,9 @@ def unit_of(found: str) -> str:
     """The canonical unit of words such as ``km/h``, ``square feet`` or ``red apples``; "" where they are none."""
     found = SHAPE.sub("", " " + found.strip()).strip()
     words = re.findall(_NAME, found)
-    if any(map(changes_a_number, (word for word in words if word != "in" or len(words) > 1))) and not names_things(found):
+    if any(map(changes_a_number, (word for word in words if word != "in" or len(words) > 1))) and not names_things(
+        found
+    ):
         return ""
     if not FUNCTIONS.isdisjoint(words) or re.search(r"[0-9]", re.sub(r"\^?\s*\{?\s*-?[1-4]\s*\}?", "", found)):
         return ""

@@ -47,7 +47,7 @@ UNITS = {
     for spelling in (name, name + "s")
 }
 ATTACHED = "mm|cm|dm|km|nm|kg|mg|mL|ml|ft|lbs?|oz|mph|min|hrs?|yd|m/s|km/h|kW|kWh|Hz|kHz|MHz"  # "42cm" without a blank
-CURRENCIES = frozenset("$ cent penny euro £ rupee yen yuan won ruble peso franc".split())
+CURRENCIES = frozenset(["$", "cent", "penny", "euro", "£", "rupee", "yen", "yuan", "won", "ruble", "peso", "franc"])
 FILLERS = frozenset({"square", "sq", "squared", "cubic", "cu", "cubed", "per", "of", "the", "a", "an", "each"})
 
 # Things that are counted by one word: nouns without a plural "s", and singulars ("1 apple").
@@ -84,15 +84,15 @@ def changes_a_number(word: str) -> bool:
 
 def names_things(phrase: str) -> bool:
     """Whether words are what is counted: a plural or a known noun, perhaps with others before it ("red apples")."""
-    phrase = TRAILING.sub("", phrase.strip().lower())
-    words = re.findall(r"[a-z]+", phrase)
+    as_written = re.findall(r"[A-Za-z]+", TRAILING.sub("", phrase.strip()))
+    words = [word.lower() for word in as_written]
     if words == ["times"] or not words:
         return True
     if any(changes_a_number(word) for word in words):
         return False
     last = words[-1]
     plural = len(last) >= 4 and last.endswith("s") and not last.endswith(("ss", "us", "is"))
-    return plural or last in NOUNS or last in UNITS
+    return plural or last in NOUNS or as_written[-1] in UNITS or (len(last) > 2 and last in UNITS)
 
 
 # --- other scripts ---------------------------------------------------------------------------------------------------
@@ -109,11 +109,110 @@ FOREIGN_UNITS = {
     name: names.split()[0] for names in _FOREIGN_UNITS.replace("\n", " ").split("|") for name in names.split()[1:]
 }
 CLASSIFIERS = frozenset(
-    """个 個 人 只 隻 本 张 張 枚 支 枝 条 條 件 名 位 头 頭 匹 棵 颗 顆 根 台 辆 輛 架 艘 朵 页 頁 种 種 次 回 把 双 户 家 间
-    間 层 層 瓶 杯 碗 盒 箱 袋 包 片 块 塊 份 组 組 班 排 行 列 首 篇 题 道 题目 步 圈 元素 冊 つ 羽 足 軒 通り 通 개 명 마리 권 장 대 병
-    그루 송이 번 가지 사람 шт шт. штук штуки человек человека яблок яблока раз раза книг""".split()
+    [
+        "个",
+        "個",
+        "人",
+        "只",
+        "隻",
+        "本",
+        "张",
+        "張",
+        "枚",
+        "支",
+        "枝",
+        "条",
+        "條",
+        "件",
+        "名",
+        "位",
+        "头",
+        "頭",
+        "匹",
+        "棵",
+        "颗",
+        "顆",
+        "根",
+        "台",
+        "辆",
+        "輛",
+        "架",
+        "艘",
+        "朵",
+        "页",
+        "頁",
+        "种",
+        "種",
+        "次",
+        "回",
+        "把",
+        "双",
+        "户",
+        "家",
+        "间",
+        "間",
+        "层",
+        "層",
+        "瓶",
+        "杯",
+        "碗",
+        "盒",
+        "箱",
+        "袋",
+        "包",
+        "片",
+        "块",
+        "塊",
+        "份",
+        "组",
+        "組",
+        "班",
+        "排",
+        "行",
+        "列",
+        "首",
+        "篇",
+        "题",
+        "道",
+        "题目",
+        "步",
+        "圈",
+        "元素",
+        "冊",
+        "つ",
+        "羽",
+        "足",
+        "軒",
+        "通り",
+        "通",
+        "개",
+        "명",
+        "마리",
+        "권",
+        "장",
+        "대",
+        "병",
+        "그루",
+        "송이",
+        "번",
+        "가지",
+        "사람",
+        "шт",
+        "шт.",
+        "штук",
+        "штуки",
+        "человек",
+        "человека",
+        "яблок",
+        "яблока",
+        "раз",
+        "раза",
+        "книг",
+    ]
 )
-CHANGES_IN_HAN = frozenset("万萬亿億千百十廿半多余餘倍分之折成负負或和与與及至到约約非不无無每点點零一二两三四五六七八九几対对")
+CHANGES_IN_HAN = frozenset(
+    "万萬亿億千百十廿半多余餘倍分之折成负負或和与與及至到约約非不无無每点點零一二两三四五六七八九几対对"
+)
 
 
 def foreign_unit(text: str) -> str | None:

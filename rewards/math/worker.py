@@ -18,7 +18,7 @@ from typing import Any
 from rewards.math import expression, forms
 from rewards.math.compare import same_form, same_value, unknown_values
 from rewards.math.exact import NotExact
-from rewards.math.text import Unreadable
+from rewards.math.text_errors import Unreadable
 from rewards.processes import die_with_parent, limit_memory
 
 MEMORY = 2 << 30  # bytes of address space
