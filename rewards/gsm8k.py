@@ -25,10 +25,12 @@ NUMBER = re.compile(
     re.ASCII,
 )
 MINUS = str.maketrans("\u2212\u2013\u2010\u2011", "----")
+COUNTED_IN_TEXT = re.compile(r"[0-9] +(?:[a-z]+ +)??([a-z]+)")
 BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 DELIMITED = re.compile(r"\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
-COUNTED = NOUNS | {noun + "s" for noun in NOUNS} | {unit.lower() for unit in UNITS if len(unit) > 1} | {"percent", "m", "g"}
-COUNTED |= {"degree", "degrees", "boxes", "inches", "dishes", "bunches", "matches", "classes", "glasses", "buses", "pennies"}
+_PLURALS = "boxes inches dishes bunches matches classes glasses buses pennies degree degrees m g"
+COUNTED = NOUNS | {noun + "s" for noun in NOUNS} | {unit.lower() for unit in UNITS if len(unit) > 1}
+COUNTED |= set(_PLURALS.split())
 GOLD_MARK = "####"
 
 
@@ -96,7 +98,8 @@ def _unboxed(text: str) -> str:
     for pattern in (DELIMITED, BOX, DELIMITED):
         if match := pattern.fullmatch(text):
             text = next(group for group in match.groups() if group).strip()
-    return re.sub(r"\\(?=[$%])|(?<=[0-9])\{,\}(?=[0-9])|(?<=[0-9])\\[,!](?=[0-9]{3})", lambda m: "," if "," in m[0] else "", text)
+    text = re.sub(r"\\(?=[$%])", "", text)
+    return re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,\\!)(?=[0-9]{3})", ",", text)
 
 
 def _number(text: str, solution: str) -> Decimal | None:
@@ -109,12 +112,13 @@ def _number(text: str, solution: str) -> Decimal | None:
 
 
 def _is_unit(words: str, solution: str) -> bool:
-    """Whether each word is a unit, a thing often counted, or one of the solution's that changes no number."""
-    words = TRAILING.sub("", words.strip().lower())
-    own = set(re.findall(r"[a-z]+", solution.lower()))
-    found = re.findall(r"[a-z]+", words)
-    if found == ["times"]:
+    """Whether words are units, things often counted, or what the solution counts; none of them changes a number."""
+    found = re.findall(r"[a-z]+", TRAILING.sub("", words.strip().lower()))
+    if not found or found in (["times"], ["percent"]):
         return True
-    return not any(map(changes_a_number, (word for word in found if word != "percent"))) and all(
-        word in own or word in COUNTED or word in FILLERS for word in found
+    if found[0] in ("squared", "cubed") or all(word in FILLERS for word in found):
+        return False
+    own = {word for word in COUNTED_IN_TEXT.findall(solution.lower()) if not word.endswith(("ed", "ing", "ly"))}
+    return all(word in own or word in COUNTED or word in FILLERS for word in found) and not any(
+        map(changes_a_number, found)
     )

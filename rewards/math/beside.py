@@ -45,16 +45,16 @@ BELONGS = re.compile(  # what follows a box and belongs to its number
     r"°[CF]?|_\s*(?:\{[^{}]*\}|[0-9]|\\text\s*\{[^{}]*\})"
 )
 DENIED_BEFORE = re.compile(
-    r"\b(?:not|never|neither|nor|either|isn't|aren't|wasn't|cannot be|can't be|n't|negative|minus|plus|times|twice|thrice"
-    r"|double|triple|half|quarter|third)(?:\s+(?:be|of|the|equal to|a|an|as|exactly|is|simply|just))*$"
+    r"\b(?:not|never|neither|nor|either|isn't|aren't|wasn't|cannot be|can't be|n't|negative|minus|plus|times|twice"
+    r"|thrice|double|triple|half|quarter|third)(?:\s+(?:be|of|the|equal to|a|an|as|exactly|is|simply|just))*$"
     r"|\b(?:less|more|greater|smaller|larger|fewer|other|rather|bigger|higher|lower) than(?:\s+the)?$"
     r"|\b(?:root|square|cube|power|multiple|factorial|inverse|reciprocal|negative|opposite|logarithm|fraction) of$"
     r"|\b(?:instead of|except|unless|without|divided by|multiplied by|to the power(?: of)?|over)$",
     re.IGNORECASE,
 )
 DENIED_AFTER = re.compile(
-    r"\s*(?:(?:is|was|would be|seems|looks|cannot be|can't be|isn't|wasn't|will)\s+(?:not|n't|never|wrong|incorrect|false|"
-    r"impossible|invalid)\b|isn't\b|cannot be\b|can't be\b|(?:is|are)\s+(?:squared|cubed|doubled|halved|negated)|or\b|"
+    r"\s*(?:(?:is|was|would be|seems|looks|cannot be|can't be|isn't|wasn't|will)\s+(?:not|n't|never|wrong|incorrect|"
+    r"false|impossible|invalid)\b|isn't\b|cannot be\b|can't be\b|(?:is|are)\s+(?:squared|cubed|doubled|halved)|or\b|"
     r"squared\b|cubed\b|factorial\b|minus\b|plus\b|percent|per cent|times\s+(?:\$|\\|[0-9]|the\b|two|three|ten|as\b)|"
     r"divided by\b|multiplied by\b|to the power\b|modulo\b|mod\b|choose\b|doubled\b|tripled\b|halved\b|negated\b)",
     re.IGNORECASE,
@@ -146,17 +146,18 @@ def _check_before(before: str, in_formula: bool) -> None:
     rest = before[: spaces.start()] if spaces else before
     if dollars := re.search(r"(?<!\\)\$+$", rest):
         _check_crossed_before(rest[: dollars.start()], in_formula)
-        return None
+        return
     if money := re.search(r"\\\$$|[€£¥]$", rest):
-        return _check_before(rest[: money.start()], in_formula)
+        _check_before(rest[: money.start()], in_formula)
+        return
     if words := TEXT_BEFORE.search(rest):
         _check_words_before(words[1])
-        return None
+        return
     if in_formula and _open_brackets(rest):
         raise NoAnswer("the box is inside of brackets")
     last = rest[-1:]
     if not last or LEADS_TO.search(rest) or rest.endswith("\\\\"):
-        return None
+        return
     if re.search(r"\\[A-Za-z]+$", rest):
         raise NoAnswer("the box is part of a larger formula")
     if last.isalpha() or last == "'":
@@ -164,7 +165,7 @@ def _check_before(before: str, in_formula: bool) -> None:
         if word and (not spaces or (in_formula and len(word[0]) == 1)) and (in_formula or len(word[0]) == 1):
             raise NoAnswer("the box is part of a larger formula")
         _check_words_before(rest)
-        return None
+        return
     _check_symbol_before(rest, bool(spaces), in_formula)
 
 

@@ -22,9 +22,9 @@ from rewards.math.exact import Exact, NotExact
 from rewards.math.families import same_family, same_residue
 from rewards.math.guard import check_for_worker
 from rewards.math.language import letter_of, same_words
-from rewards.math.names import assignments, label_of, name_of, named, root_of, without_names
+from rewards.math.names import assignments, name_of, named, root_of, without_names
 from rewards.math.regions import as_region
-from rewards.math.shapes import FLIPPED, Form, members, ungrouped
+from rewards.math.shapes import FLIPPED, Form, ungrouped
 from rewards.math.text import as_written
 from rewards.math.text_errors import Unreadable
 
@@ -252,20 +252,11 @@ def _same_relation(gold: Form, answer: Form, same: Same) -> bool:
     names = named(gold, of_gold=True), named(answer)
     if "in" in gold.signs + answer.signs or (names[0] and names[1] and names[0][0] == names[1][0]):
         return bool(names[0] and names[1] and names[0][0] == names[1][0] and same_form(names[0][1], names[1][1], same))
-    if swapped := _turned(answer):
-        return _same_relation(gold, swapped, same)
     if len(gold.signs) != len(answer.signs):
         return False
     if len(gold.signs) != 1 or any(item.kind != "value" for item in gold.items + answer.items):
         return gold.signs == answer.signs and _same_ordered(gold.items, answer.items, same)
     return _same_equation(gold, answer)
-
-
-def _turned(relation: Form) -> Form | None:
-    """``4 = AB`` as ``AB = 4``."""
-    if relation.signs != ("=",) or label_of(relation.items[0]) or not label_of(relation.items[1]):
-        return None
-    return Form("relation", items=relation.items[::-1], signs=("=",))
 
 
 def _same_equation(gold: Form, answer: Form) -> bool:

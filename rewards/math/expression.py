@@ -5,8 +5,8 @@ r"""Formulas read into exact values by a grammar of our own: the model's text ne
     factor   := [sign] atom [ "!" ] [ "^" exponent ] [ "\%" | "^\circ" ]
     atom     := number | variable | \frac | \binom | \sqrt | function | "(" sum ")" | "{" sum "}" | "[" sum "]"
 
-``3\frac{1}{2}`` and ``3 1/2`` are mixed numbers. A number may follow a bracket, or be the base of a power after a
-variable (``n 2^{n-1}``); other numbers side by side are refused. ``1/2x`` is x/2. A degree is pi/180.
+``3\frac{1}{2}`` and ``3 1/2`` are mixed numbers. A number may follow a bracket or "!", or be the base of a power
+after a variable (``n 2^{n-1}``); other numbers side by side are refused. ``1/2x`` is x/2. A degree is pi/180.
 """
 
 from __future__ import annotations
@@ -146,9 +146,8 @@ class _Parser:
         if not DIGITS_FOLLOW.match(self.text, self.position):
             return False
         before = self.text[: self.position].rstrip()[-1:]
-        if before != ")" and (
-            not re.match(r"[A-Za-z}\]]", before) or not BASE_OF_POWER.match(self.text, self.position)
-        ):
+        is_base = re.match(r"[A-Za-z}\]]", before) and BASE_OF_POWER.match(self.text, self.position)
+        if before not in (")", "!") and not is_base:
             raise Unreadable("a number right after something else")
         self.edits.append((self.position, self.position, r"\cdot "))
         return True

@@ -18,7 +18,8 @@ DOMAIN = re.compile(
     r"(?P<rest>.+?)\s*(?:[,;:(|]|\\text\{[ ,]*(?:where|with|for|for all|for any|for every|and)? ?\}|(?<=\s))\s*\(?\s*"
     r"(?:(?:where|for (?:all|any|every)?)\s+|\\forall\s*|\\quad\s*)?(?P<name>[a-z])\s*"
     r"(?:\\in\s*(?:\\mathbb\{(?P<set>[ZN])\}|(?P<letter>[ZN]))(?:\s*(?:\^\s*\{?\s*[+*]\s*\}?|_\s*\{?\s*[+0]\s*\}?))?"
-    r"|(?:\\text\{)?\s*(?:is )?(?:an? |any )(?P<word>integer|whole number|natural number)\s*\}?)\s*\)?\s*\.?",
+    r"|(?:\\text\{)?\s*(?:is )?(?:an? |any )?(?P<word>(?:positive |non-?negative )?integer|whole number|natural number)"
+    r"\s*\}?)\s*\)?\s*\.?",
     re.DOTALL,
 )
 ANY_INTEGER = re.compile(
@@ -137,7 +138,7 @@ def substituted_text(text: str, name: str, by: str) -> str:
 
 
 def same_residue(gold: Form, answer: Form, same: Callable[[Form, Form], bool]) -> bool:
-    """Equal moduli and residues that differ by a multiple; one of the two moduli may be left out if residues are equal."""
+    """Equal moduli, and residues that differ by a multiple. Equal residues may leave the modulus out."""
     if gold.kind != answer.kind:
         plain = [form.items[0] if form.kind == "residue" else form for form in (gold, answer)]
         return same(plain[0], plain[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from rewards.math import families, language, regions
-from rewards.math.names import name_of
+from rewards.math.names import FIGURE, name_of
 from rewards.math.shapes import CLOSING, OPENING, TOKEN, Form, encloses, members, sides_of, split
 from rewards.math.text import canonical
 from rewards.math.text_errors import Unreadable
@@ -22,6 +22,7 @@ MATRIX = re.compile(
     re.DOTALL,
 )
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+POINT = re.compile(r"[ABDEHIKLMNQRSTUVWXYZ]\s*(\((?:[^()]|\([^()]*\))*,(?:[^()]|\([^()]*\))*\))")  # A(1, 2)
 SET = re.compile(r"\\\{.*?\\\}", re.DOTALL)
 
 
@@ -102,8 +103,15 @@ def _read_term(text: str) -> Form:
     if matrix := MATRIX.fullmatch(text):
         return _matrix(matrix)
     if text.startswith("{") and (inside := _bare_set(text) or _group(text)):
-        form = _read(inside, True)
+        form = _read(inside, bool(_bare_set(text)))
         return Form("set", items=members(form)) if form.kind == "list" and _bare_set(text) else form
+    if FIGURE.fullmatch(text):
+        return Form("value", text)
+    if point := POINT.fullmatch(text):
+        return _read_term(point[1])
+    ratio = split(text, {":"})
+    if len(ratio) > 1 and not language.TIME.fullmatch(text):
+        return Form("tuple", ":", tuple(_read_term(part.strip()) for part in ratio if part.strip()))
     tokens = TOKEN.findall(text)
     if tokens and tokens[0] in OPENING - {"{"} and tokens[-1] in CLOSING and encloses(tokens):
         return _bracketed(text, tokens)

@@ -261,11 +261,7 @@ def _real(value: complex) -> float:
 
 def real_value(value: Exact) -> float:
     """A number without variables, in floating point. Raises ValueError."""
-    if any(
-        isinstance(name, str) and name not in ("pi", "e")
-        for part in (value.top, value.bottom)
-        for _, powers in part
-        for name, _ in powers
-    ):
+    atoms = {name for part in (value.top, value.bottom) for _, powers in part for name, _ in powers}
+    if any(isinstance(name, str) and name not in ("pi", "e") for name in atoms):
         raise ValueError("not a number")
     return _real(_number(value, SEEDS[0]))

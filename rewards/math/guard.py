@@ -8,8 +8,8 @@ from rewards.math.text_errors import Unreadable
 
 COMMAND = re.compile(r"\\([A-Za-z]+)\s*")
 _GREEK = """
-alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau upsilon
-phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar
+alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau
+upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar
 """
 GREEK = frozenset(_GREEK.split())
 TRIGONOMETRIC = frozenset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from rewards.math.expression import DERIVATIVE
 from rewards.math.guard import COMMANDS
 from rewards.math.text import as_written, canonical
 from rewards.math.text_errors import Unreadable
@@ -18,6 +19,7 @@ CHOICE_WITH_TEXT = re.compile(
 NAMED_CHOICE = re.compile(r"\s*(?:option|choice|answer)\s*:?\s*\(?([A-J])\)?\.?", re.IGNORECASE)
 ANOTHER_CHOICE = re.compile(r"\(\s*[A-J]\s*\)|(?:\b(?:or|and|not|nor)|[,/&])\s*\(?[A-J]\)?(?![A-Za-z])|^\s*[A-J][.):]")
 CHOICE = re.compile(r"(\(?)([A-Za-z])[).:]?")
+CIRCLED = re.compile(r"[\u2460-\u2473][\u2460-\u2473, ]*")  # statements by number
 MAX_WORDS = 12
 SHORT_WORDS = frozenset({"no", "up", "am", "pm", "he", "we", "it", "us"})
 TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}( ?[ap]\.? ?m\.?)?", re.IGNORECASE)
@@ -43,9 +45,13 @@ def is_written_only(piece: str) -> bool:
     if TIME.fullmatch(words) or (WORDS.fullmatch(words) and set(WORD.findall(words)) - {"and"}):
         return True
     unknown = {
-        name for name in re.findall(r"\\([A-Za-z]+)", WRITTEN.sub("", text)) if name not in COMMANDS | {"degree"}
+        name
+        for name in re.findall(r"\\([A-Za-z]+)", WRITTEN.sub("", text))
+        if name not in COMMANDS | {"degree", "langle", "rangle"}
     }
-    return bool(WRITTEN.search(text)) and not unknown and not re.search(r"[+*/^_=-]\s*$", text)
+    return (
+        bool(WRITTEN.search(text) or DERIVATIVE.search(text)) and not unknown and not re.search(r"[+*/^_=-]\s*$", text)
+    )
 
 
 def choice(text: str) -> tuple[str, str] | None:
@@ -81,6 +87,8 @@ def letter_of(text: str) -> str:
 def is_words(text: str) -> bool:
     """Whether a canonical text is language: "Monday", "(B)", "not enough information"."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip()
+    if CIRCLED.fullmatch(text):
+        return True
     if not WORDS.fullmatch(text) or is_prose(text):
         return False
     choice = CHOICE.fullmatch(text)
@@ -101,6 +109,8 @@ def is_prose(text: str) -> bool:
 def same_words(gold: str, answer: str) -> bool:
     """Words are compared without regard to case, a choice without its brackets."""
     gold, answer = as_written(gold), as_written(answer)
+    if CIRCLED.fullmatch(gold):
+        return sorted(re.sub("[, ]", "", gold)) == sorted(re.sub("[, ]", "", answer))
     if gold == answer:
         return True
     choices = CHOICE.fullmatch(gold), CHOICE.fullmatch(answer)

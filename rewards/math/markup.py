@@ -26,7 +26,8 @@ SPACING = re.compile(
 )
 DROPPED = re.compile(r"\\(?:tag|label|vphantom|hphantom)\*?\s*\{[^{}]*\}")
 TEXT = re.compile(
-    r"\\(text|textbf|textit|textrm|textsf|texttt|textnormal|textup|emph|mathrm|mbox|hbox|operatorname\*?|rm)\s*\{([^{}]*)\}"
+    r"\\(text|textbf|textit|textrm|textsf|texttt|textnormal|textup|emph|mathrm|mbox|hbox|operatorname\*?|rm)"
+    r"\s*\{([^{}]*)\}"
 )
 UPRIGHT = frozenset("eixyznkabpqrjc")  # single letters that are no units where they are set upright
 FUNCTION_NAMES = TRIGONOMETRIC | {"ln", "log", "lg", "exp", "tg", "ctg", "arctg", "sen", "max", "min", "gcd", "lcm"}
@@ -84,14 +85,14 @@ def plain(text: str) -> str:
 
 def _ungrouped(before: str, rest: str) -> str:
     """The text after a styling command, without the braces of its group where they hold nothing together."""
-    depth = 0
-    for i, symbol in enumerate(rest):
+    depth = end = 0
+    for end, symbol in enumerate(rest):  # noqa: B007
         depth += (symbol == "{") - (symbol == "}")
         if depth == 0:
             break
     if not rest.startswith("{"):
         return " " + rest
-    inside, after = rest[1:i], rest[i + 1 :]
+    inside, after = rest[1:end], rest[end + 1 :]
     binds = re.search(r"[\^_]\s*$|\\[A-Za-z]+\s*$", before) or re.match(r"\s*[\^_!]", after)
     return f"{{{inside}}}{after}" if binds and len(inside) > 1 else f" {inside} {after}"
 

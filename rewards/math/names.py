@@ -27,11 +27,12 @@ FIGURE = (
     )
 )
 CALL = re.compile(
-    r"(?:[fghpqrstuvFGHPEVDTSLQNRCA]|\\text\{[A-Za-z ]+\}|\\operatorname\{\w+\})'*(?:_\{?\w+\}?)?(?:\s*\^\s*\{?-?1\}?)?\s*\((.*)\)"
+    r"(?:[fghpqrstuvFGHPEVDTSLQNRCA]|\\text\{[A-Za-z ]+\}|\\operatorname\{\w+\})'*(?:_\{?\w+\}?)?"
+    r"(?:\s*\^\s*\{?-?1\}?)?\s*\((.*)\)"
 )
 POINT = re.compile(r"[a-zA-Z]'*\s*\(\s*-?[0-9/.]+\s*\)")  # y(0)
 COMPUTED = re.compile(
-    r"\\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|lim|sum|int|prod|max|min|gcd|det|Pr|Re|Im|dim)(?![A-Za-z])"
+    r"\\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|lim|sum|int|prod|max|min|gcd|lcm|det|nabla|Pr|Re|Im)(?![A-Za-z])"
 )
 DERIVATIVE = re.compile(
     r"\\frac\s*\{\s*(?:d|\\partial)[^{}]*\}\s*\{\s*(?:d|\\partial)[^{}]*\}(?:\s*[a-z]?\(?[a-z]?\)?)"
@@ -87,6 +88,9 @@ def named(form: Form, *, of_gold: bool = False) -> tuple[str, Form] | None:
     if name := name_of(left):
         return name, right
     label = label_of(left, of_gold=of_gold)
+    if not label and form.signs == ("=",) and left.kind == "value" and not variables(left.text):
+        left, right = right, left  # 4 = AB
+        label = label_of(left, of_gold=of_gold)
     if not label or form.signs != ("=",):
         return None
     quantity = len(variables(left.text)) > 1 and not FIGURE.fullmatch(left.text) and not DERIVATIVE.fullmatch(left.text)

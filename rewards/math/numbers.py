@@ -42,14 +42,15 @@ BASE_IN_WORDS = re.compile(
     rf"(?P<digits>[0-9A-Fa-f]+)\s*(?:_\s*\{{?\s*\\text\{{\s*(?:base[ -]?)?\s*(?P<a>{_NAMES}|[0-9]{{1,2}})\s*\}}\s*\}}?"
     rf"|_\s*\{{\s*(?P<b>{_NAMES}|\([0-9]{{1,2}}\))\s*\}}"
     rf"|\\text\{{\s*\(?\s*(?:in )?base[ -]?\s*(?P<c>{_NAMES}|[0-9]{{1,2}})\s*\)?\s*\}}"
-    rf"|\\text\{{\s*\(?\s*(?:in )?base\s*\}}\s*(?P<d>[0-9]{{1,2}})|\s\(?(?:in )?base\s+(?P<e>{_NAMES}|[0-9]{{1,2}})\)?$)"
+    rf"|\\text\{{\s*\(?\s*(?:in )?base\s*\}}\s*(?P<d>[0-9]{{1,2}})"
+    rf"|\s\(?(?:in )?base\s+(?P<e>{_NAMES}|[0-9]{{1,2}})\)?$)"
 )
 BRACKETED_NUMERAL = re.compile(r"(?<![A-Za-z0-9])\(\s*([0-9][0-9A-Fa-f]*)\s*\)\s*(?=_)")
 NUMERAL_AS_TEXT = re.compile(r"\\text\{\s*([0-9A-Fa-f]+)\s*\}\s*(?=_)")
 
 
 def with_bases(text: str) -> str:
-    r"""Numerals to a base in one form: ``1011_\text{two}``, ``(1011)_2`` and ``1011 \text{ (base 2)}`` are ``1011_{2}``."""
+    r"""Numerals to a base in one form: ``1011_\text{two}``, ``(1011)_2``, ``1011 \text{ (base 2)}``."""
     if "_" not in text and "base" not in text:
         return text
     text = BRACKETED_NUMERAL.sub(r"\1", NUMERAL_AS_TEXT.sub(r"\1", text))

@@ -16,7 +16,8 @@ from rewards.math.text_errors import Unreadable
 LINE = Form("tuple", "()", (Form("value", r"-\infty"), Form("value", r"\infty")))
 REALS = re.compile(r"\\mathbb\{R\}|\\text\{ ?(?:all )?reals?(?: numbers)? ?\}|(?:all|the) real numbers|all reals")
 BUILDER = re.compile(
-    r"\s*(?P<name>\\?[A-Za-z]+)\s*(?:\\in\s*(?:\\mathbb\{R\}|R(?![A-Za-z])))?\s*(?:\||:|\\text\{ such that \})\s*(?P<rest>.+)",
+    r"\s*(?P<name>\\?[A-Za-z]+)\s*(?:\\in\s*(?:\\mathbb\{R\}|R(?![A-Za-z])))?\s*"
+    r"(?:\||:|\\text\{ such that \})\s*(?P<rest>.+)",
     re.DOTALL,
 )
 REAL_NUMBER = re.compile(r"\s*(?:,|\\text\{,? ?and ?\})\s*\\?[a-z]+\s*\\in\s*(?:\\mathbb\{R\}|R)\s*$")
@@ -108,7 +109,7 @@ def without_points(region: Form, points: list[str]) -> Form:
             if piece.kind != "tuple" or len(piece.items) != 2:
                 raise Unreadable("points taken away from something else than intervals")
             low, high = (position(end.text) for end in piece.items)
-            if at == low or at == high:
+            if at in (low, high):
                 brackets = ("(" if at == low else piece.text[0]) + (")" if at == high else piece.text[1])
                 pieces[i] = Form("tuple", brackets, piece.items)
             elif low < at < high:

@@ -22,7 +22,7 @@ from rewards.math.compare import same_form, same_value, unknown_values
 from rewards.math.exact import NotExact
 from rewards.math.extract import find_gold, find_piece
 from rewards.math.forms import read, read_gold
-from rewards.math.language import is_written_only
+from rewards.math.language import is_prose, is_written_only
 from rewards.math.names import named
 from rewards.math.numbers import plain_number as plain_number_of
 from rewards.math.pool import WorkerDied, WorkerTimeout, start, stop
@@ -182,7 +182,7 @@ def _gold_of(answer: str) -> _Gold:
     except Unreadable as why:
         if is_written_only(piece):
             return _Gold(piece, text, Form("words", text))
-        return _Gold(piece, broken=str(why))
+        return _Gold(piece, broken="prose, which nobody writes the same again" if is_prose(text) else str(why))
     if unknown:
         try:
             reply = pool.current().ask({"gold": piece}, GOLD_TIMEOUT)

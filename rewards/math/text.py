@@ -170,8 +170,8 @@ def canonical(piece: str) -> str:
     text = re.sub(r"\\text\{\s*(percent(?:age)?|degrees?)\s*\}", r" \1 ", text)
     text = WORDS.sub(lambda match: r"\%" if match[0][0] == "p" else r"\degree ", text)
     text = re.sub(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", lambda _: r"\degree ", text)
-    text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('+))", lambda match: match[1] or match[2], text)
     text = re.sub(r"(?<=')\s+(?=')", "", text)
+    text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('+))", lambda match: match[1] or match[2], text)
     text = re.sub(r"(?<!\\)%", lambda _: r"\%", text)
     text = PLAIN_NAMES.sub(lambda match: "\\" + ("infty" if match[1] == "infinity" else match[1]), text)
     text = re.sub(r"\\sqrt\s*([0-9]+|[a-z])(?![0-9A-Za-z(])", r"\\sqrt{\1}", text) if "\u221a" in piece else text

@@ -122,6 +122,8 @@ def is_pure_number(text: str) -> bool:
 
 def compatible(a: str, b: str) -> bool:
     """Whether two units may be the same: one is left out, they are equal, or both are things counted (many names)."""
+    if {a, b} in ({"pound", "lb"}, {"pound", "£"}):
+        return True  # the word is of money, and of weight
     return not a or not b or a == b or not (_known(a) or _known(b))
 
 
@@ -200,8 +202,8 @@ def _dimensions(found: str) -> str:
             last = next(reversed(powers))
             powers[last] *= 2 if word == "squared" else 3
         elif word in UNITS:
-            name = UNITS[word]
-            powers[name] = powers.get(name, 0) + sign * times * int(match[2] or 1)
+            for side, name in zip((1, -1), UNITS[word].split("/"), strict=False):  # mph is mi/h
+                powers[name] = powers.get(name, 0) + side * sign * times * int(match[2] or 1)
             times = 1
         elif word not in FILLERS:
             return ""

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Words beside a number: those that name what is counted, and those that make it another number.
 
 Nothing here is a dictionary. A word that is no unit, no plural and no known noun is not taken for what is counted.
@@ -18,8 +19,8 @@ root roots inverse inverses reciprocal reciprocals opposite opposites complement
 logarithm logarithms half halves third thirds quarter quarters pair pairs couple couples score scores gross grosses
 dozen dozens ten tens hundred hundreds thousand thousands zillion zillions myriad myriads lakh lakhs lac lacs crore
 crores googol googols mille kilo mega giga zero zeros zeroes one ones two twos three threes four fours five fives six
-sixes seven sevens eight eights nine nines eleven twelve twenty thirty forty fifty sixty seventy eighty ninety is isn
-isnt was are be been am equals equal wrong incorrect false impossible invalid instead rather versus vs to into from by
+sixes seven sevens eight eights nine nines eleven twelve twenty thirty forty fifty sixty seventy eighty ninety teen
+teens is isn isnt was are be been am equals equal wrong incorrect false impossible invalid instead rather versus vs to into from by
 so because since therefore thus hence
 """
 NOT_BESIDE = frozenset(_NOT_BESIDE.split())
@@ -28,7 +29,7 @@ NOT_BESIDE = frozenset(_NOT_BESIDE.split())
 _SYNONYMS = """
 nm nanometer nanometre|um micrometer micrometre micron|mm millimeter millimetre|cm centimeter centimetre|
 dm decimeter decimetre|m meter metre|km kilometer kilometre|in inch inches|ft foot feet|yd yard|mi mile|
-mcg microgram|mg milligram|g gram gm|kg kilogram kilo|t ton tonne|lb pound lbs|oz ounce|
+mcg microgram|mg milligram|g gram gm|kg kilogram kilo|t ton tonne|lb lbs|pound|oz ounce|
 ml milliliter millilitre mL|cl centiliter centilitre cL|dl deciliter decilitre dL|l liter litre L|
 gal gallon|qt quart|pt pint|cup|tbsp tablespoon|tsp teaspoon|acre|ha hectare|
 ms millisecond|s sec second|min minute|h hr hour|day|week wk|month|yr year|decade|century centuries|
@@ -98,121 +99,28 @@ def names_things(phrase: str) -> bool:
 # --- other scripts ---------------------------------------------------------------------------------------------------
 
 _FOREIGN_UNITS = """
-mm 毫米|cm 厘米 公分 센티미터 см|m 米 公尺 メートル 미터 м|km 公里 千米 キロメートル 킬로미터 км|g 克 公克 グラム 그램 г|
-kg 千克 公斤 キログラム 킬로그램 кг|l 升 公升 リットル 리터 л|ml 毫升 мл|t 吨|s 秒 초 сек секунд секунды|min 分钟 分鐘 분
-минут минуты мин|h 小时 小時 时 時間 시간 час часа часов ч|day 天 日 日間 일 день дня дней|week 周 星期 週間 주|
-month 个月 月 ヶ月 개월 месяцев|yr 年 岁 歳 才 살 年間 год года лет|degree 度 도|
-yuan 元 块 块钱 圆 元钱|yen 円 엔|won 원|ruble руб руб. рублей рубля рубль|$ 美元 ドル 달러|euro 欧元 евро|
+mm 毫米|cm 厘米 公分 센티미터 см|m 米 公尺 メートル 미터 м|km 公里 千米 キロメートル 킬로미터 км|
+g 克 公克 グラム 그램 г|kg 千克 公斤 キログラム 킬로그램 кг|t 吨|l 升 公升 リットル 리터 л|ml 毫升 мл|
+s 秒 초 сек секунд секунды|min 分钟 分鐘 분 минут минуты мин|h 小时 小時 时 時間 시간 час часа часов ч|
+day 天 日 日間 일 день дня дней|week 周 星期 週間 주|month 个月 月 ヶ月 개월 месяцев|
+yr 年 岁 歳 才 살 年間 год года лет|degree 度 도|
+yuan 元 块 块钱 圆 元钱|yen 円 엔|won 원|ruble руб руб. рублей рубля рубль|
+$ 美元 ドル 달러|euro 欧元 евро|
 m2 平方米 평방미터|cm2 平方厘米|km2 平方公里 平方千米|m3 立方米|cm3 立方厘米
 """
 FOREIGN_UNITS = {
     name: names.split()[0] for names in _FOREIGN_UNITS.replace("\n", " ").split("|") for name in names.split()[1:]
 }
-CLASSIFIERS = frozenset(
-    [
-        "个",
-        "個",
-        "人",
-        "只",
-        "隻",
-        "本",
-        "张",
-        "張",
-        "枚",
-        "支",
-        "枝",
-        "条",
-        "條",
-        "件",
-        "名",
-        "位",
-        "头",
-        "頭",
-        "匹",
-        "棵",
-        "颗",
-        "顆",
-        "根",
-        "台",
-        "辆",
-        "輛",
-        "架",
-        "艘",
-        "朵",
-        "页",
-        "頁",
-        "种",
-        "種",
-        "次",
-        "回",
-        "把",
-        "双",
-        "户",
-        "家",
-        "间",
-        "間",
-        "层",
-        "層",
-        "瓶",
-        "杯",
-        "碗",
-        "盒",
-        "箱",
-        "袋",
-        "包",
-        "片",
-        "块",
-        "塊",
-        "份",
-        "组",
-        "組",
-        "班",
-        "排",
-        "行",
-        "列",
-        "首",
-        "篇",
-        "题",
-        "道",
-        "题目",
-        "步",
-        "圈",
-        "元素",
-        "冊",
-        "つ",
-        "羽",
-        "足",
-        "軒",
-        "通り",
-        "通",
-        "개",
-        "명",
-        "마리",
-        "권",
-        "장",
-        "대",
-        "병",
-        "그루",
-        "송이",
-        "번",
-        "가지",
-        "사람",
-        "шт",
-        "шт.",
-        "штук",
-        "штуки",
-        "человек",
-        "человека",
-        "яблок",
-        "яблока",
-        "раз",
-        "раза",
-        "книг",
-    ]
+_CLASSIFIERS = """
+个 個 人 只 隻 本 张 張 枚 支 枝 条 條 件 名 位 头 頭 匹 棵 颗 顆 根 台 辆 輛 架 艘 朵 页 頁 种 種 次 回 把 双
+户 家 间 間 層 层 瓶 杯 碗 盒 箱 袋 包 片 块 塊 份 组 組 班 排 行 列 首 篇 题 道 步 圈 元素 冊 つ 羽 足 軒 通り 通
+개 명 마리 권 장 대 병 그루 송이 번 가지 사람 шт шт. штук штуки человек человека яблок яблока раз раза книг
+"""
+CLASSIFIERS = frozenset(_CLASSIFIERS.split())
+_CHANGES_IN_HAN = (
+    "万萬亿億千百十廿半多余餘倍分之折成負负或和与與及至到约約非不无無每点點零一二两三四五六七八九几対对左上下"
 )
-CHANGES_IN_HAN = frozenset(
-    "万萬亿億千百十廿半多余餘倍分之折成负負或和与與及至到约約非不无無每点點零一二两三四五六七八九几対对"
-)
+CHANGES_IN_HAN = frozenset(_CHANGES_IN_HAN)
 
 
 def foreign_unit(text: str) -> str | None:
