@@ -94,12 +94,11 @@ def check_row(row: dict[str, Any]) -> str | None:
 
 def _unboxed(text: str) -> str:
     r"""``\boxed{72}``, in dollars or not, as ``72``. A box with anything beside it stays as it is."""
-    text = text.strip()
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,\\!\s?)(?=[0-9]{3})", ",", text.strip())
     for pattern in (DELIMITED, BOX, DELIMITED):
         if match := pattern.fullmatch(text):
             text = next(group for group in match.groups() if group).strip()
-    text = re.sub(r"\\(?=[$%])", "", text)
-    return re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,\\!)(?=[0-9]{3})", ",", text)
+    return re.sub(r"\\(?=[$%])", "", text)
 
 
 def _number(text: str, solution: str) -> Decimal | None:

@@ -19,7 +19,7 @@ from rewards.math.text_errors import Unreadable
 
 MAX_FACTORED = 10**9  # the largest integer that is factored
 MAX_FACTORIAL = 3000
-MAX_SHIFT = 8  # of (n+8)!
+MAX_SHIFT = 8  # of (n+8)! and 2^(n+8)
 MAX_TEXT = 4000  # characters that identify an atom
 CLEARLY = 1e-6  # relative; far above the error of floating point, so that no right answer is refused for it
 SEEDS = (b"1", b"2")
@@ -57,6 +57,9 @@ def power(base: Exact, exponent: Exact) -> Exact:
         return exact.power(base, exponent)
     except NotExact:
         by, value = exponent.rational, base.rational
+        shift = exponent.top.get(exact.ONE, Fraction(0))
+        if by is None and shift and shift.denominator == 1 and abs(shift) <= MAX_SHIFT and _is_polynomial(exponent):
+            return power(base, exponent - exact.number(shift)) * exact.power(base, exact.number(shift))  # 2^n / 2
         if by is None or value is None or value <= 0 or max(value.as_integer_ratio()) > MAX_FACTORED:
             return opaque("^", base, exponent)
     result = exact.number(1)
@@ -131,7 +134,7 @@ def _over_pi(value: Exact) -> Fraction | None:
     """q where the value is q pi, else None."""
     if not value.top:
         return Fraction(0)
-    return exact.ratio(value, exact.atom("pi")) if value.bottom == exact.number(1).bottom else None
+    return exact.ratio(value, exact.atom("pi")) if _is_polynomial(value) else None
 
 
 def factorial(of: Exact) -> Exact:
@@ -148,7 +151,7 @@ def factorial(of: Exact) -> Exact:
         if n > MAX_FACTORIAL:
             raise TooLarge("a factorial too large to compute")
         return exact.number(math.factorial(n.numerator))
-    if of.bottom != exact.number(1).bottom:
+    if not _is_polynomial(of):
         raise NotExact("a factorial of a quotient")
     shift = of.top.get(exact.ONE, Fraction(0))
     if shift.denominator != 1 or abs(shift) > MAX_SHIFT:
@@ -176,6 +179,10 @@ def binomial(n: Exact, k: Exact) -> Exact:
     if n.rational > MAX_FACTORIAL:
         raise TooLarge("a binomial coefficient too large to compute")
     return exact.number(math.comb(int(n.rational), int(k.rational)))
+
+
+def _is_polynomial(value: Exact) -> bool:
+    return value.bottom == {exact.ONE: Fraction(1)}
 
 
 def same(a: Exact, b: Exact) -> bool | None:

@@ -20,8 +20,8 @@ logarithm logarithms half halves third thirds quarter quarters pair pairs couple
 dozen dozens ten tens hundred hundreds thousand thousands zillion zillions myriad myriads lakh lakhs lac lacs crore
 crores googol googols mille kilo mega giga zero zeros zeroes one ones two twos three threes four fours five fives six
 sixes seven sevens eight eights nine nines eleven twelve twenty thirty forty fifty sixty seventy eighty ninety teen
-teens is isn isnt was are be been am equals equal wrong incorrect false impossible invalid instead rather versus vs to into from by
-so because since therefore thus hence
+teens is isn isnt was are be been am equals equal wrong incorrect false impossible invalid instead rather versus vs to
+into from by so because since therefore thus hence
 """
 NOT_BESIDE = frozenset(_NOT_BESIDE.split())
 
