@@ -46,10 +46,11 @@ BELONGS = re.compile(  # what follows a box and belongs to its number
 )
 DENIED_BEFORE = re.compile(
     r"\b(?:not|never|neither|nor|either|isn't|aren't|wasn't|cannot be|can't be|n't|negative|minus|plus|times|twice"
-    r"|thrice|double|triple|half|quarter|third)(?:\s+(?:be|of|the|equal to|a|an|as|exactly|is|simply|just))*$"
+    r"|thrice|double|triple|half|quarter|third)(?:\s+(?:be|of|the|equal to|a|an|exactly|simply|just))*$"
     r"|\b(?:less|more|greater|smaller|larger|fewer|other|rather|bigger|higher|lower) than(?:\s+the)?$"
     r"|\b(?:root|square|cube|power|multiple|factorial|inverse|reciprocal|negative|opposite|logarithm|fraction) of$"
-    r"|\b(?:instead of|except|unless|without|divided by|multiplied by|to the power(?: of)?|over)$",
+    r"|\b(?:any ?thing|everything|all|nothing) but$"
+    r"|\b(?:instead of|except|unless|without|divided by|multiplied by|to the power(?: of)?)$",
     re.IGNORECASE,
 )
 DENIED_AFTER = re.compile(
@@ -73,6 +74,8 @@ def whole(text: str, start: int, end: int) -> str:
     for _ in range(8):  # out of style groups and brackets that hold the box alone
         left = SPACES_BEFORE.sub("", before)
         right = after[spaces.end() :] if (spaces := SPACES_AFTER.match(after)) else after
+        if left.endswith("("):
+            left, right = re.sub(r"\\left\s*\($", "(", left), re.sub(r"^\\right\s*\)", ")", right)
         if (style := STYLE.search(left)) and right.startswith("}"):
             before, after = left[: style.start()], right[1:]
         elif in_formula and left.endswith("(") and right.startswith(")"):
@@ -171,6 +174,8 @@ def _check_before(before: str, in_formula: bool) -> None:
 
 def _check_symbol_before(rest: str, spaced: bool, in_formula: bool) -> None:
     last = rest[-1]
+    if not spaced and re.search(r"[0-9][.,]$", rest):
+        raise NoAnswer("the box is part of a number")
     if last == "=":
         if rest[-2:] in ("!=", "<=", ">="):
             raise NoAnswer("the box is part of an inequality")
@@ -255,6 +260,10 @@ def _check_after(after: str, in_formula: bool) -> None:
 
 def _check_symbol_after(rest: str, spaced: bool, in_formula: bool) -> None:
     first = rest[0]
+    if not spaced and re.match(r"[.,][0-9]", rest):
+        raise NoAnswer("the box is part of a number")
+    if not in_formula and re.match(r"_+(?:[\s.,;:]|$)", rest):
+        return  # markup
     if first == "!" and (in_formula or not spaced):
         raise NoAnswer("a factorial of the box")
     if first in "0123456789([" and (in_formula or not spaced):

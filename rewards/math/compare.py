@@ -122,6 +122,9 @@ def same_form(gold: Form, answer: Form, same: Same) -> bool:
 def _same_shape(gold: Form, answer: Form, same: Same) -> bool:
     if gold.kind == answer.kind == "value":
         return _same_quantity(gold.text, answer.text, same)
+    if (gold.braced and answer.kind == "set") or (answer.braced and gold.kind == "set"):
+        values = [form.items if form.kind == "set" else (form,) for form in (gold, answer)]
+        return _same_ordered(values[0], values[1], same)
     if gold.kind in ("list", "set"):
         return _same_collection(gold, ungrouped(answer), same)
     if gold.kind != answer.kind:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from rewards.math import expression
+from rewards.math import expression, regions
 from rewards.math.shapes import Form
 from rewards.math.text_errors import Unreadable
 
@@ -70,7 +70,8 @@ def same_family(gold: Form, answer: Form, same: Callable[[Form, Form], bool]) ->
     """Whether two families are the same; an answer may leave the parameter's set out."""
     name, kind = gold.text.split(":")
     if answer.kind != "family":
-        return same(gold.items[0], answer)
+        region = regions.as_region(gold.items[0])  # -2 < x < 3 is no more what it was without x being an integer
+        return not (region and region[0] == name) and same(gold.items[0], answer)
     other, other_kind = answer.text.split(":")
     if kind != other_kind:
         return False

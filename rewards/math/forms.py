@@ -6,7 +6,9 @@ worker's computer algebra system use the same rules.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from dataclasses import replace
 
 from rewards.math import families, language, regions
 from rewards.math.names import FIGURE, name_of
@@ -22,7 +24,7 @@ MATRIX = re.compile(
     re.DOTALL,
 )
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
-POINT = re.compile(r"[ABDEHIKLMNQRSTUVWXYZ]\s*(\((?:[^()]|\([^()]*\))*,(?:[^()]|\([^()]*\))*\))")  # A(1, 2)
+POINT = re.compile(r"[ABDEHIKLMNQRSTVWXYZ]\s*(\((?:[^()]|\([^()]*\))*,(?:[^()]|\([^()]*\))*\))")  # A(1, 2)
 SET = re.compile(r"\\\{.*?\\\}", re.DOTALL)
 
 
@@ -41,8 +43,9 @@ def read(piece: str) -> Form:
 def read_gold(piece: str) -> Form:
     """The form of a gold answer; words and notation that cannot be computed with are compared as written."""
     text = canonical(piece)
-    if choice := language.choice(text):
-        return _choice(*choice)
+    with contextlib.suppress(Unreadable):  # "(A) and (B)" is words
+        if choice := language.choice(text):
+            return _choice(*choice)
     if regions.REALS.fullmatch(text):
         return regions.LINE
     if language.is_words(text) or language.RATIO.fullmatch(text):
@@ -104,7 +107,9 @@ def _read_term(text: str) -> Form:
         return _matrix(matrix)
     if text.startswith("{") and (inside := _bare_set(text) or _group(text)):
         form = _read(inside, bool(_bare_set(text)))
-        return Form("set", items=members(form)) if form.kind == "list" and _bare_set(text) else form
+        if form.kind == "list" and _bare_set(text):
+            return Form("set", items=members(form))
+        return replace(form, braced=True)
     if FIGURE.fullmatch(text):
         return Form("value", text)
     if point := POINT.fullmatch(text):

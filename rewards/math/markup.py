@@ -104,7 +104,7 @@ def _upright(match: re.Match[str]) -> str:
         return f"\\{inside} "
     if len(inside) == 1 and inside in ("ei" if command.startswith("text") else UPRIGHT):
         return f" {inside} "
-    if not re.search(r"[A-Za-z]", content) and not re.search(r"[^\x00-\x7f]", content):
+    if not re.search(r"[A-Za-z]", content):
         return f" {content} "
     if command == "mathrm" and re.fullmatch(r"\\[A-Za-z]+", inside):
         return f" {inside} "

@@ -10,6 +10,7 @@ import re
 
 from rewards.math.shapes import Form
 from rewards.math.text import as_written
+from rewards.math.units import is_sum
 
 NAME = re.compile(
     r"(?:\\?[A-Za-z]|\\[a-z]{2,8}|\\text\{\s*[A-Za-z ]+\})'*(?:_\{?[A-Za-z0-9]+\}?)?'*"
@@ -21,7 +22,8 @@ FIGURE = (
         r"(?:m ?)?(?:\\(?:angle|measuredangle|triangle|overline|overrightarrow|vec|bar|hat|widehat|text)\s*\{?\s*)+"
         r"[A-Za-z]{1,5}'?\s*\}?"
         r"|[A-Z]'?(?:_\{?[0-9]\}?)?(?: ?[A-Z]'?(?:_\{?[0-9]\}?)?){1,4}|\[\s*[A-Z]{3,6}\s*\]"
-        r"|\|\s*(?:\\(?:overline|overrightarrow|vec)\s*\{?\s*)?(?:[A-Z]{1,2}|[a-wz])\s*\}?\s*\|"
+        r"|\|\s*(?:\\(?:overline|overrightarrow|vec)\s*\{?\s*)?(?:[A-Z]{1,2}|[wz])\s*\}?\s*\|"
+        r"|\|\s*\\vec\s*\{?\s*[a-z]\s*\}?\s*\|"
         r"|[A-Z]_\s*\{?\s*(?:\\triangle\s*)?(?:[A-Z]{2,6}|\\text\{[A-Za-z ]+\}|\\[a-z]+)\s*\}?"
         r"|[A-Za-z](?:_\s*\{?\s*\\(?:text\{[A-Za-z ]+\}|max|min)\s*\}?)"
     )
@@ -34,6 +36,7 @@ POINT = re.compile(r"[a-zA-Z]'*\s*\(\s*-?[0-9/.]+\s*\)")  # y(0)
 COMPUTED = re.compile(
     r"\\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|lim|sum|int|prod|max|min|gcd|lcm|det|nabla|Pr|Re|Im)(?![A-Za-z])"
 )
+BOUND = re.compile(r"\\(?:lim|sum|int|prod|max|min|gcd|lcm|det|nabla|Pr)(?![A-Za-z])")
 DERIVATIVE = re.compile(
     r"\\frac\s*\{\s*(?:d|\\partial)[^{}]*\}\s*\{\s*(?:d|\\partial)[^{}]*\}(?:\s*[a-z]?\(?[a-z]?\)?)"
 )
@@ -56,7 +59,9 @@ def label_of(form: Form, *, of_gold: bool = False) -> str:
         return name
     text = form.text.strip()
     call = CALL.fullmatch(text)
-    if FIGURE.fullmatch(text) or DERIVATIVE.fullmatch(text) or POINT.fullmatch(text) or COMPUTED.match(text):
+    if FIGURE.fullmatch(text) or DERIVATIVE.fullmatch(text) or POINT.fullmatch(text):
+        return _bare(text)
+    if COMPUTED.match(text) and not is_sum(text) and (BOUND.match(text) or not variables(text) <= {"x", "y", "z"}):
         return _bare(text)
     if call and call[1].count("(") == call[1].count(")"):
         return _bare(text)

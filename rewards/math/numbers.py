@@ -40,6 +40,7 @@ BASES = {
 _NAMES = "|".join(BASES)
 BASE_IN_WORDS = re.compile(
     rf"(?P<digits>[0-9A-Fa-f]+)\s*(?:_\s*\{{?\s*\\text\{{\s*(?:base[ -]?)?\s*(?P<a>{_NAMES}|[0-9]{{1,2}})\s*\}}\s*\}}?"
+    rf"|_\s*\{{\s*\\text\{{\s*base[ -]?\s*\}}\s*(?P<f>[0-9]{{1,2}})\s*\}}"
     rf"|_\s*\{{\s*(?P<b>{_NAMES}|\([0-9]{{1,2}}\))\s*\}}"
     rf"|\\text\{{\s*\(?\s*(?:in )?base[ -]?\s*(?P<c>{_NAMES}|[0-9]{{1,2}})\s*\)?\s*\}}"
     rf"|\\text\{{\s*\(?\s*(?:in )?base\s*\}}\s*(?P<d>[0-9]{{1,2}})"

@@ -161,6 +161,8 @@ def _compared(gold: Form, answer: Form) -> Verdict:
 
 def _is_number(form: Form) -> bool:
     """Whether a form is a plain number, perhaps with a name or a unit. ``10/2`` is not: it has to be worked out."""
+    if form.kind == "choice":
+        form = form.items[0]
     if rest := named(form):
         form = rest[1]
     value = units.split(form.text).value if form.kind == "value" else ""

@@ -24,6 +24,7 @@ class Form:
     items: tuple[Form, ...] = ()
     signs: tuple[str, ...] = ()
     grouped: bool = False  # a value whose commas may group thousands or separate values
+    braced: bool = False  # one value in bare braces, which may be TeX's or a set's
 
 
 def ungrouped(form: Form) -> Form:

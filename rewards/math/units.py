@@ -30,7 +30,8 @@ MARK = re.compile(
 )
 CURRENCY = r"\\\$|[€£¥₹₩₽]"
 MONEY = re.compile(
-    rf"(?P<sign>-?)\s*(?:(?P<mark>{CURRENCY})|(?P<code>Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CHF)(?=[ 0-9]))"
+    rf"(?P<sign>-?)\s*(?:(?:US|AU|NZ|HK|A|C)?\s*(?P<mark>{CURRENCY})"
+    r"|(?P<code>Rs\.?|USD|EUR|GBP|INR|JPY|CNY|RMB|CHF)(?=[ 0-9]))"
     r"\s*(?P<rest>-?[0-9.\\].*)$",
     re.DOTALL,
 )
