@@ -101,7 +101,7 @@ def same_form(gold: Form, answer: Form, same: Same) -> bool:
     if max(len(gold.items), len(answer.items)) > MAX_ITEMS:
         raise Unreadable(f"more than {MAX_ITEMS} values")
     if "family" in (gold.kind, answer.kind):
-        return gold.kind == "family" and same_family(gold, answer, lambda g, a: same_form(g, a, same))
+        return same_family(gold, answer, lambda g, a: same_form(g, a, same))
     if "residue" in (gold.kind, answer.kind):
         return same_residue(gold, answer, lambda g, a: same_form(g, a, same))
     if (told := _same_assignments(gold, answer, same)) is not None:

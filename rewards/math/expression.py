@@ -32,6 +32,7 @@ DIGIT = re.compile(r"[0-9]", re.ASCII)
 LETTER = re.compile(r"[A-Za-z]")
 ACCENTED = re.compile(r"\s*(?:\{\s*([A-Za-z])\s*\}|([A-Za-z])(?![A-Za-z]))")
 PRIMES = re.compile(r" ?'+")
+CALL = re.compile(r"\s*\(\s*((?:-?[0-9]+|[a-z])(?:\s*,\s*(?:-?[0-9]+|[a-z]))*)\s*\)")
 MARK = re.compile(r" ?(?:\\%|\\degree(?![A-Za-z]))")
 DIGITS_FOLLOW = re.compile(r"\s*\{?\s*[0-9.]")
 BASE_OF_POWER = re.compile(r"\s*[0-9]+\s*\^", re.ASCII)
@@ -328,12 +329,8 @@ class _Parser:
             name += "_" + (subscript[1] or subscript[2])
         if primes := self.match(PRIMES):
             name += primes[0].strip()
-        if name.rstrip("'") in ("f", "g", "F", "G") and self.take("("):
-            arguments = [self.sum()]
-            while self.take(","):
-                arguments.append(self.sum())
-            self.expect(")")
-            return functions.opaque("call " + name, *arguments)
+        if name.rstrip("'") in ("f", "g", "F", "G") and (call := self.match(CALL)):  # g(R+h) may be a product
+            return functions.opaque("call " + name, *(value(argument.strip()) for argument in call[1].split(",")))
         return exact.atom(name)
 
 

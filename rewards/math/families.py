@@ -67,11 +67,13 @@ def _of(name: str) -> re.Pattern[str]:
 
 
 def same_family(gold: Form, answer: Form, same: Callable[[Form, Form], bool]) -> bool:
-    """Whether two families are the same; an answer may leave the parameter's set out."""
-    name, kind = gold.text.split(":")
-    if answer.kind != "family":
-        region = regions.as_region(gold.items[0])  # -2 < x < 3 is no more what it was without x being an integer
-        return not (region and region[0] == name) and same(gold.items[0], answer)
+    """Whether two families are the same; one of them may leave the parameter's set out."""
+    family = gold if gold.kind == "family" else answer
+    name, kind = family.text.split(":")
+    if gold.kind != answer.kind:
+        region = regions.as_region(family.items[0])  # -2 < x < 3 is no more what it was without x being an integer
+        plain = [form.items[0] if form is family else form for form in (gold, answer)]
+        return not (region and region[0] == name) and same(plain[0], plain[1])
     other, other_kind = answer.text.split(":")
     if kind != other_kind:
         return False

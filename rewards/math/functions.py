@@ -262,7 +262,7 @@ def _of_atom(name: str | Opaque, seed: bytes) -> complex:
 
 def _real(value: complex) -> float:
     if abs(value.imag) > 1e-12:
-        raise ValueError("a factorial of a complex number")
+        raise ValueError("not a real number")
     return value.real
 
 

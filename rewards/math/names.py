@@ -99,8 +99,9 @@ def named(form: Form, *, of_gold: bool = False) -> tuple[str, Form] | None:
     if not label or form.signs != ("=",):
         return None
     quantity = len(variables(left.text)) > 1 and not FIGURE.fullmatch(left.text) and not DERIVATIVE.fullmatch(left.text)
-    if quantity and not CALL.fullmatch(left.text) and right.kind == "value" and variables(right.text):
-        return None  # a + b = 2c is an equation
+    equation = right.kind == "value" and (variables(right.text) or right.text.strip() == "0")
+    if quantity and equation and not CALL.fullmatch(left.text):
+        return None  # a + b = 2c, ax + by + c = 0
     return label, right
 
 

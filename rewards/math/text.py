@@ -143,7 +143,7 @@ SYNONYMS = {
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:! ]|\{,\}|~)+[0-9]{3})+(?![0-9])", re.ASCII)
 PLAIN_NAMES = re.compile(r"(?<![\\A-Za-z{])(sqrt|sin|cos|tan|log|ln|pi|infinity)(?![A-Za-z])")
-WORDS = re.compile(r"(?<![\\A-Za-z])(?:percent(?:age)?|pct|degrees?)(?![A-Za-z])(?!\s*\w)")
+WORDS = re.compile(r"(?<![\\A-Za-z])(?:per ?cents?|percentage|pct|degrees?)(?![A-Za-z])(?!\s*\w)")
 WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 
@@ -167,7 +167,7 @@ def canonical(piece: str) -> str:
     text = GROUPED.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text)
     text = text.replace("{,}", ",")
     text = re.sub(r"(?<!\\)\\[,;:> ]|~", " ", text)
-    text = re.sub(r"\\text\{\s*(percent(?:age)?|degrees?)\s*\}", r" \1 ", text)
+    text = re.sub(r"\\text\{\s*(per ?cents?|percentage|pct|degrees?)\s*\}", r" \1 ", text)
     text = WORDS.sub(lambda match: r"\%" if match[0][0] == "p" else r"\degree ", text)
     text = re.sub(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", lambda _: r"\degree ", text)
     text = re.sub(r"(?<=')\s+(?=')", "", text)

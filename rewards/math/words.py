@@ -18,7 +18,8 @@ percentage percentages permille base mod modulo modulus remainder factorial fact
 root roots inverse inverses reciprocal reciprocals opposite opposites complement complements conjugate log logs
 logarithm logarithms half halves third thirds quarter quarters pair pairs couple couples score scores gross grosses
 dozen dozens ten tens hundred hundreds thousand thousands zillion zillions myriad myriads lakh lakhs lac lacs crore
-crores googol googols mille kilo mega giga zero zeros zeroes one ones two twos three threes four fours five fives six
+crores googol googols mille mil mils mio bn basis
+kilo mega giga zero zeros zeroes one ones two twos three threes four fours five fives six
 sixes seven sevens eight eights nine nines eleven twelve twenty thirty forty fifty sixty seventy eighty ninety teen
 teens is isn isnt was are be been am equals equal wrong incorrect false impossible invalid instead rather versus vs to
 into from by so because since therefore thus hence
@@ -117,9 +118,7 @@ _CLASSIFIERS = """
 개 명 마리 권 장 대 병 그루 송이 번 가지 사람 шт шт. штук штуки человек человека яблок яблока раз раза книг
 """
 CLASSIFIERS = frozenset(_CLASSIFIERS.split())
-_CHANGES_IN_HAN = (
-    "万萬亿億千百十廿半多余餘倍分之折成負负或和与與及至到约約非不无無每点點零一二两三四五六七八九几対对左上下"
-)
+_CHANGES_IN_HAN = "万萬亿億千百十廿半多余餘倍分之折成負负或和与與及至到约約非不无無每点點零一二两三四五六七八九几対对左上下未内超弱強满滿満"
 CHANGES_IN_HAN = frozenset(_CHANGES_IN_HAN)
 
 
