@@ -118,8 +118,11 @@ _CLASSIFIERS = """
 개 명 마리 권 장 대 병 그루 송이 번 가지 사람 шт шт. штук штуки человек человека яблок яблока раз раза книг
 """
 CLASSIFIERS = frozenset(_CLASSIFIERS.split())
-_CHANGES_IN_HAN = "万萬亿億千百十廿半多余餘倍分之折成負负或和与與及至到约約非不无無每点點零一二两三四五六七八九几対对左上下未内超弱強满滿満"
-CHANGES_IN_HAN = frozenset(_CHANGES_IN_HAN)
+_CHANGES_IN_HAN = """
+万萬亿億千百十廿半多余餘倍分之折成負负或和与與及至到约約非不无無每点點
+零一二两三四五六七八九几対对左上下未内超弱強满滿満
+"""
+CHANGES_IN_HAN = frozenset("".join(_CHANGES_IN_HAN.split()))
 
 
 def foreign_unit(text: str) -> str | None:
