@@ -13,7 +13,7 @@ from dataclasses import replace
 from rewards.math import families, language, regions
 from rewards.math.names import FIGURE, name_of
 from rewards.math.shapes import CLOSING, OPENING, TOKEN, Form, encloses, members, sides_of, split
-from rewards.math.text import canonical
+from rewards.math.text import PLAIN, canonical
 from rewards.math.text_errors import Unreadable
 
 SEPARATOR = re.compile(
@@ -35,6 +35,8 @@ def read(piece: str) -> Form:
         Unreadable: it has none.
     """
     text = canonical(piece)
+    if PLAIN.fullmatch(text):
+        return Form("value", text)
     if choice := language.choice(text):
         return _choice(*choice)
     return _read(text)
@@ -43,6 +45,8 @@ def read(piece: str) -> Form:
 def read_gold(piece: str) -> Form:
     """The form of a gold answer; words and notation that cannot be computed with are compared as written."""
     text = canonical(piece)
+    if PLAIN.fullmatch(text):
+        return Form("value", text)
     with contextlib.suppress(Unreadable):  # "(A) and (B)" is words
         if choice := language.choice(text):
             return _choice(*choice)

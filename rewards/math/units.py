@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from rewards.math.guard import FUNCTIONS
+from rewards.math.text import PLAIN
 from rewards.math.words import ATTACHED, CURRENCIES, FILLERS, UNITS, changes_a_number, foreign_unit, names_things
 
 LETTERS = frozenset("mgshLNJWV")  # single letters that are units without \text
@@ -58,6 +59,8 @@ class Quantity:
 
 def split(text: str) -> Quantity:
     """A canonical formula without its unit, percent sign or degree sign."""
+    if PLAIN.fullmatch(text):
+        return Quantity(text)
     text, money = _without_money(text)
     if match := MARK.search(text):
         return _marked(text, match, money)
