@@ -242,7 +242,7 @@ def _scaled(quantity: units.Quantity) -> str:
 def _same_digits(gold: str, answer: str) -> bool:
     """``1011`` for ``1011_2``: an answer may leave out the base that the gold has."""
     numeral = numbers.NUMERAL.fullmatch(gold)
-    return bool(numeral) and as_written(answer).upper() == numeral[1]  # type: ignore[index]
+    return bool(numeral) and as_written(answer).upper() == (numeral[1] or numeral[4])  # type: ignore[index]
 
 
 # --- relations -------------------------------------------------------------------------------------------------------

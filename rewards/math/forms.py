@@ -110,6 +110,8 @@ def _read_term(text: str) -> Form:
     if matrix := MATRIX.fullmatch(text):
         return _matrix(matrix)
     if text.startswith("{") and (inside := _bare_set(text) or _group(text)):
+        if built := regions.built(inside):
+            return _built(*built)
         form = _read(inside, bool(_bare_set(text)))
         if form.kind == "list" and _bare_set(text):
             return Form("set", items=members(form))
@@ -150,8 +152,10 @@ def _built(name: str, condition: str) -> Form:
     region = regions.as_region(form)
     if region and region[0] == name:
         return region[1]
+    family = form if form.kind == "family" else None
+    form = family.items[0] if family else form
     if form.kind == "relation" and form.signs == ("=",) and name_of(form.items[0]) == name:
-        return Form("set", items=members(form.items[1]))
+        return replace(family, items=form.items[1:]) if family else Form("set", items=members(form.items[1]))
     raise Unreadable("set-builder notation whose condition is no interval")
 
 

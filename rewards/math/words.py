@@ -30,10 +30,10 @@ NOT_BESIDE = frozenset(_NOT_BESIDE.split())
 _SYNONYMS = """
 nm nanometer nanometre|um micrometer micrometre micron|mm millimeter millimetre|cm centimeter centimetre|
 dm decimeter decimetre|m meter metre|km kilometer kilometre|in inch inches|ft foot feet|yd yard|mi mile|
-mcg microgram|mg milligram|g gram gm|kg kilogram kilo|t ton tonne|lb lbs|pound|oz ounce|
+mcg ug microgram|mg milligram|g gram gm|kg kilogram kilo|t ton tonne|lb lbs|pound|oz ounce|
 ml milliliter millilitre mL|cl centiliter centilitre cL|dl deciliter decilitre dL|l liter litre L|
 gal gallon|qt quart|pt pint|cup|tbsp tablespoon|tsp teaspoon|acre|ha hectare|
-ms millisecond|s sec second|min minute|h hr hour|day|week wk|month|yr year|decade|century centuries|
+us microsecond|ms millisecond|s sec second|min minute|h hr hour|day|week wk|month|yr year|decade|century centuries|
 mi/h mph|km/h kmh kph|rpm|knot|Hz hertz|kHz kilohertz|MHz megahertz|GHz gigahertz|
 N newton|kN kilonewton|J joule|kJ kilojoule|MJ megajoule|cal calorie|kcal kilocalorie|eV|keV|MeV|GeV|
 W watt|kW kilowatt|MW megawatt|kWh|V volt|kV kilovolt|mV millivolt|A ampere amp|mA milliampere|ohm|K kelvin|
