@@ -12,17 +12,17 @@ import re
 _NOT_BESIDE = """
 or and either neither nor not no never none else otherwise maybe perhaps possibly probably alternatively but if then
 unless except without negative negatives minus plus times twice thrice double doubles triple triples quadruple about
-around approximately approx roughly nearly circa almost barely ish less lesser more fewer greater smaller larger bigger
-higher lower than below above under over off short most least up down percent percents
-percentage percentages permille base mod modulo modulus remainder factorial factorials choose power powers exponent
-root roots inverse inverses reciprocal reciprocals opposite opposites complement complements conjugate log logs
-logarithm logarithms half halves third thirds quarter quarters pair pairs couple couples score scores gross grosses
-dozen dozens ten tens hundred hundreds thousand thousands zillion zillions myriad myriads lakh lakhs lac lacs crore
-crores googol googols mille mil mils mio bn basis
-kilo mega giga zero zeros zeroes one ones two twos three threes four fours five fives six
+around approximately approx roughly nearly circa almost barely ish less lesser more fewer greater smaller larger
+bigger higher lower than below above under over off short most least up down percent percents percentage percentages
+permille base mod modulo modulus remainder factorial factorials choose power powers exponent root roots inverse
+inverses reciprocal reciprocals opposite opposites complement complements conjugate log logs logarithm logarithms half
+halves halfs third thirds quarter quarters pair pairs couple couples score scores gross grosses dozen dozens ten tens
+hundred hundreds thousand thousands zillion zillions myriad myriads lakh lakhs lac lacs crore crores googol googols
+mille mil mils mio bn basis kilo mega giga zero zeros zeroes one ones two twos three threes four fours five fives six
 sixes seven sevens eight eights nine nines eleven twelve twenty thirty forty fifty sixty seventy eighty ninety teen
 teens is isn isnt was are be been am equals equal wrong incorrect false impossible invalid instead rather versus vs to
-into from by so because since therefore thus hence
+into from by so because since therefore thus hence upward upwards onward onwards downwards thereabouts always
+sometimes besides towards does has sines cosines tangents
 """
 NOT_BESIDE = frozenset(_NOT_BESIDE.split())
 
@@ -73,7 +73,7 @@ NOUNS = frozenset(_NOUNS.split())
 # What may follow a number, or the thing counted, and changes nothing.
 TRAILING = re.compile(r"(?:^|\s+)(?:in (?:total|all)|altogether|total|overall|left|remaining|exactly|only|each)$")
 NUMBER_LIKE = re.compile(  # fifths, twentieths, thirteen, trillions
-    r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]+illion)ths?"
+    r"(?:n|k|four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]+illion)ths?"
     r"|[a-z]+teens?|[a-z]*illions?|[a-z]+fold"
 )
 
