@@ -1,16 +1,20 @@
 r"""Whether an answer is the gold answer: the same shape, with the same values in it.
 
     gold                 also right
-    a value, ``5``       ``x = 5``; with a unit
+    a value, ``5``       ``x = 5``; ``AB = 5``, ``f(2) = 5``; with a unit
     ``42 cm``            without the unit, never with another one
     ``42\%``             ``42`` and 0.42; under a gold without a percent sign, ``42\%`` is 0.42 alone
     ``90^\circ``         ``90`` and ``\pi/2``
     ``x = 5``            ``5``, and the same equation in another form
     a list ``1, 2``      in any order, as a set, as ``x = 1, x = 2``
-    an interval          an inequality of one name, and the other way round
+    a point ``(1, 2)``   ``x = 1, y = 2``
+    an interval          an inequality of one name, set-builder notation, and the other way round
     ``1011_2``           ``1011``, never 11
+    ``3 \pmod 5``        ``8 \pmod 5``, and 3
+    ``k\pi, k \in Z``    ``n\pi + \pi, n \in Z``, and without the set
+    the option ``B``     ``(B) 12``
 
-A tuple is no set, and no two brackets are the same.
+A tuple is no set, and no two brackets are the same. docs/rewards.md has the whole table, line by line a test.
 """
 
 from __future__ import annotations
