@@ -40,6 +40,9 @@ GOES_ON = re.compile(  # and those after one
     r"\\(?:Rightarrow|Longrightarrow|rightarrow|implies|iff|quad|qquad|tag|blacksquare|square|Box|qed|checkmark|hfill|"
     r"end|approx|in|\\|pmod|therefore|label|newline|notag|nonumber|right)(?![A-Za-z])|\\\\"
 )
+_JOINING = "and but if so because since with to from by for into is are be therefore thus hence"
+JOINING = frozenset(_JOINING.split())  # words that may follow a number in a sentence, but not in a unit
+MULTIPLIES = frozenset("万萬亿億千百十半倍分成折多余餘만억천백")  # directly after a number
 BELONGS = re.compile(  # what follows a box and belongs to its number
     r"\\?%|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))(?:\s*(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF](?![A-Za-z])))?|"
     r"°[CF]?|_\s*(?:\{[^{}]*\}|[0-9]|\\text\s*\{[^{}]*\})"
@@ -49,6 +52,7 @@ DENIED_BEFORE = re.compile(
     r"|thrice|double|triple|half|quarter|third)(?:\s+(?:be|of|the|equal to|a|an|exactly|simply|just))*$"
     r"|\b(?:less|more|greater|smaller|larger|fewer|other|rather|bigger|higher|lower) than(?:\s+the)?$"
     r"|\b(?:root|square|cube|power|multiple|factorial|inverse|reciprocal|negative|opposite|logarithm|fraction) of$"
+    r"|(?:不|不是|并非|不等于)$"
     r"|\b(?:any ?thing|everything|all|nothing) but$"
     r"|\b(?:instead of|except|unless|without|divided by|multiplied by|to the power(?: of)?)$",
     re.IGNORECASE,
@@ -86,11 +90,7 @@ def whole(text: str, start: int, end: int) -> str:
             before = left[: style.start()]
         else:
             break
-    if (
-        after.lstrip().startswith("}")
-        and INSIDE_TEXT.search(before)
-        and SPACES_AFTER.sub("", after, count=1).startswith("}")
-    ):
+    if after.lstrip().startswith("}") and INSIDE_TEXT.search(before):
         after = after.partition("}")[2]
     _check_before(before, in_formula)
     _check_after(after, in_formula)
@@ -129,34 +129,10 @@ def _belonging(after: str, in_formula: bool) -> tuple[str, str]:
         if unit_of(words.strip(" .")):
             return " " + match["text"].replace(".", ""), rest[match.end() :]
         first = re.findall(r"[A-Za-z]+", match["words"])
-        if (first and changes_a_number(first[0]) and first[0] not in _JOINING) or DENIED_AFTER.match(match["words"]):
+        if (first and changes_a_number(first[0]) and first[0] not in JOINING) or DENIED_AFTER.match(match["words"]):
             raise NoAnswer("the words after the box make it another number")
         return "", rest[match.end() :]
     return "", after
-
-
-_JOINING = frozenset(
-    [
-        "and",
-        "but",
-        "if",
-        "so",
-        "because",
-        "since",
-        "with",
-        "to",
-        "from",
-        "by",
-        "for",
-        "into",
-        "is",
-        "are",
-        "be",
-        "therefore",
-        "thus",
-        "hence",
-    ]
-)
 
 
 def _check_before(before: str, in_formula: bool) -> None:
@@ -266,6 +242,8 @@ def _check_after(after: str, in_formula: bool) -> None:
         raise NoAnswer("the box is part of a larger formula")
     if DENIED_AFTER.match(rest):
         raise NoAnswer("the words after the box deny it or make it another number")
+    if first in MULTIPLIES:
+        raise NoAnswer("what follows the box makes it another number")
     if first.isalpha():
         word = re.match(r"[A-Za-z]+", rest)
         if word and ((not spaces) or (in_formula and len(word[0]) == 1)):
