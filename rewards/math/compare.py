@@ -131,6 +131,9 @@ def _same_shape(gold: Form, answer: Form, same: Same) -> bool:
         return _same_ordered(values[0], values[1], same)
     if gold.kind in ("list", "set"):
         return _same_collection(gold, ungrouped(answer), same)
+    intervals = answer.kind == "list" and all(item.kind == "tuple" for item in answer.items)
+    if gold.kind == "union" and intervals and answer.text != "and":  # (0, 1) or (2, 3)
+        return _same_unordered(gold.items, answer.items, same)
     if gold.kind != answer.kind:
         return False
     if gold.kind == "union":

@@ -28,7 +28,8 @@ ANY_INTEGER = re.compile(
 )
 RESIDUE = re.compile(
     r"(?P<rest>.+?)\s*(?:\\pmod\s*(?:\{(?P<a>[^{}]+)\}|(?P<b>[0-9]+|[a-z])(?![0-9A-Za-z]))"
-    r"|\(\s*(?:\\pmod|\\text\{ ?mod ?\}|mod)\s*\{?(?P<c>[^{}()]+)\}?\s*\)|\\bmod\s*\{?(?P<d>[0-9]+|[a-z])\}?)\s*",
+    r"|(?:\(\s*(?:\\pmod|\\text\{ ?mod ?\}|mod)|\\text\{ ?\( ?mod ?\})\s*\{?(?P<c>[^{}()]+)\}?\s*\)"
+    r"|\\bmod\s*\{?(?P<d>[0-9]+|[a-z])\}?)\s*",
     re.DOTALL,
 )
 

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+", re.ASCII)
-REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}", re.ASCII)
+REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?", re.ASCII)
 SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})", re.ASCII)
 FRACTION = re.compile(
     r"(?P<sign>[+-]?) ?(?P<whole>[0-9]+(?= ))? ?(?P<top>[0-9]+) ?/ ?(?P<bottom>[0-9]+)"
