@@ -100,6 +100,8 @@ def _choose(text: str, sign: str) -> str:
 def _read_term(text: str) -> Form:
     if regions.REALS.fullmatch(text):
         return regions.LINE
+    if FIGURE.fullmatch(text):
+        return Form("value", text)
     parts = split(text, {r"\cup"})
     if len(parts) > 1:
         return Form("union", items=tuple(_read_term(part.strip()) for part in parts))
@@ -116,8 +118,6 @@ def _read_term(text: str) -> Form:
         if form.kind == "list" and _bare_set(text):
             return Form("set", items=members(form))
         return replace(form, braced=True)
-    if FIGURE.fullmatch(text):
-        return Form("value", text)
     if point := POINT.fullmatch(text):
         return _read_term(point[1])
     ratio = split(text, {":"})

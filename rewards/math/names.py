@@ -23,6 +23,7 @@ FIGURE = (
         r"[A-Za-z]{1,5}'?\s*\}?"
         r"|[A-Z]'?(?:_\{?[0-9]\}?)?(?: ?[A-Z]'?(?:_\{?[0-9]\}?)?){1,4}|\[\s*[A-Z]{3,6}\s*\]"
         r"|\|\s*(?:\\(?:overline|overrightarrow|vec)\s*\{?\s*)?(?:[A-Z]{1,2}|[wz])\s*\}?\s*\|"
+        r"|\|\s*[A-Z]\s*(?:\\(?:cup|cap|setminus)\s*[A-Z]\s*)+\||\\\|\s*[A-Za-z]\s*\\\|"
         r"|\|\s*\\vec\s*\{?\s*[a-z]\s*\}?\s*\|"
         r"|[A-Z]_\s*\{?\s*(?:\\triangle\s*)?(?:[A-Z]{2,6}|\\text\{[A-Za-z ]+\}|\\[a-z]+)\s*\}?"
         r"|[A-Za-z](?:_\s*\{?\s*\\(?:text\{[A-Za-z ]+\}|max|min)\s*\}?)"
@@ -34,9 +35,10 @@ CALL = re.compile(
 )
 POINT = re.compile(r"[a-zA-Z]'*\s*\(\s*-?[0-9/.]+\s*\)")  # y(0)
 COMPUTED = re.compile(
-    r"\\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|lim|sum|int|prod|max|min|gcd|lcm|det|nabla|Pr|Re|Im)(?![A-Za-z])"
+    r"\\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|lim|sum|int|prod|max|min|gcd|lcm|det|deg|dim|nabla|Pr|Re|"
+    r"Im)(?![A-Za-z])"
 )
-BOUND = re.compile(r"\\(?:lim|sum|int|prod|max|min|gcd|lcm|det|nabla|Pr)(?![A-Za-z])")
+BOUND = re.compile(r"\\(?:lim|sum|int|prod|max|min|gcd|lcm|det|deg|dim|nabla|Pr)(?![A-Za-z])")
 DERIVATIVE = re.compile(
     r"\\frac\s*\{\s*(?:d|\\partial)[^{}]*\}\s*\{\s*(?:d|\\partial)[^{}]*\}(?:\s*[a-z]?\(?[a-z]?\)?)"
 )

@@ -140,6 +140,7 @@ SYNONYMS = {
     "lor": r"\text{ or }",
     "land": r"\text{ and }",
 }
+ANSWER_IS = re.compile(r"^\\text[a-z]*\s*\{\s*(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s*\}\s*=?", re.IGNORECASE)
 PLAIN = re.compile(r"-?[0-9]+(?:\.[0-9]+)?", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:! ]|\{,\}|~)+[0-9]{3})+(?![0-9])", re.ASCII)
@@ -164,6 +165,7 @@ def canonical(piece: str) -> str:
         text = re.sub(r"\\\\(?=[A-Za-z])", lambda _: "\\", text)  # escaped once too often
     text = markup.without_delimiters(text)
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\[bB]igg?[lrm]?(?![A-Za-z])", "", text)
+    text = ANSWER_IS.sub("", text)
     text = with_bases(markup.matrices(markup.prefixed(markup.plain(text))))
     text = re.sub(r"\\([A-Za-z]+)(\s?)", _synonym, text)
     text = text.replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ")
