@@ -219,6 +219,79 @@ def test_prose_is_refused_by_name(gold):
     assert "prose" in gold_fault(gold)
 
 
+LABELS = r"""
+BC=4\text{ cm}
+|BC|=4
+d=4
+\text{distance} = 4
+\text{The answer is } 4
+\text{Answer: }4
+\text{Answer} = 4
+n_{\max} = 4
+x_{\text{min}}=4
+f_{\max}=4
+S_{\triangle ABC}=4
+V_{\text{cone}}=4
+P(A|B) = 4
+\max\{a,b\}=4
+\gcd(8,12)=4
+\det A = 4
+\deg p = 4
+4 = x
+a \cdot b = 4
+\frac{1}{a}+\frac{1}{b}=4
+\sqrt{ab}=4
+a^2+b^2+c^2=4
+x_1+x_2=4
+x_1x_2=4
+\tan\alpha=4
+\cos 2\theta = 4
+\angle B = 4^\circ
+f(1)+f(-1)=4
+f(f(2)) = 4
+f'(1)=4
+f^{-1}(2)=4
+(f\circ g)(2)=4
+\text{Var}(X)=4
+\operatorname{Var}(X)=4
+|A \cup B| = 4
+n = 4
+\lambda=4
+T_4 = 4
+\overrightarrow{AB}\cdot\overrightarrow{AC}=4
+\vec{u}\cdot\vec{v}=4
+\|v\| = 4
+|a+b| = 4
+|\vec a+\vec b| = 4
+m\angle ABC = 4
+\triangle ABC = 4
+AB + BC = 4
+AB^2 = 4
+2AB = 4
+"""
+NO_LABELS = r"""
+x+4=4
+x^2=4
+x-4=0
+-x=4
+\frac{x}{2}=4
+2^x=4
+AB \neq 4
+AB \geq 4
+AB = 4 = CD
+"""
+
+
+@pytest.mark.parametrize("answer", LABELS.strip().splitlines())
+def test_a_label_may_stand_before_a_value(answer: str) -> None:
+    assert verify("4", boxed(answer)).outcome is Outcome.CORRECT
+
+
+@pytest.mark.parametrize("answer", NO_LABELS.strip().splitlines())
+def test_an_equation_to_solve_is_no_label(answer: str) -> None:
+    assert verify("4", boxed(answer)).reward == 0.0
+
+
 def test_it_is_a_library_without_the_trainer():
     code = r"""
 import sys
