@@ -169,8 +169,7 @@ def _same_assignments(gold: Form, answer: Form, same: Same) -> bool | None:
     in_order = list(names.values()) if golds else [names[name] for name in sorted(names)]
     if golds and gold.kind == "list" and list(names) != sorted(names):
         return False
-    pair = (in_order, other.items)
-    return _same_ordered(*(pair if golds else pair[::-1]), same)
+    return _same_ordered(in_order, other.items, same) if golds else _same_ordered(other.items, in_order, same)
 
 
 def _same_region(gold: Form, answer: Form, same: Same) -> bool:

@@ -156,7 +156,9 @@ def same_residue(gold: Form, answer: Form, same: Callable[[Form, Form], bool]) -
 
 def _congruent(a: Form, b: Form, modulus: int | None) -> bool:
     left, right = _integer(a), _integer(b)
-    return bool(modulus) and left is not None and right is not None and (left - right) % modulus == 0
+    if not modulus or left is None or right is None:
+        return False
+    return (left - right) % modulus == 0
 
 
 def _integer(form: Form) -> int | None:

@@ -178,13 +178,15 @@ def _gold_of(answer: str) -> _Gold:
         text = canonical(piece)
     except (NoAnswer, Unreadable) as why:
         return _Gold(broken=str(why))
+    if is_prose(text):
+        return _Gold(piece, broken="prose, which nobody writes the same again")
     try:
         form = read_gold(piece)
         unknown = unknown_values(form)
     except Unreadable as why:
         if is_written_only(piece):
             return _Gold(piece, text, Form("words", text))
-        return _Gold(piece, broken="prose, which nobody writes the same again" if is_prose(text) else str(why))
+        return _Gold(piece, broken=str(why))
     if unknown:
         try:
             reply = pool.current().ask({"gold": piece}, GOLD_TIMEOUT)
