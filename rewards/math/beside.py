@@ -7,7 +7,11 @@ reading of them is: such an answer is refused. Percent signs, degrees, units and
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
+from rewards.math.numbers import plain_number
+from rewards.math.text import canonical
+from rewards.math.text_errors import Unreadable
 from rewards.math.units import unit_of
 from rewards.math.words import changes_a_number
 from rewards.tags import NoAnswer
@@ -43,6 +47,11 @@ GOES_ON = re.compile(  # and those after one
 _JOINING = "and but if so because since with to from by for into is are be therefore thus hence"
 JOINING = frozenset(_JOINING.split())  # words that may follow a number in a sentence, but not in a unit
 MULTIPLIES = frozenset("万萬亿億千百十半倍分成折多余餘만억천백")  # directly after a number
+ALTERNATIVE = re.compile(
+    r"[\s$]*or\s+(?:(?P<bound>(?:more|less|fewer|greater|higher|lower|above|below|so|under|over|not)\b)"
+    r"|\$?\\?\$?\s*(?P<number>-?(?:\\[dt]?frac\s*\{[0-9]+\}\s*\{[0-9]+\}|[0-9][0-9,./]*[0-9]|[0-9])(?:\s*\\?%)?))?",
+    re.IGNORECASE,
+)
 BELONGS = re.compile(  # what follows a box and belongs to its number
     r"\\?%|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))(?:\s*(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF](?![A-Za-z])))?|"
     r"°[CF]?|_\s*(?:\{[^{}]*\}|[0-9]|\\text\s*\{[^{}]*\})"
@@ -59,15 +68,17 @@ DENIED_BEFORE = re.compile(
 )
 DENIED_AFTER = re.compile(
     r"\s*(?:(?:is|was|would be|seems|looks|cannot be|can't be|isn't|wasn't|will)\s+(?:not|n't|never|wrong|incorrect|"
-    r"false|impossible|invalid)\b|isn't\b|cannot be\b|can't be\b|(?:is|are)\s+(?:squared|cubed|doubled|halved)|or\b|"
+    r"false|impossible|invalid)\b|isn't\b|cannot be\b|can't be\b|(?:is|are)\s+(?:squared|cubed|doubled|halved)|"
     r"squared\b|cubed\b|factorial\b|minus\b|plus\b|percent|per cent|times\s+(?:\$|\\|[0-9]|the\b|two|three|ten|as\b)|"
     r"divided by\b|multiplied by\b|to the power\b|modulo\b|mod\b|choose\b|doubled\b|tripled\b|halved\b|negated\b)",
     re.IGNORECASE,
 )
 
 
-def whole(text: str, start: int, end: int) -> str:
+def whole(text: str, start: int, end: int, piece: str) -> str:
     """What follows the box ``text[start:end]`` and belongs to its number ("%", a unit), usually "".
+
+    ``piece`` is what the box holds.
 
     Raises:
         NoAnswer: the box is no answer of its own.
@@ -94,6 +105,7 @@ def whole(text: str, start: int, end: int) -> str:
         after = after.partition("}")[2]
     _check_before(before, in_formula)
     _check_after(after, in_formula)
+    _check_alternative(after, piece + suffix)
     return suffix
 
 
@@ -155,6 +167,8 @@ def _check_before(before: str, in_formula: bool) -> None:
         return
     if re.search(r"\\[A-Za-z]+$", rest):
         raise NoAnswer("the box is part of a larger formula")
+    if last == "'" and not in_formula:
+        return  # a quotation
     if last.isalpha() or last == "'":
         word = re.search(r"[A-Za-z']+$", rest)
         if word and (not spaced or (in_formula and len(word[0]) == 1)) and (in_formula or len(word[0]) == 1):
@@ -252,11 +266,34 @@ def _check_after(after: str, in_formula: bool) -> None:
     _check_symbol_after(rest, bool(spaces), in_formula)
 
 
+def _check_alternative(after: str, piece: str) -> None:
+    """Raises NoAnswer for "\\boxed{42} or more" and "or 43"; "\\boxed{0.5} or 1/2" is one answer."""
+    other = ALTERNATIVE.match(after)
+    if other is None:
+        return
+    if other["bound"]:
+        raise NoAnswer("the words after the box make it another number")
+    if other["number"]:
+        values = [_plain_value(text) for text in (piece, other["number"])]
+        if values[0] is None or values[0] != values[1]:
+            raise NoAnswer("another number after the box")
+
+
+def _plain_value(text: str) -> Fraction | None:
+    """The number that a text is, a percentage as its hundredth; None for all else."""
+    plain = text.strip().rstrip("\\% ")
+    try:
+        number = plain_number(canonical(plain))
+    except Unreadable:
+        return None
+    return number / 100 if number is not None and plain != text.strip() else number
+
+
 def _check_symbol_after(rest: str, spaced: bool, in_formula: bool) -> None:
     first = rest[0]
     if not spaced and re.match(r"[.,][0-9]", rest):
         raise NoAnswer("the box is part of a number")
-    if not in_formula and re.match(r"_+(?:[\s.,;:]|$)", rest):
+    if not in_formula and re.match(r"(?:_+|')(?:[\s.,;:]|$)", rest):
         return  # markup
     if first == "!" and (in_formula or not spaced):
         raise NoAnswer("a factorial of the box")

@@ -68,7 +68,7 @@ def find_piece(text: str, *, plain_number: bool = False) -> str:
     if BOX.search(part):
         part = with_dollars(part)
         piece, start, end = _joined_boxes(part)
-        return piece + beside.whole(part, start, end)
+        return piece + beside.whole(part, start, end, piece)
     line = part.rstrip().rpartition("\n")[2].strip()
     if line.startswith(GOLD_MARK):
         return _filled(line[len(GOLD_MARK) :], f"nothing follows {GOLD_MARK}")
@@ -116,7 +116,7 @@ def _in_block(block: str) -> str:
 
 
 def _alone(piece: str, block: str, start: int, end: int) -> str:
-    suffix = beside.whole(block, start, end)
+    suffix = beside.whole(block, start, end, piece)
     before, after = block[:start], block[end:]
     after = after.lstrip().removeprefix(suffix.strip()) if suffix else after
     before = re.sub(r"(?:\\?[A-Za-z]\w*\s*)?=[\s$]*$", "", before.rstrip(" $"))

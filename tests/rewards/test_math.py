@@ -219,6 +219,27 @@ def test_prose_is_refused_by_name(gold):
     assert "prose" in gold_fault(gold)
 
 
+@pytest.mark.parametrize(
+    ("gold", "completion", "right"),
+    [
+        ("42", "\\boxed{42} or 43", False),
+        ("42", "$\\boxed{42}$ or $43$", False),
+        ("42", "\\boxed{42} or more", False),
+        ("\\frac34", "$\\boxed{\\frac{3}{4}}$ or 74%.", False),
+        ("\\frac34", "$\\boxed{\\frac{3}{4}}$ or 75%.", True),
+        ("\\frac34", "$\\boxed{\\frac{3}{4}}$ or $0.75$", True),
+        ("\\frac34", "$\\boxed{\\frac{3}{4}}$ or equivalently $0.75$", True),
+        ("42", "\u7b54\u6848\u662f\\boxed{42}\u3002", True),
+        ("42", "\u7b54\u6848\u4e0d\u662f\\boxed{42}", False),
+        ("42", "\\boxed{42}\u4e07", False),
+        ("42", "The answer is '\\boxed{42}'.", True),
+        ("42", "$\\boxed{42}'$", False),
+    ],
+)
+def test_what_stands_beside_a_box(gold: str, completion: str, right: bool) -> None:
+    assert verify(gold, completion).reward == float(right)
+
+
 LABELS = r"""
 BC=4\text{ cm}
 |BC|=4
