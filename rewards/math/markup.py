@@ -29,7 +29,7 @@ TEXT = re.compile(
     r"\s*\{([^{}]*)\}"
 )
 UPRIGHT = frozenset("eixyznkabpqrjc")  # single letters that are no units where they are set upright
-FUNCTION_NAMES = TRIGONOMETRIC | {"ln", "log", "lg", "exp", "tg", "ctg", "arctg", "sen", "max", "min", "gcd", "lcm"}
+FUNCTION_NAMES = TRIGONOMETRIC | {"ln", "log", "lg", "exp", "tg", "ctg", "arctg", "sen", "gcd", "lcm"}
 DIGITS = "0123456789"
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", DIGITS, strict=True))

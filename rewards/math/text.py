@@ -172,7 +172,7 @@ def canonical(piece: str) -> str:
     text = GROUPED.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text)
     text = text.replace("{,}", ",").replace("{:}", ":")
     text = re.sub(r"(?<!\\)\\[,;:> ]|~", " ", text)
-    text = re.sub(r"\\mu\s*\\text\{\s*([mgs])\s*\}", r"\\text{u\1}", text)
+    text = re.sub(r"\\mu\s*\\text\{\s*([mgsFACLVWH])\s*\}", r"\\text{u\1}", text)
     text = re.sub(r"\\text\{\s*(per ?cents?|percentage|pct|degrees?)\s*\}", r" \1 ", text)
     text = WORDS.sub(lambda match: r"\%" if match[0][0] == "p" else r"\degree ", text)
     text = re.sub(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", lambda _: r"\degree ", text)

@@ -38,6 +38,7 @@ MONEY = re.compile(
     re.DOTALL,
 )
 MONEY_AFTER = re.compile(rf"(?<=[0-9)}}])\s*(?P<mark>{CURRENCY}|¢)$")
+ORDINAL = re.compile(r"(?<=[0-9])(?:st|nd|rd|th|\s*\^?\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?)$")
 FOREIGN = re.compile(r"(?<=[0-9)}])\s*([^\x00-\x7f]+\.?)$")
 NUMERIC_COMMANDS = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div|overline)(?![A-Za-z])")
 SHAPE = re.compile(
@@ -65,6 +66,10 @@ def split(text: str) -> Quantity:
     text, money = _without_money(text)
     if match := MARK.search(text):
         return _marked(text, match, money)
+    if match := ORDINAL.search(text):
+        return Quantity(text[: match.start()])
+    if (value := text.removesuffix(r"\Omega").strip()) != text and value and is_pure_number(value):
+        return Quantity(value, "ohm", product=text)
     if match := FOREIGN.search(text):
         unit = foreign_unit(match[1])
         value = text[: match.start()].strip()

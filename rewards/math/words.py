@@ -35,7 +35,8 @@ ml milliliter millilitre mL|cl centiliter centilitre cL|dl deciliter decilitre d
 gal gallon|qt quart|pt pint|cup|tbsp tablespoon|tsp teaspoon|acre|ha hectare|
 us microsecond|ms millisecond|s sec second|min minute|h hr hour|day|week wk|month|yr year|decade|century centuries|
 mi/h mph|km/h kmh kph|rpm|knot|Hz hertz|kHz kilohertz|MHz megahertz|GHz gigahertz|
-N newton|kN kilonewton|J joule|kJ kilojoule|MJ megajoule|cal calorie|kcal kilocalorie|eV|keV|MeV|GeV|
+N newton|kN kilonewton|J joule|kJ kilojoule|MJ megajoule|uF microfarad|nF|pF|uA|uC|cal calorie|
+kcal kilocalorie|eV|keV|MeV|GeV|
 W watt|kW kilowatt|MW megawatt|kWh|V volt|kV kilovolt|mV millivolt|A ampere amp|mA milliampere|ohm|K kelvin|
 Pa pascal|kPa kilopascal|MPa megapascal|bar|atm atmosphere|mol mole|mmol|T tesla|
 bit|byte|KB kilobyte|MB megabyte|GB gigabyte|TB terabyte|
@@ -72,6 +73,9 @@ item thing object marble bead block brick tile stone rock shell chip token gift 
 NOUNS = frozenset(_NOUNS.split())
 # What may follow a number, or the thing counted, and changes nothing.
 TRAILING = re.compile(r"(?:^|\s+)(?:in (?:total|all)|altogether|total|overall|left|remaining|exactly|only|each)$")
+ORDERED = re.compile(
+    r"\b(?:ordered|unordered) (?:pairs?|triples?|quadruples?)$"
+)  # they are counted: 15 pairs are 30 shoes
 NUMBER_LIKE = re.compile(  # fifths, twentieths, thirteen, trillions
     r"(?:n|k|four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]+illion)ths?"
     r"|[a-z]+teens?|[a-z]*illions?|[a-z]+fold"
@@ -86,7 +90,7 @@ def changes_a_number(word: str) -> bool:
 
 def names_things(phrase: str) -> bool:
     """Whether words are what is counted: a plural or a known noun, perhaps with others before it ("red apples")."""
-    as_written = re.findall(r"[A-Za-z]+", TRAILING.sub("", phrase.strip()))
+    as_written = re.findall(r"[A-Za-z]+", ORDERED.sub("things", TRAILING.sub("", phrase.strip())))
     words = [word.lower() for word in as_written]
     if words == ["times"] or not words:
         return True
