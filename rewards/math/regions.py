@@ -13,6 +13,7 @@ from rewards.math.names import name_of, named
 from rewards.math.shapes import FLIPPED, Form
 from rewards.math.text_errors import Unreadable
 
+UNKNOWNS = ("x", "y", "z", "t")
 LINE = Form("tuple", "()", (Form("value", r"-\infty"), Form("value", r"\infty")))
 REALS = re.compile(
     r"\\mathbb\{R\}|\\text\{ ?(?:all )?reals?(?: numbers)? ?\}|(?:all|the) real numbers|all reals", re.IGNORECASE
@@ -30,7 +31,7 @@ def as_interval(form: Form) -> tuple[str, Form] | None:
     if form.kind != "relation" or any(item.kind != "value" for item in form.items):
         return None
     items, signs = form.items, form.signs
-    if signs == ("!=",) and name_of(items[0]) and not name_of(items[1]):
+    if signs == ("!=",) and _is_of(items[0], items[1]):
         return name_of(items[0]), without_points(LINE, [items[1].text])
     if {">", ">="} & set(signs):
         items, signs = items[::-1], tuple(FLIPPED.get(sign, sign) for sign in signs[::-1])
@@ -41,17 +42,30 @@ def as_interval(form: Form) -> tuple[str, Form] | None:
     if len(items) == 3 and name_of(items[1]):
         name, low, high = name_of(items[1]), items[0], items[2]
         brackets = ["(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"]
-    elif len(items) == 2 and name_of(items[0]) and not name_of(items[1]):
+    elif len(items) == 2 and _is_of(items[0], items[1]):
         name, high, brackets[1] = name_of(items[0]), items[1], ")" if signs[0] == "<" else "]"
-    elif len(items) == 2 and name_of(items[1]) and not name_of(items[0]):
+    elif len(items) == 2 and _is_of(items[1], items[0]):
         name, low, brackets[0] = name_of(items[1]), items[0], "(" if signs[0] == "<" else "["
     else:
         return None
     return name, Form("tuple", "".join(brackets), (low, high))
 
 
+def _is_of(item: Form, bound: Form) -> bool:
+    """Whether a relation says of a name where it lies: ``x >= 3``, and ``x >= a``."""
+    name, other = name_of(item), name_of(bound)
+    return bool(name) and (not other or (name in UNKNOWNS and other not in UNKNOWNS))
+
+
 def as_region(form: Form) -> tuple[str, Form] | None:
     """The same for several conditions on one name: "x < 1 or x > 3" is a union, "x > 1 and x < 3" an interval."""
+    try:
+        return _region(form)
+    except Unreadable:  # "x != a" has a point that lies nowhere
+        return None
+
+
+def _region(form: Form) -> tuple[str, Form] | None:
     if form.kind == "relation" and form.signs == ("in",) and form.items[1].kind in ("tuple", "union"):
         return named(form)
     if form.kind != "list":
