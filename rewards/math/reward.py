@@ -20,15 +20,19 @@ from typing import Any
 from rewards.math import pool, units
 from rewards.math.compare import same_form, same_value, unknown_values
 from rewards.math.exact import NotExact
-from rewards.math.expression import plain_number as plain_number_of
 from rewards.math.extract import find_gold, find_piece
-from rewards.math.forms import Form, is_written_only, named, read, read_gold
+from rewards.math.forms import read, read_gold
+from rewards.math.language import is_prose, is_written_only
+from rewards.math.names import named
+from rewards.math.numbers import plain_number as plain_number_of
 from rewards.math.pool import WorkerDied, WorkerTimeout, start, stop
-from rewards.math.text import Unreadable, as_written, canonical
+from rewards.math.shapes import Form
+from rewards.math.text import as_written, canonical
+from rewards.math.text_errors import Unreadable
 from rewards.tags import NoAnswer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
-__all__ = ["check_gold", "check_row", "math_reward", "start", "stop", "verify"]
+__all__ = ["check_row", "gold_fault", "math_reward", "start", "stop", "verify"]
 
 GOLD_TIMEOUT = 10.0  # seconds; a gold answer is looked at once, and losing one to a busy machine loses a row
 MAX_CACHED = 4096
@@ -92,14 +96,20 @@ def math_reward(
     return rewards_of([verdict for verdict in judged if isinstance(verdict, Verdict)], kwargs.get("log_verdict"))
 
 
-def check_gold(answer: Any) -> str | None:
-    """Why a row's ``answer`` cannot be used, or None if it can. May start the workers."""
-    return _gold(answer).broken or None
+def gold_fault(gold: Any) -> str | None:
+    """Why a row's ``answer`` cannot be judged, so that no completion is ever paid for it; None if it can be.
+
+    One line for people. It may ask a worker, which is started where none runs.
+
+    Raises:
+        rewards.math.pool.WorkerFailed: workers cannot be started here.
+    """
+    return _gold(gold).broken or None
 
 
 def check_row(row: dict[str, Any]) -> str | None:
     """Why no completion could be right for this row, or None."""
-    return check_gold(row.get("answer"))
+    return gold_fault(row.get("answer"))
 
 
 # --- one pair --------------------------------------------------------------------------------------------------------
@@ -151,6 +161,8 @@ def _compared(gold: Form, answer: Form) -> Verdict:
 
 def _is_number(form: Form) -> bool:
     """Whether a form is a plain number, perhaps with a name or a unit. ``10/2`` is not: it has to be worked out."""
+    if form.kind == "choice":
+        form = form.items[0]
     if rest := named(form):
         form = rest[1]
     value = units.split(form.text).value if form.kind == "value" else ""
@@ -166,6 +178,8 @@ def _gold_of(answer: str) -> _Gold:
         text = canonical(piece)
     except (NoAnswer, Unreadable) as why:
         return _Gold(broken=str(why))
+    if is_prose(text):
+        return _Gold(piece, broken="prose, which nobody writes the same again")
     try:
         form = read_gold(piece)
         unknown = unknown_values(form)

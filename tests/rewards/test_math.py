@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rewards.math import check_gold, check_row, math_reward, verify
+from rewards.math import check_row, gold_fault, math_reward, verify
 from rewards.verdict import Outcome
 
 FUZZ_EXAMPLES = int(os.environ.get("GRPO_FUZZ_EXAMPLES", "300"))
@@ -188,7 +190,7 @@ def test_status_and_prefill():
     ],
 )
 def test_a_good_gold_answer(gold):
-    assert check_gold(gold) is None
+    assert gold_fault(gold) is None
     assert check_row({"answer": gold}) is None
 
 
@@ -197,10 +199,129 @@ def test_a_good_gold_answer(gold):
     ["", "  ", "####", "\\boxed{}", "\\frac{1}{", "1+", "1 2", "9" * 600, None, True, [42], "7^{30000000}", "\x00"],
 )
 def test_a_broken_gold_answer_scores_nobody(gold):
-    assert check_gold(gold)
+    reason = gold_fault(gold)
+    assert isinstance(reason, str)
+    assert reason
+    assert "\n" not in reason
     assert check_row({"answer": gold})
     verdict = verify(gold, boxed("42"))
     assert (verdict.outcome, verdict.reward) == (Outcome.GOLD_UNPARSEABLE, None)
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "The series converges by the ratio test. It is absolutely convergent.",
+        "we multiply both sides by the common denominator and then collect all terms of equal degree to get zero",
+    ],
+)
+def test_prose_is_refused_by_name(gold):
+    assert "prose" in gold_fault(gold)
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion", "right"),
+    [
+        ("42", "\\boxed{42} or 43", False),
+        ("42", "$\\boxed{42}$ or $43$", False),
+        ("42", "\\boxed{42} or more", False),
+        ("\\frac34", "$\\boxed{\\frac{3}{4}}$ or 74%.", False),
+        ("\\frac34", "$\\boxed{\\frac{3}{4}}$ or 75%.", True),
+        ("\\frac34", "$\\boxed{\\frac{3}{4}}$ or $0.75$", True),
+        ("\\frac34", "$\\boxed{\\frac{3}{4}}$ or equivalently $0.75$", True),
+        ("42", "\u7b54\u6848\u662f\\boxed{42}\u3002", True),
+        ("42", "\u7b54\u6848\u4e0d\u662f\\boxed{42}", False),
+        ("42", "\\boxed{42}\u4e07", False),
+        ("42", "The answer is '\\boxed{42}'.", True),
+        ("42", "$\\boxed{42}'$", False),
+    ],
+)
+def test_what_stands_beside_a_box(gold: str, completion: str, right: bool) -> None:
+    assert verify(gold, completion).reward == float(right)
+
+
+LABELS = r"""
+BC=4\text{ cm}
+|BC|=4
+d=4
+\text{distance} = 4
+\text{The answer is } 4
+\text{Answer: }4
+\text{Answer} = 4
+n_{\max} = 4
+x_{\text{min}}=4
+f_{\max}=4
+S_{\triangle ABC}=4
+V_{\text{cone}}=4
+P(A|B) = 4
+\max\{a,b\}=4
+\gcd(8,12)=4
+\det A = 4
+\deg p = 4
+4 = x
+a \cdot b = 4
+\frac{1}{a}+\frac{1}{b}=4
+\sqrt{ab}=4
+a^2+b^2+c^2=4
+x_1+x_2=4
+x_1x_2=4
+\tan\alpha=4
+\cos 2\theta = 4
+\angle B = 4^\circ
+f(1)+f(-1)=4
+f(f(2)) = 4
+f'(1)=4
+f^{-1}(2)=4
+(f\circ g)(2)=4
+\text{Var}(X)=4
+\operatorname{Var}(X)=4
+|A \cup B| = 4
+n = 4
+\lambda=4
+T_4 = 4
+\overrightarrow{AB}\cdot\overrightarrow{AC}=4
+\vec{u}\cdot\vec{v}=4
+\|v\| = 4
+|a+b| = 4
+|\vec a+\vec b| = 4
+m\angle ABC = 4
+\triangle ABC = 4
+AB + BC = 4
+AB^2 = 4
+2AB = 4
+"""
+NO_LABELS = r"""
+x+4=4
+x^2=4
+x-4=0
+-x=4
+\frac{x}{2}=4
+2^x=4
+AB \neq 4
+AB \geq 4
+AB = 4 = CD
+"""
+
+
+@pytest.mark.parametrize("answer", LABELS.strip().splitlines())
+def test_a_label_may_stand_before_a_value(answer: str) -> None:
+    assert verify("4", boxed(answer)).outcome is Outcome.CORRECT
+
+
+@pytest.mark.parametrize("answer", NO_LABELS.strip().splitlines())
+def test_an_equation_to_solve_is_no_label(answer: str) -> None:
+    assert verify("4", boxed(answer)).reward == 0.0
+
+
+def test_it_is_a_library_without_the_trainer():
+    code = r"""
+import sys
+from rewards.math import gold_fault, verify
+assert verify("72", r"so \boxed{72}").reward == 1.0 and gold_fault("1+") and gold_fault("72") is None
+print(sorted(sys.modules.keys() & {"torch", "transformers", "grpo", "numpy", "sympy", "math_verify", "accelerate"}))
+"""
+    heard = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert heard.stdout.strip() == "[]"
 
 
 def test_reward_function_has_one_entry_a_completion():
