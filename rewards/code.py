@@ -22,6 +22,7 @@ from rewards.code_workers import opened as _open
 from rewards.code_workers import programs_of as _sandbox
 from rewards.code_workers import stop
 from rewards.sandbox import Limits
+from rewards.sandbox.packages import names_of
 from rewards.tags import NoAnswer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
@@ -53,7 +54,7 @@ def verify(
         PackageRefused: one of ``packages`` is not here, or cannot be imported in the sandbox.
         UnknownComparison: there is none of that name.
     """
-    terms = Terms(limits or Limits(), _comparison(comparison, tolerance), tuple(packages), partial_credit)
+    terms = Terms(limits or Limits(), _comparison(comparison, tolerance), names_of(packages), partial_credit)
     task = _read(tests, prefill + completion, status)
     return task if isinstance(task, Verdict) else _judge(*task, terms)
 
@@ -84,7 +85,7 @@ def code_reward(
     n = len(completions)
     start(allow_unsafe=allow_unsafe, packages=packages)
     how = _comparison(comparison, tolerance)
-    terms = Terms(Limits(timeout, memory_mb), how, tuple(packages), partial_credit)
+    terms = Terms(Limits(timeout, memory_mb), how, names_of(packages), partial_credit)
     tasks = [
         _read(tests_i, prefill_i + text_of(completion), status_i)
         for tests_i, completion, prefill_i, status_i in zip(
@@ -124,9 +125,7 @@ def start(
     Raises what ``verify`` raises, before any program is run.
     """
     _comparison(comparison, tolerance)
-    if isinstance(packages, str):
-        packages = [packages]
-    code_workers.start(workers, allow_unsafe=allow_unsafe, packages=tuple(packages))
+    code_workers.start(workers, allow_unsafe=allow_unsafe, packages=names_of(packages))
 
 
 # --- one completion --------------------------------------------------------------------------------------------------

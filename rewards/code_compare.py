@@ -140,6 +140,8 @@ def _as_python_compares(tree: Any) -> Any:
     ((tag, content),) = tree.items()
     if tag == "int":
         return int(content, 16)
+    if not isinstance(content, list):
+        return tree
     content = _as_python_compares(content)
     if tag == "tuple":
         return content

@@ -12,7 +12,7 @@ MAX_PROGRAM = 1 << 16  # characters
 MAX_LINE = 200  # characters of a line that may open a fence
 FENCE = re.compile(r"(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 PYTHON = re.compile(r"\{?\.?(?:python|py)[0-9.]*(?![\w-])")
-GLUED = re.compile(r"[^`]*[^`\s](?P<fence>`{3,})(?P<info>(?:python|py)[0-9.]*)")  # behind text: "Answer:```python"
+GLUED = re.compile(r"[^`]+(?P<fence>`{3,})(?P<info>(?:python|py)[0-9.]*)")  # behind text: "Answer:```python"
 # A line of a program, and hardly one of a program's output.
 STATEMENT = re.compile(
     r"(?:import \w|from [\w.]+ import |(?:async )?def \w+ ?\(|class \w+|(?:for|while|if|with|elif) .*:|(?:try|else) ?:"

@@ -23,6 +23,13 @@ class Packages:
     roots: tuple[str, ...] = ()
 
 
+def names_of(given: Sequence[str]) -> tuple[str, ...]:
+    """The names of packages, in one order. Raises PackageRefused where they are no list of names."""
+    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+        raise PackageRefused(f"packages: expected a list of names, such as [numpy, sortedcontainers], got {given!r}")
+    return tuple(sorted(set(given)))
+
+
 def find_packages(names: Sequence[str]) -> Packages:
     """Where packages lie, each with the libraries and the description that were installed beside it.
 
@@ -31,9 +38,7 @@ def find_packages(names: Sequence[str]) -> Packages:
     Raises:
         PackageRefused: there is no such package here.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise PackageRefused(f"packages: expected a list of names, such as [numpy, sortedcontainers], got {names!r}")
-    chosen = tuple(sorted(set(names)))
+    chosen = names_of(names)
     paths: list[str] = []
     roots: list[str] = []
     for name in chosen:

@@ -29,6 +29,7 @@ from rewards.sandbox.packages import PackageRefused, Packages
 # What programs import most, so that a run finds it in memory.
 WARM = """bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq io itertools json
 math operator queue re statistics string threading typing"""
+LAZY = {"numpy": ("numpy.random",)}  # parts that a package would load in every run anew
 MAX_MESSAGE = 1 << 16
 MAX_THREADS = 64
 MAX_STACK = 64 << 20  # bytes; recursion through C (a cached function, a sort's key) takes stack
@@ -91,11 +92,11 @@ def _shut_in(level: str, packages: Packages) -> None:
 
 
 def _import(names: tuple[str, ...]) -> None:
-    for name in names:
+    for name in [*names, *(part for package in names for part in LAZY.get(package, ()))]:
         try:
             importlib.import_module(name)
         except Exception as why:  # a package's import runs whatever it likes
-            cure = " (packages must name what a package imports, too)" if isinstance(why, ModuleNotFoundError) else ""
+            cure = " (packages must name what a package imports, too)" if isinstance(why, ImportError) else ""
             said = f"{type(why).__name__}: {why}"[:500]
             raise PackageRefused(f"packages: {name} cannot be imported in the sandbox: {said}{cure}") from None
 
