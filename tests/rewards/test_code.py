@@ -312,7 +312,8 @@ def test_a_handler_does_not_let_an_iteration_end_early() -> None:
     ],
 )
 def test_a_test_may_expect_the_exception_that_the_program_raises(expected: str, raised: str) -> None:
-    test = f"def check(candidate):\n    try:\n        candidate(1)\n    except {expected}:\n        return\n    assert False\n"
+    test = f"def check(candidate):\n    try:\n        candidate(1)\n    except {expected}:\n        return\n"
+    test += "    assert False\n"
     assert outcome({"fn_name": "f", "test": test}, f"def f(x): raise {raised}") is Outcome.CORRECT
     if expected != "Exception":
         assert outcome({"fn_name": "f", "test": test}, "def f(x): raise OSError") is not Outcome.CORRECT
@@ -344,17 +345,17 @@ def test_the_prelude_solves_no_task_by_itself() -> None:
     assert outcome({"fn_name": "gcd", "inputs": [[4, 6]], "outputs": [2]}, "from math import gcd") is Outcome.CORRECT
 
 
-NAMES = """pairwise groupby count chain islice ascii_lowercase digits log10 log2 pi inf gcd comb deepcopy insort nlargest
-merge deque Counter OrderedDict cache reduce partial itemgetter xor List Optional StringIO dumps loads mean median randint
-timedelta maxsize exit quit stdin bisect_left heappush math.log itertools.zip_longest datetime.datetime statistics.mode
-copy.copy io.StringIO json.dumps operator.mul random.random re.sub string.punctuation sys.maxsize collections.abc"""
+NAMES = """pairwise groupby count chain islice ascii_lowercase digits log10 log2 pi inf gcd comb deepcopy
+insort nlargest merge deque Counter OrderedDict cache reduce partial itemgetter xor List Optional
+StringIO dumps loads mean median randint timedelta maxsize exit quit stdin bisect_left heappush
+math.log itertools.zip_longest datetime.datetime statistics.mode copy.copy io.StringIO json.dumps
+operator.mul random.random re.sub string.punctuation sys.maxsize collections.abc"""
 
 
 def test_names_that_rows_of_livecodebench_and_leetcode_assume() -> None:
     tests = {"fn_name": "f", "inputs": [[1]], "outputs": [2]}
-    assert outcome(
-        tests, f"def f(x):\n    {NAMES.split()}\n    " + "\n    ".join(NAMES.split()) + "\n    return 2"
-    ) is (Outcome.CORRECT)
+    lines = "\n    ".join(["def f(x):", *NAMES.split(), "return 2"])
+    assert outcome(tests, lines) is Outcome.CORRECT
     script = {"fn_name": None, "inputs": ["1 2\n"], "outputs": ["3\n"]}
     assert outcome(script, "print(sum(map(int, stdin.readline().split())), file=stdout)") is Outcome.CORRECT
 
@@ -379,8 +380,8 @@ ENDINGS = {
     "a closed output": "import sys\nprint(3)\nsys.stdout.close()",
     "exit": "print(3)\nexit()",
     "an error in atexit": "import atexit\natexit.register(print, 3)\natexit.register(lambda: 1 / 0)",
-    "dataclasses": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
-    "print(A(3).x)",
+    "dataclasses": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+    "class A:\n    x: int\nprint(A(3).x)",
     "its own module": "import __main__\ny = 3\nprint(__main__.y)",
 }
 
