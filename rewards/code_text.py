@@ -13,10 +13,10 @@ MAX_LINE = 200  # characters of a line that may open a fence
 FENCE = re.compile(r"(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 PYTHON = re.compile(r"\{?\.?(?:python|py)[0-9.]*(?![\w-])")
 GLUED = re.compile(r"[^`]+(?P<fence>`{3,})(?P<info>(?:python|py)[0-9.]*)")  # behind text: "Answer:```python"
-# A line of a program, and hardly one of a program's output.
+# A line of a program, and hardly one of what a program prints, nor of a session (">>> f(1)").
 STATEMENT = re.compile(
-    r"(?:import \w|from [\w.]+ import |(?:async )?def \w+ ?\(|class \w+|(?:for|while|if|with|elif) .*:|(?:try|else) ?:"
-    r"|return\b|.*\b(?:print|input) ?\(|.*\bsys\.std)"
+    r"(?!>>>)(?:import [\w.]+(?: as \w+| *,.*)?$|from [\w.]+ import |(?:async )?def \w+ ?\(|class \w+.*:"
+    r"|.*\b(?:print|input) ?\(|.*\bsys\.std(?:in|out)\b)"
 )
 
 

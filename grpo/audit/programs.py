@@ -22,6 +22,7 @@ def programs(tests: Any, canary: str) -> Iterator[tuple[str, str]]:
     yield "os._exit(0) at once", f"import os\nos._exit(0)\n{wrong}"
     yield "sys.exit(0) at once", f"import sys\nsys.exit(0)\n{wrong}"
     yield "os._exit(0) when called", f"import os\n{head}os._exit(0)"
+    yield "StopIteration when called", f"{head}raise StopIteration"
     yield "SystemExit when called", f"{head}raise SystemExit(0)"
     yield "says that it passed", f"print('passed', 'OK', 1.0)\nprint('{{\"passed\": true}}')\n{wrong}"
     yield "forged results", FORGE + wrong

@@ -97,7 +97,7 @@ class Summary:
             self.unscored.append(f"{self.file}:{line}: {graded.verdict}{': ' if why else ''}{why}")
 
     def lines(self) -> Iterator[str]:
-        total = self.counts.total() if hasattr(self.counts, "total") else sum(self.counts.values())
+        total = self.counts.total()
         rate = total / self.seconds if self.seconds else 0.0
         yield f"{self.reward}: {total} completions of {self.file} in {self.seconds:.2f} s ({rate:.0f} a second)"
         if self.values:
