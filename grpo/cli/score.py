@@ -168,6 +168,9 @@ def _rows(file: Path, column: str, names: dict[str, str]) -> Iterator[tuple[int,
         others = {names.get(name, name): value for name, value in row.items() if name != column}
         prompt, status = others.pop("prompt", ""), others.pop("status", None) or "stop"
         prefill, ids = others.pop("prefill", None) or "", others.pop("completion_ids", None)
+        if ids is not None and not isinstance(ids, list):
+            problems.append((number, "column 'completion_ids' is no list"))
+            continue
         found.append((number, Completion(text, prompt, others, str(status), str(prefill), ids)))
     _refuse(problems, file, read)
     if not read:

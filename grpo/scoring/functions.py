@@ -86,6 +86,12 @@ def judged_by(name: str) -> str:
     return "" if name not in REWARDS else str(getattr(import_module(f"rewards.{name}"), "JUDGES", "answer"))
 
 
+def needs_ids(spec: FunctionSpec) -> bool:
+    """Whether a built-in reward cannot do without the tokens of completions."""
+    asked = inspect.signature(getattr(import_module(spec.module), spec.attribute)).parameters.get("completion_ids")
+    return asked is not None and asked.default is asked.empty
+
+
 def tell_left_out(rewards: Sequence[RewardConfig], keep: Sequence[str]) -> None:
     """Say which variables of the environment the user's functions do not get."""
     left_out = sorted(secrets_of(os.environ).keys() - set(keep))

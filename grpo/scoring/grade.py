@@ -15,7 +15,7 @@ from typing import Any
 from grpo.config import RewardConfig, ScoringConfig
 from grpo.errors import UserError
 from grpo.scoring.call import FunctionSpec
-from grpo.scoring.functions import locate, start_own_workers
+from grpo.scoring.functions import locate, needs_ids, start_own_workers
 from grpo.scoring.messages import Answer, BrokenContract, Job, Outcome, Request, Signature
 from grpo.scoring.pool import Pool
 from grpo.types import REWARD_KEYWORDS, Status
@@ -63,6 +63,7 @@ class Grader:
             self._stop()
             raise
         self._at_once = AT_ONCE * workers
+        self._needs_ids = self.spec.builtin and needs_ids(self.spec)
 
     @property
     def spec(self) -> FunctionSpec:
@@ -77,6 +78,8 @@ class Grader:
         if missing := [name for name in self.signature.needs if name not in completion.columns]:
             there = ", ".join(map(repr, completion.columns)) or "none"
             return f"reward {self.spec.key!r} needs the column {missing[0]!r} (others here: {there})"
+        if self._needs_ids and completion.token_ids is None:
+            return f"reward {self.spec.key!r} counts tokens: it needs the column 'completion_ids', a list of numbers"
         if completion.status not in STATUSES:
             return f"status is {completion.status!r}, not one of {', '.join(sorted(STATUSES))}"
         if twice := sorted(self.spec.args.keys() & completion.columns.keys()):

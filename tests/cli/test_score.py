@@ -70,6 +70,11 @@ def test_a_function_of_one_s_own() -> None:
         ([{"completion": "a", "nums": [1]}], (), "rows.jsonl:1: reward 'countdown' needs the column 'target'"),
         ([ROWS[0] | {"status": "odd"}], (), "rows.jsonl:1: status is 'odd', not one of error, length, stop"),
         ([], (), "rows.jsonl: no rows"),
+        (
+            [{"completion": "a"}],
+            ("--reward", "overlong", "max_completion_length=9", "soft_punish_cache=3"),
+            "rows.jsonl:1: reward 'overlong' counts tokens: it needs the column 'completion_ids'",
+        ),
         ([ROWS[0]], ("--reward", "mth"), "--reward: no built-in reward 'mth'"),
         ([ROWS[0]], ("--reward", "no.py:fn"), "--reward.path: there is no file"),
         ([ROWS[0]], ("depth=3",), "it takes no depth"),
