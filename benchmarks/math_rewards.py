@@ -151,12 +151,17 @@ def speed(rounds: int) -> dict[str, Any]:
 
 
 def rightness() -> dict[str, Any]:
-    """Wrong answers accepted (FP) and right ones refused (FN), among all labelled pairs and among one-box answers."""
+    """Wrong answers accepted (FP) and right ones refused (FN), in each set of labelled pairs."""
     rows = [json.loads(line) for line in LABELLED.read_text().splitlines()]
-    in_box = [row for row in rows if row["completion"].startswith("The answer is $\\boxed{")]
+    dialect = [row for row in rows if "set" not in row]
+    kinds = {
+        "dialect": dialect,
+        "dialect in one box": [row for row in dialect if row["completion"].startswith("The answer is $\\boxed{")],
+        "formats": [row for row in rows if row.get("set") == "formats"],
+    }
     result: dict[str, Any] = {}
     print(f"\n{'labelled pairs':40}{'FP':>12}{'of':>10}{'FN':>10}{'of':>10}")
-    for kind, chosen in (("all", rows), ("one box", in_box)):
+    for kind, chosen in kinds.items():
         pairs = [(row["gold"], row["completion"]) for row in chosen]
         right = sum(row["correct"] for row in chosen)
         for name, judge in (("ours", ours), ("math-verify", math_verifys)):

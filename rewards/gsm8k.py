@@ -1,7 +1,8 @@
-"""GSM8K: the answer block holds one number, equal to the one after ``####`` in the row's ``answer`` column.
+r"""GSM8K: the answer block holds one number, equal to the one after ``####`` in the row's ``answer`` column.
 
-A number may be written as people write it (``72``, ``$1,234.50``, ``-3 degrees``, ``72.0``), never as a sum, a fraction
-or two candidates. The whole block is read, in exact decimals, so nothing can hide beside the number.
+A number may be written as people write it (``72``, ``$1,234.50``, ``-3 degrees``, ``72.0``, ``.5``, ``\boxed{72}``),
+never as a sum, a fraction or two candidates. The whole block is read, in exact decimals, so nothing can hide beside the
+number. What may stand after it is a unit, a thing that is often counted, or a word of the row's own solution.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from rewards.math.words import FILLERS, NOUNS, TRAILING, UNITS, changes_a_number
 from rewards.tags import NoAnswer, single_answer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
 JUDGES = "answer"
 
 MAX_LENGTH = 100
-# A currency sign may stand before, a percent sign or a unit of up to two words after. Thousands are in groups of three
-# or not grouped. A word that would change the number ("2 dozen") is no unit.
+# A currency sign may stand before, a percent sign or words after. Thousands are in groups of three or not grouped.
 NUMBER = re.compile(
-    r"(?P<sign>[+-]?)\$?[ ]?(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)[ ]?%?"
-    r"(?:[ ](?!(?:dozen|hundred|thousand|million|billion)s?\b)[a-z]+){0,2}\.?",
-    re.IGNORECASE | re.ASCII,
+    r"(?P<sign>[+-]?)[$€£]?[ ]?(?P<minus>-?)(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+    r"(?:[ ]?%|[ ]?[$€£])?(?P<words>(?:[ ][A-Za-z]+){0,4})\.?",
+    re.ASCII,
 )
+MINUS = str.maketrans("\u2212\u2013\u2010\u2011", "----")
+COUNTED_IN_TEXT = re.compile(r"[0-9] +(?:[a-z]+ +)??([a-z]+)")
+BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+DELIMITED = re.compile(r"\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
+_PLURALS = "boxes inches dishes bunches matches classes glasses buses pennies degree degrees m g"
+COUNTED = NOUNS | {noun + "s" for noun in NOUNS} | {unit.lower() for unit in UNITS if len(unit) > 1}
+COUNTED |= set(_PLURALS.split())
 GOLD_MARK = "####"
 
 
@@ -33,7 +41,7 @@ def verify(gold: Any, completion: str, *, prefill: str = "", status: str = "stop
     off at ``"length"`` is worth 0 whatever it says, one that ended in ``"error"`` has no reward. Never raises on any
     text.
     """
-    expected = _number(gold.rpartition(GOLD_MARK)[2]) if isinstance(gold, str) and GOLD_MARK in gold else None
+    expected = _number(gold.rpartition(GOLD_MARK)[2], gold) if isinstance(gold, str) and GOLD_MARK in gold else None
     if expected is None:
         broken = f"answer must end in {GOLD_MARK} and a number (bare ones are for reward math), got {str(gold)[-40:]!r}"
         return Verdict(Outcome.GOLD_UNPARSEABLE, broken)
@@ -45,7 +53,7 @@ def verify(gold: Any, completion: str, *, prefill: str = "", status: str = "stop
         answer = single_answer(prefill + completion)
     except NoAnswer as why:
         return Verdict(Outcome.NO_ANSWER, str(why))
-    value = _number(answer)
+    value = _number(_unboxed(answer), gold)
     if value is None:
         return Verdict(Outcome.UNPARSEABLE, f"expected one number, got {answer[:MAX_LENGTH]!r}")
     if value != expected:
@@ -84,8 +92,32 @@ def check_row(row: dict[str, Any]) -> str | None:
     return verdict.detail if verdict.outcome is Outcome.GOLD_UNPARSEABLE else None
 
 
-def _number(text: str) -> Decimal | None:
-    """The one number that ``text`` is, or None."""
-    text = text.strip()
+def _unboxed(text: str) -> str:
+    r"""``\boxed{72}``, in dollars or not, as ``72``. A box with anything beside it stays as it is."""
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,\\!\s?)(?=[0-9]{3})", ",", text.strip())
+    for pattern in (DELIMITED, BOX, DELIMITED):
+        if match := pattern.fullmatch(text):
+            text = next(group for group in match.groups() if group).strip()
+    return re.sub(r"\\(?=[$%])", "", text)
+
+
+def _number(text: str, solution: str) -> Decimal | None:
+    """The one number that ``text`` is, or None. ``solution`` is the row's, whose words may stand after it."""
+    text = text.strip().translate(MINUS)
     match = NUMBER.fullmatch(text) if len(text) <= MAX_LENGTH else None
-    return Decimal(match["sign"] + match["number"].replace(",", "")) if match else None
+    if match is None or (match["sign"] and match["minus"]) or not _is_unit(match["words"], solution):
+        return None
+    return Decimal(match["sign"] + match["minus"] + match["number"].replace(",", ""))
+
+
+def _is_unit(words: str, solution: str) -> bool:
+    """Whether words are units, things often counted, or what the solution counts; none of them changes a number."""
+    found = re.findall(r"[a-z]+", TRAILING.sub("", words.strip().lower()))
+    if not found or found in (["times"], ["percent"]):
+        return True
+    if found[0] in ("squared", "cubed") or all(word in FILLERS for word in found):
+        return False
+    own = {word for word in COUNTED_IN_TEXT.findall(solution.lower()) if not word.endswith(("ed", "ing", "ly"))}
+    return all(word in own or word in COUNTED or word in FILLERS for word in found) and not any(
+        map(changes_a_number, found)
+    )

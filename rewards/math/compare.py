@@ -17,20 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from rewards.math import exact, expression, functions, units
+from rewards.math import exact, expression, functions, numbers, units
 from rewards.math.exact import Exact, NotExact
-from rewards.math.forms import (
-    FLIPPED,
-    Form,
-    as_region,
-    name_of,
-    named,
-    same_words,
-    ungrouped,
-    without_names,
-)
+from rewards.math.families import same_family, same_residue
 from rewards.math.guard import check_for_worker
-from rewards.math.text import Unreadable, as_written
+from rewards.math.language import letter_of, same_words
+from rewards.math.names import assignments, name_of, named, root_of, without_names
+from rewards.math.regions import as_region
+from rewards.math.shapes import FLIPPED, Form, ungrouped
+from rewards.math.text import as_written
+from rewards.math.text_errors import Unreadable
 
 MAX_ITEMS = 64
 
@@ -52,7 +48,7 @@ def same_value(gold: str, answer: str) -> bool:
     same = functions.same(a, b) if a is not None and b is not None else None
     if same is None:
         for formula in (gold, answer):
-            check_for_worker(formula)
+            check_for_worker(expression.for_worker(formula))
         raise NotExact("for the computer algebra system")
     return same
 
@@ -63,8 +59,12 @@ def unknown_values(gold: Form) -> list[str]:
     Raises:
         Unreadable: one that cannot be read at all.
     """
-    if gold.kind == "words":
+    if gold.kind == "words" or (gold.kind == "value" and letter_of(gold.text)):
         return []
+    if gold.kind == "choice":
+        return unknown_values(gold.items[0]) if gold.items[0].kind == "value" else []
+    if gold.kind == "relation" and (rest := named(gold, of_gold=True)):
+        return unknown_values(rest[1])  # nothing is computed of what a label says
     formulas = [units.split(item.text).value for item in _all_values(gold) if not name_of(item)]
     return [formula for formula in formulas if not _infinity(formula) and _value_or_none(formula) is None]
 
@@ -94,10 +94,18 @@ def same_form(gold: Form, answer: Form, same: Same) -> bool:
     Raises:
         NotExact, Unreadable: as ``same`` does.
     """
+    if "choice" in (gold.kind, answer.kind):
+        return _same_choice(gold, answer, same)
     if gold.kind == "words":
         return answer.kind in ("words", "value") and same_words(gold.text, answer.text)
     if max(len(gold.items), len(answer.items)) > MAX_ITEMS:
         raise Unreadable(f"more than {MAX_ITEMS} values")
+    if "family" in (gold.kind, answer.kind):
+        return same_family(gold, answer, lambda g, a: same_form(g, a, same))
+    if "residue" in (gold.kind, answer.kind):
+        return same_residue(gold, answer, lambda g, a: same_form(g, a, same))
+    if (told := _same_assignments(gold, answer, same)) is not None:
+        return told
     if gold.kind == "relation" and answer.kind == "relation":
         return _same_relation(gold, answer, same)
     if gold.kind in ("tuple", "union") and (region := as_region(answer)):
@@ -106,10 +114,17 @@ def same_form(gold: Form, answer: Form, same: Same) -> bool:
         return _same_region(region[1], answer, same)
     if answer.kind == "relation" and (rest := named(answer)):
         return same_form(gold, rest[1], same)
-    if gold.kind == "relation" and (rest := named(gold)):
+    if gold.kind == "relation" and (rest := named(gold, of_gold=True)):
         return same_form(rest[1], answer, same)
+    return _same_shape(gold, answer, same)
+
+
+def _same_shape(gold: Form, answer: Form, same: Same) -> bool:
     if gold.kind == answer.kind == "value":
         return _same_quantity(gold.text, answer.text, same)
+    if (gold.braced and answer.kind == "set") or (answer.braced and gold.kind == "set"):
+        values = [form.items if form.kind == "set" else (form,) for form in (gold, answer)]
+        return _same_ordered(values[0], values[1], same)
     if gold.kind in ("list", "set"):
         return _same_collection(gold, ungrouped(answer), same)
     if gold.kind != answer.kind:
@@ -119,6 +134,36 @@ def same_form(gold: Form, answer: Form, same: Same) -> bool:
     if gold.kind == "tuple" and gold.text != answer.text:
         return False
     return _same_ordered(gold.items, answer.items, same)
+
+
+def _same_choice(gold: Form, answer: Form, same: Same) -> bool:
+    """``(B) 12`` is the option B, and 12."""
+    letters = [form.text if form.kind == "choice" else letter_of(form.text) for form in (gold, answer)]
+    if gold.kind == answer.kind:
+        values = gold.items[0].kind, answer.items[0].kind
+        agree = values != ("value", "value") or same_form(gold.items[0], answer.items[0], same)
+        return letters[0] == letters[1] and agree
+    if all(letters):
+        return letters[0] == letters[1]
+    option, other = (gold.items[0], answer) if gold.kind == "choice" else (gold, answer.items[0])
+    return option.kind not in ("words", "choice") and other.kind != "words" and same_form(option, other, same)
+
+
+def _same_assignments(gold: Form, answer: Form, same: Same) -> bool | None:
+    """Several names with their values: by name, or in the order of the names. None where this is not for them."""
+    golds, answers = assignments(gold), assignments(answer)
+    if golds and answers:
+        if golds.keys() == answers.keys():
+            return all(same_form(golds[name], answers[name], same) for name in golds)
+        return None
+    names, other = (golds, answer) if golds else (answers, gold)
+    if not names or other.kind != "tuple" or other.text != "()":
+        return None  # 1, 2 does not say which is which
+    in_order = list(names.values()) if golds else [names[name] for name in sorted(names)]
+    if golds and gold.kind == "list" and list(names) != sorted(names):
+        return False
+    pair = (in_order, other.items)
+    return _same_ordered(*(pair if golds else pair[::-1]), same)
 
 
 def _same_region(gold: Form, answer: Form, same: Same) -> bool:
@@ -142,6 +187,10 @@ def _same_collection(gold: Form, answer: Form, same: Same) -> bool:
     elif not any(item.kind == "relation" for item in answers):
         plain = without_names(gold.items)
         return plain is not None and _same_unordered(plain, answers, same)
+    elif len({root_of(item) for item in (*gold.items, *answers)}) == 1 and root_of(gold.items[0]):
+        both = without_names(gold.items), without_names(answers)  # x_1 = 1, x_2 = 2 and x = 1, x = 2
+        if both[0] and both[1]:
+            return _same_unordered(both[0], both[1], same)
     return _same_unordered(gold.items, answers, same)
 
 
@@ -166,15 +215,20 @@ def _same_unordered(gold: Sequence[Form], answer: Sequence[Form], same: Same) ->
 
 def _same_quantity(gold_text: str, answer_text: str, same: Same) -> bool:
     gold, answer = units.split(gold_text), units.split(answer_text)
+    if _same_digits(gold_text, answer_text):
+        return True
     if gold.mark == answer.mark:
         if not units.compatible(gold.unit, answer.unit):
             return False
-        return same(gold.value, answer.value) or _same_digits(gold.value, answer.value)
+        if same(gold.value, answer.value):
+            return True
+        factors = gold.product or answer.product  # a bare letter beside a number may be no unit
+        return bool(factors) and same(gold.product or gold_text, answer.product or answer_text)
     if (gold.unit and answer.mark) or (gold.mark and (answer.mark or answer.unit)):
         return False
     if gold.mark:
         return same(gold.value, answer.value) or same(_scaled(gold), answer.value)
-    if answer.mark == "degree" and expression.plain_number(gold.value) is not None:
+    if answer.mark == "degree" and numbers.plain_number(gold.value) is not None:
         return same(gold.value, answer.value)  # like a unit, the sign may be added
     return same(gold.value, _scaled(answer))
 
@@ -187,8 +241,8 @@ def _scaled(quantity: units.Quantity) -> str:
 
 def _same_digits(gold: str, answer: str) -> bool:
     """``1011`` for ``1011_2``: an answer may leave out the base that the gold has."""
-    digits, _, base = as_written(gold).partition("_")
-    return bool(base) and digits.isdigit() and as_written(answer) == digits
+    numeral = numbers.NUMERAL.fullmatch(gold)
+    return bool(numeral) and as_written(answer).upper() == numeral[1]  # type: ignore[index]
 
 
 # --- relations -------------------------------------------------------------------------------------------------------
@@ -198,7 +252,7 @@ def _same_relation(gold: Form, answer: Form, same: Same) -> bool:
     regions = as_region(gold), as_region(answer)
     if regions[0] and regions[1]:
         return regions[0][0] == regions[1][0] and _same_region(regions[0][1], regions[1][1], same)
-    names = named(gold), named(answer)
+    names = named(gold, of_gold=True), named(answer)
     if "in" in gold.signs + answer.signs or (names[0] and names[1] and names[0][0] == names[1][0]):
         return bool(names[0] and names[1] and names[0][0] == names[1][0] and same_form(names[0][1], names[1][1], same))
     if len(gold.signs) != len(answer.signs):

@@ -2,41 +2,40 @@ r"""Formulas read into exact values by a grammar of our own: the model's text ne
 
     sum      := [sign] product { ("+" | "-") product }
     product  := factor { ("*" | "\cdot" | "\times" | "/" | "\div") factor | factor }        left to right
-    factor   := [sign] atom [ "!" ] [ "^" exponent ]
+    factor   := [sign] atom [ "!" ] [ "^" exponent ] [ "\%" | "^\circ" ]
     atom     := number | variable | \frac | \binom | \sqrt | function | "(" sum ")" | "{" sum "}" | "[" sum "]"
 
-``3\frac{1}{2}`` and ``3 1/2`` are mixed numbers. Other numbers side by side are refused. ``1/2x`` is x/2.
+``3\frac{1}{2}`` and ``3 1/2`` are mixed numbers. A number may follow a bracket or "!", or be the base of a power
+after a variable (``n 2^{n-1}``); other numbers side by side are refused. ``1/2x`` is x/2. A degree is pi/180.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from fractions import Fraction
 from functools import lru_cache
-from math import comb, factorial
 from typing import NoReturn
 
 from rewards.math import exact, functions
 from rewards.math.exact import Exact, NotExact, TooLarge
-from rewards.math.guard import COMMAND, GREEK, TRIGONOMETRIC, check_for_worker
-from rewards.math.text import Unreadable
+from rewards.math.guard import ACCENTS, COMMAND, GREEK, TRIGONOMETRIC, check_for_worker
+from rewards.math.numbers import NUMBER, NUMERAL, REPEATING, plain_number, repeating
+from rewards.math.text_errors import Unreadable
 
-MAX_FACTORIAL = 3000
 MAX_LEVELS = 60
-NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+", re.ASCII)
-REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}", re.ASCII)
-SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})", re.ASCII)
-FRACTION = re.compile(
-    r"(?P<sign>[+-]?) ?(?P<whole>[0-9]+(?= ))? ?(?P<top>[0-9]+) ?/ ?(?P<bottom>[0-9]+)"
-    r"|(?P<sign_>[+-]?) ?(?P<whole_>[0-9]+)? ?\\frac ?\{(?P<top_>[0-9]+)\} ?\{(?P<bottom_>[0-9]+)\}",
-    re.ASCII,
-)
 INTEGER_FRACTION = re.compile(
     r"\s*\\frac\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9])(?![0-9]))", re.ASCII
 )
 DERIVATIVE = re.compile(r"\\frac\s*\{\s*d[^{}]*\}\s*\{\s*d\s*[a-z]")
 DIGIT = re.compile(r"[0-9]", re.ASCII)
 LETTER = re.compile(r"[A-Za-z]")
+ACCENTED = re.compile(r"\s*(?:\{\s*([A-Za-z])\s*\}|([A-Za-z])(?![A-Za-z]))")
+PRIMES = re.compile(r" ?'+")
+CALL = re.compile(r"\s*\(\s*((?:-?[0-9]+|[a-z])(?:\s*,\s*(?:-?[0-9]+|[a-z]))*)\s*\)")
+MARK = re.compile(r" ?(?:\\%|\\degree(?![A-Za-z]))")
+DIGITS_FOLLOW = re.compile(r"\s*\{?\s*[0-9.]")
+BASE_OF_POWER = re.compile(r"\s*[0-9]+\s*\^", re.ASCII)
 SUBSCRIPT = re.compile(r"\s*_\s*(?:\{\s*([A-Za-z0-9]+)\s*\}|([A-Za-z0-9]))", re.ASCII)
 
 
@@ -62,32 +61,9 @@ def value(text: str) -> Exact:
     except TooLarge as why:
         raise Unreadable(str(why)) from None
     except NotExact:
-        check_for_worker(text)
+        check_for_worker(for_worker(text))
         raise
     return result
-
-
-def plain_number(text: str) -> Fraction | None:
-    """An integer, decimal, simple fraction, mixed number or one in scientific notation; None for all else."""
-    sign, digits = (-1, text[1:].lstrip(" ")) if text.startswith("-") else (1, text.removeprefix("+"))
-    if NUMBER.fullmatch(digits):
-        return sign * Fraction(digits.replace(",", ""))
-    if match := SCIENTIFIC.fullmatch(text):
-        return Fraction(match[1]) * Fraction(10) ** int(match[2])
-    if match := REPEATING.fullmatch(digits):
-        return sign * _repeating(match)
-    if match := FRACTION.fullmatch(text):
-        groups = {name.rstrip("_"): group for name, group in match.groupdict().items() if group is not None}
-        top, bottom, whole = int(groups["top"]), int(groups["bottom"]), groups.get("whole")
-        if bottom and (whole is None or top < bottom):
-            magnitude = int(whole or 0) + Fraction(top, bottom)
-            return -magnitude if groups["sign"] == "-" else magnitude
-    return None
-
-
-def _repeating(match: re.Match[str]) -> Fraction:
-    before, fixed, period = match[1] or "0", match[2], match[3]
-    return Fraction(before + "." + (fixed or "0")) + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
 
 
 class _Parser:
@@ -95,6 +71,7 @@ class _Parser:
         self.text = text
         self.position = 0
         self.depth = 0
+        self.edits: list[tuple[int, int, str]] = []  # what makes the text plain to another parser: start, end, instead
 
     def _deeper(self) -> None:
         """Enter one more level of nesting. Raises Unreadable beyond MAX_LEVELS."""
@@ -132,7 +109,6 @@ class _Parser:
 
     def _unknown(self) -> NoReturn:
         """Give up on text outside of the grammar."""
-        check_for_worker(self.text)
         raise NotExact(f"not in the grammar: {self.text[self.position :][:20]!r}")
 
     def sum(self) -> Exact:
@@ -147,7 +123,7 @@ class _Parser:
             if operator := self._operator():
                 right = self.factor()
                 result = result * right if operator == "*" else result / right
-            elif self._atom_follows():
+            elif self._number_follows() or self._atom_follows():
                 result = result * self.factor()
             else:
                 return result
@@ -164,9 +140,21 @@ class _Parser:
 
     def _atom_follows(self) -> bool:
         following = self.peek()
-        if re.compile(r"\{?\s*[0-9.]").match(self.text, self.position):
+        return bool(following) and (following in "([{\\|" or bool(LETTER.match(following))) and not self._mark_follows()
+
+    def _number_follows(self) -> bool:
+        """Whether a number goes on with a product: after a bracket, or as the base of a power after a variable."""
+        if not DIGITS_FOLLOW.match(self.text, self.position):
+            return False
+        before = self.text[: self.position].rstrip()[-1:]
+        is_base = re.match(r"[A-Za-z}\]]", before) and BASE_OF_POWER.match(self.text, self.position)
+        if before not in (")", "!") and not is_base:
             raise Unreadable("a number right after something else")
-        return bool(following) and (following in "([{\\|" or bool(LETTER.match(following)))
+        self.edits.append((self.position, self.position, r"\cdot "))
+        return True
+
+    def _mark_follows(self) -> bool:
+        return bool(MARK.match(self.text, self.position))
 
     def factor(self) -> Exact:
         negative = False
@@ -178,6 +166,8 @@ class _Parser:
         return -base if negative else base
 
     def _power(self) -> Exact:
+        self.peek()
+        start = self.position
         base = self.atom()
         if self.take("!"):
             base = self._factorial(base)
@@ -185,17 +175,19 @@ class _Parser:
             base = functions.power(base, self._exponent())
             if self.peek() in ("^", "!"):
                 raise Unreadable("a power of a power without braces")
+        self.peek()
+        before = self.position
+        if mark := self.match(MARK):
+            of, plain = (100, r"\cdot\frac{1}{100})") if mark[0][1] == "%" else (180, r"\cdot\frac{\pi}{180})")
+            base = base * exact.number(Fraction(1, of))
+            base = base if of == 100 else base * exact.atom("pi")
+            self.edits += [(start, start, "("), (before, mark.end(), plain)]
         return base
 
     def _factorial(self, of: Exact) -> Exact:
-        n = of.rational
-        if n is None:
-            self._unknown()
-        if n is None or n.denominator != 1 or n < 0 or self.peek() == "!":
-            raise Unreadable("a factorial of something else than a natural number")
-        if n > MAX_FACTORIAL:
-            raise TooLarge("a factorial too large to compute")
-        return exact.number(factorial(n.numerator))
+        if self.peek() == "!":
+            raise Unreadable("a factorial of a factorial")
+        return functions.factorial(of)
 
     def _exponent(self) -> Exact:
         if self.take("-"):
@@ -221,8 +213,6 @@ class _Parser:
             self.expect({"(": ")", "[": "]", "{": "}"}[following])
             return inside
         if found := self.match(LETTER):
-            if found[0] in "fghFGHP" and self.peek() == "(":
-                self._unknown()
             return self._variable(found[0])
         command = self.match(COMMAND)
         if command is None:
@@ -249,14 +239,9 @@ class _Parser:
                 degree = of.numerator
             return self._root(self._argument(), degree)
         if name == "binom":
-            n, k = self._argument().rational, self._argument().rational
-            if n is None or k is None:
-                raise NotExact("a binomial coefficient of variables")
-            if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n:
-                raise Unreadable("a binomial coefficient of something else than natural numbers")
-            if n > MAX_FACTORIAL:
-                raise TooLarge("a binomial coefficient too large to compute")
-            return exact.number(comb(n.numerator, k.numerator))
+            return functions.binomial(self._argument(), self._argument())
+        if name in ACCENTS and (letter := self.match(ACCENTED)):
+            return self._variable(f"\\{name}{{{letter[1] or letter[2]}}}")
         if name in TRIGONOMETRIC or name in ("ln", "log", "exp"):
             return self._function(name)
         return self._unknown()
@@ -292,6 +277,8 @@ class _Parser:
         result = self._power()
         while self._atom_follows() and not self._function_follows():
             result = result * self._power()
+        if DIGITS_FOLLOW.match(self.text, self.position):
+            raise Unreadable("a number right after something else")
         self.depth -= 1
         if self.peek() in ("*", "/") or (COMMAND.match(self.text, self.position) and not self._function_follows()):
             self._unknown()  # whether the argument goes on behind the operator is ambiguous
@@ -321,11 +308,13 @@ class _Parser:
 
     def _number(self) -> Exact:
         if found := self.match(REPEATING):
-            return exact.number(_repeating(found))
+            return exact.number(repeating(found))
+        if found := self.match(NUMERAL):  # a number in another base is its digits: 11 is no answer to "11_2"
+            return exact.atom(f"{found[1]}_{found[2] or found[3]}")
         digits = self._digits()
         if not digits:
             raise Unreadable("a decimal point without digits")
-        if subscript := self.match(SUBSCRIPT):  # a number in another base is its digits: 11 is no answer to "11_2"
+        if subscript := self.match(SUBSCRIPT):
             return exact.atom(f"{digits}_{subscript[1] or subscript[2]}")
         if digits.isdigit() and (fraction := INTEGER_FRACTION.match(self.text, self.position)):
             top, bottom = (int(fraction[i] or fraction[i + 1]) for i in (1, 3))
@@ -338,4 +327,18 @@ class _Parser:
     def _variable(self, name: str) -> Exact:
         if subscript := self.match(SUBSCRIPT):
             name += "_" + (subscript[1] or subscript[2])
+        if primes := self.match(PRIMES):
+            name += primes[0].strip()
+        if name.rstrip("'") in ("f", "g", "F", "G") and (call := self.match(CALL)):  # g(R+h) may be a product
+            return functions.opaque("call " + name, *(value(argument.strip()) for argument in call[1].split(",")))
         return exact.atom(name)
+
+
+def for_worker(text: str) -> str:
+    """A formula as another parser reads it, too: with every product and degree written out."""
+    parser = _Parser(text)
+    with contextlib.suppress(NotExact, Unreadable, TooLarge, ZeroDivisionError):
+        parser.sum()
+    for start, end, instead in sorted(parser.edits, reverse=True):
+        text = text[:start] + instead + text[end:]
+    return text

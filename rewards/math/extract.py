@@ -11,31 +11,43 @@ from __future__ import annotations
 
 import re
 
+from rewards.math import beside
+from rewards.math.words import changes_a_number
 from rewards.tags import ANSWER, END_ANSWER, NoAnswer, after_thinking, single_answer
 
 GOLD_MARK = "####"
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t\n]*")
 BRACE = re.compile(r"\\[^A-Za-z]|[{}]", re.DOTALL)  # an escaped brace is no brace
 JOINT = re.compile(
-    r"[\s$]*(?P<joint>(?:[,;]|\bor\b|\band\b|\\text\s*\{\s*(?:or|and)\s*\}|\\(?:lor|quad)\b|[\s$])+)"
+    r"[\s$]*(?P<joint>(?:[,;]|\bor\b|\band\b|\\text\s*\{\s*,?\s*(?:or|and)\s*\}|\\(?:lor|land|vee|wedge|quad)\b|[\s$])+)"
     r"(?:\\?[A-Za-z]\w*(?:_\{\w+\})?\s*=)?[\s$]*"
 )
-# Words beside the answer that make it another number, or one of several.
-_NOT_BESIDE = """
-or and either neither nor not no else otherwise maybe perhaps possibly alternatively but if then negative minus plus
-times about approximately almost less more than below above under over percent percentage base mod modulo factorial
-choose power root inverse reciprocal half halves third thirds quarter quarters tenth tenths hundredth hundredths
-thousandth thousandths pair pairs score gross dozen dozens ten tens hundred hundreds thousand thousands million millions
-billion billions trillion trillions zero one two three four five six seven eight nine eleven twelve twenty thirty forty
-fifty sixty seventy eighty ninety
-"""
-NOT_BESIDE = frozenset(_NOT_BESIDE.split())
+IN_SENTENCES = frozenset(
+    [
+        "is",
+        "are",
+        "be",
+        "to",
+        "from",
+        "by",
+        "for",
+        "so",
+        "because",
+        "since",
+        "therefore",
+        "thus",
+        "hence",
+        "equals",
+        "equal",
+    ]
+)
 PROSE = re.compile(r"[A-Za-z\s,.:;'*()-]{0,120}", re.ASCII)
 PREFIX = re.compile(
     r"(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*[:=])\s*:?\s*",
     re.IGNORECASE,
 )
 DOLLARS = re.compile(r"(?<!\\)\$+([^$]+)(?<!\\)\$+")
+DELIMITER = re.compile(r"\\(?:\\|[()\[\]])")  # \\[2pt] is a line break
 PLAIN_NUMBER = re.compile(
     r"(?P<before>.*?)(?<![\w.,/^-])(?P<number>[+-]?\\?\$?-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?%?)"
     r"(?P<unit>(?: [A-Za-z]+){0,2})",
@@ -52,9 +64,11 @@ def find_piece(text: str, *, plain_number: bool = False) -> str:
     """
     part = after_thinking(text)
     if ANSWER in part or END_ANSWER in part:
-        return _in_block(single_answer(text))
+        return _in_block(with_dollars(single_answer(text)))
     if BOX.search(part):
-        return _last_box(part)
+        part = with_dollars(part)
+        piece, start, end = _joined_boxes(part)
+        return piece + beside.whole(part, start, end)
     line = part.rstrip().rpartition("\n")[2].strip()
     if line.startswith(GOLD_MARK):
         return _filled(line[len(GOLD_MARK) :], f"nothing follows {GOLD_MARK}")
@@ -70,13 +84,31 @@ def find_gold(answer: str) -> str:
         NoAnswer: it is empty, or its last box is.
     """
     if BOX.search(answer):
-        return _last_box(answer)
+        return _joined_boxes(with_dollars(answer))[0]
     return _filled(answer.rpartition(GOLD_MARK)[2], "the answer is empty")
 
 
 def only_prose(text: str) -> bool:
     """Whether the text beside an answer is words that do not change it."""
-    return bool(PROSE.fullmatch(text)) and NOT_BESIDE.isdisjoint(re.findall(r"[a-z]+", text.lower()))
+    if not PROSE.fullmatch(text):
+        return False
+    return not any(changes_a_number(word) for word in re.findall(r"[a-z]+", text.lower()) if word not in IN_SENTENCES)
+
+
+def with_dollars(text: str) -> str:
+    r"""The text with ``$`` for both ends of each ``\(...\)`` and ``\[...\]``, which mean the same."""
+    if "\\(" not in text and "\\[" not in text:
+        return text
+    pieces, position = [], 0
+    opened: re.Match[str] | None = None
+    for delimiter in DELIMITER.finditer(text):
+        symbol = delimiter[0][1]
+        if symbol in "([":
+            opened = delimiter
+        elif symbol in ")]" and opened and opened[0][1] == {")": "(", "]": "["}[symbol]:
+            pieces += [text[position : opened.start()], "$", text[opened.end() : delimiter.start()], "$"]
+            position, opened = delimiter.end(), None
+    return "".join([*pieces, text[position:]])
 
 
 def _filled(piece: str, complaint: str) -> str:
@@ -89,25 +121,24 @@ def _in_block(block: str) -> str:
     """The piece of an answer block: its box, the one formula among its prose, or all of it."""
     if BOX.search(block):
         joined, start, end = _joined_boxes(block)
-        return _alone(joined, block[:start], block[end:])
+        return _alone(joined, block, start, end)
     formulas = list(DOLLARS.finditer(block))
     if len(formulas) == 1 and formulas[0][0] != block:
         before, after = block[: formulas[0].start()], block[formulas[0].end() :]
-        if only_prose(before) and not after.strip(" ."):
+        if only_prose(before) and not after.strip(" .") and not before.endswith("-"):
             return _filled(formulas[0][1], "the formula is empty")
     prefix = PREFIX.match(block)
     return _filled(block[prefix.end() :] if prefix else block, "the answer is empty")
 
 
-def _alone(piece: str, before: str, after: str) -> str:
+def _alone(piece: str, block: str, start: int, end: int) -> str:
+    suffix = beside.whole(block, start, end)
+    before, after = block[:start], block[end:]
+    after = after.lstrip().removeprefix(suffix.strip()) if suffix else after
     before = re.sub(r"(?:\\?[A-Za-z]\w*\s*)?=[\s$]*$", "", before.rstrip(" $"))
     if not only_prose(before.replace("$", "")) or not only_prose(after.replace("$", "")):
         raise NoAnswer("something stands beside the box in the answer block")
-    return piece
-
-
-def _last_box(text: str) -> str:
-    return _joined_boxes(text)[0]
+    return piece + suffix
 
 
 def _joined_boxes(text: str) -> tuple[str, int, int]:

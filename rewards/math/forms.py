@@ -1,53 +1,31 @@
-r"""The shape of an answer: one value, a list, a set, a tuple or interval, a union, a matrix, a relation, or words.
+r"""Answers read into shapes: one value, a list, a set, a tuple or interval, a union, a matrix, a relation, or words.
 
-Shapes are read and compared here. The values in them are compared by a function that is passed in, so that the exact
-path and the worker's computer algebra system use the same rules.
+The values in them are compared by a function that is passed in (``compare.py``), so that the exact path and the
+worker's computer algebra system use the same rules.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 
-from rewards.math.text import Unreadable, as_written, canonical
+from rewards.math import families, language, regions
+from rewards.math.names import FIGURE, name_of
+from rewards.math.shapes import CLOSING, OPENING, TOKEN, Form, encloses, members, sides_of, split
+from rewards.math.text import canonical
+from rewards.math.text_errors import Unreadable
 
-TOKEN = re.compile(r"\\[A-Za-z]+\*?(?:\{[a-zA-Z]*matrix\*?\})?|\\.|[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|.", re.DOTALL)
-OPENING, CLOSING = {"(", "[", "{", r"\{", r"\langle"}, {")", "]", "}", r"\}", r"\rangle"}
-RELATIONS = {"=": "=", "<": "<", ">": ">", r"\leq": "<=", r"\geq": ">=", r"\neq": "!=", r"\in": "in", r"\approx": "="}
-FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
-SEPARATOR = re.compile(r"\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
-MATRIX = re.compile(r"\\begin\{([pbB]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
-NAME = re.compile(
-    r"(?:\\?[A-Za-z]|\\[a-z]{2,8}|\\text\{\s*[A-Za-z ]+\})(?:_\{?[A-Za-z0-9]+\}?)?"
-    r"(?:\s*(?:\^\{-1\})?\s*\(\s*[A-Za-z]\s*\))?"
+SEPARATOR = re.compile(
+    r"\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:vee|wedge)(?![A-Za-z])"
+)
+MATRIX = re.compile(
+    r"(?P<factor>.*?)\s*\\begin\{([pbB]?)matrix\}(?P<cells>.*)\\end\{\2matrix\}(?P<turned>\s*\^\s*\{?\s*(?:T|\\top)\s*\}?)?",
+    re.DOTALL,
 )
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
-WORD = re.compile(r"[A-Za-z]{3,}")
-WORDS = re.compile(r"[A-Za-z0-9 ,.'&:;?!()/-]+")
-CHOICE = re.compile(r"(\(?)([A-Za-z])[).:]?")
-SHORT_WORDS = frozenset({"no", "up", "am", "pm", "he", "we", "it", "us"})
-TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}( ?[ap]\.? ?m\.?)?", re.IGNORECASE)
-RATIO = re.compile(r"[0-9]+(?: ?: ?[0-9]+)+")
-# Notation with nothing to compute: compared as it is written, where the gold answer is of this kind.
-WRITTEN = re.compile(
-    r"\\(?:overline|overrightarrow|angle|triangle|cong|sim|parallel|perp|to|rightarrow|mathbb|mathbf|vec|hat|bar|cap|"
-    r"setminus|subset|subseteq|text|ldots|dots|prime|infty|emptyset|pm|begin|end|cup|circ|star|implies|iff)(?![A-Za-z])"
-)
-
-
-@dataclass(frozen=True)
-class Form:
-    """``kind`` is one of value, list, set, tuple, union, matrix, row, relation, words.
-
-    ``text`` is a value's formula, a tuple's two brackets, the word that joins a list, or words; ``signs`` are a
-    relation's.
-    """
-
-    kind: str
-    text: str = ""
-    items: tuple[Form, ...] = ()
-    signs: tuple[str, ...] = ()
-    grouped: bool = False  # a value whose commas may group thousands or separate values
+POINT = re.compile(r"[ABDEHIKLMNQRSTVWXYZ]\s*(\((?:[^()]|\([^()]*\))*,(?:[^()]|\([^()]*\))*\))")  # A(1, 2)
+SET = re.compile(r"\\\{.*?\\\}", re.DOTALL)
 
 
 def read(piece: str) -> Form:
@@ -56,87 +34,59 @@ def read(piece: str) -> Form:
     Raises:
         Unreadable: it has none.
     """
-    return _read(canonical(piece))
+    text = canonical(piece)
+    if choice := language.choice(text):
+        return _choice(*choice)
+    return _read(text)
 
 
 def read_gold(piece: str) -> Form:
     """The form of a gold answer; words and notation that cannot be computed with are compared as written."""
     text = canonical(piece)
-    if is_words(text) or RATIO.fullmatch(text):
+    with contextlib.suppress(Unreadable):  # "(A) and (B)" is words
+        if choice := language.choice(text):
+            return _choice(*choice)
+    if regions.REALS.fullmatch(text):
+        return regions.LINE
+    if language.is_words(text) or language.RATIO.fullmatch(text):
         return Form("words", text)
     return _read(text)
 
 
-def is_written_only(piece: str) -> bool:
-    """Whether a gold answer that cannot be read is notation or language ("10:30 a.m.", "2 dozen"), and not broken."""
+def _choice(letter: str, rest: str) -> Form:
+    """An option's letter with the option's own text, which is a value or words."""
     try:
-        text = canonical(piece)
+        option = _read(rest) if rest and not language.is_words(rest) else Form("words", rest)
     except Unreadable:
-        return False
-    words = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip()
-    if TIME.fullmatch(words) or (WORDS.fullmatch(words) and set(WORD.findall(words)) - {"and"}):
-        return True
-    unknown = re.findall(r"\\[A-Za-z]+", WRITTEN.sub("", text))
-    return bool(WRITTEN.search(text)) and not unknown and not re.search(r"[+*/^_=-]\s*$", text)
-
-
-def is_words(text: str) -> bool:
-    """Whether a canonical text is language: "Monday", "(B)", "not enough information"."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip()
-    if not WORDS.fullmatch(text):
-        return False
-    choice = CHOICE.fullmatch(text)
-    if choice:
-        return len(text) > 1
-    starts_with_number = re.match(r"[-(]*\.?[0-9]", text)
-    if starts_with_number:
-        return False
-    return bool(WORD.search(text)) or text.lower() in SHORT_WORDS
-
-
-def same_words(gold: str, answer: str) -> bool:
-    """Words are compared without regard to case, a choice without its brackets."""
-    gold, answer = as_written(gold), as_written(answer)
-    if gold == answer:
-        return True
-    choices = CHOICE.fullmatch(gold), CHOICE.fullmatch(answer)
-    if choices[0] and choices[1]:
-        return choices[0][2].lower() == choices[1][2].lower()
-    if not (WORD.search(gold) or TIME.fullmatch(gold) or gold.lower() in SHORT_WORDS):
-        return False  # x and X may be two names
-    return gold.casefold() == answer.casefold()
-
-
-def ungrouped(form: Form) -> Form:
-    """``100,200`` as two numbers, if it was read as one."""
-    if form.kind == "value" and form.grouped:
-        return Form("list", items=tuple(Form("value", part) for part in form.text.split(",")))
-    return form
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
+        option = Form("words", rest)
+    return Form("choice", letter, (option,))
 
 
 def _read(text: str, in_brackets: bool = False) -> Form:
     text = text.strip()
     if not text:
         raise Unreadable("an empty place in the answer")
-    parts = _split(SEPARATOR.sub(";", text), {",", ";"}, in_brackets)
+    if not in_brackets and (found := families.domain(text)):
+        rest, name, kind = found
+        return Form("family", f"{name}:{kind}", (_read(rest),))
+    if not in_brackets and (modular := families.residue(text)):
+        return families.check(Form("residue", items=(_read(modular[0]), Form("value", modular[1]))))
+    parts = split(SEPARATOR.sub(";", text), {",", ";"}, in_brackets)
     if len(parts) > 1:
         parts = [part for i, part in enumerate(parts) if part.strip() or i in (0, len(parts) - 1)]  # ", and"
-        joined = {word for joint in SEPARATOR.findall(text) for word in ("and", "or") if word in joint}
-        members = tuple(item for part in parts for item in _members(_read(part, in_brackets)))
-        return Form("list", "and" if "and" in joined else "or" if "or" in joined else "", members)
-    if PLUS_MINUS.search(text):
+        joined = {word for joint in SEPARATOR.findall(text) for word in JOINTS if word in joint}
+        items = tuple(item for part in parts for item in members(_read(part, in_brackets)))
+        word = "and" if joined & {"and", "wedge"} else "or" if joined else ""
+        return Form("list", word, items)
+    if PLUS_MINUS.search(SET.sub("", text)) and not _bare_set(text):
         return Form("list", items=tuple(_read(_choose(text, sign), in_brackets) for sign in ("+-", "-+")))
-    sides, signs = _relation(text)
+    sides, signs = sides_of(text)
     if signs:
         return Form("relation", items=tuple(_read(side) for side in sides), signs=signs)
     return _read_term(text)
 
 
-def _members(form: Form) -> tuple[Form, ...]:
-    return form.items if form.kind == "list" else (form,)
+JOINTS = ("and", "or", "vee", "wedge")
 
 
 def _choose(text: str, sign: str) -> str:
@@ -144,136 +94,108 @@ def _choose(text: str, sign: str) -> str:
 
 
 def _read_term(text: str) -> Form:
-    parts = _split(text, {r"\cup"})
+    if regions.REALS.fullmatch(text):
+        return regions.LINE
+    parts = split(text, {r"\cup"})
     if len(parts) > 1:
         return Form("union", items=tuple(_read_term(part.strip()) for part in parts))
+    if region := _without(text):
+        return region
     if text in (r"\emptyset", r"\{\}", r"\{ \}"):
         return Form("set")
     if matrix := MATRIX.fullmatch(text):
-        rows = [row for row in re.split(r"\\\\", matrix[2].strip()) if row.strip()]
-        return Form("matrix", items=tuple(_row(row) for row in rows))
+        return _matrix(matrix)
+    if text.startswith("{") and (inside := _bare_set(text) or _group(text)):
+        form = _read(inside, bool(_bare_set(text)))
+        if form.kind == "list" and _bare_set(text):
+            return Form("set", items=members(form))
+        return replace(form, braced=True)
+    if FIGURE.fullmatch(text):
+        return Form("value", text)
+    if point := POINT.fullmatch(text):
+        return _read_term(point[1])
+    ratio = split(text, {":"})
+    if len(ratio) > 1 and not language.TIME.fullmatch(text):
+        return Form("tuple", ":", tuple(_read_term(part.strip()) for part in ratio if part.strip()))
     tokens = TOKEN.findall(text)
-    if tokens and tokens[0] in OPENING - {"{"} and tokens[-1] in CLOSING and _encloses(tokens):
-        inside = text[len(tokens[0]) : len(text) - len(tokens[-1])]
-        kind = "set" if tokens[0] == r"\{" else "tuple"
-        form = _read(inside, True) if inside.strip() else Form("list")
-        if kind == "set" and tokens[-1] == r"\}":
-            return Form("set", items=_members(form))
-        if form.kind == "list" and kind == "tuple" and tokens[-1] != r"\}":
-            brackets = tokens[0] + tokens[-1]
-            return Form("tuple", "()" if brackets == r"\langle\rangle" else brackets, form.items)
-        if form.kind != "value" or tokens[0] + tokens[-1] != "()":
-            raise Unreadable("brackets that do not match")
-        return form
+    if tokens and tokens[0] in OPENING - {"{"} and tokens[-1] in CLOSING and encloses(tokens):
+        return _bracketed(text, tokens)
     grouped = bool(re.fullmatch(r"[0-9]{1,3}(?:,[0-9]{3})+", text))
     return Form("value", text, grouped=grouped)
 
 
-def _row(text: str) -> Form:
-    return Form("row", items=tuple(Form("value", cell.strip()) for cell in text.split("&")))
+def _bracketed(text: str, tokens: list[str]) -> Form:
+    inside = text[len(tokens[0]) : len(text) - len(tokens[-1])]
+    kind = "set" if tokens[0] == r"\{" else "tuple"
+    if kind == "set" and tokens[-1] == r"\}" and (built := regions.built(inside)):
+        return _built(*built)
+    form = _read(inside, True) if inside.strip() else Form("list")
+    if kind == "set" and tokens[-1] == r"\}":
+        return Form("set", items=members(form))
+    if form.kind == "list" and kind == "tuple" and tokens[-1] != r"\}":
+        brackets = tokens[0] + tokens[-1]
+        return Form("tuple", "()" if brackets == r"\langle\rangle" else brackets, form.items)
+    if form.kind != "value" or tokens[0] + tokens[-1] != "()":
+        raise Unreadable("brackets that do not match")
+    return form
 
 
-def _encloses(tokens: list[str]) -> bool:
-    """Whether the first bracket is closed by the last token."""
-    depth = 0
-    for i, token in enumerate(tokens):
-        depth += (token in OPENING) - (token in CLOSING)
-        if depth == 0:
-            return i == len(tokens) - 1
-    return False
+def _built(name: str, condition: str) -> Form:
+    r"""The region of ``\{x \mid condition\}``, or the elements of ``\{x \mid x = 1\}``."""
+    form = _read(condition)
+    region = regions.as_region(form)
+    if region and region[0] == name:
+        return region[1]
+    if form.kind == "relation" and form.signs == ("=",) and name_of(form.items[0]) == name:
+        return Form("set", items=members(form.items[1]))
+    raise Unreadable("set-builder notation whose condition is no interval")
 
 
-def _split(text: str, separators: set[str], in_brackets: bool = False) -> list[str]:
-    """Parts between separators outside of all brackets. ``1,000`` is one number, or two if ``in_brackets``."""
-    parts, depth, start, position = [], 0, 0, 0
-    for token in TOKEN.findall(text):
-        depth += (token in OPENING or token.startswith(r"\begin")) - (token in CLOSING or token.startswith(r"\end"))
-        if depth == 0 and token in separators:
-            parts.append(text[start:position])
-            start = position + len(token)
-        elif depth == 0 and in_brackets and "," in token and "," in separators:
-            for digits in token.split(",")[:-1]:
-                position += len(digits)
-                parts.append(text[start:position])
-                position += 1
-                start = position
-            position += len(token.rpartition(",")[2]) - len(token)
-        position += len(token)
-    return [*parts, text[start:]]
-
-
-def _relation(text: str) -> tuple[list[str], tuple[str, ...]]:
-    sides, signs, depth, start, position = [], [], 0, 0, 0
-    for token in TOKEN.findall(text):
-        depth += (token in OPENING or token.startswith(r"\begin")) - (token in CLOSING or token.startswith(r"\end"))
-        if depth == 0 and token in RELATIONS:
-            sides.append(text[start:position])
-            signs.append(RELATIONS[token])
-            start = position + len(token)
-        position += len(token)
-    return [*sides, text[start:]], tuple(signs)
-
-
-# --- names, intervals ------------------------------------------------------------------------------------------------
-
-
-def name_of(form: Form) -> str:
-    r"""The name that a value is: ``x``, ``\theta``, ``a_1``, ``f(x)``; "" where it is something else."""
-    if form.kind == "value" and NAME.fullmatch(form.text) and form.text not in (r"\pi", r"\infty", "e", "i"):
-        return as_written(form.text)
-    return ""
-
-
-def named(form: Form) -> tuple[str, Form] | None:
-    r"""The name and the rest of ``x = 5``, ``x \in [0, 1]`` or ``(x, y) = (1, 2)``; None for all else."""
-    if form.kind != "relation" or form.signs not in (("=",), ("in",)):
+def _without(text: str) -> Form | None:
+    r"""``A \setminus \{1, 2\}`` and ``\mathbb{R} - \{1\}`` as intervals."""
+    parts = split(text, {r"\setminus"})
+    if len(parts) == 1 and (minus := re.fullmatch(r"(\\mathbb\{R\})\s*-\s*(\\\{.*\\\})", text)):
+        parts = [minus[1], minus[2]]
+    if len(parts) != 2:
         return None
-    left, right = form.items
-    if left.kind == "tuple" and left.text == "()" and all(map(name_of, left.items)):
-        return ",".join(map(name_of, left.items)), right
-    return (name_of(left), right) if name_of(left) else None
+    base, points = _read_term(parts[0].strip()), _read_term(parts[1].strip())
+    if points.kind == "value" and regions.position(points.text) is not None:
+        points = Form("set", items=(points,))
+    if (
+        base.kind not in ("tuple", "union")
+        or points.kind != "set"
+        or any(item.kind != "value" for item in points.items)
+    ):
+        raise Unreadable("a difference of sets that are no intervals and points")
+    return regions.without_points(base, [item.text for item in points.items])
 
 
-def as_interval(form: Form) -> tuple[str, Form] | None:
-    """The name and the interval of ``x > 3`` or ``1 < x <= 2``; None for all else."""
-    if form.kind != "relation" or any(item.kind != "value" for item in form.items):
-        return None
-    items, signs = form.items, form.signs
-    if {">", ">="} & set(signs):
-        items, signs = items[::-1], tuple(FLIPPED.get(sign, sign) for sign in signs[::-1])
-    if not set(signs) <= {"<", "<="}:
-        return None
-    low, high = Form("value", r"-\infty"), Form("value", r"\infty")
-    brackets = ["(", ")"]
-    if len(items) == 3 and name_of(items[1]):
-        name, low, high = name_of(items[1]), items[0], items[2]
-        brackets = ["(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"]
-    elif len(items) == 2 and name_of(items[0]) and not name_of(items[1]):
-        name, high, brackets[1] = name_of(items[0]), items[1], ")" if signs[0] == "<" else "]"
-    elif len(items) == 2 and name_of(items[1]) and not name_of(items[0]):
-        name, low, brackets[0] = name_of(items[1]), items[0], "(" if signs[0] == "<" else "["
-    else:
-        return None
-    return name, Form("tuple", "".join(brackets), (low, high))
+def _bare_set(text: str) -> str:
+    """What stands between bare braces that hold a list, ``{1, 2}``; "" where they hold one value."""
+    inside = _group(text)
+    if not inside or re.fullmatch(r"\s*[0-9]{1,3}(?:,[0-9]{3})+\s*", inside):
+        return ""
+    return inside if len(split(inside, {",", ";"}, True)) > 1 else ""
 
 
-def as_region(form: Form) -> tuple[str, Form] | None:
-    """The same for a list of inequalities of one name ("x < 1 or x > 3"): a union."""
-    if form.kind == "relation" and form.signs == ("in",) and form.items[1].kind in ("tuple", "union"):
-        return named(form)
-    if form.kind != "list" or form.text == "and":
-        return as_interval(form)
-    parts = [as_interval(item) for item in form.items]
-    names = {part[0] for part in parts if part}
-    if None in parts or len(names) != 1:
-        return None
-    return names.pop(), Form("union", items=tuple(part[1] for part in parts if part))
+def _group(text: str) -> str:
+    """What stands between the braces around it all; "" where there are none."""
+    if not (text.startswith("{") and text.endswith("}")):
+        return ""
+    tokens = TOKEN.findall(text)
+    return text[1:-1].strip() if tokens[-1] == "}" and encloses(tokens) else ""
 
 
-def without_names(items: tuple[Form, ...]) -> tuple[Form, ...] | None:
-    """``x = 1`` and ``x = 2`` as values; None where the names differ or there are other relations."""
-    found = [named(item) for item in items]
-    if len({name[0] for name in found if name}) > 1:
-        return None
-    plain = tuple(name[1] if name else item for name, item in zip(found, items, strict=True))
-    return None if any(item.kind == "relation" for item in plain) else plain
+def _matrix(match: re.Match[str]) -> Form:
+    rows = [
+        [cell.strip() for cell in row.split("&")] for row in re.split(r"\\\\", match["cells"].strip()) if row.strip()
+    ]
+    factor = re.sub(r"\s*\\(?:cdot|times)\s*$", "", match["factor"]).strip()
+    if factor:
+        factor = "-1" if factor == "-" else factor
+        rows = [[f"({factor}) \\cdot ({cell})" for cell in row] for row in rows]
+    if match["turned"]:
+        if len({len(row) for row in rows}) != 1:
+            raise Unreadable("a matrix with rows of several lengths")
+        rows = [list(row) for row in zip(*rows, strict=True)]
+    return Form("matrix", items=tuple(Form("row", items=tuple(Form("value", cell) for cell in row)) for row in rows))

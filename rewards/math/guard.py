@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from rewards.math.text import Unreadable
+from rewards.math.text_errors import Unreadable
 
 COMMAND = re.compile(r"\\([A-Za-z]+)\s*")
 _GREEK = """
-alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega
-Gamma Delta Theta Lambda Sigma Phi Psi Omega
+alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau
+upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar
 """
 GREEK = frozenset(_GREEK.split())
 TRIGONOMETRIC = frozenset(
@@ -17,7 +17,8 @@ TRIGONOMETRIC = frozenset(
 )
 FUNCTIONS = TRIGONOMETRIC | {"log", "ln", "exp", "lfloor", "rfloor", "lceil", "rceil"}
 COMMANDS = FUNCTIONS | GREEK | {"pi", "frac", "sqrt", "binom", "cdot", "times", "div"}
-SHIFTED_FACTORIAL = re.compile(r"\( ?[A-Za-z] ?[+-] ?[0-9]{1,2} ?\) ?!(?! ?!)")  # (n+1)!
+ACCENTS = frozenset(["bar", "hat", "vec", "tilde", "dot", "ddot"])
+SHIFTED_FACTORIAL = re.compile(r"\((?=[^()]*[A-Za-z])(?:[A-Za-z0-9 +-](?!\d\d))*\) ?!(?! ?!)")  # (n+1)!, (2n-k)!
 
 
 def check_for_worker(text: str) -> None:

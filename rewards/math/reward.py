@@ -20,11 +20,15 @@ from typing import Any
 from rewards.math import pool, units
 from rewards.math.compare import same_form, same_value, unknown_values
 from rewards.math.exact import NotExact
-from rewards.math.expression import plain_number as plain_number_of
 from rewards.math.extract import find_gold, find_piece
-from rewards.math.forms import Form, is_written_only, named, read, read_gold
+from rewards.math.forms import read, read_gold
+from rewards.math.language import is_prose, is_written_only
+from rewards.math.names import named
+from rewards.math.numbers import plain_number as plain_number_of
 from rewards.math.pool import WorkerDied, WorkerTimeout, start, stop
-from rewards.math.text import Unreadable, as_written, canonical
+from rewards.math.shapes import Form
+from rewards.math.text import as_written, canonical
+from rewards.math.text_errors import Unreadable
 from rewards.tags import NoAnswer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
@@ -157,6 +161,8 @@ def _compared(gold: Form, answer: Form) -> Verdict:
 
 def _is_number(form: Form) -> bool:
     """Whether a form is a plain number, perhaps with a name or a unit. ``10/2`` is not: it has to be worked out."""
+    if form.kind == "choice":
+        form = form.items[0]
     if rest := named(form):
         form = rest[1]
     value = units.split(form.text).value if form.kind == "value" else ""
@@ -178,7 +184,7 @@ def _gold_of(answer: str) -> _Gold:
     except Unreadable as why:
         if is_written_only(piece):
             return _Gold(piece, text, Form("words", text))
-        return _Gold(piece, broken=str(why))
+        return _Gold(piece, broken="prose, which nobody writes the same again" if is_prose(text) else str(why))
     if unknown:
         try:
             reply = pool.current().ask({"gold": piece}, GOLD_TIMEOUT)

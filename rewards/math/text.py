@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from rewards.math import markup
+from rewards.math.numbers import with_bases
+from rewards.math.text_errors import Unreadable
+
+__all__ = ["Unreadable", "as_written", "canonical"]
+
 MAX_LENGTH = 512  # characters
 MAX_DEPTH = 50  # braces and brackets
-
-
-class Unreadable(ValueError):
-    """The text is no answer in the notation that is allowed; the message says why."""
 
 
 UNICODE = str.maketrans(
@@ -49,8 +51,37 @@ UNICODE = str.maketrans(
         "\u00bd": r"\frac{1}{2}",
         "\u00bc": r"\frac{1}{4}",
         "\u00be": r"\frac{3}{4}",
-        "\u00b2": "^2",
-        "\u00b3": "^3",
+        "\u2153": r"\frac{1}{3}",
+        "\u2154": r"\frac{2}{3}",
+        "\u2155": r"\frac{1}{5}",
+        "\u215b": r"\frac{1}{8}",
+        "\u215c": r"\frac{3}{8}",
+        "\u215d": r"\frac{5}{8}",
+        "\u215e": r"\frac{7}{8}",
+        "\u2124": r"\mathbb{Z}",
+        "\u2115": r"\mathbb{N}",
+        "\u211a": r"\mathbb{Q}",
+        "\u2102": r"\mathbb{C}",
+        "\u2216": r"\setminus ",
+        "\u2261": r"\equiv ",
+        "\u27e8": r"\langle ",
+        "\u27e9": r"\rangle ",
+        "\u2032": "'",
+        "\u2033": "''",
+        "\uff0c": ", ",
+        "\u3001": ", ",
+        "\uff08": "(",
+        "\uff09": ")",
+        "\uff1a": ":",
+        "\uff1b": ";",
+        "\uff1d": "=",
+        "\uff0b": "+",
+        "\uff0d": "-",
+        "\u3002": ".",
+        "\u2220": r"\angle ",
+        "\u25b3": r"\triangle ",
+        "\u2209": r"\notin ",
+        "\u223c": "~",
         "\u221a": r"\sqrt ",
         "\u00a0": r"\,",
         "\u2009": r"\,",
@@ -70,7 +101,6 @@ SYNONYMS = {
     "ne": r"\neq",
     "lt": "<",
     "gt": ">",
-    "lbrace": r"\{",
     "rbrace": r"\}",
     "lbrack": "[",
     "rbrack": "]",
@@ -78,25 +108,42 @@ SYNONYMS = {
     "degree": r"^\circ",
     "arctg": r"\arctan",
     "tg": r"\tan",
+    "ctg": r"\cot",
+    "cosec": r"\csc",
+    "sen": r"\sin",
+    "lg": r"\log",
+    "dbinom": r"\binom",
+    "tbinom": r"\binom",
+    "nicefrac": r"\frac",
+    "sfrac": r"\frac",
+    "backslash": r"\setminus",
+    "smallsetminus": r"\setminus",
+    "bmod": r"\bmod",
+    "mod": r"\pmod",
+    "pounds": "£",
+    "euro": "€",
+    "texteuro": "€",
+    "yen": "¥",
+    "colon": ":",
+    "lbrace": r"\{",
+    "dots": r"\ldots",
+    "cdots": r"\ldots",
+    "dotsc": r"\ldots",
+    "dotsb": r"\ldots",
+    "prime": "'",
+    "longrightarrow": r"\rightarrow",
+    "to": r"\rightarrow",
     "lvert": "|",
     "rvert": "|",
     "vert": "|",
     "mid": "|",
     "lor": r"\text{ or }",
     "land": r"\text{ and }",
-    "displaystyle": "",
-    "textstyle": "",
-    "limits": "",
-    "quad": " ",
-    "qquad": " ",
 }
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-TEXT_COMMAND = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}"
-)
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:! ]|\{,\}|~)+[0-9]{3})+(?![0-9])", re.ASCII)
 PLAIN_NAMES = re.compile(r"(?<![\\A-Za-z{])(sqrt|sin|cos|tan|log|ln|pi|infinity)(?![A-Za-z])")
-WORDS = re.compile(r"(?<![\\A-Za-z])(?:percent(?:age)?|pct|degrees?)(?![A-Za-z])(?!\s*\w)")
+WORDS = re.compile(r"(?<![\\A-Za-z])(?:per ?cents?|percentage|pct|degrees?)(?![A-Za-z])(?!\s*\w)")
 WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 
@@ -108,20 +155,23 @@ def canonical(piece: str) -> str:
         Unreadable: too long, too deep, unbalanced, or with control characters.
     """
     _check(piece)
-    text = piece.translate(UNICODE).strip()
-    if "matrix" not in text:
+    text = markup.scripts(piece).translate(UNICODE).strip()
+    text = re.sub(r"\\!\s*", "", text)
+    if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", lambda _: "\\", text)  # escaped once too often
-    text = _without_delimiters(text)
+    text = markup.without_delimiters(text)
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\[bB]igg?[lrm]?(?![A-Za-z])", "", text)
-    text = TEXT_COMMAND.sub(lambda match: rf"\text{{{match[1]}}}", text)
+    text = with_bases(markup.matrices(markup.prefixed(markup.plain(text))))
     text = re.sub(r"\\([A-Za-z]+)(\s?)", _synonym, text)
     text = text.replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ")
     text = GROUPED.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text)
-    text = text.replace("{,}", ",").replace(r"\!", "")
+    text = text.replace("{,}", ",")
     text = re.sub(r"(?<!\\)\\[,;:> ]|~", " ", text)
-    text = re.sub(r"\\text\{\s*(percent(?:age)?|degrees?)\s*\}", r" \1 ", text)
+    text = re.sub(r"\\text\{\s*(per ?cents?|percentage|pct|degrees?)\s*\}", r" \1 ", text)
     text = WORDS.sub(lambda match: r"\%" if match[0][0] == "p" else r"\degree ", text)
     text = re.sub(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", lambda _: r"\degree ", text)
+    text = re.sub(r"(?<=')\s+(?=')", "", text)
+    text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('+))", lambda match: match[1] or match[2], text)
     text = re.sub(r"(?<!\\)%", lambda _: r"\%", text)
     text = PLAIN_NAMES.sub(lambda match: "\\" + ("infty" if match[1] == "infinity" else match[1]), text)
     text = re.sub(r"\\sqrt\s*([0-9]+|[a-z])(?![0-9A-Za-z(])", r"\\sqrt{\1}", text) if "\u221a" in piece else text
@@ -163,19 +213,6 @@ def _check(piece: str) -> None:
             break
     if braces:
         raise Unreadable("braces that do not match")
-
-
-def _without_delimiters(text: str) -> str:
-    r"""Without ``$…$``, ``\(…\)`` and bold marks; one ``$`` alone is money."""
-    text = re.sub(r"(?<!\\)\\[()\[\]]", "", text)
-    if text.startswith("**") and text.endswith("**") and len(text) > 4:
-        text = text[2:-2]
-    dollars = re.findall(r"(?<!\\)\$+", text)
-    if len(dollars) % 2 == 0:
-        return re.sub(r"(?<!\\)\$+", " ", text).strip()
-    if len(dollars) == 1 and re.match(r"-?\$(?=\s*-?[0-9.])", text):
-        return re.sub(r"(?<!\\)\$", lambda _: r"\$", text)
-    raise Unreadable("a $ that does not match")
 
 
 def _synonym(match: re.Match[str]) -> str:

@@ -15,10 +15,10 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-from rewards.math import forms
+from rewards.math import expression, forms
 from rewards.math.compare import same_form, same_value, unknown_values
 from rewards.math.exact import NotExact
-from rewards.math.text import Unreadable
+from rewards.math.text_errors import Unreadable
 from rewards.processes import die_with_parent, limit_memory
 
 MEMORY = 2 << 30  # bytes of address space
@@ -91,7 +91,8 @@ def parse(formula: str) -> Any:
     from sympy import Expr, I
 
     # A decimal is a fraction: sympy must never see a float.
-    text = DECIMAL.sub(lambda number: rf"(\frac{{{int(number[1] + number[2])}}}{{{10 ** len(number[2])}}})", formula)
+    text = expression.for_worker(formula)
+    text = DECIMAL.sub(lambda number: rf"(\frac{{{int(number[1] + number[2])}}}{{{10 ** len(number[2])}}})", text)
     normal = NormalizationConfig(units=False, malformed_operators=True, nits=False, boxed="none")
     try:
         parsed = latex2sympy(

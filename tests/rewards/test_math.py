@@ -208,6 +208,17 @@ def test_a_broken_gold_answer_scores_nobody(gold):
     assert (verdict.outcome, verdict.reward) == (Outcome.GOLD_UNPARSEABLE, None)
 
 
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "The series converges by the ratio test. It is absolutely convergent.",
+        "we multiply both sides by the common denominator and then collect all terms of equal degree to get zero",
+    ],
+)
+def test_prose_is_refused_by_name(gold):
+    assert "prose" in gold_fault(gold)
+
+
 def test_it_is_a_library_without_the_trainer():
     code = r"""
 import sys
