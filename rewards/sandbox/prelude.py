@@ -34,6 +34,7 @@ import string, re, datetime, collections, heapq, bisect, copy, math, random, sta
 import operator, io, sys, json
 """
 IF_PERMITTED = {"sortedcontainers": "from sortedcontainers import *"}  # LeetCode has it too
+DEVICES = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 RECURSION_LIMIT = 50_000 if sys.version_info >= (3, 11) else 10_000  # before 3.11 each takes stack
 
 
@@ -50,6 +51,13 @@ def install(packages: tuple[str, ...] = ()) -> None:
 
 
 def bind_streams() -> None:
-    """Let ``stdin`` and ``stdout`` be those that ``sys`` has now."""
+    """Let ``stdin`` and ``stdout`` be those that ``sys`` has now, and ``/dev/stdin`` be there without a ``/dev``."""
     for name in ("stdin", "stdout"):
         setattr(builtins, name, getattr(sys, name))
+    open_file = builtins.open
+
+    def open_(file: Any, *arguments: Any, **named: Any) -> Any:
+        descriptor = DEVICES.get(file) if isinstance(file, str) else None
+        return open_file(file if descriptor is None else descriptor, *arguments, **named)
+
+    builtins.open = open_

@@ -144,6 +144,7 @@ ENDINGS = {
     "buffers of another name": "import sys\nout = sys.stdout\nsys.stdout = sys.stderr\nout.write('3')",
     "sys.__stdout__": "import sys\nsys.__stdout__.write('3\\n')",
     "a closed output": "import sys\nprint(3)\nsys.stdout.close()",
+    "files of devices": "open('/dev/stdin').read()\nopen('/dev/stdout', 'w').write('3')",
     "exit": "print(3)\nexit()",
     "an error in atexit": "import atexit\natexit.register(print, 3)\natexit.register(lambda: 1 / 0)",
     "dataclasses": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
