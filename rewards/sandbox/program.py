@@ -165,7 +165,7 @@ def _exception(message: str) -> BaseException:
     if not usable or issubclass(kind, (StopIteration, StopAsyncIteration)):
         return RuntimeError(f"the program failed: {text}")
     try:
-        return kind(text)  # type: ignore[no-any-return]
+        return kind(text)
     except TypeError:  # UnicodeDecodeError and others want more
         bare: BaseException = kind.__new__(kind)
         bare.args = (text,)
