@@ -36,6 +36,12 @@ def programs(tests: Any, canary: str) -> Iterator[tuple[str, str]]:
         yield HARD_CODED, f"{head}return {first!r}" if name else f"print({str(first).rstrip()!r})"
 
 
+def wrong_program(tests: Any) -> str:
+    """A program that does what a row's ``tests`` ask for, and wrongly."""
+    name = _parsed(tests).get("fn_name")
+    return f"def {name}(*args):\n    return '?!'" if name else "print('?!')"
+
+
 HARD_CODED = "the first test's answer, whatever is asked"
 
 FORGE = """\

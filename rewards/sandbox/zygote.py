@@ -86,7 +86,7 @@ def _shut_in(level: str, packages: Packages) -> None:
     _import(packages.names)
     if level == "landlock":
         confine.enter_landlock(packages.paths)
-    elif level != "unsafe" and kernel.landlock_abi():
+    elif level in ("namespaces", "bubblewrap") and kernel.landlock_abi():
         confine.lock_files(packages.paths)
     kernel.no_new_privileges()
 

@@ -109,10 +109,10 @@ def test_a_few_such_rows_are_told_and_refuse_nothing(rows, caplog):
 
 
 def test_cosine_asks_its_verifier_about_rows(rows):
-    rows(*[ROW] * 20, ROW | {"nums": [-1, 2]})
+    rows(*[ROW] * 40, ROW | {"nums": [-1, 2]})
     cosine = "rewards=[{name: cosine, args: {verifier: countdown, max_completion_length: 8}}]"
     result = run("validate", "rows.yaml", cosine, "--rows")
-    assert result.stdout.startswith("rows.jsonl:21: cosine: nums must hold")
+    assert result.stdout.startswith("rows.jsonl:41: cosine: nums must hold")
     assert result.exit_code == 2
 
 
