@@ -14,7 +14,7 @@ from rewards.tags import NoAnswer
 
 REACH = 400  # characters on either side that are looked at
 SPACE = r"(?:\\[,;:!> ]|\\q?quad(?![A-Za-z])|\\displaystyle(?![A-Za-z])|~|[ \t\n])"
-SPACES_BEFORE = re.compile(rf"{SPACE}+$")
+SPACE_AT_END = re.compile(r"\\(?:[,;:!> ]|q?quad|displaystyle)$")
 SPACES_AFTER = re.compile(rf"{SPACE}+")
 DOLLARS = re.compile(r"(?<!\\)\$+")
 STYLE = re.compile(
@@ -40,6 +40,9 @@ GOES_ON = re.compile(  # and those after one
     r"\\(?:Rightarrow|Longrightarrow|rightarrow|implies|iff|quad|qquad|tag|blacksquare|square|Box|qed|checkmark|hfill|"
     r"end|approx|in|\\|pmod|therefore|label|newline|notag|nonumber|right)(?![A-Za-z])|\\\\"
 )
+_JOINING = "and but if so because since with to from by for into is are be therefore thus hence"
+JOINING = frozenset(_JOINING.split())  # words that may follow a number in a sentence, but not in a unit
+MULTIPLIES = frozenset("万萬亿億千百十半倍分成折多余餘만억천백")  # directly after a number
 BELONGS = re.compile(  # what follows a box and belongs to its number
     r"\\?%|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))(?:\s*(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF](?![A-Za-z])))?|"
     r"°[CF]?|_\s*(?:\{[^{}]*\}|[0-9]|\\text\s*\{[^{}]*\})"
@@ -49,6 +52,7 @@ DENIED_BEFORE = re.compile(
     r"|thrice|double|triple|half|quarter|third)(?:\s+(?:be|of|the|equal to|a|an|exactly|simply|just))*$"
     r"|\b(?:less|more|greater|smaller|larger|fewer|other|rather|bigger|higher|lower) than(?:\s+the)?$"
     r"|\b(?:root|square|cube|power|multiple|factorial|inverse|reciprocal|negative|opposite|logarithm|fraction) of$"
+    r"|(?:不|不是|并非|不等于)$"
     r"|\b(?:any ?thing|everything|all|nothing) but$"
     r"|\b(?:instead of|except|unless|without|divided by|multiplied by|to the power(?: of)?)$",
     re.IGNORECASE,
@@ -72,7 +76,9 @@ def whole(text: str, start: int, end: int) -> str:
     in_formula = _in_formula(text, start)
     suffix, after = _belonging(after, in_formula)
     for _ in range(8):  # out of style groups and brackets that hold the box alone
-        left = SPACES_BEFORE.sub("", before)
+        left = _without_spaces(before)
+        if left[-1:] not in ("{", "(") and "\\" not in left[-16:]:
+            break
         right = after[spaces.end() :] if (spaces := SPACES_AFTER.match(after)) else after
         if left.endswith("("):
             left, right = re.sub(r"\\left\s*\($", "(", left), re.sub(r"^\\right\s*\)", ")", right)
@@ -84,11 +90,21 @@ def whole(text: str, start: int, end: int) -> str:
             before = left[: style.start()]
         else:
             break
-    if INSIDE_TEXT.search(before) and SPACES_AFTER.sub("", after, count=1).startswith("}"):
+    if after.lstrip().startswith("}") and INSIDE_TEXT.search(before):
         after = after.partition("}")[2]
     _check_before(before, in_formula)
     _check_after(after, in_formula)
     return suffix
+
+
+def _without_spaces(before: str) -> str:
+    """Text without the blanks and TeX spaces at its end."""
+    while True:
+        before = before.rstrip(" \t\n~")
+        space = SPACE_AT_END.search(before[-14:]) if "\\" in before[-14:] else None
+        if not space:
+            return before
+        before = before[: len(before) - len(space[0])]
 
 
 def _in_formula(text: str, start: int) -> bool:
@@ -113,47 +129,23 @@ def _belonging(after: str, in_formula: bool) -> tuple[str, str]:
         if unit_of(words.strip(" .")):
             return " " + match["text"].replace(".", ""), rest[match.end() :]
         first = re.findall(r"[A-Za-z]+", match["words"])
-        if (first and changes_a_number(first[0]) and first[0] not in _JOINING) or DENIED_AFTER.match(match["words"]):
+        if (first and changes_a_number(first[0]) and first[0] not in JOINING) or DENIED_AFTER.match(match["words"]):
             raise NoAnswer("the words after the box make it another number")
         return "", rest[match.end() :]
     return "", after
 
 
-_JOINING = frozenset(
-    [
-        "and",
-        "but",
-        "if",
-        "so",
-        "because",
-        "since",
-        "with",
-        "to",
-        "from",
-        "by",
-        "for",
-        "into",
-        "is",
-        "are",
-        "be",
-        "therefore",
-        "thus",
-        "hence",
-    ]
-)
-
-
 def _check_before(before: str, in_formula: bool) -> None:
     """Raises NoAnswer if what stands directly before the box makes more of it."""
-    spaces = SPACES_BEFORE.search(before)
-    rest = before[: spaces.start()] if spaces else before
-    if dollars := re.search(r"(?<!\\)\$+$", rest):
-        _check_crossed_before(rest[: dollars.start()], in_formula)
+    rest = _without_spaces(before)
+    spaced = len(rest) < len(before)
+    if rest.endswith("$") and not rest.endswith("\\$"):
+        _check_crossed_before(rest.rstrip("$"), in_formula)
         return
-    if money := re.search(r"\\\$$|[€£¥]$", rest):
-        _check_before(rest[: money.start()], in_formula)
+    if rest.endswith(("\\$", "€", "£", "¥")):
+        _check_before(rest[:-1].removesuffix("\\"), in_formula)
         return
-    if words := TEXT_BEFORE.search(rest):
+    if words := TEXT_BEFORE.search(rest) if rest.endswith("}") else None:
         _check_words_before(words[1])
         return
     if in_formula and _open_brackets(rest):
@@ -165,11 +157,11 @@ def _check_before(before: str, in_formula: bool) -> None:
         raise NoAnswer("the box is part of a larger formula")
     if last.isalpha() or last == "'":
         word = re.search(r"[A-Za-z']+$", rest)
-        if word and (not spaces or (in_formula and len(word[0]) == 1)) and (in_formula or len(word[0]) == 1):
+        if word and (not spaced or (in_formula and len(word[0]) == 1)) and (in_formula or len(word[0]) == 1):
             raise NoAnswer("the box is part of a larger formula")
         _check_words_before(rest)
         return
-    _check_symbol_before(rest, bool(spaces), in_formula)
+    _check_symbol_before(rest, spaced, in_formula)
 
 
 def _check_symbol_before(rest: str, spaced: bool, in_formula: bool) -> None:
@@ -205,7 +197,7 @@ def _check_symbol_before(rest: str, spaced: bool, in_formula: bool) -> None:
 def _check_crossed_before(rest: str, in_formula: bool) -> None:
     """What stands before the dollar before the box: words, a minus, or a formula that ends open."""
     stripped = rest.rstrip(" \t\n")
-    if not in_formula and re.search(r"(?:[-+*/^]|\\(?:cdot|times|div|pm|neq?|leq?|geq?))\s*$", stripped):
+    if not in_formula and re.search(r"(?:[-+*/^]|\\(?:cdot|times|div|pm|neq?|leq?|geq?))$", stripped[-8:]):
         raise NoAnswer("the formula before the box goes on in it")
     if stripped[-1:] in ("-", "\u2212") and len(stripped) == len(rest):
         raise NoAnswer("a minus before the box")
@@ -250,6 +242,8 @@ def _check_after(after: str, in_formula: bool) -> None:
         raise NoAnswer("the box is part of a larger formula")
     if DENIED_AFTER.match(rest):
         raise NoAnswer("the words after the box deny it or make it another number")
+    if first in MULTIPLIES:
+        raise NoAnswer("what follows the box makes it another number")
     if first.isalpha():
         word = re.match(r"[A-Za-z]+", rest)
         if word and ((not spaces) or (in_formula and len(word[0]) == 1)):

@@ -1,16 +1,20 @@
 r"""Whether an answer is the gold answer: the same shape, with the same values in it.
 
     gold                 also right
-    a value, ``5``       ``x = 5``; with a unit
+    a value, ``5``       ``x = 5``; ``AB = 5``, ``f(2) = 5``; with a unit
     ``42 cm``            without the unit, never with another one
     ``42\%``             ``42`` and 0.42; under a gold without a percent sign, ``42\%`` is 0.42 alone
     ``90^\circ``         ``90`` and ``\pi/2``
     ``x = 5``            ``5``, and the same equation in another form
     a list ``1, 2``      in any order, as a set, as ``x = 1, x = 2``
-    an interval          an inequality of one name, and the other way round
+    a point ``(1, 2)``   ``x = 1, y = 2``
+    an interval          an inequality of one name, set-builder notation, and the other way round
     ``1011_2``           ``1011``, never 11
+    ``3 \pmod 5``        ``8 \pmod 5``, and 3
+    ``k\pi, k \in Z``    ``n\pi + \pi, n \in Z``, and without the set
+    the option ``B``     ``(B) 12``
 
-A tuple is no set, and no two brackets are the same.
+A tuple is no set, and no two brackets are the same. docs/rewards.md has the whole table, line by line a test.
 """
 
 from __future__ import annotations
@@ -127,6 +131,9 @@ def _same_shape(gold: Form, answer: Form, same: Same) -> bool:
         return _same_ordered(values[0], values[1], same)
     if gold.kind in ("list", "set"):
         return _same_collection(gold, ungrouped(answer), same)
+    intervals = answer.kind == "list" and all(item.kind == "tuple" for item in answer.items)
+    if gold.kind == "union" and intervals and answer.text != "and":  # (0, 1) or (2, 3)
+        return _same_unordered(gold.items, answer.items, same)
     if gold.kind != answer.kind:
         return False
     if gold.kind == "union":
@@ -242,7 +249,7 @@ def _scaled(quantity: units.Quantity) -> str:
 def _same_digits(gold: str, answer: str) -> bool:
     """``1011`` for ``1011_2``: an answer may leave out the base that the gold has."""
     numeral = numbers.NUMERAL.fullmatch(gold)
-    return bool(numeral) and as_written(answer).upper() == numeral[1]  # type: ignore[index]
+    return bool(numeral) and as_written(answer).upper() == (numeral[1] or numeral[4])  # type: ignore[index]
 
 
 # --- relations -------------------------------------------------------------------------------------------------------

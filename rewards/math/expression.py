@@ -205,6 +205,8 @@ class _Parser:
 
     def atom(self) -> Exact:
         following = self.peek()
+        if found := self.match(NUMERAL):  # a number in another base is its digits: 11 is no answer to "11_2"
+            return exact.atom(f"{found[1] or found[4]}_{found[2] or found[3] or found[5]}")
         if following and following in "0123456789.":
             return self._number()
         if following and following in "([{":
@@ -309,8 +311,6 @@ class _Parser:
     def _number(self) -> Exact:
         if found := self.match(REPEATING):
             return exact.number(repeating(found))
-        if found := self.match(NUMERAL):  # a number in another base is its digits: 11 is no answer to "11_2"
-            return exact.atom(f"{found[1]}_{found[2] or found[3]}")
         digits = self._digits()
         if not digits:
             raise Unreadable("a decimal point without digits")

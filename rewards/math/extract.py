@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 
 from rewards.math import beside
+from rewards.math.markup import with_dollars
 from rewards.math.words import changes_a_number
 from rewards.tags import ANSWER, END_ANSWER, NoAnswer, after_thinking, single_answer
 
@@ -47,7 +48,6 @@ PREFIX = re.compile(
     re.IGNORECASE,
 )
 DOLLARS = re.compile(r"(?<!\\)\$+([^$]+)(?<!\\)\$+")
-DELIMITER = re.compile(r"\\(?:\\|[()\[\]])")  # \\[2pt] is a line break
 PLAIN_NUMBER = re.compile(
     r"(?P<before>.*?)(?<![\w.,/^-])(?P<number>[+-]?\\?\$?-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?%?)"
     r"(?P<unit>(?: [A-Za-z]+){0,2})",
@@ -93,22 +93,6 @@ def only_prose(text: str) -> bool:
     if not PROSE.fullmatch(text):
         return False
     return not any(changes_a_number(word) for word in re.findall(r"[a-z]+", text.lower()) if word not in IN_SENTENCES)
-
-
-def with_dollars(text: str) -> str:
-    r"""The text with ``$`` for both ends of each ``\(...\)`` and ``\[...\]``, which mean the same."""
-    if "\\(" not in text and "\\[" not in text:
-        return text
-    pieces, position = [], 0
-    opened: re.Match[str] | None = None
-    for delimiter in DELIMITER.finditer(text):
-        symbol = delimiter[0][1]
-        if symbol in "([":
-            opened = delimiter
-        elif symbol in ")]" and opened and opened[0][1] == {")": "(", "]": "["}[symbol]:
-            pieces += [text[position : opened.start()], "$", text[opened.end() : delimiter.start()], "$"]
-            position, opened = delimiter.end(), None
-    return "".join([*pieces, text[position:]])
 
 
 def _filled(piece: str, complaint: str) -> str:

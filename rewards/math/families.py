@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from fractions import Fraction
 
-from rewards.math import expression, regions
+from rewards.math import exact, expression, regions
 from rewards.math.shapes import Form
 from rewards.math.text_errors import Unreadable
 
@@ -29,7 +28,8 @@ ANY_INTEGER = re.compile(
 )
 RESIDUE = re.compile(
     r"(?P<rest>.+?)\s*(?:\\pmod\s*(?:\{(?P<a>[^{}]+)\}|(?P<b>[0-9]+|[a-z])(?![0-9A-Za-z]))"
-    r"|\(\s*(?:\\pmod|\\text\{ ?mod ?\}|mod)\s*\{?(?P<c>[^{}()]+)\}?\s*\)|\\bmod\s*\{?(?P<d>[0-9]+|[a-z])\}?)\s*",
+    r"|(?:\(\s*(?:\\pmod|\\text\{ ?mod ?\}|mod)|\\text\{ ?\( ?mod ?\})\s*\{?(?P<c>[^{}()]+)\}?\s*\)"
+    r"|\\bmod\s*\{?(?P<d>[0-9]+|[a-z])\}?)\s*",
     re.DOTALL,
 )
 
@@ -110,17 +110,13 @@ def _shift(gold: Form, answer: Form, name: str, other: str, sign: int) -> int | 
     try:
         at_zero = [expression.value(substituted_text(text, n, "(0)")) for text, n in ((first, name), (second, other))]
         step = expression.value(substituted_text(second, other, "(1)")) - at_zero[1]
-        shift = ((at_zero[0] - at_zero[1]) / step).rational
+        difference = at_zero[0] - at_zero[1]
+        shift = (difference / step).rational
     except (ValueError, ZeroDivisionError):
         return None
-    shift = _reduced(at_zero[0] - at_zero[1], step) if shift is None else shift
+    if shift is None and difference.bottom == step.bottom:
+        shift = exact.ratio(difference, step)
     return int(shift) if shift is not None and shift.denominator == 1 and abs(shift) < 10**6 else None
-
-
-def _reduced(top: expression.Exact, bottom: expression.Exact) -> Fraction | None:
-    from rewards.math import exact
-
-    return exact.ratio(top, bottom) if top.bottom == bottom.bottom else None
 
 
 def _first_value(form: Form) -> str:

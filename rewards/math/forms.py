@@ -13,7 +13,7 @@ from dataclasses import replace
 from rewards.math import families, language, regions
 from rewards.math.names import FIGURE, name_of
 from rewards.math.shapes import CLOSING, OPENING, TOKEN, Form, encloses, members, sides_of, split
-from rewards.math.text import canonical
+from rewards.math.text import PLAIN, canonical
 from rewards.math.text_errors import Unreadable
 
 SEPARATOR = re.compile(
@@ -35,6 +35,8 @@ def read(piece: str) -> Form:
         Unreadable: it has none.
     """
     text = canonical(piece)
+    if PLAIN.fullmatch(text):
+        return Form("value", text)
     if choice := language.choice(text):
         return _choice(*choice)
     return _read(text)
@@ -43,6 +45,8 @@ def read(piece: str) -> Form:
 def read_gold(piece: str) -> Form:
     """The form of a gold answer; words and notation that cannot be computed with are compared as written."""
     text = canonical(piece)
+    if PLAIN.fullmatch(text):
+        return Form("value", text)
     with contextlib.suppress(Unreadable):  # "(A) and (B)" is words
         if choice := language.choice(text):
             return _choice(*choice)
@@ -106,6 +110,8 @@ def _read_term(text: str) -> Form:
     if matrix := MATRIX.fullmatch(text):
         return _matrix(matrix)
     if text.startswith("{") and (inside := _bare_set(text) or _group(text)):
+        if built := regions.built(inside):
+            return _built(*built)
         form = _read(inside, bool(_bare_set(text)))
         if form.kind == "list" and _bare_set(text):
             return Form("set", items=members(form))
@@ -146,8 +152,10 @@ def _built(name: str, condition: str) -> Form:
     region = regions.as_region(form)
     if region and region[0] == name:
         return region[1]
+    family = form if form.kind == "family" else None
+    form = family.items[0] if family else form
     if form.kind == "relation" and form.signs == ("=",) and name_of(form.items[0]) == name:
-        return Form("set", items=members(form.items[1]))
+        return replace(family, items=form.items[1:]) if family else Form("set", items=members(form.items[1]))
     raise Unreadable("set-builder notation whose condition is no interval")
 
 

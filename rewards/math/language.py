@@ -19,6 +19,7 @@ CHOICE_WITH_TEXT = re.compile(
 NAMED_CHOICE = re.compile(r"\s*(?:option|choice|answer)\s*:?\s*\(?([A-J])\)?\.?", re.IGNORECASE)
 ANOTHER_CHOICE = re.compile(r"\(\s*[A-J]\s*\)|(?:\b(?:or|and|not|nor)|[,/&])\s*\(?[A-J]\)?(?![A-Za-z])|^\s*[A-J][.):]")
 CHOICE = re.compile(r"(\(?)([A-Za-z])[).:]?")
+BUILDER = re.compile(r"^\\\{[^|:]+[|:].+\\\}$", re.DOTALL)  # {(x, y) | x + y = 1}
 CIRCLED = re.compile(r"[\u2460-\u2473][\u2460-\u2473, ]*")  # statements by number
 MAX_WORDS = 12
 SHORT_WORDS = frozenset({"no", "up", "am", "pm", "he", "we", "it", "us"})
@@ -50,7 +51,9 @@ def is_written_only(piece: str) -> bool:
         if name not in COMMANDS | {"degree", "langle", "rangle"}
     }
     return (
-        bool(WRITTEN.search(text) or DERIVATIVE.search(text)) and not unknown and not re.search(r"[+*/^_=-]\s*$", text)
+        bool(WRITTEN.search(text) or DERIVATIVE.search(text) or BUILDER.search(text))
+        and not unknown
+        and not re.search(r"[+*/^_=-]\s*$", text)
     )
 
 

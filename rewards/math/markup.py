@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 
-from rewards.math.extract import with_dollars
 from rewards.math.guard import TRIGONOMETRIC
 from rewards.math.text_errors import Unreadable
 
@@ -36,6 +35,7 @@ SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n",
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", DIGITS, strict=True))
 RAISED = re.compile(f"[{''.join(SUPERSCRIPTS)}]+")
 LOWERED = re.compile(f"[{''.join(SUBSCRIPTS)}]+")
+DELIMITER = re.compile(r"\\(?:\\|[()\[\]])")  # \\[2pt] is a line break
 PROSE = re.compile(r"[A-Za-z][A-Za-z ,.'/-]*")
 JOINING = re.compile(r"\s*,?\s*(?:and|or)?\s*,?\s*")
 
@@ -44,6 +44,22 @@ def scripts(text: str) -> str:
     """Raised and lowered Unicode digits as TeX's: ``x²`` is ``x^{2}``."""
     text = RAISED.sub(lambda run: "^{" + "".join(SUPERSCRIPTS[c] for c in run[0]) + "}", text)
     return LOWERED.sub(lambda run: "_{" + "".join(SUBSCRIPTS[c] for c in run[0]) + "}", text)
+
+
+def with_dollars(text: str) -> str:
+    r"""The text with ``$`` for both ends of each ``\(...\)`` and ``\[...\]``, which mean the same."""
+    if "\\(" not in text and "\\[" not in text:
+        return text
+    pieces, position = [], 0
+    opened: re.Match[str] | None = None
+    for delimiter in DELIMITER.finditer(text):
+        symbol = delimiter[0][1]
+        if symbol in "([":
+            opened = delimiter
+        elif symbol in ")]" and opened and opened[0][1] == {")": "(", "]": "["}[symbol]:
+            pieces += [text[position : opened.start()], "$", text[opened.end() : delimiter.start()], "$"]
+            position, opened = delimiter.end(), None
+    return "".join([*pieces, text[position:]])
 
 
 def without_delimiters(text: str) -> str:

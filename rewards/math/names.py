@@ -100,7 +100,7 @@ def named(form: Form, *, of_gold: bool = False) -> tuple[str, Form] | None:
         return None
     quantity = len(variables(left.text)) > 1 and not FIGURE.fullmatch(left.text) and not DERIVATIVE.fullmatch(left.text)
     equation = right.kind == "value" and (variables(right.text) or right.text.strip() == "0")
-    if quantity and equation and not CALL.fullmatch(left.text):
+    if quantity and equation and not CALL.fullmatch(left.text) and not BOUND.match(left.text):
         return None  # a + b = 2c, ax + by + c = 0
     return label, right
 

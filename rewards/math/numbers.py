@@ -6,14 +6,18 @@ import re
 from fractions import Fraction
 
 NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+", re.ASCII)
-REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}", re.ASCII)
+REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?", re.ASCII)
 SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})", re.ASCII)
 FRACTION = re.compile(
     r"(?P<sign>[+-]?) ?(?P<whole>[0-9]+(?= ))? ?(?P<top>[0-9]+) ?/ ?(?P<bottom>[0-9]+)"
     r"|(?P<sign_>[+-]?) ?(?P<whole_>[0-9]+)? ?\\frac ?\{(?P<top_>[0-9]+)\} ?\{(?P<bottom_>[0-9]+)\}",
     re.ASCII,
 )
-NUMERAL = re.compile(r"(?=[0-9A-Z]*[0-9])([0-9A-Z]+)\s*_\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))", re.ASCII)
+NUMERAL = re.compile(  # FF_{16} is one; AB_2 is a product of two names
+    r"(?:([0-9][0-9A-Z]*)\s*_\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))"
+    r"|((?=[A-Z]*[0-9])[A-Z][0-9A-Z]*|[A-F]{2,})\s*_\s*\{\s*(1[1-9]|[23][0-9])\s*\})",
+    re.ASCII,
+)
 BASES = {
     name: str(i)
     for i, name in enumerate(

@@ -14,7 +14,9 @@ from rewards.math.shapes import FLIPPED, Form
 from rewards.math.text_errors import Unreadable
 
 LINE = Form("tuple", "()", (Form("value", r"-\infty"), Form("value", r"\infty")))
-REALS = re.compile(r"\\mathbb\{R\}|\\text\{ ?(?:all )?reals?(?: numbers)? ?\}|(?:all|the) real numbers|all reals")
+REALS = re.compile(
+    r"\\mathbb\{R\}|\\text\{ ?(?:all )?reals?(?: numbers)? ?\}|(?:all|the) real numbers|all reals", re.IGNORECASE
+)
 BUILDER = re.compile(
     r"\s*(?P<name>\\?[A-Za-z]+)\s*(?:\\in\s*(?:\\mathbb\{R\}|R(?![A-Za-z])))?\s*"
     r"(?:\||:|\\text\{ such that \})\s*(?P<rest>.+)",

@@ -140,6 +140,7 @@ SYNONYMS = {
     "lor": r"\text{ or }",
     "land": r"\text{ and }",
 }
+PLAIN = re.compile(r"-?[0-9]+(?:\.[0-9]+)?", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:! ]|\{,\}|~)+[0-9]{3})+(?![0-9])", re.ASCII)
 PLAIN_NAMES = re.compile(r"(?<![\\A-Za-z{])(sqrt|sin|cos|tan|log|ln|pi|infinity)(?![A-Za-z])")
@@ -155,7 +156,9 @@ def canonical(piece: str) -> str:
         Unreadable: too long, too deep, unbalanced, or with control characters.
     """
     _check(piece)
-    text = markup.scripts(piece).translate(UNICODE).strip()
+    if PLAIN.fullmatch(piece):  # most answers
+        return piece
+    text = (piece if piece.isascii() else markup.scripts(piece).translate(UNICODE)).strip()
     text = re.sub(r"\\!\s*", "", text)
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", lambda _: "\\", text)  # escaped once too often
@@ -165,8 +168,9 @@ def canonical(piece: str) -> str:
     text = re.sub(r"\\([A-Za-z]+)(\s?)", _synonym, text)
     text = text.replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ")
     text = GROUPED.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text)
-    text = text.replace("{,}", ",")
+    text = text.replace("{,}", ",").replace("{:}", ":")
     text = re.sub(r"(?<!\\)\\[,;:> ]|~", " ", text)
+    text = re.sub(r"\\mu\s*\\text\{\s*([mgs])\s*\}", r"\\text{u\1}", text)
     text = re.sub(r"\\text\{\s*(per ?cents?|percentage|pct|degrees?)\s*\}", r" \1 ", text)
     text = WORDS.sub(lambda match: r"\%" if match[0][0] == "p" else r"\degree ", text)
     text = re.sub(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", lambda _: r"\degree ", text)
@@ -188,6 +192,8 @@ def canonical(piece: str) -> str:
 @lru_cache(maxsize=4096)
 def as_written(text: str) -> str:
     """Canonical text for comparison letter by letter: without blanks that mean nothing, and without markup of words."""
+    if text.isalnum():
+        return text
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"([\^_])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2", text)

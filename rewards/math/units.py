@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from rewards.math.guard import FUNCTIONS
+from rewards.math.text import PLAIN
 from rewards.math.words import ATTACHED, CURRENCIES, FILLERS, UNITS, changes_a_number, foreign_unit, names_things
 
 LETTERS = frozenset("mgshLNJWV")  # single letters that are units without \text
@@ -23,7 +24,8 @@ WORDS = re.compile(
     rf"|(?<=[0-9)}}])(?P<attached>(?:{ATTACHED}){_POWER})$",
     re.ASCII,
 )
-FRACTION_OF_UNITS = re.compile(r"\\frac\s*\{\s*(\\text\{[^{}]*\})\s*\}\s*\{\s*(\\text\{[^{}]*\})\s*\}$")
+_UNITS = r"\{\s*(\\text\{[^{}]*\}(?:\s*(?:\\cdot|\^\s*[1-4])?\s*\\text\{[^{}]*\})*(?:\s*\^\s*\{?[1-4]\}?)?)\s*\}"
+FRACTION_OF_UNITS = re.compile(rf"\\frac\s*{_UNITS}\s*{_UNITS}$")
 FACTOR = re.compile(r"([A-Za-z$€£¥₹]+)(?:\s*\^?\s*\{?\s*(-?[1-4])\s*\}?)?")
 MARK = re.compile(
     r"\s*(?:\\(?P<percent>%)|\\(?P<degree>degree)(?![A-Za-z]))\s*(?:\\text\{\s*)?(?P<scale>[CF])?(?:\s*\})?$"
@@ -58,6 +60,8 @@ class Quantity:
 
 def split(text: str) -> Quantity:
     """A canonical formula without its unit, percent sign or degree sign."""
+    if PLAIN.fullmatch(text):
+        return Quantity(text)
     text, money = _without_money(text)
     if match := MARK.search(text):
         return _marked(text, match, money)
@@ -67,7 +71,7 @@ def split(text: str) -> Quantity:
         if unit == "degree":
             return Quantity(value, mark="degree")
         return Quantity(value, unit) if unit else Quantity(text, money)
-    text = FRACTION_OF_UNITS.sub(lambda match: f"{match[1]}/{match[2]}", text)
+    text = FRACTION_OF_UNITS.sub(_in_one_line, text)
     if match := TEXTS.search(text):
         unit, value = unit_of(_plain(match[0])), text[: match.start()].strip()
         if unit and value:
@@ -80,6 +84,12 @@ def split(text: str) -> Quantity:
             single = len(found) == 1
             return Quantity(value, money or unit, product=text if single else "")
     return Quantity(text, money)
+
+
+def _in_one_line(match: re.Match[str]) -> str:
+    """A fraction of units: ``J/(mol K)`` as ``J/mol/K``."""
+    below = re.sub(r"\s*\\cdot\s*|(?<=\})\s*(?=\\text)", "/", match[2])
+    return f"{match[1]}/{below}"
 
 
 def _without_money(text: str) -> tuple[str, str]:

@@ -12,17 +12,17 @@ import re
 _NOT_BESIDE = """
 or and either neither nor not no never none else otherwise maybe perhaps possibly probably alternatively but if then
 unless except without negative negatives minus plus times twice thrice double doubles triple triples quadruple about
-around approximately approx roughly nearly circa almost barely ish less lesser more fewer greater smaller larger bigger
-higher lower than below above under over off short most least up down percent percents
-percentage percentages permille base mod modulo modulus remainder factorial factorials choose power powers exponent
-root roots inverse inverses reciprocal reciprocals opposite opposites complement complements conjugate log logs
-logarithm logarithms half halves third thirds quarter quarters pair pairs couple couples score scores gross grosses
-dozen dozens ten tens hundred hundreds thousand thousands zillion zillions myriad myriads lakh lakhs lac lacs crore
-crores googol googols mille mil mils mio bn basis
-kilo mega giga zero zeros zeroes one ones two twos three threes four fours five fives six
+around approximately approx roughly nearly circa almost barely ish less lesser more fewer greater smaller larger
+bigger higher lower than below above under over off short most least up down percent percents percentage percentages
+permille base mod modulo modulus remainder factorial factorials choose power powers exponent root roots inverse
+inverses reciprocal reciprocals opposite opposites complement complements conjugate log logs logarithm logarithms half
+halves halfs third thirds quarter quarters pair pairs couple couples score scores gross grosses dozen dozens ten tens
+hundred hundreds thousand thousands zillion zillions myriad myriads lakh lakhs lac lacs crore crores googol googols
+mille mil mils mio bn basis kilo mega giga zero zeros zeroes one ones two twos three threes four fours five fives six
 sixes seven sevens eight eights nine nines eleven twelve twenty thirty forty fifty sixty seventy eighty ninety teen
 teens is isn isnt was are be been am equals equal wrong incorrect false impossible invalid instead rather versus vs to
-into from by so because since therefore thus hence
+into from by so because since therefore thus hence upward upwards onward onwards downwards thereabouts always
+sometimes besides towards does has sines cosines tangents
 """
 NOT_BESIDE = frozenset(_NOT_BESIDE.split())
 
@@ -30,10 +30,10 @@ NOT_BESIDE = frozenset(_NOT_BESIDE.split())
 _SYNONYMS = """
 nm nanometer nanometre|um micrometer micrometre micron|mm millimeter millimetre|cm centimeter centimetre|
 dm decimeter decimetre|m meter metre|km kilometer kilometre|in inch inches|ft foot feet|yd yard|mi mile|
-mcg microgram|mg milligram|g gram gm|kg kilogram kilo|t ton tonne|lb lbs|pound|oz ounce|
+mcg ug microgram|mg milligram|g gram gm|kg kilogram kilo|t ton tonne|lb lbs|pound|oz ounce|
 ml milliliter millilitre mL|cl centiliter centilitre cL|dl deciliter decilitre dL|l liter litre L|
 gal gallon|qt quart|pt pint|cup|tbsp tablespoon|tsp teaspoon|acre|ha hectare|
-ms millisecond|s sec second|min minute|h hr hour|day|week wk|month|yr year|decade|century centuries|
+us microsecond|ms millisecond|s sec second|min minute|h hr hour|day|week wk|month|yr year|decade|century centuries|
 mi/h mph|km/h kmh kph|rpm|knot|Hz hertz|kHz kilohertz|MHz megahertz|GHz gigahertz|
 N newton|kN kilonewton|J joule|kJ kilojoule|MJ megajoule|cal calorie|kcal kilocalorie|eV|keV|MeV|GeV|
 W watt|kW kilowatt|MW megawatt|kWh|V volt|kV kilovolt|mV millivolt|A ampere amp|mA milliampere|ohm|K kelvin|
@@ -73,7 +73,7 @@ NOUNS = frozenset(_NOUNS.split())
 # What may follow a number, or the thing counted, and changes nothing.
 TRAILING = re.compile(r"(?:^|\s+)(?:in (?:total|all)|altogether|total|overall|left|remaining|exactly|only|each)$")
 NUMBER_LIKE = re.compile(  # fifths, twentieths, thirteen, trillions
-    r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]+illion)ths?"
+    r"(?:n|k|four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]+illion)ths?"
     r"|[a-z]+teens?|[a-z]*illions?|[a-z]+fold"
 )
 
@@ -118,8 +118,11 @@ _CLASSIFIERS = """
 개 명 마리 권 장 대 병 그루 송이 번 가지 사람 шт шт. штук штуки человек человека яблок яблока раз раза книг
 """
 CLASSIFIERS = frozenset(_CLASSIFIERS.split())
-_CHANGES_IN_HAN = "万萬亿億千百十廿半多余餘倍分之折成負负或和与與及至到约約非不无無每点點零一二两三四五六七八九几対对左上下未内超弱強满滿満"
-CHANGES_IN_HAN = frozenset(_CHANGES_IN_HAN)
+_CHANGES_IN_HAN = """
+万萬亿億千百十廿半多余餘倍分之折成負负或和与與及至到约約非不无無每点點
+零一二两三四五六七八九几対对左上下未内超弱強满滿満
+"""
+CHANGES_IN_HAN = frozenset("".join(_CHANGES_IN_HAN.split()))
 
 
 def foreign_unit(text: str) -> str | None:

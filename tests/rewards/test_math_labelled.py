@@ -74,9 +74,9 @@ def test_no_wrong_answer_is_accepted_and_few_right_ones_are_refused(name: str, m
 
 @pytest.mark.slow
 def test_math_verify_alone_on_the_formats() -> None:
-    pairs = PAIRS["formats"]
+    pairs = PAIRS["formats"][::6]  # benchmarks/math_rewards.py takes them all
     accepted, refused = faults(pairs, math_verifys)
     wrong = sum(not pair["correct"] for pair in pairs)
     print(f"math-verify alone: FP {len(accepted)} of {wrong}, FN {len(refused)} of {len(pairs) - wrong}")
-    assert len(accepted) > 5  # what this set is for
-    assert len(refused) > 5
+    assert accepted  # what this set is for
+    assert refused
