@@ -41,11 +41,12 @@ def test_a_file_is_scored_line_by_line() -> None:
 
 
 def test_columns_by_other_names_and_arguments_of_the_reward() -> None:
-    write({"response": "so\n\\boxed{2}", "gold": "2"}, {"response": "it is 2", "gold": "2"})
-    options = ("--completion", "response", "--column", "answer=gold", "--workers", "1", "--out", "scored.jsonl")
-    result = run("score", "rows.jsonl", "--reward", "math", *options, "plain_number=true")
+    tests = {"fn_name": "f", "inputs": [[1], [2]], "outputs": [2, 3]}
+    write(*({"response": f"```python\ndef f(x): return {value}\n```", "gold": tests} for value in ("x + 1", "2")))
+    options = ("--completion", "response", "--column", "tests=gold", "--workers", "1", "partial_credit=true")
+    result = run("score", "rows.jsonl", "--reward", "code", *options)
     assert result.exit_code == 0, result.output
-    assert "mean reward       1.0000 of 2 scored" in result.stdout
+    assert "mean reward       0.7500 of 2 scored" in result.stdout
 
 
 def test_a_function_of_one_s_own() -> None:
@@ -78,7 +79,7 @@ def test_a_function_of_one_s_own() -> None:
         ([ROWS[0]], ("--reward", "mth"), "--reward: no built-in reward 'mth'"),
         ([ROWS[0]], ("--reward", "no.py:fn"), "--reward.path: there is no file"),
         ([ROWS[0]], ("depth=3",), "it takes no depth"),
-        ([ROWS[0]], ("--reward", "math", "depth=3"), "it takes no depth"),
+        ([ROWS[0]], ("--reward", "code", "depth=3"), "it takes no depth"),
         ([ROWS[0]], ("depth",), "depth: write KEY=VALUE"),
         ([ROWS[0]], ("--column", "answer"), "--column answer: write NAME=COLUMN"),
         ([ROWS[0]], ("--column", "answer=gold"), "rows.jsonl:1: no column 'gold'"),
