@@ -64,7 +64,8 @@ def test_a_handler_does_not_let_an_iteration_end_early() -> None:
     tests = {"fn_name": "f", "test": test}
     assert outcome(tests, RIGHT) is Outcome.CORRECT
     for raised in ("StopIteration", "StopAsyncIteration", "type('Stop', (StopIteration,), {})"):
-        assert outcome(tests, f"def f(x): raise {raised}") is Outcome.WRONG
+        program = f"def f(x):\n    if x == 'no':\n        raise TypeError\n    raise {raised}"
+        assert outcome(tests, program) is Outcome.WRONG, raised
 
 
 @pytest.mark.parametrize(
