@@ -31,6 +31,15 @@ class Block:
         line = line.strip().removesuffix(END_ANSWER).rstrip()
         return len(line) >= len(self.fence) and line == self.fence[0] * len(line)
 
+    def close_behind_code(self) -> bool:
+        """End the block at the first line that has its fence behind code, if there is one."""
+        for number, line in enumerate(self.lines):
+            code = line.rstrip().removesuffix(END_ANSWER).rstrip()
+            if code.endswith(self.fence) and not code.endswith(f"{self.fence[0]}{self.fence}"):
+                self.lines[number:] = [code.removesuffix(self.fence)]
+                return True
+        return False
+
     def defines(self, name: str) -> bool:
         """Whether a line defines a function of this name, plain or in a class."""
         defined = re.compile(rf"\s*(?:(?:async )?def {name}\b|{name}\s*(?::[^=]*)?=[^=])", re.ASCII)
@@ -81,7 +90,9 @@ def _blocks(text: str) -> list[Block]:
         else:
             block.lines.append(line)
     if block is not None:
-        raise NoAnswer("the last code block is not closed")
+        if not (counts and block.is_python and block.close_behind_code()):
+            raise NoAnswer("the last code block is not closed")
+        blocks.append(block)
     return blocks
 
 
