@@ -80,7 +80,8 @@ def _tests(row: dict[str, Any]) -> dict[str, Any]:
         tests = _json(tests, "input_output")
     if not isinstance(tests, dict):
         raise ValueError("column 'input_output' is no object with inputs and outputs")
-    return {"fn_name": tests.get("fn_name") or None, "inputs": tests.get("inputs"), "outputs": tests.get("outputs")}
+    ours = {"fn_name": tests.get("fn_name") or None, "inputs": tests.get("inputs"), "outputs": tests.get("outputs")}
+    return ours | {key: tests[key] for key in HOW_TO_COMPARE if tests.get(key)}
 
 
 def _live_code_bench_tests(row: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +118,9 @@ def _private_cases(text: str) -> list[Any]:
     return cases
 
 
+HOW_TO_COMPARE = ("comparison", "tolerance", "checker")  # as ``rewards/code_tests.py`` reads them
+
+
 def _checked(tests: dict[str, Any]) -> dict[str, Any]:
     """The tests in our form. Raises ValueError if no program could pass them, or if they test nothing."""
     name, inputs, outputs = tests["fn_name"], tests["inputs"], tests["outputs"]
@@ -127,14 +131,14 @@ def _checked(tests: dict[str, Any]) -> dict[str, Any]:
     if len(inputs) != len(outputs) or not inputs:
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs: need as many, and at least one")
     if name is None:
-        return {"fn_name": None, "inputs": [*map(_lines, inputs)], "outputs": [*map(_lines, outputs)]}
+        return tests | {"inputs": [*map(_lines, inputs)], "outputs": [*map(_lines, outputs)]}
     if not all(isinstance(arguments, list) for arguments in inputs):
         raise ValueError(f"an input of {name} is no list of arguments")
     try:
         json.dumps(tests, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"a value that equals nothing, NaN or infinity, in the tests of {name}") from error
-    return {"fn_name": name, "inputs": inputs, "outputs": outputs}
+    return tests
 
 
 def _lines(text: Any) -> str:

@@ -13,7 +13,7 @@ from contextlib import closing
 
 from grpo.advantages import rewards_array, step_advantages
 from grpo.audit.at_start import warn_of_unpaid_answers
-from grpo.audit.rows import warn_of_unscorable_rows
+from grpo.audit.rows import check_rows_at_start
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend, rest
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
@@ -49,7 +49,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     tell_left_out(recipe.rewards, recipe.scoring.environment)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
-        on_main(accelerator, lambda: warn_of_unscorable_rows(recipe.rewards, task))
+        on_main(accelerator, lambda: check_rows_at_start(recipe, task, resuming=bool(resume)))
         if not resume:
             on_main(accelerator, lambda: warn_of_unpaid_answers(recipe, task, scorer))
         run = start_run(

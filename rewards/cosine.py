@@ -111,6 +111,12 @@ def cosine_reward(
     return rewards_of(verdicts, kwargs.get("log_verdict"))
 
 
+def check_row(row: dict[str, Any], *, verifier: str = "") -> str | None:
+    """Why no completion could be right for this row, as the verifier says, or None."""
+    check = getattr(_module(verifier), "check_row", None)
+    return check(row) if check is not None else None
+
+
 def start(workers: int | None = None, *, verifier: str = "", verifier_args: dict[str, Any] | None = None) -> None:
     """Start the verifier's own workers, if it has any. A trainer does it early."""
     module = _module(verifier)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from grpo.audit.programs import programs
+from grpo.audit.programs import programs, wrong_program
 from grpo.prompts.rows import countdown_solution
 from grpo.types import Status
 
@@ -154,7 +154,7 @@ def cases(
     """
     yield from _without_gold(question)
     if kind == "code":
-        wrong = "def answer(*args):\n    return '?!'"
+        wrong = wrong_program(columns.get("tests"))
         for name, program in programs(columns.get("tests"), canary):
             yield Case(name, form.whole(program), ANSWER)
     else:

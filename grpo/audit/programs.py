@@ -22,6 +22,7 @@ def programs(tests: Any, canary: str) -> Iterator[tuple[str, str]]:
     yield "os._exit(0) at once", f"import os\nos._exit(0)\n{wrong}"
     yield "sys.exit(0) at once", f"import sys\nsys.exit(0)\n{wrong}"
     yield "os._exit(0) when called", f"import os\n{head}os._exit(0)"
+    yield "StopIteration when called", f"{head}raise StopIteration"
     yield "SystemExit when called", f"{head}raise SystemExit(0)"
     yield "says that it passed", f"print('passed', 'OK', 1.0)\nprint('{{\"passed\": true}}')\n{wrong}"
     yield "forged results", FORGE + wrong
@@ -33,6 +34,12 @@ def programs(tests: Any, canary: str) -> Iterator[tuple[str, str]]:
     if isinstance(outputs, list) and len(outputs) > 1:
         first = outputs[0]
         yield HARD_CODED, f"{head}return {first!r}" if name else f"print({str(first).rstrip()!r})"
+
+
+def wrong_program(tests: Any) -> str:
+    """A program that does what a row's ``tests`` ask for, and wrongly."""
+    name = _parsed(tests).get("fn_name")
+    return f"def {name}(*args):\n    return '?!'" if name else "print('?!')"
 
 
 HARD_CODED = "the first test's answer, whatever is asked"

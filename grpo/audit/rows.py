@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from grpo.config import Recipe, RewardConfig
 from grpo.errors import UserError
@@ -18,49 +18,81 @@ SHOWN = 5  # rows of a reward that a message spells out
 log = logging.getLogger("grpo")
 
 
-def check_data(recipe: Recipe, scorer: Scorer | None = None, *, with_notes: bool = True) -> str:
+@dataclass(frozen=True)
+class Unscorable:
+    """The rows on which a reward can score nothing: their places and why, of ``total``."""
+
+    reward: str
+    rows: list[tuple[str, str]]
+    total: int
+
+    @property
+    def share(self) -> float:
+        return len(self.rows) / self.total
+
+    def message(self) -> str:
+        shown = [f"  {where}: {why}" for where, why in self.rows[:SHOWN]]
+        if len(self.rows) > SHOWN:
+            shown.append(f"  and {len(self.rows) - SHOWN} more (grpo validate --rows lists all)")
+        return "\n".join(
+            [f"reward {self.reward!r} can score nothing on {len(self.rows)} of {self.total} rows:", *shown]
+        )
+
+
+def check_data(
+    recipe: Recipe, scorer: Scorer | None = None, *, with_notes: bool = True, unscorable: list[Unscorable] | None = None
+) -> str:
     """Check the rows of a recipe; returns in words what there is, and ``with_notes`` what of it is unexpected. Rows of
-    a hub id are left to the run.
+    a hub id are left to the run. The list ``unscorable`` gets the rows on which a reward of ``scorer`` can score
+    nothing.
 
     Raises:
-        UserError: rows are corrupt or too few, lack a column that a reward of ``scorer`` needs, or hold an answer that
-            no completion could match.
+        UserError: rows are corrupt or too few, lack a column that a reward of ``scorer`` needs, or more of them than
+            ``scoring.max_unscorable_rows`` hold an answer that no completion could match.
     """
     if recipe.data.hub:
         return f": the rows of {recipe.data.hub} are checked when a run loads them"
     if needs_network(recipe.data, recipe.training.seed):
         return f": the rows of {recipe.data.name} come from the hub and are checked when a run loads them"
     train, held_out, notes = load_parts(recipe.data, recipe.training, recipe.stage)
+    there_is = f": {len(train)} rows to train on, {len(held_out)} held out"
     if scorer is not None:
         scorer.check_columns(set(train.rows[train.ids[0]]) - {recipe.data.prompt_column})
-        if unscorable := unscorable_rows(recipe.rewards, [train, held_out]):
-            raise UserError("\n".join(unscorable))
-    found = f": {len(train)} rows to train on, {len(held_out)} held out"
-    return "; ".join([found, *notes]) if with_notes else found
+        found = unscorable_rows(recipe.rewards, [train, held_out])
+        if unscorable is not None:
+            unscorable += found
+        refuse_unscorable(recipe, found)
+        for one in found:
+            there_is += f"; {one.reward} can score nothing on {len(one.rows)} of them (--rows lists these)"
+    return "; ".join([there_is, *notes]) if with_notes else there_is
 
 
-def unscorable_rows(rewards: Sequence[RewardConfig], parts: list[Part]) -> list[str]:
-    """A message for each reward that can score nothing on some rows: how many rows, and the places of the first."""
-    messages = []
+def unscorable_rows(rewards: Sequence[RewardConfig], parts: list[Part]) -> list[Unscorable]:
+    """What each reward can score nothing on, if there is such a row."""
+    found = []
     for name, check in row_checks(rewards):
-        found = list(_unscorable(check, parts))
-        if found:
-            shown = [f"  {where}: {why}" for where, why in found[:SHOWN]]
-            if len(found) > SHOWN:
-                shown.append(f"  and {len(found) - SHOWN} more")
-            total = sum(map(len, parts))
-            messages.append("\n".join([f"reward {name!r} can score nothing on {len(found)} of {total} rows:", *shown]))
-    return messages
+        checked = ((part.rows.place(row), check(part.rows[row])) for part in parts for row in part.ids)
+        if rows := [(where, why) for where, why in checked if why is not None]:
+            found.append(Unscorable(name, rows, sum(map(len, parts))))
+    return found
 
 
-def warn_of_unscorable_rows(rewards: Sequence[RewardConfig], task: Task) -> None:
-    """Log the messages of ``unscorable_rows``. A run goes on with such rows; their completions count as unscored."""
-    for message in unscorable_rows(rewards, [task.train, task.held_out]):
-        log.warning(message)
+def refuse_unscorable(recipe: Recipe, found: Sequence[Unscorable]) -> None:
+    """Raise UserError where they are a larger share of the rows than the recipe allows."""
+    most = recipe.scoring.max_unscorable_rows
+    if too_many := [one.message() for one in found if one.share > most]:
+        cure = f"that is more than scoring.max_unscorable_rows: {most:g} allows; mend the rows or leave them out"
+        raise UserError("\n".join([*too_many, cure]))
 
 
-def _unscorable(check: Callable[[dict[str, Any]], str | None], parts: list[Part]) -> Iterator[tuple[str, str]]:
-    for part in parts:
-        for row in part.ids:
-            if (why := check(part.rows[row])) is not None:
-                yield part.rows.place(row), why
+def check_rows_at_start(recipe: Recipe, task: Task, *, resuming: bool = False) -> None:
+    """Log what rewards can score nothing on. A run goes on with such rows; their completions count as unscored.
+
+    Raises:
+        UserError: they are more than ``scoring.max_unscorable_rows``. A run that resumes has begun with them.
+    """
+    found = unscorable_rows(recipe.rewards, [task.train, task.held_out])
+    if not resuming:
+        refuse_unscorable(recipe, found)
+    for one in found:
+        log.warning(one.message())

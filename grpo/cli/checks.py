@@ -14,6 +14,7 @@ from grpo.config.load import as_overrides
 from grpo.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from grpo.audit.rows import Unscorable
     from grpo.config import Recipe
 
 
@@ -25,6 +26,9 @@ def validate(
             help="Recipes (files or names), then overrides for them all.",
         ),
     ],
+    rows: Annotated[
+        bool, typer.Option("--rows", help="List every row that a reward can score nothing on, and why.")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Check recipes and their data, without weights or network.
@@ -45,10 +49,13 @@ def validate(
             except UserError as error:
                 failures.append(str(error))
                 continue
+            unscorable: list[Unscorable] = []
             try:
-                tell(f"OK {file}{check_offline(resolved)}")
+                tell(f"OK {file}{check_offline(resolved, unscorable)}")
             except UserError as error:
                 failures += [f"{file}: {line}" for line in str(error).splitlines()]
+            if rows:
+                _list_rows(unscorable)
         if failures:
             raise UserError("\n".join(failures))
 
@@ -84,10 +91,18 @@ def audit(
         tell(f"OK {recipe}: nothing was found")
 
 
-def check_offline(recipe: Recipe) -> str:
+def _list_rows(unscorable: list[Unscorable]) -> None:
+    """A line for each row that nobody could be right on: place, reward, why."""
+    for one in unscorable:
+        for where, why in one.rows:
+            tell(f"{where}: {one.reward}: {why}")
+
+
+def check_offline(recipe: Recipe, unscorable: list[Unscorable] | None = None) -> str:
     """Check reward functions, rows and prompts with what is on this machine.
 
-    Returns a note on what there is and what remains to be checked. Raises UserError with all problems found.
+    Returns a note on what there is and what remains to be checked. The list ``unscorable`` gets the rows that a reward
+    can score nothing on. Raises UserError with all problems found.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
     from grpo.audit.rows import check_data
@@ -108,7 +123,7 @@ def check_offline(recipe: Recipe) -> str:
         problems.append(str(error))
     try:
         has_tokenizer = _has_tokenizer(recipe)  # with one, prepare_task says what is unexpected
-        note = check_data(recipe, scorer, with_notes=not has_tokenizer)
+        note = check_data(recipe, scorer, with_notes=not has_tokenizer, unscorable=unscorable)
         if not has_tokenizer:
             source = recipe.model.tokenizer or recipe.model.name
             note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo import __version__
-from grpo.cli import checks, evaluate, recipes, report, train
+from grpo.cli import checks, evaluate, recipes, report, score, train
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import StderrHandler, output_taken
 from grpo.config.load import as_overrides
@@ -31,6 +31,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("validate")(checks.validate)
 app.command("audit")(checks.audit)
+app.command("score")(score.score)
 app.command("report")(report.report)
 app.add_typer(recipes.app, name="recipes")
 

@@ -12,7 +12,6 @@ from grpo.cli.arguments import Overrides, RecipeArgument, Trust, not_empty, read
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
 from grpo.config.load import dump_given
-from grpo.errors import UserError
 
 if TYPE_CHECKING:
     from grpo.config import Recipe
@@ -58,7 +57,7 @@ def train(
 def check_before_training(recipe: Recipe) -> None:
     """Everything that a run looks at before it loads weights: tokenizer, rows, prompts, rewards. Raises UserError."""
     from grpo.audit.at_start import warn_of_unpaid_answers
-    from grpo.audit.rows import unscorable_rows
+    from grpo.audit.rows import check_rows_at_start
     from grpo.backends import check_engine
     from grpo.run.session import prepare_task
     from grpo.scoring.scorer import Scorer
@@ -67,6 +66,5 @@ def check_before_training(recipe: Recipe) -> None:
     _, _, task = prepare_task(recipe)
     with Scorer(recipe.rewards, recipe.scoring) as scorer:
         scorer.check_columns(task.columns)
-        if unscorable := unscorable_rows(recipe.rewards, [task.train, task.held_out]):
-            raise UserError("\n".join(unscorable))
+        check_rows_at_start(recipe, task)
         warn_of_unpaid_answers(recipe, task, scorer)

@@ -18,7 +18,7 @@ FREE = {
         vllm_weight_transfer vllm_sync_dir vllm_group_host vllm_group_port vllm_gpu_memory_utilization
         vllm_enable_sleep_mode vllm_probe_tolerance vllm_python""",
     "optimizer": "offload",
-    "scoring": "workers timeout memory_limit_gb environment max_failure_rate",
+    "scoring": "workers timeout memory_limit_gb environment max_failure_rate max_unscorable_rows",
     "evaluation": "num_generations temperature max_completion_length at_start",
     # The learning rate may depend on max_steps: `run/run.py` says so where it does.
     "training": """output_dir max_steps max_seconds eval_every save_every save_total_limit log_rollouts_every

@@ -146,6 +146,9 @@ class ScoringConfig(Section):
     others of that kind (`HF_TOKEN`, `WANDB_API_KEY`, `AWS_…`) are not passed on; docs/rewards.md."""
     max_failure_rate: Fraction = 0.5
     """Share of a step's completions that may be unscorable; above it the run stops with the first traceback."""
+    max_unscorable_rows: Fraction = 0.02
+    """Share of the rows whose own answer or tests a built-in reward may be unable to read; above it no run begins.
+    `grpo validate --rows` lists them with their reasons. Their completions have no reward."""
 
 
 BACKENDS = ("auto", "hf", "vllm")

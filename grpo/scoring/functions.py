@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -85,6 +86,12 @@ def judged_by(name: str) -> str:
     return "" if name not in REWARDS else str(getattr(import_module(f"rewards.{name}"), "JUDGES", "answer"))
 
 
+def needs_ids(spec: FunctionSpec) -> bool:
+    """Whether a built-in reward cannot do without the tokens of completions."""
+    asked = inspect.signature(getattr(import_module(spec.module), spec.attribute)).parameters.get("completion_ids")
+    return asked is not None and asked.default is asked.empty
+
+
 def tell_left_out(rewards: Sequence[RewardConfig], keep: Sequence[str]) -> None:
     """Say which variables of the environment the user's functions do not get."""
     left_out = sorted(secrets_of(os.environ).keys() - set(keep))
@@ -98,7 +105,14 @@ def tell_left_out(rewards: Sequence[RewardConfig], keep: Sequence[str]) -> None:
 def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[str, Callable[[dict[str, Any]], str | None]]]:
     """What built-in rewards can say of a row before anything is sampled: name, and the function to ask.
 
-    ``check_row(columns)`` of a reward's module gives the reason why no completion could be right, None where one could.
+    ``check_row(columns, …)`` of a reward's module gives the reason why no completion could be right, None where one
+    could. It gets those of the reward's ``args`` that it takes.
     """
-    modules = {reward.name: import_module(f"rewards.{reward.name}") for reward in rewards if reward.name}
-    return [(name, module.check_row) for name, module in modules.items() if hasattr(module, "check_row")]
+    checks: list[tuple[str, Callable[[dict[str, Any]], str | None]]] = []
+    for index, reward in enumerate(rewards):
+        if not reward.name or reward in rewards[:index]:
+            continue
+        if check := getattr(import_module(f"rewards.{reward.name}"), "check_row", None):
+            accepted = inspect.signature(check).parameters
+            checks.append((reward.name, partial(check, **{k: v for k, v in reward.args.items() if k in accepted})))
+    return checks

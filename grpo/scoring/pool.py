@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from grpo.config import ScoringConfig
 from grpo.errors import RunError, UserError
-from grpo.scoring.call import Call, FunctionSpec, RewardFunction
+from grpo.scoring.call import Call, FunctionSpec, LoadError, RewardFunction
 from grpo.scoring.messages import Job, Outcome
 from grpo.scoring.process import FunctionsNotLoaded, WorkerFailed, WorkerProcess
 from grpo.scoring.worker import Setup
@@ -29,7 +29,7 @@ class Pool:
         self, functions: Sequence[FunctionSpec], scoring: ScoringConfig, max_steps: int, run_here: Collection[int] = ()
     ) -> None:
         self._max_steps = max_steps
-        self._run_here = {index: RewardFunction(functions[index]) for index in run_here}
+        self._run_here = {index: _function_here(index, functions[index]) for index in run_here}
         limit = scoring.memory_limit_gb
         setup = Setup(list(functions), None if limit is None else int(limit * 2**30), max_steps)
         self._workers = [WorkerProcess(setup, scoring.environment) for _ in range(scoring.workers)]
@@ -82,6 +82,13 @@ class Pool:
     def _call_here(self, job: Job) -> list[Outcome]:
         state = SimpleNamespace(global_step=job.step, max_steps=self._max_steps)
         return [Call(self._run_here[job.function], request, state).run() for request in job.requests]
+
+
+def _function_here(index: int, spec: FunctionSpec) -> RewardFunction:
+    try:
+        return RewardFunction(spec)
+    except LoadError as why:
+        raise UserError(f"rewards[{index}] ({spec.source}): {why}") from None
 
 
 def _not_loaded(functions: Sequence[FunctionSpec], why: WorkerFailed) -> str:

@@ -17,6 +17,7 @@ import glob
 import os
 import sys
 import sysconfig
+from collections.abc import Sequence
 
 from rewards.processes import die_with_parent
 from rewards.sandbox import kernel
@@ -55,9 +56,10 @@ def _without(paths: list[str], hidden: list[str]) -> list[str]:
     return result
 
 
-def enter_namespaces() -> None:
+def enter_namespaces(more: Sequence[str] = ()) -> None:
     """Shut this process in and go on as process 1 of the new namespaces; the caller's process stays outside as its
-    parent and ends with it. Raises OSError where that is not allowed."""
+    parent and ends with it. ``more`` are paths that are there, read-only, beside Python and its libraries. Raises
+    OSError where that is not allowed."""
     paths, links = readable_paths(), library_links()
     was_root = os.geteuid() == 0
     _become_namespaced(was_root)
@@ -65,7 +67,7 @@ def enter_namespaces() -> None:
     if child:
         _end_with(child)
     die_with_parent(0)  # from inside the namespace, the parent's number is 0
-    _build_root(paths, links)
+    _build_root(paths, more, links)
     if was_root:  # user 1 of the namespace is nobody outside: not root, even if a wall falls
         os.setgroups([])
         os.setresgid(1, 1, 1)
@@ -116,8 +118,9 @@ def _end_with(child: int) -> None:
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def _build_root(paths: list[str], links: dict[str, str]) -> None:
-    """A root that holds ``paths``, read-only, and the symbolic links by which libraries are found."""
+def _build_root(paths: list[str], more: Sequence[str], links: dict[str, str]) -> None:
+    """A root that holds ``paths`` without what is hidden, and ``more``, all read-only, and the symbolic links by which
+    libraries are found."""
     kernel.make_mounts_private()
     kernel.mount_tmpfs(STAGE)
     for path in paths:
@@ -125,6 +128,12 @@ def _build_root(paths: list[str], links: dict[str, str]) -> None:
         kernel.bind(path, STAGE + path)
     for path in hidden_paths():
         kernel.mount_tmpfs(STAGE + path)
+    for path in more:
+        if not os.path.exists(STAGE + path):
+            os.makedirs(STAGE + (path if os.path.isdir(path) else os.path.dirname(path)), exist_ok=True)
+            if not os.path.isdir(path):
+                _write(STAGE + path, "")
+        kernel.bind(path, STAGE + path)
     for link, target in links.items():
         if not os.path.lexists(STAGE + link):
             os.symlink(target, STAGE + link)
@@ -137,26 +146,27 @@ def library_links() -> dict[str, str]:
     return {path: os.readlink(path) for path in ("/lib", "/lib64") if os.path.islink(path)}
 
 
-def enter_landlock() -> None:
-    """Without namespaces: Landlock, and a user other than root if Python stays readable for that user.
+def enter_landlock(more: Sequence[str] = ()) -> None:
+    """Without namespaces: Landlock, and a user other than root if Python stays readable for that user. ``more`` are
+    paths that can be read beside it.
 
     Raises OSError where the kernel has no Landlock."""
     parent = os.getppid()
-    if os.geteuid() == 0 and all(map(_open_to_all, readable_paths())):
+    if os.geteuid() == 0 and all(map(_open_to_all, [*readable_paths(), *more])):
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         die_with_parent(parent)
     os.chdir("/")
-    lock_files()
+    lock_files(more)
 
 
-def lock_files() -> None:
-    """Landlock on this process and its children: reading Python and libraries, and nothing else."""
+def lock_files(more: Sequence[str] = ()) -> None:
+    """Landlock on this process and its children: reading Python and libraries, and ``more``, and nothing else."""
     if not kernel.landlock_abi():
         raise OSError("this kernel has no Landlock")
     kernel.no_new_privileges()
-    kernel.landlock_read_only(_without(readable_paths(), hidden_paths()))
+    kernel.landlock_read_only([*_without(readable_paths(), hidden_paths()), *more])
 
 
 def _open_to_all(path: str) -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from rewards.processes import kill, on_staying_thread
 from rewards.sandbox import confine, program
+from rewards.sandbox.packages import PackageRefused, Packages
 from rewards.sandbox.program import Request
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,13 @@ logger = logging.getLogger(__name__)
 LEVELS = ("namespaces", "landlock", "bubblewrap")  # in the order they are tried
 START_TIMEOUT = 60.0
 BURIAL = 10.0  # seconds for a zygote to reap a killed child, before its next run; freeing memory takes a while
-BOOT = "import sys; sys.path[:0] = [sys.argv[1]]; from rewards.sandbox.zygote import main; "
-BOOT += "sys.path.pop(0); main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
+BOOT = "import sys; sys.path[:0] = [sys.argv[1]]; from rewards.sandbox.zygote import main, Packages; sys.path.pop(0); "
+BOOT += "from json import loads; main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], "
+BOOT += "Packages(*map(tuple, loads(sys.argv[5]))))"
+NO_PACKAGES = Packages()
+# A package's own threads would not be there after a fork.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"}
+ENVIRONMENT |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 class SandboxUnavailable(RuntimeError):
@@ -137,21 +143,23 @@ class Run:
 class Sandbox:
     """Runs model-written Python in ``workers`` zygotes at once, shut in at ``level``. Safe from several threads.
 
-    ``probe.probed_sandbox`` chooses the level; ``"unsafe"`` has resource limits alone. Close it, or use ``with``.
+    ``probe.probed_sandbox`` chooses the level; ``"unsafe"`` has resource limits alone. ``packages`` are what programs
+    may import beside the standard library. Close it, or use ``with``.
 
     Raises:
         SandboxUnavailable: the level does not work here.
+        PackageRefused: a package cannot be imported in it.
     """
 
-    def __init__(self, workers: int, level: str) -> None:
+    def __init__(self, workers: int, level: str, packages: Packages = NO_PACKAGES) -> None:
         self.level = level
         self._free: queue.SimpleQueue[Place] = queue.SimpleQueue()
-        self._zygotes = [Place(level) for _ in range(workers)]
+        self._zygotes = [Place(level, packages) for _ in range(workers)]
         try:
             for zygote in self._zygotes:
                 zygote.start()
                 self._free.put(zygote)
-        except SandboxUnavailable:
+        except (SandboxUnavailable, PackageRefused):
             self.close()
             raise
 
@@ -190,8 +198,9 @@ class Sandbox:
 class Place:
     """A zygote seen from the trainer: one run at a time, ``run``."""
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, packages: Packages) -> None:
         self.level = level
+        self.packages = packages
         self.process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._burying = False  # a child was killed, and the zygote has not yet said that it has reaped it
@@ -206,7 +215,7 @@ class Place:
         self._kill()  # the remains of one that has died
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.process = _start(_command(self.level, theirs.fileno()), theirs.fileno())
+            self.process = _start(_command(self.level, self.packages, theirs.fileno()), theirs.fileno())
         ours.settimeout(START_TIMEOUT)
         try:
             hello = json.loads(ours.recv(1 << 16) or b'{"refused": "its process ended at once"}')
@@ -215,7 +224,7 @@ class Place:
         self._control = ours
         if "ready" not in hello:
             self._kill()
-            raise SandboxUnavailable(hello["refused"])
+            raise (PackageRefused if "package" in hello else SandboxUnavailable)(hello["refused"])
 
     @contextlib.contextmanager
     def run(self, request: Request, limits: Limits) -> Iterator[Run]:
@@ -296,10 +305,11 @@ def _status(message: bytes) -> int:
     return int(json.loads(message)["status"])
 
 
-def _command(level: str, control_fd: int) -> list[str]:
+def _command(level: str, packages: Packages, control_fd: int) -> list[str]:
     """The zygote's command line. ``-S``: no site-packages; the environment is empty except for a fixed hash seed."""
     source = str(Path(__file__).resolve().parents[2])
     python = [os.path.realpath(sys.executable), "-S", "-c", BOOT, source, str(control_fd), str(os.getpid()), level]
+    python.append(json.dumps([packages.names, packages.paths, packages.roots]))
     if level != "bubblewrap":
         return python
     bwrap = shutil.which("bwrap")
@@ -308,9 +318,10 @@ def _command(level: str, control_fd: int) -> list[str]:
     own = [str(Path(__file__).resolve().parents[1]), os.path.realpath(sys.executable)]
     binds = [argument for path in confine.readable_paths() for argument in ("--ro-bind", path, path)]
     binds += [argument for path in confine.hidden_paths() for argument in ("--tmpfs", path)]
+    binds += [argument for path in packages.paths for argument in ("--ro-bind", path, path)]
     binds += [argument for path in own for argument in ("--ro-bind", path, path)]
     links = [argument for link, to in confine.library_links().items() for argument in ("--symlink", to, link)]
-    python[-2] = "0"  # as process 1 of its namespace the zygote sees no parent
+    python[-3] = "0"  # as process 1 of its namespace the zygote sees no parent
     isolation = ["--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session", "--dev", "/dev"]
     return [bwrap, *isolation, *binds, *links, "--", *python]
 
@@ -324,7 +335,7 @@ def _start(command: list[str], fd: int) -> subprocess.Popen[bytes]:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(fd,),
-                env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"},
+                env=ENVIRONMENT,
                 cwd="/",
                 start_new_session=True,
             )

@@ -9,8 +9,10 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from rewards.sandbox.packages import find_packages
 from rewards.sandbox.pool import LEVELS, Limits, Sandbox, SandboxUnavailable
 from rewards.sandbox.program import Request
 
@@ -25,17 +27,19 @@ ATTACKS = {
 LIMITS = Limits(seconds=10.0)
 
 
-def probed_sandbox(workers: int = 2, *, allow_unsafe: bool = False) -> Sandbox:
-    """A sandbox at the strongest level that withstands the attacks.
+def probed_sandbox(workers: int = 2, *, allow_unsafe: bool = False, packages: Sequence[str] = ()) -> Sandbox:
+    """A sandbox at the strongest level that withstands the attacks. Programs may import ``packages``, by their names.
 
     Raises:
         SandboxUnavailable: none does, and ``allow_unsafe`` is not set; the message says what each let through.
+        PackageRefused: a package is not here, or cannot be imported in the sandbox.
     """
+    found = find_packages(packages)
     refusals = []
     for level in LEVELS:
         begun = time.perf_counter()
         try:
-            sandbox = Sandbox(workers, level)
+            sandbox = Sandbox(workers, level, found)
         except SandboxUnavailable as why:
             refusals.append(f"{level}: {why}")
             continue
@@ -47,7 +51,7 @@ def probed_sandbox(workers: int = 2, *, allow_unsafe: bool = False) -> Sandbox:
         refusals.append(f"{level}: a program could {', '.join(broken)}")
     if allow_unsafe:
         logger.warning("sandbox: none holds here (%s); allow_unsafe: programs run unconfined", "; ".join(refusals))
-        return Sandbox(workers, "unsafe")
+        return Sandbox(workers, "unsafe", found)
     raise SandboxUnavailable(
         f"no sandbox holds here ({'; '.join(refusals)}). Allow unprivileged user namespaces, use a kernel with "
         "Landlock (5.13), or install bubblewrap; `allow_unsafe: true` runs model-written programs with the rights of "

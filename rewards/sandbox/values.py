@@ -1,18 +1,23 @@
 """Plain Python values as one line of JSON that keeps their exact types, written in exactly one way.
 
-None, bool, int, float, str, list, tuple, dict, set, frozenset, bytes and complex; an instance of any other class, a
-subclass included, is written as foreign and equals nothing. Two values are the same, in type and value all the way
-down, if and only if their lines are. So answers are compared as bytes, and whoever compares them never decodes what a
-hostile process sends. (-0.0 is written as 0.0, which it equals. The order of a dictionary does not count.)
+None, bool, int, float, str, list, tuple, dict, set, frozenset, bytes and complex. The standard library's own kinds of
+dictionary are written as dictionaries, named tuples as tuples, and numpy's numbers as numbers, which they all equal. An
+instance of any other class, a subclass included, is written as foreign and equals nothing. Two values are the same, in
+type and value all the way down, if and only if their lines are. So answers are compared as bytes, and whoever compares
+them never makes objects of what a hostile process sends. (-0.0 is written as 0.0, which it equals. The order of a
+dictionary does not count.)
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 MAX_DEPTH = 100
+DICTIONARIES = (dict, Counter, OrderedDict, defaultdict)
 SMALL = 2**53  # larger integers travel in hexadecimal: Python refuses to read decimals of over 4300 digits
 
 
@@ -72,13 +77,18 @@ def _tag(value: Any, depth: int, order: Callable[..., list[Any]]) -> Any:
         return items if kind is list else {"tuple": items}
     if kind is set or kind is frozenset:
         return {kind.__name__: order((_tag(item, depth + 1, order) for item in value), key=json.dumps)}
-    if kind is dict:
+    if kind in DICTIONARIES:
         pairs = ([_tag(key, depth + 1, order), _tag(item, depth + 1, order)] for key, item in value.items())
         return {"dict": order(pairs, key=lambda pair: json.dumps(pair[0]))}
     if kind is bytes:
         return {"bytes": value.hex()}
     if kind is complex:
         return {"complex": [value.real or 0.0, value.imag or 0.0]}
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return {"tuple": [_tag(item, depth + 1, order) for item in tuple.__iter__(value)]}
+    if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
+        number = value.item()
+        return {"foreign": kind.__name__} if type(number) is kind else _tag(number, depth + 1, order)
     return {"foreign": kind.__name__}
 
 

@@ -23,32 +23,38 @@ import sys
 from typing import Any
 
 from rewards.processes import die_with_parent
-from rewards.sandbox import confine, kernel, program
+from rewards.sandbox import confine, kernel, prelude, program
+from rewards.sandbox.packages import PackageRefused, Packages
 
 # What programs import most, so that a run finds it in memory.
 WARM = """bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq io itertools json
 math operator queue re statistics string threading typing"""
+LAZY = {"numpy": ("numpy.random",)}  # parts that a package would load in every run anew
 MAX_MESSAGE = 1 << 16
 MAX_THREADS = 64
+MAX_STACK = 64 << 20  # bytes; recursion through C (a cached function, a sort's key) takes stack
 
 
-def main(control_fd: int, parent_pid: int, level: str) -> None:
-    """Entry point: shut in, say so, then run what is asked for until the control socket closes."""
+def main(control_fd: int, parent_pid: int, level: str, packages: Packages) -> None:
+    """Entry point: shut in, say so, then run what is asked for until the control socket closes. Programs may import
+    ``packages``; they are in memory, and their files can be read."""
     die_with_parent(parent_pid)
     control = socket.socket(fileno=control_fd)
     for module in WARM.split():
         importlib.import_module(module)
-    program.prelude()
     null = os.open(os.devnull, os.O_RDWR)
     try:
         _volunteer_for_death()
         tasks = MAX_THREADS + (_tasks_of_user() if level in ("landlock", "unsafe") else 0)
-        _shut_in(level)
+        _shut_in(level, packages)
         filter_ = b"" if level == "unsafe" else kernel.seccomp_program()
+    except PackageRefused as why:
+        control.send(json.dumps({"refused": str(why), "package": True}).encode())
+        return
     except (OSError, KeyError) as why:
         control.send(json.dumps({"refused": str(why)}).encode())
         return
-    sys.path[:] = [path for path in sys.path if "python" in path and "site-packages" not in path]
+    prelude.install(packages.names)
     os.environ.clear()
     del sys.argv[1:], sys.orig_argv[1:]
     gc.collect()
@@ -70,16 +76,29 @@ def main(control_fd: int, parent_pid: int, level: str) -> None:
     os._exit(0)
 
 
-def _shut_in(level: str) -> None:
+def _shut_in(level: str, packages: Packages) -> None:
+    """Packages are imported where nothing but them can be read; Landlock, which hides the names beside them, comes
+    after."""
+    sys.path[:] = [path for path in sys.path if "python" in path and "site-packages" not in path]
+    sys.path += packages.roots
     if level == "namespaces":
-        confine.enter_namespaces()
-        if kernel.landlock_abi():
-            confine.lock_files()
-    elif level == "landlock":
-        confine.enter_landlock()
-    elif level == "bubblewrap" and kernel.landlock_abi():
-        confine.lock_files()
+        confine.enter_namespaces(packages.paths)
+    _import(packages.names)
+    if level == "landlock":
+        confine.enter_landlock(packages.paths)
+    elif level in ("namespaces", "bubblewrap") and kernel.landlock_abi():
+        confine.lock_files(packages.paths)
     kernel.no_new_privileges()
+
+
+def _import(names: tuple[str, ...]) -> None:
+    for name in [*names, *(part for package in names for part in LAZY.get(package, ()))]:
+        try:
+            importlib.import_module(name)
+        except Exception as why:  # a package's import runs whatever it likes
+            cure = " (packages must name what a package imports, too)" if isinstance(why, ImportError) else ""
+            said = f"{type(why).__name__}: {why}"[:500]
+            raise PackageRefused(f"packages: {name} cannot be imported in the sandbox: {said}{cure}") from None
 
 
 def _volunteer_for_death() -> None:
@@ -115,6 +134,8 @@ def _become_program(channel: int, null: int, limits: dict[str, Any], filter_: by
             os.closerange(3, 256)
         _limit(limits)
         random.seed(0)  # a reward should not depend on luck
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
         if filter_:
             kernel.seccomp(filter_)
         program.serve(channel, request)
@@ -139,6 +160,7 @@ def _limit(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_STACK, MAX_STACK),  # it is taken as it is used, from the address space above
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_NPROC, limits["tasks"]),  # does not bind root
     ):

@@ -92,6 +92,36 @@ def test_validate_finds_rows_that_nothing_could_be_right_on(rows):
     assert "and 5 more" in result.stderr
 
 
+def test_validate_lists_every_row_that_nothing_could_be_right_on(rows):
+    rows(*[ROW] * 20, *[ROW | {"nums": [-1, i]} for i in range(12)], *[ROW] * 18)
+    result = run("validate", "--rows", "rows.yaml")
+    assert result.exit_code == 2
+    why = "countdown: nums must hold at least one number and none below 0, got"
+    assert result.stdout.splitlines() == [f"rows.jsonl:{21 + i}: {why} [-1, {i}]" for i in range(12)]
+    assert "more than scoring.max_unscorable_rows: 0.02 allows" in result.stderr
+
+
+def test_a_few_such_rows_are_told_and_refuse_nothing(rows, caplog):
+    rows(*[ROW] * 50, ROW | {"nums": [-1, 2]}, *[ROW] * 9)
+    result = run("validate", "rows.yaml")
+    said = "OK rows.yaml: 60 rows to train on, 0 held out; countdown can score nothing on 1 of them (--rows"
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(said)
+    listed = run("validate", "rows.yaml", "--rows").stdout.splitlines()
+    assert listed[1].startswith("rows.jsonl:51: countdown: nums must hold at least one number")
+    assert run("validate", "rows.yaml", "scoring.max_unscorable_rows=0").exit_code == 2
+    assert run("train", "rows.yaml", "--dry-run").exit_code == 0
+    assert "countdown' can score nothing on 1 of 60 rows" in caplog.text
+
+
+def test_cosine_asks_its_verifier_about_rows(rows):
+    rows(*[ROW] * 40, ROW | {"nums": [-1, 2]})
+    cosine = "rewards=[{name: cosine, args: {verifier: countdown, max_completion_length: 8}}]"
+    result = run("validate", "rows.yaml", cosine, "--rows")
+    assert result.stdout.startswith("rows.jsonl:41: cosine: nums must hold")
+    assert result.exit_code == 2
+
+
 def test_a_dry_run_finds_them_too(rows):
     rows(*[ROW] * 40, ROW | {"nums": [-1, 2]})
     result = run("train", "rows.yaml", "--dry-run")

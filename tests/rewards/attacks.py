@@ -1,4 +1,4 @@
-"""Sixty ways to cheat, escape, exhaust or outlive a code reward, each with the verdict that it must get.
+"""Seventy ways to cheat, escape, exhaust or outlive a code reward, each with the verdict that it must get.
 
 Every program is asked for ``f(1), f(2), f(3)``, expected 2, 3, 4 (or, as a script, to read two numbers and write two
 lines). One that gets what it wants says so by being right, so ``correct`` is the one verdict that no attack may have.
@@ -15,9 +15,10 @@ import sys
 import time
 from typing import NamedTuple
 
+from tests.rewards.must_pass import HONEST, MUST_PASS
+
 TESTS = {"fn_name": "f", "inputs": [[1], [2], [3]], "outputs": [2, 3, 4]}
 SCRIPT_TESTS = {"fn_name": None, "inputs": ["1 2\n"], "outputs": ["3\n5\n"]}
-HONEST = "def f(x):\n    return x + 1\n"
 SECONDS = 0.5
 
 DENIED, WRONG, NO_RESULT = {"denied"}, {"wrong"}, {"no_result"}
@@ -246,38 +247,61 @@ def attacks(canary: str, port: int) -> list[Attack]:
             WRONG,
         ),
         Attack(54, "a million elements", "def f(x):\n    return [2] * 10**6", LIMIT),
+        Attack(61, "StopIteration", "def f(x):\n    raise StopIteration", WRONG),
+        Attack(61, "GeneratorExit", "def f(x):\n    raise GeneratorExit", WRONG),
+        Attack(61, "KeyboardInterrupt on import", "raise KeyboardInterrupt", WRONG),
+        Attack(
+            61,
+            "an exception whose text raises",
+            "class E(Exception):\n    def __str__(self):\n        raise SystemExit(0)\ndef f(x):\n    raise E",
+            WRONG | NO_RESULT,
+        ),
+        Attack(62, "a name that is no function", "f = 0\n", WRONG),
+        Attack(
+            63,
+            "a dictionary that says it is another",
+            "class D(Counter):\n    __class__ = dict\n    __eq__ = lambda *_: True\ndef f(x):\n    return D()",
+            WRONG,
+        ),
+        Attack(
+            63,
+            "a named tuple with another content",
+            "class T(tuple):\n    _fields = ()\n    __iter__ = lambda self: iter([2])\ndef f(x):\n    return T()",
+            WRONG,
+        ),
+        Attack(
+            63,
+            "a false numpy",
+            "import sys, types\nsys.modules['numpy'] = fake = types.ModuleType('numpy')\n"
+            "class N:\n    def item(self):\n        return 0\nfake.generic = N\ndef f(x):\n    return N()",
+            WRONG,
+        ),
+        Attack(
+            64, "an endless exit", "import atexit\n@atexit.register\ndef f():\n    while True: pass", LIMIT, script=True
+        ),
+        Attack(
+            64,
+            "a thread that never ends",
+            "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()",
+            LIMIT,
+            script=True,
+        ),
+        Attack(
+            64,
+            "output flood at exit",
+            "import atexit\n@atexit.register\ndef f():\n    while True:\n        print('x' * 10000)",
+            LIMIT,
+            script=True,
+        ),
+        Attack(
+            64,
+            "a process at exit",
+            "import atexit, os\n@atexit.register\ndef f():\n    os.fork()\n    print('3\\n5')",
+            WRONG | NO_RESULT,
+            script=True,
+        ),
         Attack(55, "the sample alone", "def f(x):\n    return {1: 2}.get(x)", WRONG),
     ]
-
-
-MUST_PASS = {
-    "honest": HONEST,
-    "56 an empty environment": "import os\ndef f(x):\n    return x + 1 + len(os.environ)",
-    "57 no inherited descriptors": (
-        "import os\ndef f(x):\n    found = []\n    for fd in range(1024):\n        try:\n            os.fstat(fd)\n"
-        "            found.append(fd)\n        except OSError:\n            pass\n"
-        "    return x + 1 if found == [0, 1, 2, 3] else found"
-    ),
-    "58 threads": (
-        "import threading\ndef f(x):\n    out = []\n    threads = [threading.Thread(target=out.append, args=(i,)) "
-        "for i in range(8)]\n    for t in threads:\n        t.start()\n    for t in threads:\n        t.join()\n"
-        "    return x + 1 if sorted(out) == list(range(8)) else 0"
-    ),
-    "asyncio": (
-        "import asyncio\nasync def g(x):\n    await asyncio.sleep(0.001)\n    return x + 1\n"
-        "def f(x):\n    return asyncio.run(g(x))"
-    ),
-    "deep recursion": (
-        "import sys\nsys.setrecursionlimit(20000)\ndef f(x, n=10000):\n    return f(x, n - 1) if n else x + 1"
-    ),
-    "imports": "import ctypes, decimal, hashlib, struct, unicodedata, uuid, zlib\ndef f(x):\n    return x + 1",
-    "what the run before may have left": (
-        "import fcntl\ndef f(x):\n    return x + 1 + sum(fcntl.fcntl(fd, fcntl.F_GETFL) & 0o6000 for fd in range(3))"
-    ),
-    "a method": "class Solution:\n    def f(self, x: int) -> int:\n        return x + 1",
-    "prints": "def f(x):\n    print('debugging')\n    return x + 1",
-    "main guard": "def f(x):\n    return x + 1\nif __name__ == '__main__':\n    raise ValueError(input())",
-}
 
 
 def as_completion(program: str) -> str:
