@@ -1,8 +1,8 @@
 """The policy: the model that learns, its log-probabilities, where its weights come from, and its optimizer.
 
 Others take ``policy.Policy``, ``loading``, ``optimizer``, ``logprob_lm``, ``truncation``, ``processes``,
-``placing``, ``moments``, ``files``, ``first_process``, ``devices``, ``device_memory``, ``borders`` and
-``memory_budget``.
+``placing``, ``moments``, ``files``, ``first_process``, ``devices``, ``device_memory``, ``borders``,
+``memory_budget`` and ``shape``.
 """
 
 import logging
