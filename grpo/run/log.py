@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from grpo.errors import RunError
 from grpo.files import write_whole
+from grpo.health.watch import Watch
 from grpo.run.screen import open_display
 from grpo.run.trackers import open_trackers
 
@@ -48,6 +49,8 @@ class RunLog:
         step, seconds = _so_far(folder / "metrics.jsonl")
         if resume_offset is not None:
             _forget_rollouts(folder / "rollouts", after=step)
+        self._watch = Watch(recipe_dict.get("health"))
+        self._watch.see_all(_rows(folder / "metrics.jsonl"))
         self._trackers = open_trackers(folder, tracking, recipe_dict, first_step=step + 1)
         max_seconds = recipe_dict.get("training", {}).get("max_seconds")
         self._display = open_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
@@ -62,9 +65,12 @@ class RunLog:
         """Append one line to ``metrics.jsonl`` and tell the trackers and the screen.
 
         Floats are written in full (they read back to the same bits); NaN, infinity and None become null, which every
-        JSON reader accepts. Evaluation metrics (``eval/…``) come in a call of their own.
+        JSON reader accepts. Evaluation metrics (``eval/…``) come in a call of their own. A rule of
+        health that holds adds ``health/RULE``, and says so where it begins and ends.
         """
         plain = {name: _number(value) for name, value in metrics.items() if name != "step"}
+        changes = self._watch.see({"step": step, **plain})
+        plain |= self._watch.metrics()
         try:
             self._file.write(json.dumps({"step": step, **plain}, allow_nan=False).encode() + b"\n")
             self._file.flush()
@@ -72,6 +78,12 @@ class RunLog:
             raise RunError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror or error}") from error
         self._trackers.log(step, {name: value for name, value in plain.items() if value is not None})
         self._display.log(step, plain)
+        for change in changes:
+            log.log(logging.INFO if change.statement is None else logging.WARNING, "step %d: %s", step, change.text())
+
+    def reason_to_stop(self) -> str | None:
+        """What a rule of health sees that the recipe stops for, or None."""
+        return self._watch.reason_to_stop()
 
     def log_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]], prefix: str = "step") -> Path:
         """Write ``rollouts/{prefix}_{step:06d}.jsonl``, one row a line, whole or not at all. Returns its path."""
@@ -114,9 +126,13 @@ def _open_at(path: Path, offset: int | None) -> BinaryIO:
     return file
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
+
+
 def _so_far(path: Path) -> tuple[int, float]:
     """Last step, and seconds spent in steps, that earlier starts of this run logged; (0, 0.0) for a new run."""
-    rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
+    rows = _rows(path)
     seconds = sum(row.get("step_time") or 0.0 for row in rows)
     return max((row["step"] for row in rows), default=0), seconds
 

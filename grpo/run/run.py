@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 
 from grpo.config import OptimizerConfig, Recipe
-from grpo.errors import Preempted
+from grpo.errors import Preempted, RunError
 from grpo.model.optimizer import learning_rate
 from grpo.model.policy import Policy
 from grpo.prompts.task import Task
@@ -84,7 +84,7 @@ class Run:
 
         Raises:
             Preempted: a process was asked to stop; after a checkpoint, if a step was made.
-            RunError: processes have drifted apart (``agreement``).
+            RunError: processes have drifted apart (``agreement``), or a rule of health stops the run.
         """
         training = self.recipe.training
         if self.progress.step == 0 and self.recipe.evaluation.at_start:
@@ -102,6 +102,8 @@ class Run:
             asked, done = self._asked_to_stop(), self.finished()
             if done or due(training.eval_every, self.progress.step):
                 evaluate()
+            if not done:
+                self._stop_if_failing()
             if done or asked or due(training.save_every, self.progress.step):
                 self.progress.rollout_ahead = None if done else ahead(not asked)
                 self.save()
@@ -113,6 +115,14 @@ class Run:
         """Whether any process was asked to stop; the same answer on every process."""
         asked = torch.tensor(float(stopping.asked()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+    def _stop_if_failing(self) -> None:
+        """Raise RunError, after a checkpoint, where a rule of health holds that the recipe stops for."""
+        if "stop" not in self.recipe.health.model_dump().values():
+            return
+        if reason := on_main(self.accelerator, lambda: self.log.reason_to_stop()):
+            self.save()
+            raise RunError(f"stopped by health.{reason} (step {self.progress.step})\n{self.saved()}")
 
     def _check_replicas(self) -> None:
         if self.recipe.training.replica_check_every:
