@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.base import Problem, Section, refuse
 from grpo.config.data import DataConfig
+from grpo.config.expect import ExpectConfig
 from grpo.config.health import HealthConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.sections import (
@@ -54,6 +55,8 @@ class Recipe(Section):
     """The run: its folder, length, batch and rhythm."""
     health: HealthConfig = Field(default_factory=HealthConfig)
     """What to do where the metrics show that a run is failing."""
+    expect: list[ExpectConfig] = Field(default_factory=list)
+    """What metrics should be at some steps. The run and its report say whether they are."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """Trackers besides `metrics.jsonl`, which is always written."""
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from grpo.errors import RunError
 from grpo.files import write_whole
+from grpo.health.bands import Bands
+from grpo.health.best import Best
 from grpo.health.watch import Watch
 from grpo.run.screen import open_display
 from grpo.run.trackers import open_trackers
@@ -50,7 +52,12 @@ class RunLog:
         if resume_offset is not None:
             _forget_rollouts(folder / "rollouts", after=step)
         self._watch = Watch(recipe_dict.get("health"))
-        self._watch.see_all(_rows(folder / "metrics.jsonl"))
+        self._bands = Bands(recipe_dict.get("expect") or [])
+        self.best = Best(recipe_dict.get("training", {}).get("save_best"))
+        for row in _rows(folder / "metrics.jsonl"):
+            self._watch.see(row)
+            self._bands.see(row)
+            self.best.see(row)
         self._trackers = open_trackers(folder, tracking, recipe_dict, first_step=step + 1)
         max_seconds = recipe_dict.get("training", {}).get("max_seconds")
         self._display = open_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
@@ -69,7 +76,9 @@ class RunLog:
         health that holds adds ``health/RULE``, and says so where it begins and ends.
         """
         plain = {name: _number(value) for name, value in metrics.items() if name != "step"}
-        changes = self._watch.see({"step": step, **plain})
+        row = {"step": step, **plain}
+        changes, judgements = self._watch.see(row), self._bands.see(row)
+        self.best.see(row)
         plain |= self._watch.metrics()
         try:
             self._file.write(json.dumps({"step": step, **plain}, allow_nan=False).encode() + b"\n")
@@ -80,6 +89,9 @@ class RunLog:
         self._display.log(step, plain)
         for change in changes:
             log.log(logging.INFO if change.statement is None else logging.WARNING, "step %d: %s", step, change.text())
+
+        for judgement in judgements:
+            log.log(logging.INFO if judgement.on_track else logging.WARNING, judgement.text())
 
     def reason_to_stop(self) -> str | None:
         """What a rule of health sees that the recipe stops for, or None."""

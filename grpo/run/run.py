@@ -88,7 +88,7 @@ class Run:
         """
         training = self.recipe.training
         if self.progress.step == 0 and self.recipe.evaluation.at_start:
-            evaluate()
+            evaluate()  # of the model that the run starts from, which is somewhere already
         stopping.wait_for_steps()
         if not self.finished() and self._asked_to_stop():
             raise Preempted(stopping.BEFORE)
@@ -102,6 +102,8 @@ class Run:
             asked, done = self._asked_to_stop(), self.finished()
             if done or due(training.eval_every, self.progress.step):
                 evaluate()
+                self._keep_if_best()
+                done = self.finished()  # patience may be used up
             if not done:
                 self._stop_if_failing()
             if done or asked or due(training.save_every, self.progress.step):
@@ -116,6 +118,15 @@ class Run:
         asked = torch.tensor(float(stopping.asked()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
 
+    def _keep_if_best(self) -> None:
+        """Write ``best/`` where the evaluation just made is the best so far."""
+        if self.recipe.training.save_best is None:
+            return
+        if on_main(self.accelerator, lambda: self.log.best.step == self.progress.step):
+            self.policy.save_pretrained(self.folder / "best")
+            if self.accelerator.is_main_process:
+                log.info("best so far: %s %.4f, in %s", self.log.best.metric, self.log.best.value, self.folder / "best")
+
     def _stop_if_failing(self) -> None:
         """Raise RunError, after a checkpoint, where a rule of health holds that the recipe stops for."""
         if "stop" not in self.recipe.health.model_dump().values():
@@ -129,8 +140,11 @@ class Run:
             agreement.check_weights(self.policy, self.progress.step)
 
     def finished(self) -> bool:
-        """Whether steps or seconds are used up; the same answer on every process (the first one's clock counts)."""
+        """Whether steps, seconds or patience are used up; the same answer on every process (the first one's clock counts)."""
         if self.progress.step >= self.recipe.training.max_steps:
+            return True
+        patience = self.recipe.training.patience
+        if patience is not None and on_main(self.accelerator, lambda: self.log.best.stale >= patience):
             return True
         limit = self.recipe.training.max_seconds
         return limit is not None and on_main(self.accelerator, lambda: self.progress.seconds >= limit)
