@@ -22,7 +22,8 @@ FREE = {
     "evaluation": "num_generations temperature max_completion_length at_start",
     # The learning rate may depend on max_steps: `run/run.py` says so where it does.
     "training": """output_dir max_steps max_seconds eval_every save_every save_best patience save_total_limit
-        log_rollouts_every ddp_timeout peer_timeout replica_check_every dollars_per_hour num_threads""",  # threads in use are compared
+        log_rollouts_every ddp_timeout peer_timeout replica_check_every dollars_per_hour
+        num_threads""",  # threads in use are compared
     "health": """no_signal all_alike never_correct accuracy_below_start reward_without_accuracy length_collapse
         entropy_collapse cut_off kl_blow_up clipped sampler_mismatch gradient slow_reward unscored""",
     "expect": "metric step low high source",

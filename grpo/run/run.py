@@ -140,7 +140,7 @@ class Run:
             agreement.check_weights(self.policy, self.progress.step)
 
     def finished(self) -> bool:
-        """Whether steps, seconds or patience are used up; the same answer on every process (the first one's clock counts)."""
+        """Whether steps, seconds or patience are used up; the same answer on every process (the first's counts)."""
         if self.progress.step >= self.recipe.training.max_steps:
             return True
         patience = self.recipe.training.patience
