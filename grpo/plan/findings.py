@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figures:
-    """Of the groups that were sampled. ``accuracy`` and ``verdicts`` (shares of completions) are those of the reward
-    that judges the answer."""
+    """Of the groups that were sampled. ``accuracy``, ``verdicts`` (shares of completions) and ``answer_signal`` (the
+    share of groups in which it differs) are those of the reward that judges the answer."""
 
     groups: int
     completions: int
     with_signal: float
     signal_low: float
     signal_high: float
+    answer_signal: float
     accuracy: float
     accuracy_low: float
     accuracy_high: float
@@ -40,6 +41,7 @@ class Finding:
 
 
 FORM = ("no_answer", "unparseable")
+FEW = 0.05  # of the groups: with fewer, most steps learn nothing
 
 
 def findings(figures: Figures, unpaid: list[str]) -> list[Finding]:
@@ -105,7 +107,7 @@ def _of_the_signal(figures: Figures) -> list[Finding]:
                 "raise rollout.temperature to 1; top_k, top_p and min_p cut off what differs",
             )
         ]
-    if figures.signal_high < 0.05 or figures.with_signal == 0:
+    if figures.with_signal < FEW:
         return [
             Finding(
                 "no_signal",
@@ -113,11 +115,12 @@ def _of_the_signal(figures: Figures) -> list[Finding]:
                 "take easier tasks, a stronger model, a larger rollout.num_generations, or a supervised stage first",
             )
         ]
-    if figures.pass_at_G == 0:
+    if figures.answer_signal < FEW:
         return [
             Finding(
                 "signal_of_the_form_alone",
-                "groups differ, but no completion is correct: a run would learn the form of an answer, and no more",
+                f"groups differ, but right and wrong answers in {figures.answer_signal:.0%} of them alone (accuracy "
+                f"{figures.accuracy:.3f}): a run would learn the form of an answer, and little more",
                 "take easier tasks or a stronger model; a format reward alone teaches nothing else",
             )
         ]

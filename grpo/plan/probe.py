@@ -24,8 +24,9 @@ from grpo.model.policy import Policy
 from grpo.packing import to_sequences
 from grpo.plan.findings import Figures, Finding, findings
 from grpo.prompts.order import prompts_of_step
-from grpo.rollout.groups import draw_groups, has_signal
+from grpo.rollout.groups import has_signal
 from grpo.rollout.rollouts import Rollouts
+from grpo.run.exchange import gather_groups
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator, prepare_task, resolve_dtype
 from grpo.scoring.scorer import Scorer
@@ -53,13 +54,13 @@ class Probe:
 
 
 def probe(recipe: Recipe, prompts: int) -> Probe:
-    """Sample and score ``prompts`` groups. Nothing is trained, and nothing written.
+    """Sample and score ``prompts`` groups, or one of each row where there are fewer. Nothing is trained or written.
 
     Raises UserError as a run would: every mistake that a run finds before its first step is found here.
     """
     find_loss(recipe.algorithm.loss_type)
     find_backend(recipe.rollout)
-    recipe = _for_one_step(recipe, prompts)
+    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_staleness": 0})})
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
@@ -72,24 +73,15 @@ def probe(recipe: Recipe, prompts: int) -> Probe:
         with closing(make_backend(recipe, policy)) as backend:
             backend.sync(policy, 0)
             drawn = prompts_of_step(recipe.prompts, task, 0, extra=0, pass_rates={})
-            rollouts = Rollouts(recipe, task, backend, accelerator)
-            groups = draw_groups(recipe, rollouts, scorer, drawn, [], 0, clock).sampled
+            rollouts, scoring = Rollouts(recipe, task, backend, accelerator), scorer.start(0)
+            with clock("rollout"):
+                mine = rollouts.take(0, drawn, min(prompts, len(task.train)), on_group=scoring.add)
+            with clock("score"):
+                scoring.finish()
+            groups = gather_groups(mine)
     entropy, difference = _compared(recipe, policy, groups)
     figures = _figures(recipe, groups, entropy=entropy, difference=difference, seconds=clock.total())
     return Probe(figures, findings(figures, unpaid), rollout_rows(groups, 0))
-
-
-def _for_one_step(recipe: Recipe, prompts: int) -> Recipe:
-    """The recipe with a first step of ``prompts`` prompts, drawn once and on-policy."""
-    changes: dict[str, dict[str, Any]] = {
-        "training": {"prompts_per_step": prompts, "max_steps": 1},
-        "prompts": {"dynamic_sampling": False, "replay_groups": 0},
-        "rollout": {"max_staleness": 0},
-        "algorithm": {"num_minibatches": 1},
-    }
-    return recipe.model_copy(
-        update={name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
-    )
 
 
 def _compared(recipe: Recipe, policy: Policy, groups: list[Group]) -> tuple[float, float]:
@@ -101,7 +93,10 @@ def _compared(recipe: Recipe, policy: Policy, groups: list[Group]) -> tuple[floa
         statistics = sequence_statistics(Run(recipe, policy, Path(folder)), sequences, reference=False)
     entropies = np.concatenate([found.entropies for found in statistics])
     pairs = zip(statistics, sequences, strict=True)
-    gaps = np.concatenate([np.abs(np.subtract(found.logprobs, s.sampler_logprobs)) for found, s in pairs])
+    # Of a truncated distribution the sampler gives the renormalized probability.
+    gaps = np.concatenate(
+        [np.abs(np.subtract(found.logprobs, found.log_left) - s.sampler_logprobs) for found, s in pairs]
+    )
     return float(entropies.mean()), float(np.nanmean(gaps))
 
 
@@ -123,6 +118,7 @@ def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference:
         with_signal=float(np.mean(signal)),
         signal_low=low,
         signal_high=high,
+        answer_signal=float((solved_PG.any(1) & ~solved_PG.all(1)).mean()),
         accuracy=accuracy["eval/accuracy"],
         accuracy_low=accuracy["eval/accuracy_low"],
         accuracy_high=accuracy["eval/accuracy_high"],

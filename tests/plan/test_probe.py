@@ -16,8 +16,8 @@ from tests.cli.conftest import run
 from tests.launching import ROOT
 
 HEALTHY = Figures(
-    groups=64, completions=512, with_signal=0.6, signal_low=0.48, signal_high=0.71, accuracy=0.2, accuracy_low=0.16,
-    accuracy_high=0.24, pass_at_G=0.6, reward=0.25, cut_off=0.1, unique=0.9, unscored=0.0, mean_length=90.0,
+    groups=64, completions=512, with_signal=0.6, signal_low=0.48, signal_high=0.71, answer_signal=0.5, accuracy=0.2,
+    accuracy_low=0.16, accuracy_high=0.24, pass_at_G=0.6, reward=0.25, cut_off=0.1, unique=0.9, unscored=0.0, mean_length=90.0,
     mean_prompt=20.0, entropy=0.4, sampler_difference=0.01, verdicts={"wrong": 0.7, "correct": 0.2}, seconds=3.0,
 )  # fmt: skip
 NOTHING = {"with_signal": 0.0, "signal_low": 0.0, "signal_high": 0.06, "accuracy": 0.0, "accuracy_low": 0.0}
@@ -29,7 +29,7 @@ WAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gold_of_another_type": ({}, ["rewards[0] (mine): the right answers of 16 rows get 0"]),
     "unscored": ({"unscored": 0.2}, []),
     "all_alike": ({"unique": 1 / 8}, []),
-    "signal_of_the_form_alone": ({"accuracy": 0.0, "pass_at_G": 0.0}, []),
+    "signal_of_the_form_alone": ({"accuracy": 0.01, "answer_signal": 0.02}, []),
     "sampler_mismatch": ({"sampler_difference": 0.2}, []),
 }
 NEAR = [
