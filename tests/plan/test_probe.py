@@ -17,7 +17,8 @@ from tests.launching import ROOT
 
 HEALTHY = Figures(
     groups=64, completions=512, with_signal=0.6, signal_low=0.48, signal_high=0.71, answer_signal=0.5, accuracy=0.2,
-    accuracy_low=0.16, accuracy_high=0.24, pass_at_G=0.6, reward=0.25, cut_off=0.1, unique=0.9, unscored=0.0, mean_length=90.0,
+    accuracy_low=0.16, accuracy_high=0.24, pass_at_G=0.6, reward=0.25, cut_off=0.1, unique=0.9, unscored=0.0,
+    mean_length=90.0,
     mean_prompt=20.0, entropy=0.4, sampler_difference=0.01, verdicts={"wrong": 0.7, "correct": 0.2}, seconds=3.0,
 )  # fmt: skip
 NOTHING = {"with_signal": 0.0, "signal_low": 0.0, "signal_high": 0.06, "accuracy": 0.0, "accuracy_low": 0.0}
