@@ -76,7 +76,8 @@ def _of_the_reward(figures: Figures, unpaid: list[str]) -> list[Finding]:
 
 
 def _of_the_form(figures: Figures) -> list[Finding]:
-    without_form = sum(figures.verdicts.get(name, 0.0) for name in FORM)
+    ended = 1 - figures.verdicts.get("truncated", 0.0)
+    without_form = sum(figures.verdicts.get(name, 0.0) for name in FORM) / max(ended, 1e-9)
     if figures.cut_off > 0.8:
         return [
             Finding(
@@ -89,7 +90,7 @@ def _of_the_form(figures: Figures) -> list[Finding]:
         return [
             Finding(
                 "form_never_found",
-                f"{without_form:.0%} of the completions have no answer in the form that the reward looks for",
+                f"{without_form:.0%} of the completions that end have no answer in the form that is asked for",
                 "show the form in the prompt (data.template), take an instructed model, or a supervised stage first",
             )
         ]
