@@ -14,15 +14,18 @@ from grpo.types import Group, Status
 
 
 def completion_metrics(groups: list[Group]) -> dict[str, float]:
-    """Lengths in tokens over all completions, and over those that ended by themselves."""
+    """Lengths in tokens over all completions, and over those that ended by themselves; the share of a group's that
+    differ."""
     completions = [c for group in groups for c in group.completions]
     lengths = np.array([len(c.token_ids) for c in completions])
+    different = [len({c.text for c in group.completions}) / len(group.completions) for group in groups]
     ended = np.array([c.status is Status.STOP for c in completions])
     metrics = {
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": np.mean([c.status is Status.LENGTH for c in completions]),
+        "completions/unique_ratio": np.mean(different),
         "completions/mean_terminated_length": lengths[ended].mean() if ended.any() else 0.0,
         "completions/min_terminated_length": lengths[ended].min() if ended.any() else 0.0,
         "completions/max_terminated_length": lengths[ended].max() if ended.any() else 0.0,

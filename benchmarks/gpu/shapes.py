@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo.model.memory_budget import shape_of
+from grpo.model.shape import shape_of
 
 QWEN = {"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936}
 SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo import __version__
-from grpo.cli import checks, evaluate, recipes, report, score, train
+from grpo.cli import checks, evaluate, plan, probe, recipes, report, score, train
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import StderrHandler, output_taken
 from grpo.config.load import as_overrides
@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("plan")(plan.plan)
+app.command("probe")(probe.probe)
 app.command("validate")(checks.validate)
 app.command("audit")(checks.audit)
 app.command("score")(score.score)

@@ -10,6 +10,7 @@ import typer
 
 from grpo.cli.arguments import Overrides, RecipeArgument, Trust, not_empty, read_recipe
 from grpo.cli.exit_codes import exit_codes
+from grpo.cli.probe import PROMPTS, WILL_NOT_LEARN, run_probe
 from grpo.cli.terminal import tell
 from grpo.config.load import dump_given
 
@@ -33,6 +34,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe and data, print the resolved recipe, train nothing.")
     ] = False,
+    probe_first: Annotated[
+        bool, typer.Option("--probe", help="Sample a few groups first, and train only where a run will learn.")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Train as RECIPE says, into its training.output_dir."""
@@ -44,7 +48,10 @@ def train(
             check_before_training(resolved)
             tell(dump_given(resolved), nl=False)
             tell("# every other key has its default; docs/recipe.md lists them")
-        elif resolved.stage == "sft":
+            return
+        if probe_first and not (resume or resume_from) and not run_probe(resolved, recipe, overrides or [], PROMPTS):
+            raise typer.Exit(WILL_NOT_LEARN)
+        if resolved.stage == "sft":
             from grpo import sft
 
             sft.train(resolved, resume_from or resume, allow_changed_inputs=allow_changed_inputs)

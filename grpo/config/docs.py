@@ -112,7 +112,7 @@ def _about(name: str) -> str:
     field = sections()[above].model_fields.get(key) if name else None
     if field is None:
         return ""
-    note = {"rewards": " Keys of each item:"}.get(name, "")
+    note = dict.fromkeys(("rewards", "expect"), " Keys of each item:").get(name, "")
     return _one_line(field.description) + note
 
 
@@ -121,7 +121,7 @@ def _table(name: str, section: type[Section]) -> list[str]:
     lines = ["| key | type | default | on resume | meaning |", "|---|---|---|---|---|"]
     for key, field in section.model_fields.items():
         if section_in(field) and section.__name__ == "Recipe":
-            kind, default = "section" if key != "rewards" else "list of sections", ""
+            kind, default = "section" if key not in ("rewards", "expect") else "list of sections", ""
         elif section_in(field):
             kind, default = "section or null", "`null`"
         else:

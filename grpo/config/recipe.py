@@ -1,7 +1,7 @@
 """The recipe: one YAML file describes one run.
 
 This is the schema alone (pydantic v2, unknown keys refused), without torch; its sections are in ``sections.py``,
-``algorithm.py``, ``data.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files and overrides;
+``algorithm.py``, ``data.py``, ``health.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files and overrides;
 ``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning is TRL's.
 """
 
@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.base import Problem, Section, refuse
 from grpo.config.data import DataConfig
+from grpo.config.expect import ExpectConfig
+from grpo.config.health import HealthConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.sections import (
     EvaluationConfig,
@@ -51,6 +53,10 @@ class Recipe(Section):
     """Held-out accuracy during and after training."""
     training: TrainingConfig
     """The run: its folder, length, batch and rhythm."""
+    health: HealthConfig = Field(default_factory=HealthConfig)
+    """What to do where the metrics show that a run is failing."""
+    expect: list[ExpectConfig] = Field(default_factory=list)
+    """What metrics should be at some steps. The run and its report say whether they are."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """Trackers besides `metrics.jsonl`, which is always written."""
 

@@ -21,8 +21,12 @@ FREE = {
     "scoring": "workers timeout memory_limit_gb environment max_failure_rate max_unscorable_rows",
     "evaluation": "num_generations temperature max_completion_length at_start",
     # The learning rate may depend on max_steps: `run/run.py` says so where it does.
-    "training": """output_dir max_steps max_seconds eval_every save_every save_total_limit log_rollouts_every
-        ddp_timeout peer_timeout replica_check_every dollars_per_hour num_threads""",  # threads in use are compared
+    "training": """output_dir max_steps max_seconds eval_every save_every save_best patience save_total_limit
+        log_rollouts_every ddp_timeout peer_timeout replica_check_every dollars_per_hour
+        num_threads""",  # threads in use are compared
+    "health": """no_signal all_alike never_correct accuracy_below_start reward_without_accuracy length_collapse
+        entropy_collapse cut_off kl_blow_up clipped sampler_mismatch gradient slow_reward unscored""",
+    "expect": "metric step low high source",
     "tracking": "project run_name wandb tensorboard trackio",
 }
 # Rounding alone, or what one must be able to change in a run that does not go well: its learning rate, what fits into
@@ -37,7 +41,8 @@ WARNS = {
 }
 # The problem, the model, the method, and what a checkpoint's state is shaped by (AdamW's own numbers are part of it).
 REFUSED = {
-    "": "stage model data rewards rollout prompts algorithm optimizer scoring evaluation training tracking",  # as such
+    "": """stage model data rewards rollout prompts algorithm optimizer scoring evaluation training health
+        expect tracking""",  # as such
     "model": "name dtype weights load_in_4bit lora tokenizer revision trust_remote_code disable_dropout",
     "model.lora": "r lora_alpha lora_dropout target_modules",
     "data": """name path hub args template system_prompt chat_template_kwargs prompt_column completion_column

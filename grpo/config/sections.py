@@ -253,6 +253,11 @@ class TrainingConfig(Section):
     """Evaluate every so many steps, besides before step 0 and at the end; 0: only there."""
     save_every: NonNegativeInt = 50
     """Checkpoint every so many steps, besides at the end; 0: only there."""
+    save_best: Annotated[str, Field(pattern="^eval/.+")] | None = None
+    """A metric of evaluation, such as `eval/accuracy`: where it is better than ever before, the model is written to
+    OUTPUT_DIR/best, as final/ is at the end. The largest is the best, or the smallest where the name ends in `loss`."""
+    patience: PositiveInt | None = None
+    """End the run, as after its last step, when so many evaluations in a row were no better (needs `save_best`)."""
     save_total_limit: Annotated[int, Field(ge=2, strict=True)] = 2
     """Checkpoints kept, newest first; at least 2, so that a damaged one has a predecessor."""
     micro_batch_tokens: PositiveInt | None = None
@@ -276,6 +281,18 @@ class TrainingConfig(Section):
     """CPU threads of torch; null keeps torch's choice. Bit-exact resume needs the same number."""
     dollars_per_hour: NonNegative | None = None
     """Price of the machine; adds `cost_usd` to the metrics."""
+
+    @model_validator(mode="after")
+    def _patience_with_what(self) -> TrainingConfig:
+        if self.patience is not None and self.save_best is None:
+            refuse(
+                [
+                    Problem(
+                        ("patience", "save_best"), "patience counts evaluations that were no better, so set save_best"
+                    )
+                ]
+            )
+        return self
 
 
 class EvaluationConfig(Section):

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from grpo.config import Recipe
+from grpo.model.shape import Shape
 
 CONTEXT = 1.0e9  # CUDA's own, and what the allocator can't give out
 LOGITS = 1.9e9  # a chunk of the head's logits, the chunk that is kept, and three float32 tiles: devices.LOGITS
@@ -18,77 +19,9 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: the code, its block's sca
 # Shares of the device's memory, which the hf backend takes from here. Shares of what is free would differ when a run is
 # resumed.
 CACHE_SHARE = 0.25  # for keys and values, where the recipe gives no number
+AUTOMATIC_SHARE = 0.5  # of what is free, for the activations of a micro-batch whose size the recipe leaves open
+FEWEST_TOKENS, MOST_TOKENS = 256, 32768  # of such a micro-batch
 KEPT_SHARE = 0.15  # weights and cache of up to this size stay between rollouts, where CUDA graphs read them
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-shaped model, by transformers' names: queries have ``heads``, keys and values ``kv_heads``."""
-
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    biases: bool = True  # of queries, keys and values, as Qwen2.5 has them
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding, which is the head's weight too (tied)."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def linears(self) -> int:
-        """Weights of the linear layers but the head: what 4 bits hold, and what LoRA adds to."""
-        return sum(i * o for i, o in self._linears()) * self.layers
-
-    @property
-    def parameters(self) -> int:
-        biases = (self.heads + 2 * self.kv_heads) * self.head_dim * self.biases
-        return self.embedding + self.linears + self.layers * (biases + 2 * self.hidden) + self.hidden
-
-    @property
-    def kv_token(self) -> int:
-        """Bytes of a token's keys and values in bfloat16."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
-
-    def adapters(self, r: int) -> int:
-        return sum(r * (i + o) for i, o in self._linears()) * self.layers
-
-    def matrices(self, r: int | None) -> list[int]:
-        """Elements of each trained matrix: of all, or of adapters of rank ``r``."""
-        if r is not None:
-            return [r * size for linear in self._linears() for size in linear] * self.layers
-        return [self.embedding, *[i * o for i, o in self._linears()] * self.layers]
-
-    def kept_token(self, *, checkpointing: bool) -> float:
-        """Bytes a token keeps for the backward pass: the float32 residual between layers, and of every layer what
-        ``kernels.lean_activations`` leaves (its doc string counts it). With checkpointing only the layer that is just
-        computed again keeps any, but all."""
-        residual = 4 * self.hidden * (self.layers + 2)
-        keys = self.kv_heads * self.head_dim
-        if checkpointing:
-            return residual + 2 * (8 * self.hidden + 2 * keys + 4 * self.mlp)
-        return residual + 2 * self.layers * (4 * self.hidden + 2 * keys + 2 * self.mlp)
-
-    def _linears(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of a layer's: queries, keys and values, output; gate and up, down."""
-        h, m, q, kv = self.hidden, self.mlp, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [(h, q), (h, kv), (h, kv), (q, h), (h, m), (h, m), (m, h)]
-
-
-QWEN = {
-    "qwen2.5-0.5b": Shape(24, 896, 4864, 14, 2, 64, 151936),
-    "qwen2.5-1.5b": Shape(28, 1536, 8960, 12, 2, 128, 151936),
-    "qwen2.5-3b": Shape(36, 2048, 11008, 16, 2, 128, 151936),
-}
-
-
-def shape_of(name: str) -> Shape | None:
-    """The shape of the model that a hub id, a path or a recipe's name speaks of, if it is known here."""
-    return next((shape for known, shape in QWEN.items() if known in name.lower()), None)
 
 
 @dataclass(frozen=True)
@@ -110,36 +43,54 @@ class Budget:
         ]
 
 
-def budget(recipe: Recipe, shape: Shape, card: float) -> Budget:
-    """The budget of a bfloat16 run on one GPU of ``card`` bytes, with hf or a colocated vLLM that sleeps."""
-    model, training = recipe.model, recipe.training
-    weights, trained, each = _weights(recipe, shape)
-    gradients = trained * each
+def budget(recipe: Recipe, shape: Shape, card: float, *, shards: int = 1) -> Budget:
+    """The budget of a bfloat16 run on each GPU of ``card`` bytes, with hf or a colocated vLLM that sleeps. Weights and
+    what belongs to them are divided among ``shards`` GPUs (FSDP2); DDP holds them whole on each."""
+    model = recipe.model
+    weights, trained, each = weights_of(recipe, shape)
     state = _state(recipe)
     adamw_here, adamw_host = trained * sum(state), 0.0
     if recipe.optimizer.offload:
         matrices = shape.matrices(model.lora.r if model.lora else None)
         adamw_here, adamw_host = 0.0, adamw_here + _rounded_up(matrices, state)
-    has_reference = recipe.algorithm.beta > 0 and model.lora is None
+    has_reference = recipe.stage == "grpo" and recipe.algorithm.beta > 0 and model.lora is None
     reference = shape.parameters * (4 if recipe.algorithm.sync_ref_model else 2) * has_reference
-    kept = shape.kept_token(checkpointing=model.gradient_checkpointing) * (training.micro_batch_tokens or 16384)
-    held = {"weights": weights, "AdamW": adamw_here, "reference": float(reference)}
+    held = {"weights": weights / shards, "AdamW": adamw_here / shards, "reference": float(reference) / shards}
+    engine = _engine(recipe, shape, card, shards)
     update = held | {
-        "gradients": gradients,
-        "of the head": shape.embedding * (4 + 2 if each == 4 else 2) * (model.lora is None),  # gradient, cast weight
-        "activations": kept,
+        "gradients": trained * each / shards,
+        # gradient, cast weight
+        "of the head": shape.embedding * (4 + 2 if each == 4 else 2) * (model.lora is None),
+        "gathered layers": 2 * 2.0 * shape.parameters / shape.layers * (shards > 1),  # this one, and the next one
         "logits": LOGITS,
         "CUDA": CONTEXT,
     }
-    engine = _engine(recipe, shape, card)
-    if recipe.rollout.backend != "hf":
+    if _is_vllm_here(recipe):
         update["vLLM asleep"] = CONTEXT
     elif sum(engine.values()) <= KEPT_SHARE * card:
         update["kept to sample"] = sum(engine.values())
-    return Budget(update, held | engine | {"CUDA": CONTEXT}, {"AdamW": adamw_host})
+    kept = shape.kept_token(checkpointing=model.gradient_checkpointing)
+    update["activations"] = kept * micro_batch_tokens(recipe, kept, free=card - sum(update.values()))
+    order = (*held, "gradients", "of the head", "gathered layers", "activations", "logits", "CUDA")
+    update = {part: update[part] for part in order} | {part: size for part, size in update.items() if part not in order}
+    rollout = held | engine | {"CUDA": CONTEXT} if recipe.stage == "grpo" else {}
+    return Budget(update, rollout, {"AdamW": adamw_host})
 
 
-def _weights(recipe: Recipe, shape: Shape) -> tuple[float, int, int]:
+def micro_batch_tokens(recipe: Recipe, kept: float, *, free: float) -> int:
+    """Tokens of a micro-batch: as the recipe says, or as ``update.micro_batch_size`` finds by what is free."""
+    if recipe.training.micro_batch_tokens is not None:
+        return recipe.training.micro_batch_tokens
+    fits = min(AUTOMATIC_SHARE * max(free, 0) / kept, MOST_TOKENS)
+    return max(1 << (max(int(fits), 1).bit_length() - 1), FEWEST_TOKENS)
+
+
+def _is_vllm_here(recipe: Recipe) -> bool:
+    rollout = recipe.rollout
+    return recipe.stage == "grpo" and rollout.backend != "hf" and rollout.vllm_mode == "colocate"
+
+
+def weights_of(recipe: Recipe, shape: Shape, *, frozen: int = 2) -> tuple[float, int, int]:
     """Bytes of all weights, the number of trained ones, and bytes of each of these."""
     model = recipe.model
     if model.lora is None:
@@ -165,12 +116,14 @@ def _rounded_up(matrices: list[int], state: list[float]) -> int:
     return sum((1 << (size - 1).bit_length()) - size for size in sizes)
 
 
-def _engine(recipe: Recipe, shape: Shape, card: float) -> dict[str, float]:
+def _engine(recipe: Recipe, shape: Shape, card: float, shards: int) -> dict[str, float]:
     """What generates takes while it does."""
     rollout = recipe.rollout
+    if recipe.stage != "grpo":
+        return {}
     if rollout.backend != "hf":
-        return {"vLLM": rollout.vllm_gpu_memory_utilization * card}
-    shares = recipe.model.lora is not None or recipe.model.weights == "bfloat16"
+        return {"vLLM": rollout.vllm_gpu_memory_utilization * card} if _is_vllm_here(recipe) else {}
+    shares = shards == 1 and (recipe.model.lora is not None or recipe.model.weights == "bfloat16")
     tokens = recipe.data.max_prompt_length + rollout.max_completion_length
     most = rollout.max_batch_size * tokens * shape.kv_token
     bound = rollout.kv_cache_gb * 1e9 if rollout.kv_cache_gb else CACHE_SHARE * card

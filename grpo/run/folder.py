@@ -40,7 +40,7 @@ log = logging.getLogger("grpo")
 
 LOCK = ".lock"
 # What makes a folder used. A recipe alone does not: a run that failed before its first step may simply be repeated.
-RESULTS = ("metrics.jsonl", "checkpoints", "rollouts", "final", "report.html")
+RESULTS = ("metrics.jsonl", "checkpoints", "rollouts", "best", "final", "report.html")
 PACKAGES = (
     *("grpo-train", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "safetensors", "numpy"),
     *("pydantic", "math-verify", "pebble", "vllm", "deepspeed", "bitsandbytes", "flash-attn"),

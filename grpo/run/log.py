@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from grpo.errors import RunError
 from grpo.files import write_whole
+from grpo.health.bands import Bands
+from grpo.health.best import Best
+from grpo.health.watch import Watch
 from grpo.run.read import read_jsonl
 from grpo.run.screen import open_display
 from grpo.run.trackers import open_trackers
@@ -49,6 +52,13 @@ class RunLog:
         step, seconds = _so_far(folder / "metrics.jsonl")
         if resume_offset is not None:
             _forget_rollouts(folder / "rollouts", after=step)
+        self._watch = Watch(recipe_dict.get("health"))
+        self._bands = Bands(recipe_dict.get("expect") or [])
+        self.best = Best(recipe_dict.get("training", {}).get("save_best"))
+        for row in read_jsonl(folder / "metrics.jsonl"):
+            self._watch.see(row)
+            self._bands.see(row)
+            self.best.see(row)
         self._trackers = open_trackers(folder, tracking, recipe_dict, first_step=step + 1)
         max_seconds = recipe_dict.get("training", {}).get("max_seconds")
         self._display = open_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
@@ -63,9 +73,14 @@ class RunLog:
         """Append one line to ``metrics.jsonl`` and tell the trackers and the screen.
 
         Floats are written in full (they read back to the same bits); NaN, infinity and None become null, which every
-        JSON reader accepts. Evaluation metrics (``eval/…``) come in a call of their own.
+        JSON reader accepts. Evaluation metrics (``eval/…``) come in a call of their own. A rule of
+        health that holds adds ``health/RULE``, and says so where it begins and ends.
         """
         plain = {name: _number(value) for name, value in metrics.items() if name != "step"}
+        row = {"step": step, **plain}
+        changes, judgements = self._watch.see(row), self._bands.see(row)
+        self.best.see(row)
+        plain |= self._watch.metrics()
         try:
             self._file.write(json.dumps({"step": step, **plain}, allow_nan=False).encode() + b"\n")
             self._file.flush()
@@ -73,6 +88,15 @@ class RunLog:
             raise RunError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror or error}") from error
         self._trackers.log(step, {name: value for name, value in plain.items() if value is not None})
         self._display.log(step, plain)
+        for change in changes:
+            log.log(logging.INFO if change.statement is None else logging.WARNING, "step %d: %s", step, change.text())
+
+        for judgement in judgements:
+            log.log(logging.INFO if judgement.on_track else logging.WARNING, judgement.text())
+
+    def reason_to_stop(self) -> str | None:
+        """What a rule of health sees that the recipe stops for, or None."""
+        return self._watch.reason_to_stop()
 
     def log_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]], prefix: str = "step") -> Path:
         """Write ``rollouts/{prefix}_{step:06d}.jsonl``, one row a line, whole or not at all. Returns its path."""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 
 from grpo.config import OptimizerConfig, Recipe
-from grpo.errors import Preempted
+from grpo.errors import Preempted, RunError
 from grpo.model.optimizer import learning_rate
 from grpo.model.policy import Policy
 from grpo.prompts.task import Task
@@ -84,11 +84,11 @@ class Run:
 
         Raises:
             Preempted: a process was asked to stop; after a checkpoint, if a step was made.
-            RunError: processes have drifted apart (``agreement``).
+            RunError: processes have drifted apart (``agreement``), or a rule of health stops the run.
         """
         training = self.recipe.training
         if self.progress.step == 0 and self.recipe.evaluation.at_start:
-            evaluate()
+            evaluate()  # of the model that the run starts from, which is somewhere already
         stopping.wait_for_steps()
         if not self.finished() and self._asked_to_stop():
             raise Preempted(stopping.BEFORE)
@@ -104,6 +104,10 @@ class Run:
             asked, done = self._asked_to_stop(), self.finished()
             if done or due(training.eval_every, self.progress.step):
                 evaluate()
+                self._keep_if_best()
+                done = self.finished()  # patience may be used up
+            if not done:
+                self._stop_if_failing()
             if done or asked or due(training.save_every, self.progress.step):
                 self.progress.rollout_ahead = None if done else ahead(not asked)
                 self.save()
@@ -116,13 +120,33 @@ class Run:
         asked = torch.tensor(float(stopping.asked()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
 
+    def _keep_if_best(self) -> None:
+        """Write ``best/`` where the evaluation just made is the best so far."""
+        if self.recipe.training.save_best is None:
+            return
+        if on_main(self.accelerator, lambda: self.log.best.step == self.progress.step):
+            self.policy.save_pretrained(self.folder / "best")
+            if self.accelerator.is_main_process:
+                log.info("best so far: %s %.4f, in %s", self.log.best.metric, self.log.best.value, self.folder / "best")
+
+    def _stop_if_failing(self) -> None:
+        """Raise RunError, after a checkpoint, where a rule of health holds that the recipe stops for."""
+        if "stop" not in self.recipe.health.model_dump().values():
+            return
+        if reason := on_main(self.accelerator, lambda: self.log.reason_to_stop()):
+            self.save()
+            raise RunError(f"stopped by health.{reason} (step {self.progress.step})\n{self.saved()}")
+
     def _check_replicas(self) -> None:
         if self.recipe.training.replica_check_every:
             agreement.check_weights(self.policy, self.progress.step)
 
     def finished(self) -> bool:
-        """Whether steps or seconds are used up; the same answer on every process (the first one's clock counts)."""
+        """Whether steps, seconds or patience are used up; the same answer on every process (the first's counts)."""
         if self.progress.step >= self.recipe.training.max_steps:
+            return True
+        patience = self.recipe.training.patience
+        if patience is not None and on_main(self.accelerator, lambda: self.log.best.stale >= patience):
             return True
         limit = self.recipe.training.max_seconds
         return limit is not None and on_main(self.accelerator, lambda: self.progress.seconds >= limit)

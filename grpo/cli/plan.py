@@ -1,0 +1,83 @@
+"""``grpo plan``: memory, disk, hours and dollars of a recipe, before it runs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grpo.cli.arguments import Overrides, RecipeArgument, Trust, read_recipe
+from grpo.cli.exit_codes import exit_codes
+from grpo.cli.terminal import tell
+from grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from grpo.config import Recipe
+    from grpo.model.shape import Shape
+    from grpo.plan.plan import Plan
+    from grpo.plan.work import Lengths
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="CARD", help="24gb, 48gb, 80gb, h100, h200, or cpu: this machine.")
+    ] = "cpu",
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs, each with a process of its own.")] = 1,
+    fsdp2: Annotated[bool, typer.Option("--fsdp2", help="Shard weights over the GPUs (launch/fsdp2.yaml).")] = False,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="US dollars for an hour of one GPU.")] = None,
+    length: Annotated[
+        float | None, typer.Option("--length", min=1, help="Mean tokens of a completion. Default: half the longest.")
+    ] = None,
+    prompt_length: Annotated[
+        float | None,
+        typer.Option("--prompt-length", min=1, help="Mean tokens of a prompt. Default: half the longest."),
+    ] = None,
+    signal: Annotated[
+        float | None, typer.Option("--signal", min=0, max=1, help="Share of groups that are trained on. Default: 1.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="The model's config.json, where it is not here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Say what a run takes before it begins: memory by part, disk, hours, dollars.
+
+    For a GPU from the model's shape alone; for cpu, the real work is timed here for a few seconds.
+    """
+    with exit_codes():
+        from grpo.model.shape import find_shape
+        from grpo.plan.cards import CARDS
+        from grpo.plan.plan import plan_for_gpus
+        from grpo.plan.text import lines
+        from grpo.plan.work import assumed_lengths
+
+        resolved = read_recipe(recipe, overrides, trust)
+        if gpu != "cpu" and gpu not in CARDS:
+            raise UserError(f"--gpu: {gpu} is not one of cpu, {', '.join(CARDS)}")
+        shape = find_shape(config or resolved.model.name)
+        lengths = assumed_lengths(resolved, prompt=prompt_length, completion=length, with_signal=signal)
+        if gpu == "cpu":
+            found = _on_this_cpu(resolved, shape, lengths, price)
+        else:
+            found = plan_for_gpus(resolved, shape, CARDS[gpu], lengths, gpus=gpus, fsdp2=fsdp2, price=price)
+        if as_json:
+            tell(json.dumps(found.as_json(), indent=2))
+        else:
+            for line in lines(found):
+                tell(line)
+
+
+def _on_this_cpu(recipe: Recipe, shape: Shape, lengths: Lengths, price: float | None) -> Plan:
+    import torch
+
+    from grpo.model.device_memory import total_memory
+    from grpo.model.devices import compute_dtype
+    from grpo.plan.plan import plan_for_cpu
+
+    device = torch.device("cpu")
+    compute = str(compute_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    return plan_for_cpu(recipe, shape, lengths, capacity=total_memory(device), compute=compute, price=price)

@@ -1,0 +1,144 @@
+"""Seconds of a step on this machine's CPU: the real engine and the real update, timed for a few seconds each.
+
+Lengths are made up, so that completions end where the plan assumes it and not where the model would. The model's
+weights do not change what a step costs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from grpo.backends.base import Request, Sampling
+from grpo.backends.hf.backend import HFBackend
+from grpo.config import Recipe
+from grpo.model.loading import load_tokenizer
+from grpo.model.policy import Policy
+from grpo.plan.work import Lengths
+from grpo.randomness import key
+from grpo.run.run import Run
+from grpo.run.session import make_accelerator
+from grpo.types import Completion, Group, Prompt, Status, VersionSpan
+from grpo.update.step import update
+
+SECONDS = 5.0  # of a measurement, at least, where the work lasts so long
+FEW = 8  # tokens of the first, shortest rollout
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of ``n`` pieces of work: ``fixed + n * each``."""
+
+    fixed: float
+    each: float
+
+    @classmethod
+    def through(cls, few: tuple[float, float], many: tuple[float, float]) -> Line:
+        """Of two measurements (pieces, seconds); of one, where both are the same."""
+        (n, seconds), (more, more_seconds) = few, many
+        if more <= n:
+            return cls(0.0, more_seconds / more)
+        each = max(more_seconds - seconds, 0.0) / (more - n)
+        return cls(max(more_seconds - each * more, 0.0), each)
+
+    def at(self, n: float) -> float:
+        return self.fixed + self.each * n
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``decoding``: of one step over so many sequences. ``updating``: of an update of so many groups."""
+
+    decoding: Line
+    updating: Line
+    prefill: float  # of one prompt
+
+    def rollout(self, completions: int, prompts: int, lengths: Lengths, at_once: int) -> float:
+        """Sequences end one after the other: as many steps as the longest has, and every token once."""
+        longest = min(lengths.longest, 2 * lengths.completion)
+        waves = max(1.0, completions / at_once)
+        tokens = completions * lengths.completion
+        return prompts * self.prefill + self.decoding.fixed * longest * waves + self.decoding.each * tokens
+
+
+def measure(recipe: Recipe, lengths: Lengths) -> Measured:
+    """Load the recipe's model and time it. Raises UserError where the model is not on this machine."""
+    accelerator = make_accelerator(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    needs_reference = recipe.stage == "grpo" and recipe.algorithm.beta > 0
+    policy = Policy(recipe, accelerator, tokenizer, [], needs_reference)  # no token ends a completion
+    updating = _updating(recipe, lengths, policy)
+    if recipe.stage != "grpo":
+        return Measured(Line(0.0, 0.0), updating, 0.0)
+    most = recipe.rollout.max_batch_size
+    with closing(HFBackend(policy, max_batch_size=most, kv_cache_gb=recipe.rollout.kv_cache_gb)) as backend:
+        backend.sync(policy, 0)
+        decoding, prefill = _decoding(recipe, lengths, backend)
+    return Measured(decoding, updating, prefill)
+
+
+def _decoding(recipe: Recipe, lengths: Lengths, backend: HFBackend) -> tuple[Line, float]:
+    """Seconds of a decoding step by sequences, and of a prompt's prefill."""
+    P, G = recipe.training.prompts_per_step, recipe.rollout.num_generations
+    P = min(P, max(recipe.rollout.max_batch_size // G, 1))
+    tokens = max(round(lengths.completion), FEW + 1)
+
+    def seconds(prompts: int, tokens: int) -> float:
+        requests = [Request(_prompt(p, lengths), [key(0, p, g) for g in range(G)]) for p in range(prompts)]
+        return _timed(lambda: backend.generate(requests, Sampling(tokens), 0))
+
+    seconds(P, 2)  # compiles, allocates
+    start, few = seconds(P, 1), seconds(P, FEW)
+    step = max(few - start, 1e-6) / (FEW - 1)
+    tokens = min(tokens, max(round(SECONDS / step), 2 * FEW))
+    step = (seconds(P, tokens) - start) / (tokens - 1)
+    fewer = max(P // 4, 1)
+    step_of_fewer = (seconds(fewer, tokens) - start * fewer / P) / (tokens - 1)
+    line = Line.through((fewer * G, max(step_of_fewer, 1e-9)), (P * G, max(step, 1e-9)))
+    return line, start / P
+
+
+def _updating(recipe: Recipe, lengths: Lengths, policy: Policy) -> Line:
+    """Seconds of a step's updates by groups: twice as many each time, until they last long enough."""
+    least = recipe.algorithm.num_minibatches
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(recipe, policy, Path(folder))
+
+        def timed(groups: int) -> tuple[int, float]:
+            made = [_group(number, recipe, lengths) for number in range(groups)]
+            rows = np.linspace(-1, 1, len(made[0].completions))
+            return groups, _timed(lambda: update(run, made, np.tile(rows, (groups, 1)), 1e-9))
+
+        timed(least)  # compiles, allocates
+        few = many = timed(least)
+        while many[0] < recipe.training.prompts_per_step and many[1] < SECONDS:
+            few, many = many, timed(min(2 * many[0], recipe.training.prompts_per_step))
+        return Line.through(few, many)
+
+
+def _ids(number: int, tokens: float) -> list[int]:
+    return [1 + (7 * number + i) % 50 for i in range(max(round(tokens), 1))]
+
+
+def _prompt(number: int, lengths: Lengths) -> Prompt:
+    return Prompt(number, "", "", _ids(number, lengths.prompt))
+
+
+def _group(number: int, recipe: Recipe, lengths: Lengths) -> Group:
+    completions = []
+    for sample in range(recipe.rollout.num_generations if recipe.stage == "grpo" else 1):
+        ids = _ids(number + sample, lengths.completion)
+        completions.append(Completion(ids, [-1.0] * len(ids), Status.STOP, "", [VersionSpan(0, len(ids), 0)]))
+    return Group(_prompt(number, lengths), completions, rewards=[0.0] * len(completions))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun

@@ -1,0 +1,136 @@
+"""A few groups sampled and scored with the real model before any training: will this recipe learn?
+
+What is sampled is what the first step would draw, with its keys, over more prompts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo.audit.at_start import audit_at_start
+from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
+from grpo.config import Recipe
+from grpo.evaluate import accuracy_metrics, wilson_interval
+from grpo.losses import find_loss
+from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows
+from grpo.model.policy import Policy
+from grpo.packing import to_sequences
+from grpo.plan.findings import Figures, Finding, findings
+from grpo.prompts.order import prompts_of_step
+from grpo.rollout.groups import has_signal
+from grpo.rollout.rollouts import Rollouts
+from grpo.run.exchange import gather_groups
+from grpo.run.run import Run
+from grpo.run.session import make_accelerator, prepare_task, resolve_dtype
+from grpo.scoring.scorer import Scorer
+from grpo.types import Group
+from grpo.update.forward import sequence_statistics
+
+COMPARED = 64  # completions whose log-probabilities the trainer computes too
+
+
+@dataclass
+class Probe:
+    """``rows`` are the completions, as ``rollouts/`` has them; the same on every process."""
+
+    figures: Figures
+    findings: list[Finding]
+    rows: list[dict[str, Any]]
+
+    @property
+    def goes(self) -> bool:
+        return not self.findings
+
+    def as_json(self) -> dict[str, Any]:
+        found = [asdict(finding) for finding in self.findings]
+        return {"goes": self.goes, "findings": found} | asdict(self.figures)
+
+
+def probe(recipe: Recipe, prompts: int) -> Probe:
+    """Sample and score ``prompts`` groups, or one of each row where there are fewer. Nothing is trained or written.
+
+    Raises UserError as a run would: every mistake that a run finds before its first step is found here.
+    """
+    find_loss(recipe.algorithm.loss_type)
+    find_backend(recipe.rollout)
+    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_staleness": 0})})
+    accelerator = make_accelerator(recipe)
+    recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
+    check_engine(recipe.rollout)
+    tokenizer, stop_ids, task = prepare_task(recipe)
+    clock = Clock()
+    with Scorer(recipe.rewards, recipe.scoring, max_steps=1) as scorer:
+        scorer.check_columns(task.columns)
+        unpaid = audit_at_start(recipe, task, scorer)
+        policy = Policy(recipe, accelerator, tokenizer, stop_ids, False)
+        with closing(make_backend(recipe, policy)) as backend:
+            backend.sync(policy, 0)
+            drawn = prompts_of_step(recipe.prompts, task, 0, extra=0, pass_rates={})
+            rollouts, scoring = Rollouts(recipe, task, backend, accelerator), scorer.start(0)
+            with clock("rollout"):
+                mine = rollouts.take(0, drawn, min(prompts, len(task.train)), on_group=scoring.add)
+            with clock("score"):
+                scoring.finish()
+            groups = gather_groups(mine)
+    entropy, difference = _compared(recipe, policy, groups)
+    figures = _figures(recipe, groups, entropy=entropy, difference=difference, seconds=clock.total())
+    return Probe(figures, findings(figures, unpaid), rollout_rows(groups, 0))
+
+
+def _compared(recipe: Recipe, policy: Policy, groups: list[Group]) -> tuple[float, float]:
+    """Mean entropy, and mean distance between the sampler's and the trainer's log-probabilities, in nats a token."""
+    G = recipe.rollout.num_generations
+    few = groups[: max(COMPARED // G, 1)]
+    sequences = [s for s in to_sequences(few, np.zeros((len(few), G)), recipe.algorithm) if len(s.completion_ids)]
+    with tempfile.TemporaryDirectory() as folder:
+        statistics = sequence_statistics(Run(recipe, policy, Path(folder)), sequences, reference=False)
+    entropies = np.concatenate([found.entropies for found in statistics])
+    pairs = zip(statistics, sequences, strict=True)
+    # Of a truncated distribution the sampler gives the renormalized probability.
+    gaps = np.concatenate(
+        [np.abs(np.subtract(found.logprobs, found.log_left) - s.sampler_logprobs) for found, s in pairs]
+    )
+    return float(entropies.mean()), float(np.nanmean(gaps))
+
+
+def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference: float, seconds: float) -> Figures:
+    metrics = reward_metrics(groups) | completion_metrics(groups)
+    signal = has_signal(groups, [reward.weight for reward in recipe.rewards], recipe.algorithm)
+    low, high = wilson_interval(sum(signal), len(groups))
+    judge = recipe.evaluation.reward or recipe.reward_names()[0]
+    values = [[value is not None and value >= 1 for value in group.rewards_by_function[judge]] for group in groups]
+    solved_PG = np.array(values)
+    accuracy = accuracy_metrics(solved_PG, [group.prompt.text for group in groups])
+    counts = Counter[str]()
+    for group in groups:
+        counts.update(group.verdicts.get(judge, {}))
+    completions = solved_PG.size
+    return Figures(
+        groups=len(groups),
+        completions=completions,
+        with_signal=float(np.mean(signal)),
+        signal_low=low,
+        signal_high=high,
+        answer_signal=float((solved_PG.any(1) & ~solved_PG.all(1)).mean()),
+        accuracy=accuracy["eval/accuracy"],
+        accuracy_low=accuracy["eval/accuracy_low"],
+        accuracy_high=accuracy["eval/accuracy_high"],
+        pass_at_G=float(solved_PG.any(1).mean()),
+        reward=metrics.get("reward", float("nan")),
+        cut_off=metrics["completions/clipped_ratio"],
+        unique=metrics["completions/unique_ratio"],
+        unscored=metrics["frac_unscored"],
+        mean_length=metrics["completions/mean_length"],
+        mean_prompt=float(np.mean([len(group.prompt.token_ids) for group in groups])),
+        entropy=entropy,
+        sampler_difference=difference,
+        verdicts={name: count / completions for name, count in counts.most_common()},
+        seconds=seconds,
+    )

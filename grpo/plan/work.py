@@ -1,0 +1,80 @@
+"""What a step has to compute: tokens, and floating-point operations, from the recipe and the model's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo.config import Recipe
+from grpo.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What nobody knows before a run, in tokens and as a share: mean prompt and completion, the longest completion, and
+    how many groups have a signal (the others are not trained on)."""
+
+    prompt: float
+    completion: float
+    longest: int
+    with_signal: float = 1.0
+
+
+def assumed_lengths(
+    recipe: Recipe, *, prompt: float | None, completion: float | None, with_signal: float | None
+) -> Lengths:
+    """As given; else prompts and completions half as long as they may be, and a signal in every group."""
+    longest = recipe.rollout.max_completion_length
+    mean = longest / 2 if completion is None else min(completion, longest)
+    of_prompt = recipe.data.max_prompt_length / 2 if prompt is None else prompt
+    return Lengths(of_prompt, mean, longest, 1.0 if with_signal is None else with_signal)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step, over all processes. Tokens are those of prompts (once each) and of completions."""
+
+    prompts: int
+    completions: int
+    prompt_tokens: float
+    completion_tokens: float
+    update_flops: float
+    prefill_flops: float
+
+
+def work_of_step(recipe: Recipe, shape: Shape, lengths: Lengths) -> Work:
+    P = recipe.training.prompts_per_step
+    G = recipe.rollout.num_generations if recipe.stage == "grpo" else 1
+    prompt_tokens, completion_tokens = P * lengths.prompt, P * G * lengths.completion
+    forward = _forward_flops(shape, lengths, P, G)
+    signal = lengths.with_signal if recipe.stage == "grpo" else 1.0
+    return Work(
+        prompts=P,
+        completions=P * G,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        update_flops=forward * _passes(recipe) * signal,
+        prefill_flops=2.0 * shape.products_of_token * prompt_tokens,
+    )
+
+
+def _forward_flops(shape: Shape, lengths: Lengths, P: int, G: int) -> float:
+    """A forward pass over a step, a prompt once for its completions. The head sees completion tokens alone."""
+    p, c = lengths.prompt, lengths.completion
+    wide = shape.heads * shape.head_dim
+    attention = 4.0 * shape.layers * wide * (p * p / 2 + G * c * (p + c / 2))  # two products over the tokens before
+    products = 2.0 * (shape.products_of_token * (p + G * c) + shape.embedding * G * c)
+    return P * (products + attention)
+
+
+def _passes(recipe: Recipe) -> float:
+    """How many times a forward pass's operations an update costs: the backward pass takes two, or one where most
+    weights are frozen; checkpointing, old log-probabilities and the reference one each."""
+    model, algorithm = recipe.model, recipe.algorithm
+    backward = 1.0 if model.lora else 2.0
+    once = 1.0 + backward + (1.0 if model.gradient_checkpointing else 0.0)
+    if recipe.stage != "grpo":
+        return once
+    updates = algorithm.num_iterations * algorithm.num_minibatches
+    before = 1.0 if updates > 1 else 0.0
+    reference = 1.0 if algorithm.beta > 0 else 0.0
+    return once * algorithm.num_iterations + before + reference

@@ -1,0 +1,184 @@
+"""`grpo plan`: counts against a model's own, budgets term by term, cures that cure, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+
+from grpo.config.load import load_recipe
+from grpo.errors import UserError
+from grpo.model.memory_budget import budget
+from grpo.model.shape import Shape, find_shape, shape_from, shape_of
+from grpo.plan.cards import CARDS
+from grpo.plan.cpu_seconds import Line
+from grpo.plan.plan import Plan, plan_for_gpus
+from grpo.plan.text import WIDTH, lines
+from grpo.plan.work import Lengths, assumed_lengths, work_of_step
+from tests.cli.conftest import ROOT, run
+
+LLAMA = LlamaConfig(
+    num_hidden_layers=3, hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=500, tie_word_embeddings=False,
+)  # fmt: skip
+MOE = Qwen3MoeConfig(
+    num_hidden_layers=2, hidden_size=64, intermediate_size=160, moe_intermediate_size=32, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, vocab_size=500, num_experts=6, num_experts_per_tok=2, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def planned(recipe: str, card: str, *overrides: str, gpus: int = 1, fsdp2: bool = False, **known: float) -> Plan:
+    read = load_recipe(ROOT / "recipes" / f"{recipe}.yaml", list(overrides))
+    given: dict[str, Any] = {"prompt": None, "completion": None, "with_signal": None} | known
+    lengths = assumed_lengths(read, **given)
+    return plan_for_gpus(read, find_shape(read.model.name), CARDS[card], lengths, gpus=gpus, fsdp2=fsdp2, price=2.0)
+
+
+@pytest.mark.parametrize("config", [LLAMA, MOE], ids=["llama", "qwen3_moe"])
+def test_a_shape_is_read_from_a_config_and_has_as_many_weights_as_the_model(config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert find_shape(str(tmp_path)).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    shape = shape_from(LLAMA.to_dict(), "here")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager")
+        ids = torch.zeros((1, 40), dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model.model(ids)
+    recipe = load_recipe(ROOT / "recipes" / "smoke_cpu.yaml", ["training.prompts_per_step=1"])
+    one = Lengths(prompt=10, completion=30, longest=30)
+    head = 2.0 * shape.embedding * 8 * 30
+    counted = work_of_step(recipe, shape, one).update_flops / 3 - head
+    products, wide = 2.0 * shape.products_of_token, shape.heads * shape.head_dim
+    causal = 4.0 * shape.layers * wide
+    full = counter.get_total_flops()  # of one row, attention over all pairs
+    assert products * 40 + causal * 40 * 40 == pytest.approx(full, rel=0.02)
+    assert counted == pytest.approx(products * (10 + 8 * 30) + causal * (10 * 10 / 2 + 8 * 30 * (10 + 15)))
+
+
+def test_3b_on_80_gb_term_by_term() -> None:
+    parts = planned("countdown_qwen2.5-3b", "80gb").memory
+    state = parts.update["weights"] + parts.update["AdamW"] + parts.update["gradients"]
+    assert state == pytest.approx(49.4e9, rel=0.01)
+    assert parts.update["reference"] == pytest.approx(6.2e9, rel=0.01)
+    assert parts.rollout["vLLM"] == pytest.approx(0.3 * 85.5e9, rel=0.01)
+    assert parts.update["activations"] == pytest.approx(0.32e6 * 16384, rel=0.4)  # checkpointed: 0.32 MB a token
+
+
+def test_lora_3b_fits_24_gb_and_all_weights_do_not() -> None:
+    assert planned("countdown_qwen2.5-3b_lora_24gb", "24gb").fits
+    too_much = planned("countdown_qwen2.5-3b", "24gb")
+    assert not too_much.fits
+    assert too_much.cures
+    for cure in too_much.cures:
+        overrides = [change.replace("'", "") for change in cure]
+        assert planned("countdown_qwen2.5-3b", "24gb", *overrides).fits, cure
+
+
+def test_sharding_divides_what_belongs_to_weights() -> None:
+    recipe, shape = load_recipe(ROOT / "recipes/countdown_qwen2.5-3b.yaml", []), shape_of("qwen2.5-3b")
+    assert shape is not None
+    whole, shard = budget(recipe, shape, 85.5e9), budget(recipe, shape, 85.5e9, shards=4)
+    for part in ("weights", "AdamW", "gradients", "reference"):
+        assert shard.update[part] == whole.update[part] / 4
+    assert shard.update["activations"] == whole.update["activations"]
+    assert shard.update["gathered layers"] > 0
+
+
+def test_more_gpus_take_less_time_and_the_same_money_but_for_weights() -> None:
+    one, four = planned("countdown_qwen2.5-3b", "h100"), planned("countdown_qwen2.5-3b", "h100", gpus=4)
+    assert one.hours is not None
+    assert four.hours is not None
+    assert one.hours / 4 < four.hours < one.hours
+    assert four.dollars == pytest.approx(4 * four.hours * 2.0)
+
+
+def test_longer_completions_and_more_signal_cost_more() -> None:
+    def step(**known: float) -> float:
+        found = planned("countdown_qwen2.5-3b", "h100", **known)
+        assert found.seconds is not None
+        return found.seconds.step
+
+    assert step(completion=100) < step(completion=200)
+    assert step(with_signal=0.5) < step(with_signal=1.0)
+
+
+def test_a_line_goes_through_two_measurements() -> None:
+    assert Line.through((2, 5.0), (6, 9.0)) == Line(fixed=3.0, each=1.0)
+    assert Line.through((4, 8.0), (4, 8.0)).at(8) == 16.0
+    assert Line.through((2, 5.0), (6, 4.0)).at(100) == 4.0, "noise makes no work of negative time"
+
+
+@pytest.mark.parametrize("recipe", ["countdown_qwen2.5-3b", "countdown_qwen2.5-0.5b_sft", "gsm8k_qwen3-1.7b"])
+@pytest.mark.parametrize("card", CARDS)
+def test_a_plan_reads_on_80_columns(recipe: str, card: str) -> None:
+    found = list(lines(planned(recipe, card)))
+    assert max(map(len, found)) <= WIDTH
+    assert any(line.startswith("It ") for line in found)
+
+
+def test_json_has_the_figures_by_name() -> None:
+    result = run("plan", "countdown_qwen2.5-3b", "--gpu", "80gb", "--price", "2.5", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["fits"] is True
+    assert found["dollars"] == pytest.approx(2.5 * found["hours"])
+    assert found["peak_bytes"] == round(max(sum(found["memory"][peak].values()) for peak in ("update", "rollout")))
+    assert found["step_seconds"] > 0
+
+
+def test_a_plan_for_a_card_imports_no_torch() -> None:
+    code = (
+        "import sys; from grpo.cli.main import app\n"
+        "app(['plan', 'countdown_qwen2.5-3b', '--gpu', 'h100'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "a100"], "--gpu: a100 is not one of cpu, 24gb, 48gb"),
+        (["--gpu", "h100", "model.name=nobody/knows"], "--config FILE"),
+        (["--gpu", "h100", "--config", "README.md"], "cannot be read as a model's configuration"),
+    ],
+)
+def test_mistakes_are_one_message(arguments: list[str], said: str) -> None:
+    result = run("plan", "countdown_qwen2.5-3b", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_models_of_other_kinds_are_refused() -> None:
+    with pytest.raises(UserError, match="type mamba is not one whose memory is counted"):
+        shape_from({"model_type": "mamba"}, "config.json")
+
+
+@pytest.mark.slow
+def test_a_plan_for_this_cpu_times_the_real_work() -> None:
+    result = run("plan", "smoke_cpu", "training.num_threads=1", "--length", "12", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["fits"] is True
+    assert found["seconds"]["rollout"] > 0
+    assert found["seconds"]["update"] > 0
+    assert 0.4e9 < found["peak_bytes"] < 1e9
+
+
+def test_the_table_of_shapes_needs_no_file() -> None:
+    assert find_shape("Qwen/Qwen2.5-3B") == shape_of("qwen2.5-3b")
+    assert isinstance(shape_of("Qwen/Qwen3-1.7B-Base"), Shape)
