@@ -11,14 +11,18 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import psutil
+
 from grpo.errors import RunError
 from grpo.files import write_whole
 from grpo.health.watch import Watch
-from grpo.run.screen import open_display
+from grpo.run.fields import COST
+from grpo.run.screen import Tell, open_display
 from grpo.run.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -45,6 +49,9 @@ class RunLog:
         resume_offset: int | None = None,
     ) -> None:
         self.folder = folder
+        training = recipe_dict.get("training", {})
+        self._price = training.get("dollars_per_hour")
+        self._paid = _paid(folder / "metrics.jsonl") if self._price is not None and resume_offset is not None else 0.0
         self._file = _open_at(folder / "metrics.jsonl", resume_offset)
         step, seconds = _so_far(folder / "metrics.jsonl")
         if resume_offset is not None:
@@ -52,8 +59,9 @@ class RunLog:
         self._watch = Watch(recipe_dict.get("health"))
         self._watch.see_all(_rows(folder / "metrics.jsonl"))
         self._trackers = open_trackers(folder, tracking, recipe_dict, first_step=step + 1)
-        max_seconds = recipe_dict.get("training", {}).get("max_seconds")
-        self._display = open_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
+        self._display = open_display(
+            total_steps, step, max_seconds=training.get("max_seconds"), seconds=seconds, price=self._price
+        )
 
     def __enter__(self) -> RunLog:
         return self
@@ -66,9 +74,12 @@ class RunLog:
 
         Floats are written in full (they read back to the same bits); NaN, infinity and None become null, which every
         JSON reader accepts. Evaluation metrics (``eval/…``) come in a call of their own. A rule of
-        health that holds adds ``health/RULE``, and says so where it begins and ends.
+        health that holds adds ``health/RULE``, and says so where it begins and ends. A recipe with a price
+        adds what the machine has cost since the command began, and before a resume.
         """
         plain = {name: _number(value) for name, value in metrics.items() if name != "step"}
+        if self._price is not None:
+            plain[COST] = self._paid + self._price * (time.time() - psutil.Process().create_time()) / 3600
         changes = self._watch.see({"step": step, **plain})
         plain |= self._watch.metrics()
         try:
@@ -80,6 +91,11 @@ class RunLog:
         self._display.log(step, plain)
         for change in changes:
             log.log(logging.INFO if change.statement is None else logging.WARNING, "step %d: %s", step, change.text())
+
+    def phase(self, text: str, total: int | None = None) -> contextlib.AbstractContextManager[Tell]:
+        """Show what the run is doing between two steps. It yields a function to call with how many of ``total`` are
+        done."""
+        return self._display.phase(text, total)
 
     def reason_to_stop(self) -> str | None:
         """What a rule of health sees that the recipe stops for, or None."""
@@ -135,6 +151,11 @@ def _so_far(path: Path) -> tuple[int, float]:
     rows = _rows(path)
     seconds = sum(row.get("step_time") or 0.0 for row in rows)
     return max((row["step"] for row in rows), default=0), seconds
+
+
+def _paid(path: Path) -> float:
+    """US dollars by wall-clock time that earlier starts logged, those of steps that are repeated included."""
+    return max((row.get(COST) or 0.0 for row in _rows(path)), default=0.0) if path.exists() else 0.0
 
 
 def _forget_rollouts(folder: Path, after: int) -> None:
