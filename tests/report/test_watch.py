@@ -47,6 +47,13 @@ def test_curves_and_newest_completions_fit_into_the_terminal(run, width):
     assert "#0  reward 0" in text
 
 
+def test_a_rule_that_holds_is_told_in_one_line_that_fits(tmp_path):
+    make_run(tmp_path / "run", steps=20, every=10, tasks=2, collapsed=True)
+    lines = shown(tmp_path / "run", 50).splitlines()
+    assert "health: no_signal: 100% of groups had no signal over 5 steps"[:50] in lines
+    assert max(map(len, lines)) <= 50
+
+
 def test_no_completion_steers_the_terminal(run):
     text = shown(run, 80)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
