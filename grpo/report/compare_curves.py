@@ -48,6 +48,7 @@ def _draw(ax: Axes, sides: Sequence[Side], name: str) -> list[End]:
                 color=colour,
                 linewidth=2.0 if alone else 0.9,
                 alpha=1 if alone else 0.45,
+                marker="o" if len(steps) == 1 else None,
             )
         if not found:
             continue

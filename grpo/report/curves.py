@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from grpo.errors import printable
 from grpo.report.drawing import LIGHT, STYLE, THEMED, Colours, End, dress, finish, noisy, points, stack
@@ -151,7 +151,7 @@ def _loss(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
 
 def _learning_rate(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     ax.plot(*run.series("learning_rate"), color=c.series[7])
-    ax.ticklabel_format(axis="y", scilimits=(-3, 4))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return []
 
 

@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from grpo.run.read import RunRecord
 
 REFRESH = '<meta http-equiv="refresh" content="20">\n'  # of a run that is going on
-ACCURACY = "Held-out accuracy"  # the panel that leads
 
 
 def page(run: RunRecord, facts: Mapping[str, float], curves: list[tuple[Panel, str]], *, running: bool = False) -> str:
     """The whole document."""
-    leading = [_figure(panel, svg) for panel, svg in curves if panel.title == ACCURACY]
-    others = [_figure(panel, svg) for panel, svg in curves if panel.title != ACCURACY]
+    figures = [_figure(panel, svg) for panel, svg in curves]
+    leading, others = figures[:1], figures[1:]  # accuracy's, where there is one
     found = gain(run)
     body = f"""<header><h1>{e(run.name)}</h1><p>{_subtitle(run)}</p></header>
 <section class="lead{"" if leading else " alone"}">
@@ -91,8 +90,6 @@ def _cards(facts: Mapping[str, float]) -> str:
         cards.append(_change("Mean completion length", facts, "length", "{:.0f}", "tokens"))
     if "reward_before" in facts:
         cards.append(_change("Training reward", facts, "reward", "{:.3f}", "mean of the first and last 5% of steps"))
-    elif "loss_before" in facts:
-        cards.append(_change("Loss", facts, "loss", "{:.3f}", "nats per token"))
     if "seconds" in facts:
         notes = [f"{facts['steps']:,.0f} steps"]
         notes += [f"{large(facts['tokens'])} tokens"] if "tokens" in facts else []
