@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +90,15 @@ def evaluate(
     accelerator: Accelerator,
     *,
     version: int,
+    tell: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics and rollout rows of the held-out prompts, equal on every process; each process does its share.
 
     Draws depend on the seed, prompt and sample but not on the step: two evaluations differ by the weights alone.
     A completion counts as solved where the recipe's evaluation reward is at least 1. Prompts with a completion that
     could not be scored are left out of the accuracy and counted in ``eval/unscored/…``.
+    ``tell`` is called with how many prompts have all their completions, counted on this process and taken for as many
+    on each.
     """
     evaluation = recipe.evaluation
     sampling = Sampling(
@@ -112,7 +115,15 @@ def evaluate(
         )
         for p in mine
     ]
-    groups = [Group(p, c) for p, c in zip(mine, backend.generate(requests, sampling, version), strict=True)]
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        tell(min(len(prompts), done * world))
+
+    completions = backend.generate(requests, sampling, version, count)
+    groups = [Group(p, c) for p, c in zip(mine, completions, strict=True)]
     scorer.score(groups, version)
     groups = gather_groups({group.prompt.id: group for group in groups})
 

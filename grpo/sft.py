@@ -12,6 +12,7 @@ from grpo.config import Recipe
 from grpo.metrics import Clock
 from grpo.model.optimizer import learning_rate
 from grpo.packing import MicroBatch
+from grpo.report.live import LiveReport
 from grpo.report.write import write_report_at_end
 from grpo.run.agreement import check_drawn
 from grpo.run.run import Run, start_run
@@ -30,10 +31,11 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
     run = start_run(recipe, accelerator, tokenizer, stop_ids, task, resume, allow_changed_inputs=allow_changed_inputs)
-    with run:
+    with run, LiveReport(run.folder, on=accelerator.is_main_process) as live:
         for step in run.steps(lambda: evaluate_and_log(run, task.eval_examples)):
             train_step(run, task.examples(step))
-    run.policy.save_pretrained(run.folder / "final")
+            live.after_step()
+    run.save_final()
     on_main(accelerator, lambda: write_report_at_end(run.folder))
     leave(accelerator, run.policy)
 
@@ -74,7 +76,9 @@ def train_step(run: Run, examples: list[Example]) -> None:
 def evaluate_and_log(run: Run, examples: list[Example]) -> None:
     """The loss on the held-out examples, if there are any."""
     if examples:
-        run.log.log(run.progress.step, {"eval/loss": held_out_loss(run, examples)})
+        with run.log.phase("evaluating"):
+            loss = held_out_loss(run, examples)
+        run.log.log(run.progress.step, {"eval/loss": loss})
 
 
 @torch.no_grad()

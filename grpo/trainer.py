@@ -22,6 +22,7 @@ from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, staleness_metrics
 from grpo.model.optimizer import learning_rate
 from grpo.prompts.order import curriculum_metrics, prompts_of_step, updated_pass_rates
+from grpo.report.live import LiveReport
 from grpo.report.write import write_report_at_end
 from grpo.rollout.groups import Drawn, draw_groups
 from grpo.rollout.replay import remembered, restored
@@ -62,17 +63,19 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
             needs_reference=recipe.algorithm.beta > 0,
             allow_changed_inputs=allow_changed_inputs,
         )
-        with closing(make_backend(recipe, run.policy)) as backend, run:
+        live = LiveReport(run.folder, on=accelerator.is_main_process)
+        with closing(make_backend(recipe, run.policy)) as backend, run, live:
             backend.sync(run.policy, run.progress.step)
             rollouts = Rollouts(recipe, task, backend, accelerator)
             rollouts.restore(run.progress.rollout_ahead, run.progress.step)
             try:
                 for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer), ahead=rollouts.state):
                     train_step(run, rollouts, scorer)
+                    live.after_step()
             except BackendFailed as failure:  # the policy itself is intact
                 run.save()
                 raise BackendFailed(f"{failure}\n{run.saved()}") from None
-        run.policy.save_pretrained(run.folder / "final")
+        run.save_final()
     on_main(accelerator, lambda: write_report_at_end(run.folder))
     leave(accelerator, run.policy)
 
@@ -141,6 +144,9 @@ def evaluate_and_log(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
     """Accuracy on the held-out prompts, if there are any."""
     prompts, step = rollouts.task.eval_prompts, run.progress.step
     if prompts:
-        found, rows = evaluate(run.recipe, prompts, rollouts.backend, scorer, run.accelerator, version=step)
+        with run.log.phase("evaluating", len(prompts)) as tell:
+            found, rows = evaluate(
+                run.recipe, prompts, rollouts.backend, scorer, run.accelerator, version=step, tell=tell
+            )
         run.log.log(step, found)
         run.log.log_rollouts(step, rows, prefix="eval")

@@ -159,7 +159,9 @@ class Fixed:
     def __init__(self, rewards: dict[int, list[float | None]]):
         self.rewards = rewards
 
-    def generate(self, requests: list[Any], sampling: Any, version: int) -> list[list[Completion]]:
+    def generate(
+        self, requests: list[Any], sampling: Any, version: int, on_group: Any = None
+    ) -> list[list[Completion]]:
         return [[Completion([5, 1], [-0.5, -0.1], Status.STOP, "a", []) for _ in request.keys] for request in requests]
 
     def score(self, groups: list[Any], step: int) -> None:

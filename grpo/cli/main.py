@@ -35,6 +35,8 @@ app.command("validate")(checks.validate)
 app.command("audit")(checks.audit)
 app.command("score")(score.score)
 app.command("report")(report.report)
+app.command("watch")(report.watch)
+app.command("compare")(report.compare)
 app.add_typer(recipes.app, name="recipes")
 
 WrongUsage: type[Exception] = typer.BadParameter.__bases__[0]  # click's UsageError; typer has a click of its own

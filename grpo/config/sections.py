@@ -280,7 +280,8 @@ class TrainingConfig(Section):
     num_threads: PositiveInt | None = None
     """CPU threads of torch; null keeps torch's choice. Bit-exact resume needs the same number."""
     dollars_per_hour: NonNegative | None = None
-    """Price of the machine; adds `cost_usd` to the metrics."""
+    """Price of the machine; adds `cost_usd` (of steps) and `cost_usd_wall_clock` (since the command began) to the
+    metrics, and shows what the run has cost and will."""
 
     @model_validator(mode="after")
     def _patience_with_what(self) -> TrainingConfig:

@@ -16,10 +16,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from grpo.errors import printable
-from grpo.report.drawing import LIGHT, STYLE, THEMED, Colours, dress, finish, noisy, smooth, stack, thinned
+from grpo.report.drawing import LIGHT, STYLE, THEMED, Colours, End, dress, finish, noisy, points, stack
+from grpo.report.smoothing import smooth, thinned
 
 if TYPE_CHECKING:
     from grpo.run.read import RunRecord
@@ -27,75 +28,73 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Panel:
-    """One question and its picture. Shown where any metric that starts with one of ``needs`` was logged."""
+    """One question and its picture. Shown where any metric that starts with one of ``needs`` was logged. ``draw``
+    returns what is to be written beside the curves' ends."""
 
     title: str
     caption: str
     needs: tuple[str, ...]
-    draw: Callable[[Axes, RunRecord, Colours], None]
+    draw: Callable[[Axes, RunRecord, Colours], list[End]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Panels
 
 
-def _accuracy(ax: Axes, run: RunRecord, c: Colours) -> None:
+def _accuracy(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     steps, accuracy = run.series("eval/accuracy")
     _, low = run.series("eval/accuracy_low")
     _, high = run.series("eval/accuracy_high")
     if len(low) == len(high) == len(steps):
-        ax.fill_between(steps, low, high, color=c.series[0], alpha=0.16, linewidth=0, label="95% interval")
-    ax.plot(steps, accuracy, "o-", color=c.series[0], markersize=4.5, label="pass@1")
-    passes = [name for name in run.names("eval/pass@") if name != "eval/pass@1"]
-    for name in passes[-1:]:
-        ax.plot(*run.series(name), "o--", color=c.series[3], markersize=3, linewidth=1.2, label=name[5:])
-    if len(steps):
-        rising = accuracy[-1] >= accuracy[0]
-        for i in {0, len(steps) - 1}:  # the first label stands where the curve does not go
-            offset = (0, 9) if i else (7, -12 if rising and accuracy[0] > 0.05 else 6)
-            label = ax.annotate(f"{accuracy[i]:.2f}", (steps[i], accuracy[i]), offset, textcoords="offset points")
-            label.set(color=c.ink, fontweight="bold", ha="right" if i else "left")
-    top = max([*accuracy, *high, *(v for name in passes[-1:] for v in run.series(name)[1])], default=1.0)
-    ax.set_ylim(0, min(1.02, top * 1.2 + 0.02))
-    ax.legend(loc="lower right")
+        ax.fill_between(steps, low, high, color=c.series[0], alpha=0.16, linewidth=0)
+    passes = [name for name in run.names("eval/pass@") if name != "eval/pass@1"][-1:]
+    labels = [label for name in passes for label in points(ax, run, name, c.series[3], name[5:])]
+    ax.plot(steps, accuracy, "o-", color=c.series[0], markersize=4.5, clip_on=False)
+    top = max([*accuracy, *high, *(v for name in passes for v in run.series(name)[1])], default=1.0)
+    share_axis(ax, top)
+    # The first label stands where the curve does not go.
+    below = accuracy[-1] > accuracy[0] > 0.12 * ax.get_ylim()[1]
+    place = (6, -12) if below else (6, 6)
+    ax.annotate(f"{accuracy[0]:.3f}", (steps[0], accuracy[0]), place, textcoords="offset points", fontsize=8).set_color(
+        c.ink
+    )
+    return [End(float(accuracy[-1]), f"{accuracy[-1]:.3f}", c.ink if len(accuracy) > 1 else c.series[0]), *labels]
 
 
-def _reward(ax: Axes, run: RunRecord, c: Colours) -> None:
-    parts = run.names("rewards/")
-    parts = [name for name in parts if name.endswith("/mean")]
-    noisy(ax, run, "reward", c.series[0], "reward" if len(parts) > 1 else None)
+def _reward(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    parts = [name for name in run.names("rewards/") if name.endswith("/mean")]
+    labels = noisy(ax, run, "reward", c.series[0], "reward" if len(parts) > 1 else "")
     if len(parts) > 1:
         for i, name in enumerate(parts):
             steps, values = run.series(name)
-            colour = c.series[1 + i % (len(c.series) - 1)]
-            ax.plot(thinned(steps), thinned(smooth(values)), color=colour, linewidth=1.2, label=name.split("/")[1])
-        ax.legend()
+            colour, smoothed = c.series[1 + i % (len(c.series) - 1)], smooth(values)
+            ax.plot(thinned(steps), thinned(smoothed), color=colour, linewidth=1.2)
+            labels.append(End(float(smoothed[-1]), name.split("/")[1], colour))
+    return labels
 
 
-def _length(ax: Axes, run: RunRecord, c: Colours) -> None:
-    noisy(ax, run, "completions/mean_length", c.series[0], "training")
-    steps, values = run.series("eval/completions/mean_length")
-    if len(steps):
-        ax.plot(steps, values, "o-", color=c.series[1], markersize=4, linewidth=1.2, label="held-out")
+def _length(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    held_out = "held-out" if len(run.series("eval/completions/mean_length")[0]) else ""
+    labels = noisy(ax, run, "completions/mean_length", c.series[0], "training" if held_out else "")
+    labels += points(ax, run, "eval/completions/mean_length", c.series[1], held_out)
     limit = run.number("rollout.max_completion_length")
     if limit and ax.get_ylim()[1] > 0.6 * limit:
-        ax.axhline(limit, color=c.muted, linestyle=":", linewidth=1.2, label="limit")
-    ax.set_ylim(bottom=0)
-    ax.legend(loc="lower right")
+        ax.axhline(limit, color=c.muted, linestyle=":", linewidth=1.2)
+        labels.append(End(limit, "limit", c.muted))
+    return labels
 
 
-def _entropy(ax: Axes, run: RunRecord, c: Colours) -> None:
-    noisy(ax, run, "entropy", c.series[3])
-    ax.set_ylim(bottom=0)
+def _entropy(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    return noisy(ax, run, "entropy", c.series[3])
 
 
-def _time(ax: Axes, run: RunRecord, c: Colours) -> None:
+def _time(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     order = {f"time/{part}": i for i, part in enumerate(("rollout", "score", "train", "sync"))}
     names = sorted(run.names("time/"), key=lambda name: order.get(name, len(order)))
-    stack(ax, run, names, c, [name.removeprefix("time/") for name in names])
+    return stack(ax, run, names, c, [name.removeprefix("time/") for name in names])
 
 
-def _verdicts(ax: Axes, run: RunRecord, c: Colours) -> None:
+def _verdicts(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     """Shares of the verdicts of the reward function that has the most kinds of them."""
     names = run.names("verdicts/")
     functions = {name.split("/")[1] for name in names}
@@ -106,60 +105,68 @@ def _verdicts(ax: Axes, run: RunRecord, c: Colours) -> None:
     verdicts = [name.rpartition("/")[2] for name in names]
     good_first = (c.series[2], *(s for s in c.series if s != c.series[2])) if "correct" in verdicts else c.series
     shades = Colours(c.paper, c.ink, c.muted, c.grid, good_first)
-    stack(ax, run, names, shades, [v.replace("_", " ") for v in verdicts], normalize=True)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    labels = stack(ax, run, names, shades, [v.replace("_", " ") for v in verdicts], normalize=True)
     ax.set_ylim(0, 1)
+    _percent(ax)
+    return labels
 
 
-def _signal(ax: Axes, run: RunRecord, c: Colours) -> None:
+def _signal(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     shares = {
         "frac_reward_zero_std": "no signal",
         "completions/clipped_ratio": "cut off",
         "frac_unscored": "unscored",
     }
+    labels = []
     for i, (name, label) in enumerate(shares.items()):
         steps, values = run.series(name)
         if len(steps) and (i < 2 or values.any()):
-            noisy(ax, run, name, c.series[(1, 4, 5)[i]], label)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_ylim(0, min(1.02, max(0.1, ax.get_ylim()[1])))
-    ax.legend()
+            labels += noisy(ax, run, name, c.series[(1, 4, 5)[i]], label)
+    ax.set_ylim(0, 1)
+    _percent(ax)
+    return labels
 
 
-def _divergence(ax: Axes, run: RunRecord, c: Colours) -> None:
-    noisy(ax, run, "kl", c.series[3], "KL to reference")
-    noisy(ax, run, "clip_ratio/region_mean", c.series[1], "clipped tokens")
-    ax.set_ylim(bottom=0)
-    ax.legend()
+def _divergence(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    return [
+        *noisy(ax, run, "kl", c.series[3], "KL"),
+        *noisy(ax, run, "clip_ratio/region_mean", c.series[1], "clipped"),
+    ]
 
 
-def _grad_norm(ax: Axes, run: RunRecord, c: Colours) -> None:
+def _grad_norm(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     noisy(ax, run, "grad_norm", c.series[5])
     _, values = run.series("grad_norm")
     positive = values[values > 0]
     if len(positive) and positive.max() > 50 * np.median(positive):
         ax.set_yscale("log")
-    else:
-        ax.set_ylim(bottom=0)
+    return []
 
 
-def _loss(ax: Axes, run: RunRecord, c: Colours) -> None:
-    noisy(ax, run, "loss", c.series[0], "training")
-    steps, values = run.series("eval/loss")
-    if len(steps):
-        ax.plot(steps, values, "o-", color=c.series[1], markersize=4, linewidth=1.2, label="held-out")
-    ax.legend()
+def _loss(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    held_out = "held-out" if len(run.series("eval/loss")[0]) else ""
+    labels = noisy(ax, run, "loss", c.series[0], "training" if held_out else "")
+    return labels + points(ax, run, "eval/loss", c.series[1], held_out)
 
 
-def _learning_rate(ax: Axes, run: RunRecord, c: Colours) -> None:
+def _learning_rate(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     ax.plot(*run.series("learning_rate"), color=c.series[7])
-    ax.set_ylim(bottom=0)
-    ax.ticklabel_format(axis="y", scilimits=(-3, 4))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    return []
 
 
-def _speed(ax: Axes, run: RunRecord, c: Colours) -> None:
-    noisy(ax, run, "tokens_per_second", c.series[7])
-    ax.set_ylim(bottom=0)
+def _speed(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    return noisy(ax, run, "tokens_per_second", c.series[7])
+
+
+def share_axis(ax: Axes, top: float) -> None:
+    """From 0 to the first of 25%, 50% and 100% that is not below ``top``."""
+    ax.set_ylim(0, next(nice for nice in (0.25, 0.5, 1.0) if top <= nice or nice == 1.0))
+    _percent(ax)
+
+
+def _percent(ax: Axes) -> None:
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 PANELS = [
@@ -211,8 +218,7 @@ def curves_png(run: RunRecord, facts: dict[str, float]) -> bytes:
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for panel, ax in zip(shown, axes, strict=False):  # panels first, so that zip takes no axes that stay unused
             dress(ax, LIGHT)
-            panel.draw(ax, run, LIGHT)
-            finish(ax, LIGHT)
+            finish(ax, LIGHT, run.steps, panel.draw(ax, run, LIGHT))
             ax.set_title(panel.title, loc="left", fontweight="bold", color=LIGHT.ink, fontsize=10)
         for ax in list(axes):
             ax.remove()
@@ -223,7 +229,11 @@ def curves_png(run: RunRecord, facts: dict[str, float]) -> bytes:
 
 def curves_svg(run: RunRecord) -> list[tuple[Panel, str]]:
     """Each panel as SVG markup to put into a page that defines ``--ink --muted --grid --paper --series-0…``."""
-    return [(panel, _svg(panel, run)) for panel in panels(run)]
+
+    def themed(panel: Panel) -> str:
+        return themed_svg(panel.title, run.steps, lambda ax: panel.draw(ax, run, THEMED))
+
+    return [(panel, themed(panel)) for panel in panels(run)]
 
 
 def summary(run: RunRecord, facts: dict[str, float]) -> str:
@@ -240,15 +250,18 @@ def summary(run: RunRecord, facts: dict[str, float]) -> str:
     return printable(f"{run.name}: " + ", ".join(parts) if parts else run.name)
 
 
-def _svg(panel: Panel, run: RunRecord) -> str:
-    # the salt makes the ids in the SVG unique to this panel, and the same at every drawing
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
-        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+def themed_svg(title: str, steps: int, draw: Callable[[Axes], list[End]]) -> str:
+    """A picture of one panel, in colours that the page's style sheet sets. Its ids are unique to the title, and the
+    same at every drawing."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(4.6, 2.6))
+        figure.subplots_adjust(
+            left=0.115, right=0.8, bottom=0.165, top=0.965
+        )  # alike in all panels, with room for labels
         figure.patch.set_alpha(0.0)
         ax = figure.add_subplot()
         dress(ax, THEMED)
-        panel.draw(ax, run, THEMED)
-        finish(ax, THEMED)
+        finish(ax, THEMED, steps, draw(ax))
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     markup = file.getvalue()
@@ -259,4 +272,4 @@ def _svg(panel: Panel, run: RunRecord) -> str:
         markup = markup.replace(colour, f"var(--series-{i})")
     markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.DOTALL)
     markup = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", markup, count=1)
-    return markup.replace("<svg ", f'<svg role="img" aria-label="{panel.title}" ', 1)
+    return markup.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

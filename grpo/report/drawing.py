@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from grpo.report.smoothing import smooth, thinned
 
 if TYPE_CHECKING:
     from grpo.run.read import RunRecord
@@ -24,11 +27,10 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 3,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "legend.handlelength": 1.4,
     "svg.fonttype": "none",
 }
+
+LINE = 0.085  # height of a label, as a share of the axes
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Colours:
 LIGHT = Colours(
     paper="#ffffff",
     ink="#1c2230",
-    muted="#667085",
+    muted="#596275",
     grid="#e6e9ef",
-    series=("#2563eb", "#ea6a1a", "#0f9d76", "#8b5cf6", "#d6336c", "#98a2b3", "#b58900", "#0891b2"),
+    series=("#2563eb", "#c2410c", "#0b7a5b", "#7c3aed", "#be185d", "#667085", "#8a6500", "#0e7490"),
 )
 # Placeholders in the SVG, replaced by CSS variables: the page sets the colours of its light and its dark theme.
 THEMED = Colours(
@@ -59,37 +61,40 @@ THEMED = Colours(
 )
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centered moving mean over a twentieth of the run; short runs stay as they are."""
-    width = len(values) // 20
-    if width < 2:
-        return values
-    window = np.ones(2 * (width // 2) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+@dataclass(frozen=True)
+class End:
+    """A label beside the right end of a curve or an area: where it would best stand, what it says, its colour."""
+
+    y: float
+    text: str
+    colour: str
 
 
-def thinned(values: np.ndarray, most: int = 500) -> np.ndarray:
-    """Means of neighbours along the last axis, so that a long run's picture has at most ``most`` points to a curve."""
-    size = -(-values.shape[-1] // most)
-    whole = values.shape[-1] // size * size
-    return values[..., :whole].reshape(*values.shape[:-1], -1, size).mean(-1) if size > 1 else values
-
-
-def noisy(ax: Axes, run: RunRecord, name: str, colour: str, label: str | None = None) -> None:
-    """The smoothed metric, over the raw one drawn faintly."""
+def noisy(ax: Axes, run: RunRecord, name: str, colour: str, label: str = "") -> list[End]:
+    """The smoothed metric, over the raw one drawn faintly. Returns its label, if it has one."""
     steps, values = run.series(name)
     if not len(steps):
-        return
+        return []
     smoothed = smooth(values)
     if smoothed is not values:
         ax.plot(thinned(steps), thinned(values), color=colour, linewidth=0.8, alpha=0.3)
-    ax.plot(thinned(steps), thinned(smoothed), color=colour, label=label, marker="o" if len(steps) == 1 else None)
+    ax.plot(thinned(steps), thinned(smoothed), color=colour, marker="o" if len(steps) == 1 else None)
+    return [End(float(smoothed[-1]), label, colour)] if label else []
+
+
+def points(ax: Axes, run: RunRecord, name: str, colour: str, label: str = "") -> list[End]:
+    """A metric of evaluations, as points with a line between them. Returns its label, if it has one."""
+    steps, values = run.series(name)
+    if not len(steps):
+        return []
+    ax.plot(steps, values, "o-", color=colour, markersize=4, linewidth=1.2, clip_on=False)
+    return [End(float(values[-1]), label, colour)] if label else []
 
 
 def stack(
     ax: Axes, run: RunRecord, names: list[str], c: Colours, labels: list[str], *, normalize: bool = False
-) -> None:
-    """Stacked areas of metrics that add up; a part that a step did not log is 0 there."""
+) -> list[End]:
+    """Stacked areas of metrics that add up; a part that a step did not log is 0 there. Returns the labels."""
     steps = np.array([row["step"] for row in run.training], dtype=float)
     parts = np.array([smooth(np.array([row.get(name) or 0.0 for row in run.training])) for name in names])
     if normalize:
@@ -98,10 +103,10 @@ def stack(
     if len(parts) > kept:
         parts = np.vstack([parts[: kept - 1], parts[kept - 1 :].sum(0)])
         labels = [*labels[: kept - 1], "other"]
-    ax.stackplot(thinned(steps), thinned(parts), labels=labels, colors=c.series, alpha=0.82, linewidth=0)
-    legend = ax.legend(loc="lower left", frameon=True, ncols=3, columnspacing=1.0, handletextpad=0.5)
-    legend.get_frame().set(facecolor=c.paper, alpha=0.8, linewidth=0)
-    ax.set_ylim(bottom=0)
+    ax.stackplot(thinned(steps), thinned(parts), colors=c.series, alpha=0.82, linewidth=0)
+    tops = parts[:, -1].cumsum()
+    middles = tops - parts[:, -1] / 2
+    return [End(float(y), label, colour) for y, label, colour in zip(middles, labels, c.series, strict=False)]
 
 
 def dress(ax: Axes, c: Colours) -> None:
@@ -113,12 +118,41 @@ def dress(ax: Axes, c: Colours) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def finish(ax: Axes, c: Colours) -> None:
-    legend = ax.get_legend()
-    if legend:
-        for text in legend.get_texts():
-            text.set_color(c.muted)
+def finish(ax: Axes, c: Colours, steps: int, labels: list[End]) -> None:
+    """Axes from 0, over the whole run in every panel alike; the labels beside the curves' ends."""
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "linear":
+        ax.set_ylim(min(0.0, low if low < -0.06 * high else 0.0), high if high > 0 else 1.0)
+    ax.set_xlim(0, max(1, steps))
     if ax.get_ylim()[1] >= 10_000:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
-    ax.margins(x=0.02)
+    _label(ax, labels)
     ax.set_xlabel("step", color=c.muted, loc="right", labelpad=1)
+
+
+def _label(ax: Axes, labels: list[End]) -> None:
+    """Write each label at its curve's end, right of the axes, moved as little as keeps them apart."""
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log":
+        places = [(math.log(max(end.y, low)) - math.log(low)) / (math.log(high) - math.log(low)) for end in labels]
+    else:
+        places = [(end.y - low) / (high - low) for end in labels]
+    order = sorted(range(len(labels)), key=lambda i: places[i])
+    heights = apart([min(1.0, max(0.0, places[i])) for i in order], LINE)
+    for i, height in zip(order, heights, strict=True):
+        text = labels[i].text if len(labels[i].text) <= 14 else f"{labels[i].text[:13]}…"
+        ax.annotate(
+            text, (1.0, height), (5, 0), xycoords="axes fraction", textcoords="offset points",
+            ha="left", va="center", fontsize=8, color=labels[i].colour, annotation_clip=False,
+        )  # fmt: skip
+
+
+def apart(heights: list[float], gap: float) -> list[float]:
+    """Rising heights in [0, 1], moved so that neighbours are at least ``gap`` apart: up first, then down from 1."""
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    if heights and heights[-1] > 1.0:
+        heights[-1] = 1.0
+        for i in range(len(heights) - 2, -1, -1):
+            heights[i] = min(heights[i], heights[i + 1] - gap)
+    return heights

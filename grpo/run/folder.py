@@ -93,6 +93,18 @@ def release_run_folder(folder: Path) -> None:
         lock.close()
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a live run holds the folder. It changes nothing: a lock that is free is let go at once."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # no run has locked it, or this filesystem has no locks
+        return False
+
+
 def _refuse_used(folder: Path) -> None:
     def is_used(path: Path) -> bool:
         return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0

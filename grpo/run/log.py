@@ -11,17 +11,21 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+import psutil
 
 from grpo.errors import RunError
 from grpo.files import write_whole
 from grpo.health.bands import Bands
 from grpo.health.best import Best
 from grpo.health.watch import Watch
+from grpo.run.fields import COST
 from grpo.run.read import read_jsonl
-from grpo.run.screen import open_display
+from grpo.run.screen import Tell, open_display
 from grpo.run.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -48,6 +52,9 @@ class RunLog:
         resume_offset: int | None = None,
     ) -> None:
         self.folder = folder
+        training = recipe_dict.get("training", {})
+        self._price = training.get("dollars_per_hour")
+        self._paid = _paid(folder / "metrics.jsonl") if self._price is not None and resume_offset is not None else 0.0
         self._file = _open_at(folder / "metrics.jsonl", resume_offset)
         step, seconds = _so_far(folder / "metrics.jsonl")
         if resume_offset is not None:
@@ -60,8 +67,9 @@ class RunLog:
             self._bands.see(row)
             self.best.see(row)
         self._trackers = open_trackers(folder, tracking, recipe_dict, first_step=step + 1)
-        max_seconds = recipe_dict.get("training", {}).get("max_seconds")
-        self._display = open_display(total_steps, step, max_seconds=max_seconds, seconds=seconds)
+        self._display = open_display(
+            total_steps, step, max_seconds=training.get("max_seconds"), seconds=seconds, price=self._price
+        )
 
     def __enter__(self) -> RunLog:
         return self
@@ -74,9 +82,12 @@ class RunLog:
 
         Floats are written in full (they read back to the same bits); NaN, infinity and None become null, which every
         JSON reader accepts. Evaluation metrics (``eval/…``) come in a call of their own. A rule of
-        health that holds adds ``health/RULE``, and says so where it begins and ends.
+        health that holds adds ``health/RULE``, and says so where it begins and ends. A recipe with a price
+        adds what the machine has cost since the command began, and before a resume.
         """
         plain = {name: _number(value) for name, value in metrics.items() if name != "step"}
+        if self._price is not None:
+            plain[COST] = self._paid + self._price * (time.time() - psutil.Process().create_time()) / 3600
         row = {"step": step, **plain}
         changes, judgements = self._watch.see(row), self._bands.see(row)
         self.best.see(row)
@@ -93,6 +104,11 @@ class RunLog:
 
         for judgement in judgements:
             log.log(logging.INFO if judgement.on_track else logging.WARNING, judgement.text())
+
+    def phase(self, text: str, total: int | None = None) -> contextlib.AbstractContextManager[Tell]:
+        """Show what the run is doing between two steps. It yields a function to call with how many of ``total`` are
+        done."""
+        return self._display.phase(text, total)
 
     def reason_to_stop(self) -> str | None:
         """What a rule of health sees that the recipe stops for, or None."""
@@ -145,6 +161,11 @@ def _so_far(path: Path) -> tuple[int, float]:
     rows = list(read_jsonl(path))
     seconds = [time for row in rows if isinstance(time := row.get("step_time"), int | float)]
     return max((row["step"] for row in rows), default=0), float(sum(seconds))
+
+
+def _paid(path: Path) -> float:
+    """US dollars by wall-clock time that earlier starts logged, those of steps that are repeated included."""
+    return max((row.get(COST) or 0.0 for row in read_jsonl(path)), default=0.0) if path.exists() else 0.0
 
 
 def _forget_rollouts(folder: Path, after: int) -> None:

@@ -204,6 +204,7 @@ def headline(run: RunRecord) -> dict[str, float]:
         ("tokens", "num_tokens", np.max),
         ("tokens_per_second", "tokens_per_second", np.mean),
         ("cost_usd", "cost_usd", np.max),
+        ("cost_usd_wall_clock", "cost_usd_wall_clock", np.max),
     ):
         _, values = run.series(name)
         if len(values):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from grpo.run.log import RunLog
 from grpo.run.manifest import read_manifest
 from grpo.run.nodes import check_checkpoint, check_folder
 from grpo.run.same_run import check_same_run, differences
+from grpo.run.screen import Tell, working
 from grpo.run.search import find_checkpoint
 from grpo.run.secrets import recipe_without_secrets
 from grpo.run.session import on_main
@@ -160,7 +161,14 @@ class Run:
         """Write a checkpoint. Called by all processes. Raises RunError where they have drifted apart."""
         self._check_replicas()
         self.progress.metrics_offset = self.log.offset
-        save_state(self.folder, self.recipe, self.policy, self.progress, self.inputs)
+        with self.log.phase("saving a checkpoint"):
+            save_state(self.folder, self.recipe, self.policy, self.progress, self.inputs)
+
+    def save_final(self) -> None:
+        """Write ``final/``, what ``from_pretrained`` loads. Called by all processes, when the log is closed."""
+        final = self.folder / "final"
+        with working(f"saving {final}", shown=self.accelerator.is_main_process):
+            self.policy.save_pretrained(final)
 
     def saved(self) -> str:
         """The last message of a run that ends early."""
@@ -186,7 +194,8 @@ def start_run(
     )
     check_folder(folder, accelerator)
     check_checkpoint(checkpoint)
-    policy = Policy(recipe, accelerator, tokenizer, stop_token_ids, needs_reference)
+    with working(f"loading weights of {recipe.model.name}", shown=accelerator.is_main_process):
+        policy = Policy(recipe, accelerator, tokenizer, stop_token_ids, needs_reference)
     progress = restore_state(checkpoint, recipe, policy)
     return Run(recipe, policy, folder, progress, resumed=bool(resume), inputs=inputs)
 
@@ -244,3 +253,6 @@ class _Silent:
     def log(self, *_: object, **__: object) -> None: ...
 
     def log_rollouts(self, *_: object, **__: object) -> None: ...
+
+    def phase(self, *_: object) -> AbstractContextManager[Tell]:
+        return nullcontext(lambda done: None)

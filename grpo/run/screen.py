@@ -1,153 +1,227 @@
-"""A run on the screen: a live bar on a terminal, otherwise one plain line a step (a log file, a batch system, CI)."""
+"""A run on the screen: a live bar on a terminal, otherwise plain lines (a log file, a batch system, CI).
+
+``fields.py`` says which numbers are shown, and which of them fit.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.live import Live
+from rich.text import Text
 
+from grpo.errors import printable
 from grpo.run.closed_output import lead_nowhere
+from grpo.run.fields import (
+    BETWEEN,
+    COST,
+    SPEED,
+    Columns,
+    Metrics,
+    dollars,
+    duration,
+    evaluation_text,
+    fitting,
+    texts,
+    training_fields,
+)
 
 log = logging.getLogger("grpo")
-Metrics = Mapping[str, float | None]
+WIDTH = 118  # of a plain line
+BAR = 24  # columns of the bar, at most; a fifth of the terminal, and at least ten
+PERMANENT_LINES = 20  # that a short run leaves on a terminal; a long one leaves a line every 10 steps
+SECONDS_OF_SILENCE = 30.0  # after which a plain log tells how far a phase is
+
+Tell = Callable[[int], None]
 
 
-class Shown(NamedTuple):
-    """A metric on the screen: its label, its key, and how its value is formatted."""
-
-    label: str
-    key: str
-    text: Callable[[float], str]
-
-
-def _count(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:.0f}"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.0f}%"
-
-
-def _small(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _fixed(value: float) -> str:
-    return f"{value:.3f}"
-
-
-# What matters while training, most important first; what a run does not log is not shown.
-TRAINING = [
-    Shown("loss", "loss", _fixed),
-    Shown("reward", "reward", _fixed),
-    Shown("length", "completions/mean_length", _count),
-    Shown("cut", "completions/clipped_ratio", _share),
-    Shown("no-signal", "frac_reward_zero_std", _share),
-    Shown("entropy", "entropy", _fixed),
-    Shown("kl", "kl", _small),
-    Shown("grad", "grad_norm", _small),
-]
-SPEED = Shown("tok/s", "tokens_per_second", _count)
-PACE = Shown("s/step", "step_time", _small)
-EVALUATION = [
-    Shown("loss", "eval/loss", _fixed),
-    Shown("length", "eval/completions/mean_length", _count),
-    Shown("cut", "eval/completions/clipped_ratio", _share),
-]
-WIDTH = 118
-
-
-def training_texts(metrics: Metrics) -> list[str]:
-    """``["reward 0.312", "length 96", …]``. The loss of a GRPO step says nothing and is left out."""
-    return _texts([shown for shown in TRAINING if not (shown.key == "loss" and "reward" in metrics)], metrics)
-
-
-def evaluation_text(step: int, total: int, metrics: Metrics) -> str:
-    """``eval at step 50/100: accuracy 0.381 [0.340, 0.424]  pass@4 0.602  length 99``."""
-    parts = []
-    if (accuracy := metrics.get("eval/accuracy")) is not None:
-        low, high = metrics.get("eval/accuracy_low"), metrics.get("eval/accuracy_high")
-        interval = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
-        parts.append(f"accuracy {accuracy:.3f}{interval}")
-    passes = [name for name in metrics if name.startswith("eval/pass@")]
-    parts += _texts([Shown(name.removeprefix("eval/"), name, _fixed) for name in passes[-1:]], metrics)
-    return f"eval at step {step}/{total}: " + "  ".join(parts + _texts(EVALUATION, metrics))
-
-
-def _texts(shown: list[Shown], metrics: Metrics) -> list[str]:
-    return [f"{s.label} {s.text(value)}" for s in shown if (value := metrics.get(s.key)) is not None]
-
-
-class _Eta:
+class Eta:
     """Time left, from the recent pace of whole steps (evaluation and saving included) and the recipe's time limit."""
 
     def __init__(self, total: int, max_seconds: float | None, seconds: float) -> None:
         self.total = total
-        self.left_seconds = None if max_seconds is None else max_seconds - seconds
+        self.left_training = None if max_seconds is None else max_seconds - seconds
         self.recent: deque[float] = deque(maxlen=20)
         self.last = time.monotonic()
+        self.seconds: float | None = None
 
-    def text(self, step: int, step_time: float | None) -> str:
+    def see(self, step: int, step_time: float | None) -> None:
         now = time.monotonic()
         self.recent.append(now - self.last)
         self.last = now
-        left = (self.total - step) * sum(self.recent) / len(self.recent)
-        if self.left_seconds is not None:
-            self.left_seconds -= step_time or 0.0
-            left = min(left, max(0.0, self.left_seconds))
-        return duration(left)
+        self.seconds = (self.total - step) * sum(self.recent) / len(self.recent)
+        if self.left_training is not None:
+            self.left_training -= step_time or 0.0
+            self.seconds = min(self.seconds, max(0.0, self.left_training))
 
-
-def duration(seconds: float) -> str:
-    """``42s``, ``6m12s``, ``3h05m``."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    def text(self) -> str:
+        return "?" if self.seconds is None else duration(self.seconds)
 
 
 class Display(Protocol):
     def log(self, step: int, metrics: Metrics) -> None: ...
+    def phase(self, text: str, total: int | None) -> contextlib.AbstractContextManager[Tell]: ...
     def close(self) -> None: ...
 
 
 class PlainLines:
-    """One line of at most WIDTH columns for each step; evaluations stand out by their mark."""
+    """One line of at most WIDTH columns for each step, in fixed columns; evaluations stand out by their mark."""
 
-    def __init__(self, total: int, eta: _Eta) -> None:
+    def __init__(self, total: int, eta: Eta) -> None:
         self.total = total
         self.eta = eta
+        self.columns: Columns | None = None
 
     def log(self, step: int, metrics: Metrics) -> None:
         if _is_evaluation(metrics):
-            _print(f"=== {evaluation_text(step, self.total, metrics)} ==="[:WIDTH])
+            say(f"=== {evaluation_text(step, self.total, metrics, WIDTH - 8)} ===")
             return
-        time_left = self.eta.text(step, metrics.get("step_time"))
-        tail = "  ".join([*_texts([SPEED, PACE], metrics), f"eta {time_left}"])
-        line = f"step {step:{len(str(self.total))}d}/{self.total}"
-        for text in training_texts(metrics):
-            if len(line) + len(text) + len(tail) + 4 <= WIDTH:
-                line += f"  {text}"
-        _print(f"{line}  {tail}")
+        self.eta.see(step, metrics.get("step_time"))
+        self.columns = self.columns or Columns(self.total, WIDTH, metrics)
+        say(self.columns.line(step, metrics, self.eta.text()))
+
+    @contextlib.contextmanager
+    def phase(self, text: str, total: int | None) -> Iterator[Tell]:
+        """Says nothing of a phase that is short."""
+        said = time.monotonic()
+
+        def tell(done: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= SECONDS_OF_SILENCE:
+                said = time.monotonic()
+                say(_phase_text(text, done, total))
+
+        yield tell
 
     def close(self) -> None:
         pass
 
 
-def _print(line: str) -> None:
-    with _unwatched():
-        print(line, flush=True)
+class LiveBar:
+    """Two lines that never wrap: the step count, a bar and what the run is doing, and the latest numbers. What does not
+    fit into the terminal's width is left out, the least important first. Evaluations, and a line every few steps,
+    stay above."""
+
+    def __init__(self, total: int, step: int, eta: Eta, console: Console, price: float | None = None) -> None:
+        self.total, self.step, self.eta, self.console, self.price = total, step, eta, console, price
+        self.every = max(1, min(10, total // PERMANENT_LINES))
+        self.metrics: Metrics = {}
+        self.accuracy: list[str] = []  # of the last evaluation
+        self.doing = ""
+        self.columns: Columns | None = None
+        self.live = Live(console=console, get_renderable=self._lines, refresh_per_second=4)
+        self.live.start()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if _is_evaluation(metrics):
+            text = evaluation_text(step, self.total, metrics, self.console.width)
+            self._keep(text, "bold green")
+            if (accuracy := metrics.get("eval/accuracy")) is not None:
+                self.accuracy = [f"accuracy {accuracy:.3f}"]
+            return
+        self.eta.see(step, metrics.get("step_time"))
+        self.step, self.metrics = step, metrics
+        if step % self.every == 0 or step == self.total:
+            if self.columns is None or self.columns.width != self.console.width:
+                self.columns = Columns(self.total, self.console.width, metrics)
+            self._keep(self.columns.line(step, metrics, self.eta.text()), "")
+
+    @contextlib.contextmanager
+    def phase(self, text: str, total: int | None) -> Iterator[Tell]:
+        def tell(done: int) -> None:
+            self.doing = _phase_text(text, done, total)
+
+        tell(0)
+        try:
+            yield tell
+        finally:
+            self.doing = ""
+
+    def close(self) -> None:
+        with unwatched():
+            self.live.stop()
+
+    def _keep(self, line: str, style: str) -> None:
+        with unwatched():
+            self.console.print(Text(line, style=style, no_wrap=True, overflow="crop"))
+
+    def _lines(self) -> Text:
+        width = self.console.width
+        count = f"step {self.step}/{self.total}"
+        health = sorted(name.removeprefix("health/") for name in self.metrics if name.startswith("health/"))
+        parts = [(self.doing, "cyan"), (" ".join(["health:", *health]) if health else "", "bold red")]
+        rest = [f"eta {self.eta.text()}", *self._cost(), *self.accuracy, *texts([SPEED], self.metrics)]
+        parts += [(text, "") for text in rest]
+        parts = [part for part in parts if part[0]]
+        bar = max(0, min(BAR, max(10, width // 5), width - len(count) - 1))
+        kept = fitting([text for text, _ in parts], width - len(count) - 1 - bar - len(BETWEEN))
+        lines = Text(count, style="bold", no_wrap=True, overflow="crop", end="")
+        lines.append(" ").append_text(self._bar(bar))
+        for text, style in parts[: len(kept)]:
+            lines.append(BETWEEN).append(text, style=style or "not bold")
+        shown = [s for s in training_fields(self.metrics) if s.key not in (COST, SPEED.key)]
+        numbers = BETWEEN.join(fitting(texts(shown, self.metrics), width))
+        return lines.append(f"\n{numbers}", style="not bold")
+
+    def _bar(self, width: int) -> Text:
+        full, empty = ("━", "─") if (self.console.encoding or "").startswith("utf") else ("#", ".")
+        done = width * min(self.step, self.total) // max(1, self.total)
+        return Text(full * done, style="not bold green").append(empty * (width - done), style="not bold dim")
+
+    def _cost(self) -> list[str]:
+        """``$0.42 of $3.10`` and ``81% in steps``: by wall-clock time, so far and at the end as it goes now."""
+        spent = self.metrics.get(COST)
+        if spent is None or self.price is None or self.eta.seconds is None:
+            return []
+        whole = spent + self.price * self.eta.seconds / 3600
+        share = (self.metrics.get("cost_usd") or 0.0) / spent if spent else 0.0
+        return [f"{dollars(spent)} of {dollars(whole)}"] + ([f"{share:.0%} in steps"] if share else [])
 
 
-@contextmanager
-def _unwatched() -> Iterator[None]:
+def open_display(
+    total: int,
+    step: int,
+    *,
+    max_seconds: float | None = None,
+    seconds: float = 0.0,
+    price: float | None = None,
+    console: Console | None = None,
+) -> Display:
+    """The display that fits standard output. ``step`` and ``seconds`` are what an earlier start already did; ``price``
+    is in US dollars an hour."""
+    console = console or Console()
+    eta = Eta(total, max_seconds, seconds)
+    return LiveBar(total, step, eta, console, price) if console.is_terminal else PlainLines(total, eta)
+
+
+@contextlib.contextmanager
+def working(text: str, *, shown: bool = True) -> Iterator[None]:
+    """Say what takes its time before or after the steps: a line on a terminal while it lasts, a line that stays
+    elsewhere. Only the first process shows it."""
+    console = Console()
+    if shown and console.is_terminal:
+        with console.status(Text(printable(text), no_wrap=True, overflow="ellipsis"), spinner="line"):
+            yield
+        return
+    if shown:
+        say(text)
+    yield
+
+
+def say(line: str) -> None:
+    """Print a line, if somebody looks."""
+    with unwatched():
+        print(printable(line), flush=True)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
     """What prints. A run does not end because nobody looks at it any more, or the disk under its log is full."""
     try:
         yield
@@ -157,49 +231,8 @@ def _unwatched() -> Iterator[None]:
         log.warning("standard output is closed (%s); the run goes on, and its metrics are in metrics.jsonl", why)
 
 
-class LiveBar:
-    """A bar with the latest numbers below it; evaluations scroll past above."""
-
-    def __init__(self, total: int, step: int, eta: _Eta, console: Console) -> None:
-        self.total = total
-        self.eta = eta
-        self.accuracy: list[str] = []  # of the last evaluation
-        self.bar = Bar(
-            TextColumn("[bold]step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[pace]}[dim]\n{task.fields[numbers]}", justify="left"),
-            console=console,
-            refresh_per_second=4,
-        )
-        self.task = self.bar.add_task("train", total=total, completed=step, pace="", numbers="")
-        self.bar.start()
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        if _is_evaluation(metrics):
-            text = evaluation_text(step, self.total, metrics)
-            with _unwatched():
-                self.bar.console.print(text, style="bold green", highlight=False, markup=False)
-            if (accuracy := metrics.get("eval/accuracy")) is not None:
-                self.accuracy = [f"accuracy {accuracy:.3f}"]
-            return
-        time_left = self.eta.text(step, metrics.get("step_time"))
-        pace = "  ".join([*self.accuracy, *_texts([SPEED], metrics), f"eta {time_left}"])
-        with _unwatched():
-            self.bar.update(self.task, completed=step, pace=pace, numbers="  ".join(training_texts(metrics)))
-
-    def close(self) -> None:
-        with _unwatched():
-            self.bar.stop()
-
-
-def open_display(
-    total: int, step: int, *, max_seconds: float | None = None, seconds: float = 0.0, console: Console | None = None
-) -> Display:
-    """The display that fits standard output. ``step`` and ``seconds`` are what an earlier start already did."""
-    console = console or Console()
-    eta = _Eta(total, max_seconds, seconds)
-    return LiveBar(total, step, eta, console) if console.is_terminal else PlainLines(total, eta)
+def _phase_text(text: str, done: int, total: int | None) -> str:
+    return text if total is None else f"{text} {done}/{total}"
 
 
 def _is_evaluation(metrics: Metrics) -> bool:

@@ -185,7 +185,7 @@ def test_eval_of_a_run_that_has_no_model_yet():
 
 
 def test_report(stand_in):
-    stand_in("report.write", write_report=lambda run: run / "report.html")
+    stand_in("report.write", write_report=lambda run, running: run / "report.html")
     assert run("report", "run").stderr == "run: no such run folder\n"
     Path("run").mkdir()
     assert run("report", "run").stderr == "run: is not a run folder (there is no metrics.jsonl in it)\n"

@@ -215,8 +215,8 @@ def test_output_that_nobody_reads_is_no_fault_of_the_run(tmp_path):
     """`grpo eval run | head`: a finished run gets no error.txt, and a run that trains goes on."""
     script = (
         "import sys, typer; from pathlib import Path; from grpo.cli.exit_codes import exit_codes;"
-        "from grpo.run.screen import PlainLines, _Eta\n"
-        "lines = PlainLines(3, _Eta(3, None, 0.0))\n"
+        "from grpo.run.screen import Eta, PlainLines\n"
+        "lines = PlainLines(3, Eta(3, None, 0.0))\n"
         "sys.stdin.read()\n"
         "if sys.argv[1] == 'train': lines.log(1, {'reward': 1.0}); lines.log(2, {'reward': 1.0}); sys.exit(7)\n"
         "try:\n"

@@ -4,158 +4,25 @@ from __future__ import annotations
 
 import html
 import json
-import math
-import random
 import re
 import shutil
 import struct
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from time import perf_counter
 
 import pytest
+from matplotlib.figure import Figure
 
 from grpo.errors import UserError
-from grpo.report.curves import summary
-from grpo.report.page import COLUMNS, PROMPTS_A_KIND, _completion, _marked, _side_by_side
-from grpo.report.write import write_report, write_report_at_end
+from grpo.report.attempts import KINDS, PROMPTS_A_KIND, side_by_side
+from grpo.report.curves import panels, summary
+from grpo.report.drawing import LIGHT, apart, finish
+from grpo.report.judgement import gain
+from grpo.report.markup import common_prefix, completion, marked
+from grpo.report.write import ending, write_report, write_report_at_end
 from grpo.run.read import headline, read_run
-
-VOID = {"meta", "input", "br", "img", "link", "hr"}
-HOSTILE = '<script>alert("x")</script><think>6 * 3 = 18</think> <answer>6 * 3</answer> & \x00 \x1b[31m</pre>'
-
-
-def make_run(folder: Path, *, steps: int = 100, every: int = 25, tasks: int = 60) -> Path:
-    """A run as the trainer leaves it: accuracy and length rise, entropy falls."""
-    draw = random.Random(0)
-    (folder / "rollouts").mkdir(parents=True)
-    lines = []
-    for step in range(steps + 1):
-        done = 1 - math.exp(-step / (0.3 * steps))
-        accuracy, length = 0.16 + 0.3 * done, 46 + 55 * done
-        if step:
-            rollout = 1.6 + length / 60 + draw.gauss(0, 0.1)
-            counts = [512 * (accuracy + draw.gauss(0, 0.01)), 512 * (0.6 - 0.3 * done), 40 * (1 - done), 12.0]
-            lines.append(
-                {
-                    "step": step,
-                    "loss": draw.gauss(0, 1e-3),
-                    "reward": accuracy + 0.1 * done + draw.gauss(0, 0.03),
-                    "reward_std": 0.4,
-                    "frac_reward_zero_std": max(0.0, 0.5 - 0.2 * done + draw.gauss(0, 0.05)),
-                    "frac_unscored": 0.0,
-                    "rewards/countdown/mean": accuracy + draw.gauss(0, 0.02),
-                    "rewards/format/mean": 0.7 + 0.3 * done + draw.gauss(0, 0.02),
-                    "completions/mean_length": length + draw.gauss(0, 3),
-                    "completions/clipped_ratio": max(0.0, 0.02 + draw.gauss(0, 0.01)),
-                    "entropy": 1.1 - 0.6 * done + draw.gauss(0, 0.02),
-                    "grad_norm": abs(0.4 + draw.gauss(0, 0.1)),
-                    "kl": 0.02 * done,
-                    "clip_ratio/region_mean": 0.004,
-                    "learning_rate": 1e-4,
-                    "num_tokens": step * 512.0 * length,
-                    "tokens_per_second": 9000 + draw.gauss(0, 300),
-                    "step_time": rollout + 2.7,
-                    "time/rollout": rollout,
-                    "time/score": 0.2,
-                    "time/train": 2.4,
-                    "time/sync": 0.1,
-                    **{f"verdicts/countdown/{v}": n for v, n in zip(VERDICTS, counts, strict=True)},
-                }
-            )
-        if step % every == 0:
-            half = 0.04
-            lines.append(
-                {
-                    "step": step,
-                    "eval/accuracy": accuracy,
-                    "eval/accuracy_low": accuracy - half,
-                    "eval/accuracy_high": accuracy + half,
-                    "eval/pass@4": accuracy + 0.15,
-                    "eval/completions/mean_length": length,
-                    "eval/completions/clipped_ratio": 0.02,
-                }
-            )
-            rows = [eval_row(step, prompt, accuracy, length) for prompt in range(tasks)]
-            write_jsonl(folder / "rollouts" / f"eval_{step:06d}.jsonl", rows)
-    write_jsonl(folder / "metrics.jsonl", lines)
-    (folder / "recipe.yaml").write_text(
-        "stage: grpo\nmodel: {name: data/tiny_base}\ndata: {name: countdown}\nrewards: [{name: countdown}]\n"
-        "rollout: {max_completion_length: 128}\n"
-        f"training: {{output_dir: runs/demo, max_steps: {steps}, seed: 0}}\n"
-    )
-    environment = {
-        "started": "2026-01-01T12:00:00+0000",
-        "command": "grpo train recipes/<demo>.yaml",
-        "python": "3.11.7",
-        "packages": {"torch": "2.13.0", "transformers": "5.19.0"},
-        "source": {"commit": "0123456789abcdef", "modified": True},
-        "cpu": {"model": "A Processor", "cores": 2, "memory_gb": 8.0},
-        "gpus": [],
-    }
-    (folder / "environment.json").write_text(json.dumps(environment))
-    return folder
-
-
-VERDICTS = ("correct", "wrong", "no_answer", "truncated")
-
-
-def eval_row(step: int, prompt: int, accuracy: float, length: float) -> dict:
-    solved = (prompt * 0.618) % 1 < accuracy
-    tries = [f"{3 + prompt % 5} + {i % 9} = {3 + prompt % 5 + i % 9} ; no" for i in range(int(length / 8))]
-    text = f"<think>{' , '.join(tries)}</think> <answer>{'6 * 3' if solved else '6 + 3'}</answer>"
-    return {
-        "step": step,
-        "prompt_id": 1000 + prompt,
-        "sample": 0,
-        "prompt": f"numbers 6 3 {prompt % 9 + 1} target 18\nA: <think>",
-        "completion": HOSTILE if prompt == 0 else text,
-        "status": "stop",
-        "num_tokens": int(length),
-        "reward": float(solved),
-        "rewards": {"countdown": float(solved)},
-        "columns": {"nums": [6, 3, prompt % 9 + 1], "target": 18},
-    }
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-class Page(HTMLParser):
-    """Reads a page strictly: tags must nest. Keeps tags with their attributes, and text by the innermost class."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[tuple[str, str]] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append((tag, dict(attrs).get("class") or ""))
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts.append((self.open[-1][1] or self.open[-1][0], data))
-
-    def all(self, kind: str) -> list[str]:
-        return [text for name, text in self.texts if name == kind]
-
-    def count(self, kind: str) -> int:
-        return sum(kind in (attributes.get("class") or "").split() for _, attributes in self.tags)
+from tests.report.made_runs import Page, make_run, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +46,7 @@ def test_the_headline_is_first_against_last_evaluation(run, page):
     assert facts["seconds"] == pytest.approx(sum(row.get("step_time", 0.0) for row in rows))
     assert facts["tokens"] == 100 * 512 * facts["length_after"]
     shown = page.all("value")
-    assert f"0.160 → {facts['accuracy_after']:.3f}" in shown
+    assert page.all("big") == [f"0.160 → {facts['accuracy_after']:.3f}"]
     assert f"46 → {facts['length_after']:.0f}" in shown
 
 
@@ -205,7 +72,7 @@ def test_the_page_stands_alone_and_runs_nothing(run, page):
 
 
 @pytest.mark.slow
-def test_every_panel_is_there(page):
+def test_every_panel_is_there_and_accuracy_leads(page):
     titles = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert titles == [
         "Held-out accuracy",
@@ -233,24 +100,24 @@ def test_completions_are_escaped_whatever_they_hold(run, page):
 
 @pytest.mark.slow
 def test_the_same_prompts_stand_side_by_side_with_their_verdicts(page):
-    articles = [attributes["class"] for tag, attributes in page.tags if tag == "article"]
-    assert set(articles) == {"gained", "kept", "unsolved"}
+    articles = [attributes["class"].split()[0] for tag, attributes in page.tags if tag == "article"]
+    assert list(dict.fromkeys(articles)) == ["gained", "unsolved", "kept"], "newly solved first"
     assert max(articles.count(kind) for kind in set(articles)) == PROMPTS_A_KIND
-    assert page.count("cell") == COLUMNS * len(articles)
+    assert page.count("cell") == 2 * len(articles)
     steps = [text.strip() for text in page.all("h4")]
-    assert steps[:COLUMNS] == ["step 0", "step 25", "step 75", "step 100"]
+    assert steps[:2] == ["step 0", "step 100"]
     # solved in the first and last column exactly as the kind says
     cells = [
         attributes["class"].split()[1] for _, attributes in page.tags if "cell " in (attributes.get("class") or "")
     ]
     for i, kind in enumerate(articles):
-        ends = cells[i * COLUMNS], cells[i * COLUMNS + COLUMNS - 1]
+        ends = cells[2 * i], cells[2 * i + 1]
         assert ends == {"gained": ("bad", "good"), "kept": ("good", "good"), "unsolved": ("bad", "bad")}[kind]
 
 
 @pytest.mark.slow
 def test_counts_are_of_all_prompts_not_of_those_shown(page):
-    labels = "".join(text for name, text in page.texts if name in ("label", "b"))
+    labels = "".join(text for name, text in page.texts if name in ("all", "b", *KINDS))
     first = sum((p * 0.618) % 1 < 0.16 for p in range(60))
     assert "all 60" in labels
     assert f"solved before and after {first}" in labels
@@ -263,7 +130,91 @@ def test_an_sft_run_has_its_loss(tmp_path):
     page = Page(write_report(tmp_path).read_text())
     titles = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert titles == ["Loss", "Gradient norm", "Learning rate"]
-    assert "3.200 → 1.240" in page.all("value")
+    assert page.all("big") == ["3.200 → 1.240"]
+
+
+@pytest.mark.slow
+def test_the_gain_leads_with_its_interval_and_the_judgement_in_words(run, page):
+    found = gain(read_run(run))
+    assert found.tone == "good"
+    assert found.low < found.difference < found.high
+    assert found.how == "the same tasks, paired"
+    assert f"{found.difference:+.3f}" in page.all("b")
+    good = "".join(page.all("good"))
+    assert f"Held-out accuracy rose from 0.160 to {found.after:.3f}" in good
+    assert "No rule of health held" in good
+    assert not page.all("bad")
+
+
+@pytest.mark.slow
+def test_only_what_the_recipe_says_beside_the_defaults_is_listed(run, page):
+    names = page.all("th")
+    assert "rollout.max_completion_length" in names
+    assert "rewards.0.name" in names
+    assert "training.seed" not in names  # which the recipe gives, and which is the default
+    assert "training: {output_dir: runs/demo" in (run / "report.html").read_text()  # the whole, to fold out
+
+
+@pytest.mark.slow
+def test_a_collapsed_run_is_told_in_red(tmp_path):
+    make_run(tmp_path / "run", steps=20, every=10, tasks=40, collapsed=True)
+    page = Page(write_report(tmp_path / "run").read_text())
+    bad = "".join(page.all("bad"))
+    assert "Held-out accuracy fell from 0.900 to 0.000" in bad
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "<b>no_signal</b> from step 13 to the end: 100% of groups had no signal" in text
+    assert "<b>accuracy_below_start</b> from step 10 to the end" in text
+    articles = [attributes["class"].split()[0] for tag, attributes in page.tags if tag == "article"]
+    assert articles[0] == "lost"
+    assert gain(read_run(tmp_path / "run")).tone == "bad"
+
+
+def test_what_two_completions_begin_with_in_common_is_dimmed():
+    for texts, same in [
+        (["try 3 + 4 no", "try 3 + 5 yes"], "try 3 + "),
+        (["the same", "the same"], "the same"),
+        (["thesis", "thermal"], ""),
+        (["a <answer>6 * 3</answer>", "a <answer>6 * 4</answer>"], "a "),
+        (["a <answer>6</answer> b", "a <answer>6</answer> c"], "a <answer>6</answer> "),
+        (["", "x"], ""),
+    ]:
+        assert texts[0][: common_prefix(texts)] == same
+    text = completion("a <answer>1</answer> b", 21)
+    assert text.startswith('<span class="same">a <mark>')
+    assert text.endswith("</mark> </span>b")
+
+
+def test_labels_are_kept_apart_and_within_the_axes():
+    assert apart([0.1, 0.11, 0.5], 0.1) == pytest.approx([0.1, 0.2, 0.5])
+    assert apart([0.97, 0.98, 0.99], 0.1) == pytest.approx([0.8, 0.9, 1.0])
+
+
+@pytest.mark.slow
+def test_axes_begin_at_0_and_reach_over_the_whole_run_in_every_panel(run):
+    record = read_run(run)
+    for panel in panels(record):
+        ax = Figure().add_subplot()
+        labels = panel.draw(ax, record, LIGHT)
+        finish(ax, LIGHT, record.steps, labels)
+        assert ax.get_xlim() == (0, 100)
+        assert ax.get_ylim()[0] == 0
+        assert ax.get_legend() is None
+
+
+def test_the_end_says_where_everything_is_and_what_comes_next(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "my run", steps=2, every=1, tasks=2)
+    (folder / "final").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (folder / "report.html").touch()
+    said = list(ending(Path("my run")))
+    assert said[0] == "done: my run"
+    assert said[1].startswith("  result  2 steps, held-out accuracy 0.160 -> 0.4")
+    assert said[2:] == [
+        "  report  my run/report.html",
+        "  model   my run/final",
+        "  next    grpo eval 'my run'",
+        "          grpo report 'my run'",
+    ]
 
 
 def test_a_run_that_is_still_going_can_be_looked_at(tmp_path):
@@ -295,7 +246,7 @@ def test_what_turns_text_round_is_shown_as_its_escape(tmp_path):
     """Elsewhere than on a terminal too: the page, and the title of the picture."""
     run = read_run(make_run(tmp_path / "a\x1b[31m\u202eb", steps=2, every=1, tasks=2))
     assert summary(run, headline(run)).startswith("a\\x1b[31m\\u202eb: held-out accuracy")
-    written = _completion("\u202eab\x9b\u2066 <answer>\x7f</answer>")
+    written = completion("\u202eab\x9b\u2066 <answer>\x7f</answer>")
     assert written.startswith("\\u202eab\\x9b\\u2066 <mark>")
     assert "\x7f" not in written
 
@@ -319,11 +270,11 @@ def test_dollars_in_a_runs_name_are_no_formula(tmp_path):
 
 def test_a_completion_of_tags_is_marked_in_one_pass():
     start = perf_counter()
-    assert _completion("<answer>" * 100_000).count("<mark>") == 0
-    text = _completion("<answer>1</answer> <answer><answer>2</answer></answer><answer>")
+    assert completion("<answer>" * 100_000).count("<mark>") == 0
+    text = completion("<answer>1</answer> <answer><answer>2</answer></answer><answer>")
     assert text.count("<mark>") == text.count("</mark>") == 2
     assert re.sub("<[^>]*>", "", text) == html.escape("<answer>1</answer> <answer><answer>2</answer></answer><answer>")
-    assert _marked("&lt;answer&gt;" * 200_000).startswith("&lt;answer&gt;")
+    assert marked("&lt;answer&gt;" * 200_000).startswith("&lt;answer&gt;")
     assert perf_counter() - start < 2  # not in the square of them
 
 
@@ -360,7 +311,7 @@ def test_a_file_that_no_run_writes_is_named(small, name, content, said):
     try:
         file.write_bytes(content.encode("latin-1"))
         with pytest.raises(UserError, match=said):
-            _side_by_side(read_run(small))
+            side_by_side(read_run(small))
     finally:
         file.write_bytes(before)
 

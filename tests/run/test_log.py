@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
-import re
 import sys
 import time
 from pathlib import Path
@@ -14,27 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from grpo.config import TrackingConfig
 from grpo.errors import RunError, UserError
 from grpo.run import trackers
+from grpo.run.fields import COST
 from grpo.run.log import RunLog
-from grpo.run.screen import WIDTH, duration, evaluation_text, open_display
 
 RECIPE = {"training": {"max_seconds": None}, "model": {"name": "tiny"}}
-STEP = {
-    "reward": 0.3125,
-    "completions/mean_length": 1234.5,
-    "completions/clipped_ratio": 0.03,
-    "frac_reward_zero_std": 0.4,
-    "entropy": 1.0234,
-    "kl": 0.00123,
-    "grad_norm": 0.71234,
-    "loss": -1e-9,
-    "tokens_per_second": 12345.6,
-    "step_time": 4.125,
-}
 EVALUATION = {
     "eval/accuracy": 0.381,
     "eval/accuracy_low": 0.34,
@@ -309,47 +294,17 @@ def test_wandb_online_and_unreachable_writes_offline_to_the_end(tmp_path, monkey
         assert b"hunter2" not in file.read_bytes(), file
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The screen
+def test_a_price_is_counted_by_the_wall_clock_and_goes_on_at_a_resume(tmp_path):
+    def logged(resume_offset: int | None) -> list[float]:
+        recipe = {"training": {"dollars_per_hour": 3600.0}}
+        with RunLog(
+            tmp_path, TrackingConfig(), recipe_dict=recipe, resume_offset=resume_offset, total_steps=9
+        ) as run_log:
+            for step in (1, 2):
+                run_log.log(step, {"reward": 0.1})
+        return [line[COST] for line in lines(tmp_path)]
 
-
-def test_one_plain_line_a_step_with_what_matters(tmp_path, capsys):
-    with open_run_log(tmp_path) as run_log:
-        run_log.log(0, EVALUATION)
-        run_log.log(1, STEP)
-        run_log.log(2, STEP | {"reward": -12.345678, "kl": 1.23e-15, "grad_norm": 1.23e-15, "step_time": 12345.6})
-        run_log.log(3, {"loss": 2.345, "grad_norm": 1.0, "step_time": 0.5})
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == ("=== eval at step 0/100: accuracy 0.381 [0.340, 0.424]  pass@4 0.602  length 99  cut 2% ===")
-    assert printed[1].startswith("step   1/100  reward 0.312  length 1234  cut 3%  no-signal 40%  entropy 1.023")
-    assert re.search(r"tok/s 12\.3k  s/step 4\.12  eta \d", printed[1])
-    assert printed[3].startswith("step   3/100  loss 2.345  grad 1")
-    assert all(len(line) <= WIDTH for line in printed)
-
-
-def test_a_terminal_gets_a_bar_with_the_same_numbers(monkeypatch):
-    screen = io.StringIO()
-    display = open_display(100, 0, console=Console(file=screen, force_terminal=True, width=120))
-    display.log(0, EVALUATION)
-    display.log(1, STEP)
-    display.close()
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
-    assert "accuracy 0.381 [0.340, 0.424]" in text
-    assert "1/100" in text
-    assert "reward 0.312" in text
-    assert "accuracy 0.381  tok/s 12.3k  eta" in text
-
-
-def test_time_left_heeds_the_time_limit(capsys):
-    display = open_display(10_000, 5, max_seconds=60.0, seconds=50.0, console=Console(file=io.StringIO()))
-    display.eta.last -= 8.0  # as if the step had taken eight seconds
-    display.log(6, {"reward": 0.0, "step_time": 8.0})
-    assert capsys.readouterr().out.rstrip().endswith("eta 2s")
-
-
-def test_durations_read_like_durations():
-    assert [duration(s) for s in (0.4, 42, 372, 3600 * 3 + 300)] == ["0s", "42s", "6m12s", "3h05m"]
-
-
-def test_an_evaluation_without_accuracy_shows_its_loss():
-    assert evaluation_text(5, 10, {"eval/loss": 1.5}) == "eval at step 5/10: loss 1.500"
+    first = logged(None)
+    assert 0 < first[0] <= first[1]
+    again = logged(0)  # what was paid for steps that are repeated is paid
+    assert again[0] >= first[1] + first[0]

@@ -1,0 +1,90 @@
+"""Runs beside each other: grouped by recipe, means over seeds, an exact test on the prompts they share."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grpo.errors import UserError
+from grpo.report.compare import compare, mean_over_seeds, paired, sign_test
+from grpo.report.compare_page import terminal, write_comparison
+from tests.report.made_runs import Page, make_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two seeds that learned, and two of another recipe that collapsed."""
+    folder = tmp_path_factory.mktemp("compared")
+    made = [make_run(folder / f"good{s}", steps=4, every=2, tasks=40, seed=s) for s in (0, 1)]
+    made += [make_run(folder / f"bad{s}", steps=20, every=10, tasks=40, seed=s, collapsed=True) for s in (0, 1)]
+    for run in made[2:]:
+        recipe = run / "recipe.yaml"
+        recipe.write_text(recipe.read_text() + "optimizer: {learning_rate: 0.1}\n")
+        text = recipe.read_text().replace("max_steps: 20", "max_steps: 4")  # so that one key differs
+        recipe.write_text(text)
+    return made
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_side(runs):
+    good, bad = compare(runs)
+    assert (good.label, bad.label) == ("learning_rate=default (2 seeds)", "learning_rate=0.1 (2 seeds)")
+    assert good.means["accuracy before"].value == pytest.approx(0.16)
+    assert bad.means["gain"].value == pytest.approx(-0.9)
+    after = good.means["accuracy after"]
+    assert after.low <= after.value <= after.high
+
+
+def test_an_interval_over_seeds_is_students(runs):
+    found = mean_over_seeds([0.4, 0.5, 0.6])
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    assert mean_over_seeds([0.4]).low is None
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "p"),
+    [(0, 0, 1.0), (5, 0, 2 / 32), (8, 2, 2 * (1 + 10 + 45) / 1024), (3, 3, 1.0), (600, 400, 2.7e-10)],
+)
+def test_the_sign_test_is_exact(better, worse, p):
+    assert sign_test(better, worse) == sign_test(worse, better) == pytest.approx(p, rel=0.05)
+
+
+def test_the_test_is_paired_on_prompts_that_are_the_same(runs, tmp_path):
+    good, bad = compare(runs)
+    found = paired(good, bad)
+    solved = sum((p * 0.618) % 1 < good.means["accuracy after"].value for p in range(40))
+    assert (found.prompts, found.better, found.worse) == (40, 0, solved)
+    assert "worse on" in found.text("A", "B")
+    other = shutil.copytree(runs[2], tmp_path / "other")
+    for file in (other / "rollouts").iterdir():
+        file.write_text(file.read_text().replace("numbers 6", "numbers 7"))
+    assert "share no held-out prompt" in paired(*compare([runs[0], other])).text("A", "B")
+
+
+def test_the_page_and_the_table(runs, tmp_path):
+    lines = write_comparison(runs, tmp_path / "compare.html")
+    assert lines[-1] == str(tmp_path / "compare.html")
+    assert lines[:2] == ["A  learning_rate=default (2 seeds)", "B  learning_rate=0.1 (2 seeds)"]
+    (gain,) = [line for line in lines if line.startswith("gain")]
+    assert "-0.900 [-0.900, -0.900]" in gain
+    page = Page((tmp_path / "compare.html").read_text())
+    pictures = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
+    assert pictures == ["Held-out accuracy", "Reward", "Completion length", "Entropy"]
+    assert not any(tag in ("script", "link", "img", "iframe") for tag, _ in page.tags)
+    articles = [attributes["class"].split()[0] for tag, attributes in page.tags if tag == "article"]
+    assert set(articles) == {"lost", "unsolved"}
+    assert page.count("cell") == 2 * len(articles)
+
+
+def test_seeds_of_one_recipe_have_nothing_to_test(runs):
+    assert "These are seeds of one recipe: there is nothing to test." in list(terminal(compare(runs[:2])))
+
+
+def test_one_run_is_no_comparison(runs, tmp_path):
+    with pytest.raises(UserError, match="two run folders or more"):
+        write_comparison(runs[:1], tmp_path / "compare.html")
+    with pytest.raises(UserError, match="cannot write"):
+        write_comparison(runs[:2], tmp_path / "no" / "compare.html")
