@@ -1,0 +1,7 @@
+"""A configuration of TRL's becomes a recipe: ``convert`` is the door, ``write`` puts what it found into words.
+
+``keys.py`` sorts every key of TRL's into those that are carried over, those that are computed with (in ``model.py``,
+``sampling.py`` and ``length.py``) and those that have no place here, each with its reason. Names, defaults and
+meanings are those of TRL 1.16's ``trl grpo`` and ``trl sft`` (GRPOConfig, SFTConfig, ModelConfig, the script's
+arguments) over transformers 5's TrainingArguments.
+"""
