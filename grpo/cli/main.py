@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo import __version__
-from grpo.cli import checks, convert, evaluate, recipes, report, train
+from grpo.cli import chat, checks, convert, evaluate, push, recipes, report, train
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import StderrHandler
 from grpo.config.load import as_overrides
@@ -31,6 +31,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("validate")(checks.validate)
 app.command("audit")(checks.audit)
 app.command("report")(report.report)
+app.command("chat")(chat.chat)
+app.command("push")(push.push)
 app.command("convert")(convert.convert)
 app.add_typer(recipes.app, name="recipes")
 

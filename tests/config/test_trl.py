@@ -99,7 +99,13 @@ def test_a_whole_grpo_config_as_json_becomes_a_recipe_and_names_every_key(tmp_pa
 
 
 # A value of each type that is not the default of any key.
-OTHER = {bool: lambda d: not d, int: lambda d: d + 3, float: lambda d: d / 2 + 0.3, str: lambda d: "other", list: lambda d: []}
+OTHER = {
+    bool: lambda d: not d,
+    int: lambda d: d + 3,
+    float: lambda d: d / 2 + 0.3,
+    str: lambda d: "other",
+    list: lambda d: [],
+}
 VALUES: dict[str, Any] = {
     "loss_type": "sapo",
     "importance_sampling_level": "sequence",

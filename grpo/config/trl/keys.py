@@ -158,7 +158,9 @@ _COMPILE = "torch.compile is not used; kernels are chosen by model.kernels"
 _LORA = "adapters are low-rank ones on linear layers: model.lora has r, lora_alpha, lora_dropout, target_modules"
 _STREAM = "rows are read whole, so that a run draws the same ones again; save a part of the data as a file (data.path)"
 _BEST = "final/ is the last step's model; checkpoints are the newest training.save_total_limit"
-_SFT_ROWS = "rows have a prompt and a completion (data.prompt_column, data.completion_column); only the latter is learned"
+_SFT_ROWS = (
+    "rows have a prompt and a completion (data.prompt_column, data.completion_column); only the latter is learned"
+)
 
 NO_PLACE = {
     **{name: NOT_HERE[name] for name in ("load_in_8bit", "use_liger_kernel", "per_device_eval_batch_size")},
@@ -231,7 +233,9 @@ NO_PLACE = {
     "save_on_each_node": "a checkpoint is written once, where training.output_dir is",
     "enable_jit_checkpoint": "leave it out: SIGTERM always saves before the run ends",
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _BEST),
-    **dict.fromkeys(("ignore_data_skip", "restore_callback_states_from_checkpoint"), "a resumed run draws what is next"),
+    **dict.fromkeys(
+        ("ignore_data_skip", "restore_callback_states_from_checkpoint"), "a resumed run draws what is next"
+    ),
     "full_determinism": "leave it out: a run resumes to the same bits anyway",
     "data_seed": "training.seed is the root of every draw; data.args.seed is a task's own",
     "use_cpu": "the device is accelerate's: ACCELERATE_USE_CPU=true grpo train RECIPE",

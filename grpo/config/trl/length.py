@@ -61,7 +61,9 @@ def convert_batch(found: Conversion) -> None:
     updates = max(1, per_generation // accumulation)
     while prompts % updates:
         updates -= 1
-    keys = f"per_device_train_batch_size {device} x {where} x {passes} passes (gradient_accumulation_steps {accumulation}"
+    keys = (
+        f"per_device_train_batch_size {device} x {where} x {passes} passes (gradient_accumulation_steps {accumulation}"
+    )
     keys += f", steps_per_generation {per_generation}) / num_generations {G}"
     text = f"training.prompts_per_step: {prompts}, that is {prompts * G} completions"
     if updates > 1:

@@ -73,7 +73,9 @@ def _convert_lora(found: Conversion, uses_lora: bool) -> None:
     r, alpha = found.whole("lora_r"), found.whole("lora_alpha")
     if found.is_on("use_rslora"):
         scaled = round(alpha * math.sqrt(r))
-        found.change("use_rslora", f"lora_alpha {alpha} times the root of lora_r {r} is model.lora.lora_alpha: {scaled}")
+        found.change(
+            "use_rslora", f"lora_alpha {alpha} times the root of lora_r {r} is model.lora.lora_alpha: {scaled}"
+        )
         alpha = scaled
     found.put("model.lora.r", r, "lora_r")
     found.put("model.lora.lora_alpha", alpha, "lora_alpha")
@@ -156,7 +158,9 @@ def _source(found: Conversion) -> tuple[str | None, dict[str, Any]]:
         found.carried.append(("dataset_config", "data.args.name"))
     if name is None or str(name).endswith(FILES):
         if evaluates and name is not None:
-            found.change("dataset_test_split", "data.eval_size rows of the file are held out; or name a file: data.eval_path")
+            found.change(
+                "dataset_test_split", "data.eval_size rows of the file are held out; or name a file: data.eval_path"
+            )
         return name, {}
     for key, value in splits.items():
         if key == "eval_split" or value != "train":
@@ -201,7 +205,9 @@ def _prompt_length(found: Conversion) -> None:
     if isinstance(room, int) and room > found.whole("max_completion_length"):
         longest = room - found.whole("max_completion_length")
         found.put("data.max_prompt_length", longest)
-        found.defaults.append(("data.max_prompt_length", f"{longest}, what vllm_max_model_length leaves; TRL has no limit"))
+        found.defaults.append(
+            ("data.max_prompt_length", f"{longest}, what vllm_max_model_length leaves; TRL has no limit")
+        )
     else:
         text = "512; TRL has no limit. Prompts that are longer are named before the run begins"
         found.put("data.max_prompt_length", 512)
@@ -210,7 +216,9 @@ def _prompt_length(found: Conversion) -> None:
 
 def _sft_lengths(found: Conversion) -> None:
     longest = found.whole("max_length")
-    text = f"{longest} for data.max_prompt_length and rollout.max_completion_length each; longer rows are dropped, not cut"
+    text = (
+        f"{longest} for data.max_prompt_length and rollout.max_completion_length each; longer rows are dropped, not cut"
+    )
     found.put("data.max_prompt_length", longest, "max_length")
     found.put("rollout.max_completion_length", longest, "max_length")
     found.put("data.too_long", "drop")

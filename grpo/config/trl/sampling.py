@@ -113,9 +113,7 @@ def convert_rollout(found: Conversion) -> None:
                     found.at_default.append(key)
 
 
-IMPORTANCE = tuple(
-    f"vllm_importance_sampling_{name}" for name in ("correction", "mode", "clip_max", "clip_min", "cap")
-)
+IMPORTANCE = tuple(f"vllm_importance_sampling_{name}" for name in ("correction", "mode", "clip_max", "clip_min", "cap"))
 SERVER = ("vllm_mode", "vllm_model_impl", "vllm_server_base_url", "vllm_server_host", "vllm_server_port")
 
 
