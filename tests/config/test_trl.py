@@ -98,6 +98,14 @@ def test_a_whole_grpo_config_as_json_becomes_a_recipe_and_names_every_key(tmp_pa
     assert given - words(found) == set()
 
 
+def test_a_whole_sft_config_as_json_becomes_a_supervised_recipe(tmp_path: Path) -> None:
+    given = {key: value for key, value in SFT.items() if key not in SCRIPT}
+    found = convert(given)
+    recipe = loaded(found, tmp_path)
+    assert (recipe.stage, recipe.optimizer.learning_rate, recipe.training.prompts_per_step) == ("sft", 2e-5, 8)
+    assert {key for key, value in given.items() if value is not None} - words(found) == set()
+
+
 # A value of each type that is not the default of any key.
 OTHER = {
     bool: lambda d: not d,
@@ -141,6 +149,7 @@ VALUES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["grpo", "sft"])
 @pytest.mark.parametrize("switches", [{}, {"use_vllm": True, "use_peft": True, "beta": 0.1, "eval_strategy": "steps"}])
 def test_each_key_alone_validates_and_is_named(stage: Any, switches: dict[str, Any], tmp_path: Path) -> None:
@@ -171,6 +180,19 @@ def test_accumulation_over_several_rollouts_is_one_step() -> None:
     assert "num_minibatches" not in found["algorithm"]
 
 
+def test_a_saved_configuration_says_how_many_processes_it_had() -> None:
+    saved = {**LEAST, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 2}
+    found = convert({**saved, "generation_batch_size": 64}).recipe
+    assert found["training"]["prompts_per_step"] == 8
+    assert "num_minibatches" not in found["algorithm"]
+
+
+def test_weights_belong_to_their_functions() -> None:
+    found = convert({**LEAST, "reward_funcs": ["a.one", "b.two"], "reward_weights": [1, "0.5"]}).recipe
+    assert found["rewards"] == [{"path": "a:one"}, {"path": "b:two", "weight": 0.5}]
+    assert convert({**LEAST, "reward_weights": 0.5}).recipe["rewards"] == [{"path": "mine:judge", "weight": 0.5}]
+
+
 def test_an_epoch_is_rows_over_prompts() -> None:
     found = convert({**LEAST, "per_device_train_batch_size": 16, "num_train_epochs": 2}, rows=101).recipe
     assert found["training"]["max_steps"] == 2 * (101 // 2)
@@ -192,6 +214,7 @@ def test_text_of_other_yaml_readers_is_read_as_trl_reads_it() -> None:
         ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size: expected an integer, got 2.5"),
         ({"use_vllm": "perhaps"}, "use_vllm: expected true or false, got 'perhaps'"),
         ({"epsilon": -1}, "epsilon: .*above 0"),
+        ({"reward_weights": ["much"]}, "reward_weights: expected numbers"),
         ({"num_generations": 1}, "num_generations: .*at least 2"),
     ],
 )

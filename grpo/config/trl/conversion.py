@@ -175,6 +175,10 @@ def convert(
     length.convert_batch(found)
     if stage == "grpo":
         sampling.convert_algorithm(found)
+    elif found.given.get("loss_type") not in (None, "nll", "chunked_nll"):
+        found.leave("loss_type", "supervised training here is the mean cross-entropy of the completions' tokens")
+    else:
+        found.seen.add("loss_type")
     length.convert_length(found)
     length.convert_rhythm(found)
     _leave_the_rest(found)

@@ -33,9 +33,9 @@ TRACKERS = {"wandb": ("wandb", "online"), "tensorboard": ("tensorboard", True), 
 def convert_batch(found: Conversion) -> None:
     """How many prompts a step has, and into how many updates it is split."""
     device, accumulation = found.whole("per_device_train_batch_size"), found.whole("gradient_accumulation_steps")
-    processes = found.num_processes or 1
+    processes = found.num_processes or _processes_of_saved(found, device) or 1
     where = f"{processes} process{'es' * (processes > 1)}"
-    if found.num_processes is None:
+    if found.num_processes is None and processes == 1:
         found.defaults.append(
             ("training.prompts_per_step", "for one process; --num-processes N says how many TRL's run had")
         )
@@ -75,6 +75,15 @@ def convert_batch(found: Conversion) -> None:
         text += f". TRL makes {per_generation / accumulation:g} updates of a rollout, which does not divide into it"
     found.put("training.prompts_per_step", prompts)
     found.change(keys, f"{text}. What a pass holds follows from memory (training.micro_batch_tokens)")
+
+
+def _processes_of_saved(found: Conversion, device: int) -> int:
+    """The processes of a configuration that was saved by a run, which has both numbers (in a file TRL refuses that);
+    0 where it does not say."""
+    if not found.has("generation_batch_size") or not found.has("steps_per_generation"):
+        return 0
+    processes, rest = divmod(found.whole("generation_batch_size"), device * found.whole("steps_per_generation"))
+    return 0 if rest else processes
 
 
 def convert_length(found: Conversion) -> None:

@@ -161,6 +161,8 @@ def _source(found: Conversion) -> tuple[str | None, dict[str, Any]]:
             found.change(
                 "dataset_test_split", "data.eval_size rows of the file are held out; or name a file: data.eval_path"
             )
+        if name is not None and splits["split"] != "train":
+            found.leave("dataset_train_split", "a file is taken whole; data.train_size takes its first rows")
         return name, {}
     for key, value in splits.items():
         if key == "eval_split" or value != "train":

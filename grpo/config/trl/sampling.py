@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.config.algorithm import LOSS_TYPES
 from grpo.config.trl.keys import CARRIED_VLLM
 from grpo.config.trl.model import as_mapping
+from grpo.errors import UserError
 
 if TYPE_CHECKING:
     from grpo.config.trl.conversion import Conversion
@@ -31,8 +32,7 @@ def convert_rewards(found: Conversion) -> None:
     """The list of reward functions with their weights, and which of them counts as accuracy."""
     names = found.get("reward_funcs") or []
     names = [str(name) for name in (names if isinstance(names, list) else [names])]
-    weights = found.get("reward_weights")
-    weights = list(weights) if isinstance(weights, list) else [1.0] * len(names)
+    weights = _weights(found) or [1.0] * len(names)
     if len(weights) != len(names):
         if names:
             text = f"{len(weights)} weights for {len(names)} functions, which TRL refuses too; 1.0 each"
@@ -53,6 +53,15 @@ def convert_rewards(found: Conversion) -> None:
         name = str(judges[0]["path"]).rpartition(":")[2]
         found.put("evaluation.reward", name)
         found.defaults.append(("evaluation.reward", f"{name}, the first function that judges an answer"))
+
+
+def _weights(found: Conversion) -> list[float]:
+    given = found.get("reward_weights")
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    try:
+        return [float(weight) for weight in listed]
+    except (TypeError, ValueError):
+        raise UserError(f"reward_weights: expected numbers, got {given!r}") from None
 
 
 def _reward(found: Conversion, name: str, weight: float) -> dict[str, Any] | None:
