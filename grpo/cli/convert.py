@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +40,8 @@ def convert(
         file = file.expanduser()
         given = read_trl(file)
         try:
-            found = convert_trl(given, stage=stage and stage.value, num_processes=num_processes, rows=rows)
+            wanted: Any = stage.value if stage else None
+            found = convert_trl(given, stage=wanted, num_processes=num_processes, rows=rows)
         except UserError as error:
             raise UserError("\n".join(f"{file}: {line}" for line in str(error).split("\n"))) from None
         text = write_recipe(found, file.name)

@@ -19,6 +19,7 @@ from grpo.config import Recipe
 from grpo.config.yaml_text import dump
 from grpo.errors import first_line, printable
 from grpo.run.read import RunRecord, headline, mapping, read_jsonl, read_run
+from grpo.run.screen import duration
 
 log = logging.getLogger("grpo")
 
@@ -160,7 +161,7 @@ def _length(record: RunRecord, facts: dict[str, float]) -> str:
     if "tokens" in facts:
         lines.append(f"- Tokens of prompts and completions: {facts['tokens']:,.0f}")
     if "seconds" in facts:
-        lines.append(f"- Time in training steps: {facts['seconds'] / 3600:.2f} h (evaluation and saving not counted)")
+        lines.append(f"- Time in training steps: {duration(facts['seconds'])} (evaluation and saving not counted)")
     if "cost_usd" in facts:
         price = record.setting("training.dollars_per_hour")
         lines.append(f"- Cost of that time: ${facts['cost_usd']:,.2f}, at ${price:g} an hour")

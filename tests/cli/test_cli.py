@@ -74,7 +74,9 @@ def test_no_command_gets_the_help(monkeypatch, capsys):
     assert "recipes   List the recipes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], *[[name] for name in ("train", "eval", "validate", "audit", "recipes")]])
+@pytest.mark.parametrize(
+    "command", [[], *[[name] for name in ("train", "eval", "validate", "audit", "recipes", "chat", "push", "convert")]]
+)
 def test_the_help_is_plain_and_fits_80_columns(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     result = run(*command, "--help")

@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     assert "\n37 tasks, 1 completion each, temperature 1, at most 512 tokens." in text
     assert "- Steps: 20\n" in text
     assert "- Tokens of prompts and completions: 20,000\n" in text
-    assert "0.50 h" in text
+    assert "- Time in training steps: 30m00s (" in text
     assert "$1.25, at $2.5 an hour" in text
     assert "NVIDIA H100 (79.6 GB)" in text
     assert "torch 2.13.0, transformers 5.19.0" in text

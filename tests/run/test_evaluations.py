@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grpo.errors import RunError
@@ -13,7 +14,7 @@ from grpo.evaluate import accuracy_metrics
 from grpo.run.evaluations import write_evaluation
 from tests.conftest import make_recipe
 
-REWARDS: dict[int, list[float | None]] = {3: [1.0, 0.0], 5: [0.99, 2.0], 7: [None, 1.0]}
+REWARDS: dict[int, list[float | None]] = {3: [0.99, 0.0], 5: [1.0, 2.0], 7: [None, 1.0]}
 
 
 def rows_of(rewards: dict[int, list[float | None]]) -> list[dict[str, Any]]:
@@ -33,10 +34,8 @@ def rows_of(rewards: dict[int, list[float | None]]) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, name: str | None = None, model: str = "runs/x/final", **sections: Any) -> Path:
-    import numpy as np
-
     recipe = make_recipe(Path("unused"), rewards=[{"name": "countdown"}], **sections)
-    metrics = accuracy_metrics(np.array([[True, False], [False, True]]), ["q3", "q5"])
+    metrics = accuracy_metrics(np.array([[False, False], [True, True]]), ["q3", "q5"])
     return write_evaluation(folder, name, recipe, model, metrics, rows_of(REWARDS))
 
 
