@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, TextStreamer
@@ -39,8 +39,7 @@ class Answerer:
         self.tokenizer = load_tokenizer(config)
         model_config, generation_config = load_configs(config)
         self.stop_ids = stop_token_ids(self.tokenizer, model_config, generation_config)
-        self.model: Any = load_weights(config, compute_dtype(config.dtype, device))
-        self.model.to(device).eval()
+        self.model = cast(Any, load_weights(config, compute_dtype(config.dtype, device))).to(device).eval()
         self.model.generation_config = GenerationConfig()  # its own top_p and penalties were not those of training
         self.positions = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.temperature = recipe.evaluation.temperature if temperature is None else temperature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import textwrap
@@ -104,10 +105,12 @@ def ask(answerers: dict[str, Answerer], question: str, seed: int) -> None:
         sides = []
         for label, answerer in answerers.items():
             pieces: list[str] = []
-            end = answerer.answer(question, seed, pieces.append)
-            sides.append([label, *wrapped("".join(pieces) + (f"\n({end})" if end else ""), width // 2 - 2)])
-        for left, right in side_by_side(*sides, width=width // 2 - 2):
-            tell(f"{left}  {right}".rstrip())
+            prefill: list[str] = []
+            end = answerer.answer(question, seed, pieces.append, begin=prefill.append)
+            lines = wrapped("".join(pieces) + (f"\n({end})" if end else ""), width // 2 - 2)
+            sides.append(columns([label, *lines], width // 2, thinking=is_thinking("".join(prefill))))
+        for left, right in itertools.zip_longest(*sides, fillvalue=" " * (width // 2)):
+            sys.stdout.write(f"{left}{right}".rstrip() + "\n")
         return
     for label, answerer in answerers.items():
         if len(answerers) > 1:
@@ -129,7 +132,7 @@ class Shown:
 
     def begin(self, prefill: str) -> None:
         """``prefill`` is what the prompt has already written of the answer."""
-        self.thinking = prefill.rfind("<think>") > prefill.rfind("</think>")
+        self.thinking = is_thinking(prefill)
 
     def feed(self, piece: str) -> None:
         self.held += piece
@@ -162,7 +165,22 @@ def wrapped(text: str, width: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
 
 
-def side_by_side(left: list[str], right: list[str], *, width: int) -> Iterator[tuple[str, str]]:
-    """Two columns of lines, the left one filled up to ``width``."""
-    for n in range(max(len(left), len(right))):
-        yield (left[n] if n < len(left) else "").ljust(width), right[n] if n < len(right) else ""
+def columns(lines: list[str], width: int, *, thinking: bool) -> list[str]:
+    """Printable lines filled up to ``width``, with the thinking dimmed; the first line is a heading. ``thinking`` is
+    whether the second one begins in it."""
+    heading, *lines = lines
+    filled = [heading.ljust(width)]
+    for line in lines:
+        shown, rest = "", line
+        while (tag := TAGS[thinking]) in rest:
+            before, _, rest = rest.partition(tag)
+            shown += f"{DIM}{before}{tag}{RESET}" if thinking else f"{before}{DIM}{tag}{RESET}"
+            thinking = not thinking
+        shown += f"{DIM}{rest}{RESET}" if thinking and rest else rest
+        filled.append(shown + " " * (width - len(line)))
+    return filled
+
+
+def is_thinking(prefill: str) -> bool:
+    """Whether an answer begins in its thinking: by what the prompt has already written of it."""
+    return prefill.rfind("<think>") > prefill.rfind("</think>")

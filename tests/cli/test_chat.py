@@ -67,13 +67,16 @@ def test_what_a_terminal_obeys_is_shown_as_an_escape() -> None:
     assert "\x1b" not in "".join(chat.wrapped("a\x1b[2Jb" * 50, 20))
 
 
-def test_two_answers_stand_side_by_side() -> None:
-    left, right = (["final", *chat.wrapped("one two three", 7)], ["base", "x"])
-    assert list(chat.side_by_side(left, right, width=8)) == [
-        ("final   ", "base"),
-        ("one two ", "x"),
-        (" three  ", ""),
+def test_two_answers_stand_side_by_side_with_their_thinking_dimmed() -> None:
+    lines = ["final", *chat.wrapped("a b</think> c <think>d\ne</think>f", 16)]
+    shown = chat.columns(lines, 20, thinking=True)
+    assert [line.replace(DIM, "[").replace(RESET, "]") for line in shown] == [
+        "final" + " " * 15,
+        "[a b</think>] c " + " " * 6,
+        "[<think>][d]" + " " * 12,
+        "[e</think>]f" + " " * 10,
     ]
+    assert {len(line.replace(DIM, "").replace(RESET, "")) for line in shown} == {20}
 
 
 @pytest.mark.slow
