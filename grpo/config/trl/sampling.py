@@ -74,6 +74,8 @@ def _reward(found: Conversion, name: str, weight: float) -> dict[str, Any] | Non
         else:
             text = f"{reward['path']}, TRL's own function, so trl must be installed"
             ours = " Without it: {name: math}, which is exact and reads the column `answer`, not `solution`"
+            if name == "accuracy_reward":
+                ours += ". TRL's also pays an answer that stands in the thinking alone: grpo audit"
             found.change(f"reward_funcs: {name}", text + ("" if "format" in name else f".{ours}"))
         return reward
     if ":" in name or "." in name:
