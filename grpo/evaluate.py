@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -142,15 +142,24 @@ def evaluate(
     return metrics, rollout_rows(groups, version)
 
 
-def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float]:
-    """Held-out metrics of a recipe's model, or of another one, without a run folder: what ``grpo eval`` does."""
+class Evaluated(NamedTuple):
+    """An evaluation: its metrics and rows, and the recipe by which it was made, with what ``auto`` stood for."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+    recipe: Recipe
+
+
+def evaluate_recipe(recipe: Recipe, model: str | None = None) -> Evaluated:
+    """Evaluate a recipe's model, or another one (a folder or hub id), on its held-out rows: what ``grpo eval`` does."""
     from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
     from grpo.model.policy import Policy
     from grpo.run.session import leave, make_accelerator, prepare_task, resolve_dtype
     from grpo.scoring.scorer import Scorer
 
     if model is not None:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model, "lora": None})})
+        others = {"name": model, "lora": None, "load_in_4bit": False, "revision": None}  # those are of the recipe's own
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=others)})
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
@@ -163,6 +172,6 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> dict[str, float
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
         with closing(make_backend(recipe, policy)) as backend:
             backend.sync(policy, 0)
-            metrics, _ = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
+            metrics, rows = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
     leave(accelerator, policy)
-    return metrics
+    return Evaluated(metrics, rows, recipe)

@@ -12,6 +12,7 @@ from grpo.config import Recipe
 from grpo.metrics import Clock
 from grpo.model.optimizer import learning_rate
 from grpo.packing import MicroBatch
+from grpo.report.card import card_at_end
 from grpo.report.live import LiveReport
 from grpo.report.write import write_report_at_end
 from grpo.run.agreement import check_drawn
@@ -35,7 +36,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
         for step in run.steps(lambda: evaluate_and_log(run, task.eval_examples)):
             train_step(run, task.examples(step))
             live.after_step()
-    run.save_final()
+    run.save_final(lambda: card_at_end(run.folder))
     on_main(accelerator, lambda: write_report_at_end(run.folder))
     leave(accelerator, run.policy)
 

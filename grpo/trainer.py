@@ -22,6 +22,7 @@ from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, staleness_metrics
 from grpo.model.optimizer import learning_rate
 from grpo.prompts.order import curriculum_metrics, prompts_of_step, updated_pass_rates
+from grpo.report.card import card_at_end
 from grpo.report.live import LiveReport
 from grpo.report.write import write_report_at_end
 from grpo.rollout.groups import Drawn, draw_groups
@@ -75,7 +76,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
             except BackendFailed as failure:  # the policy itself is intact
                 run.save()
                 raise BackendFailed(f"{failure}\n{run.saved()}") from None
-        run.save_final()
+        run.save_final(lambda: card_at_end(run.folder))
     on_main(accelerator, lambda: write_report_at_end(run.folder))
     leave(accelerator, run.policy)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,13 +29,23 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", callback=not_empty, help="Model to evaluate. Default: the run's final/, or model.name."
+            metavar="MODEL",
+            callback=not_empty,
+            help="Folder or hub id to evaluate. Default: the run's final/, or model.name.",
         ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where NAME.json and NAME.jsonl go. Default: eval/ of the run, if any."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the files are called. Default: as the model is.")
     ] = None,
     trust: Trust = False,
 ) -> None:
     """Evaluate a model on a recipe's held-out tasks, or on a run's.
 
+    Counts, interval, settings and versions go into eval/NAME.json, every completion into eval/NAME.jsonl.
     A recipe is a program: it can name code. That of a run folder which you have not made here needs --trust.
     """
     run = Path(recipe_or_run).expanduser()
@@ -52,6 +63,16 @@ def evaluate(
 
         found = evaluate_recipe(resolved, model)
         if is_first_of_node():
-            width = max(map(len, found), default=0)
-            for name, value in found.items():
-                tell(f"{name:<{width}}  {value:.6g}")
+            width = max(map(len, found.metrics), default=0)
+            for metric, value in found.metrics.items():
+                tell(f"{metric:<{width}}  {value:.6g}")
+            folder = output.expanduser() if output else run / "eval" if run.is_dir() else None
+            if folder and os.environ.get("RANK", "0") == "0":
+                from grpo.run.evaluations import write_evaluation
+
+                written = write_evaluation(
+                    folder, name, found.recipe, model or resolved.model.name, found.metrics, found.rows
+                )
+                tell(f"{written} and its samples, {written.with_suffix('.jsonl').name}", err=True)
+            elif folder is None:
+                tell("nothing is written without a run folder; --output FOLDER keeps numbers and samples", err=True)

@@ -222,7 +222,7 @@ NOT_HERE = {
     "max_length": "lengths are data.max_prompt_length and rollout.max_completion_length",
     "completion_only_loss": "leave it out: with stage sft only the completion counts in the loss",
     "assistant_only_loss": "leave it out: with stage sft only the completion counts in the loss",
-    "push_to_hub": "not supported; push OUTPUT_DIR/final when the run is done",
+    "push_to_hub": "leave it out; grpo push OUTPUT_DIR REPO when the run is done",
     "zero_stage": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
     "deepspeed": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
     "nnodes": "processes are accelerate's: accelerate launch --num_machines ... -m grpo train RECIPE",
@@ -232,7 +232,7 @@ PREFIXES = {
     "fsdp": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
     "ddp_b": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
     "ddp_find_": "parallelism is accelerate's: accelerate launch --config_file ... -m grpo train RECIPE",
-    "hub_": "not supported; push OUTPUT_DIR/final when the run is done",
+    "hub_": "leave it out; grpo push OUTPUT_DIR REPO when the run is done",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from grpo.errors import RunError, UserError, first_line
-from grpo.files import usual_modes, whole_folder, why_not_written
+from grpo.files import usual_modes, whole_folder, why_not_written, write_whole
 from grpo.model.dropout import config_as_read
 from grpo.model.placing import shell
 
@@ -40,9 +40,10 @@ def write_final(
     trust_remote_code: bool,
     peft_model: Any = None,
     adapter: State | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a folder that ``from_pretrained`` loads, whole or not at all: ``state`` in a model of the configuration of
-    ``like``, and the adapter alone in its adapter/.
+    ``like``, the adapter alone in its adapter/, and ``card`` as its README.md.
 
     Raises:
         RunError: the disk refuses. A folder of this name is as it was.
@@ -55,6 +56,8 @@ def write_final(
             tokenizer.save_pretrained(aside)
             if adapter is not None:
                 write_adapter(aside / "adapter", peft_model, adapter)
+            if card is not None:
+                write_whole(aside / "README.md", card)
     except (
         OSError,
         RuntimeError,

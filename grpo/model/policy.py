@@ -301,9 +301,10 @@ class Policy:
         every = [(n, p) for n, p in self.model.named_parameters() if self.peft_model is None or "lora_" in n]
         return sorted(every, key=lambda named: named[1].ndim < 2)
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, card: Callable[[], str | None] = lambda: None) -> None:
         """Write a folder that ``from_pretrained`` loads, whole or not at all: weights in the compute type (but for what
-        the model keeps in its own), LoRA adapters merged. The adapters alone go into its adapter/.
+        the model keeps in its own), LoRA adapters merged. The adapters alone go into its adapter/, and what ``card``
+        says, called on the first process, into its README.md.
 
         Called by all processes; the first one writes. Raises RunError, on all, where the disk refuses.
         """
@@ -323,6 +324,7 @@ class Policy:
                 trust_remote_code=self.trust_remote_code,
                 peft_model=self.peft_model,
                 adapter=adapter,
+                card=card(),
             )
 
         on_main(self.accelerator, write)

@@ -2,4 +2,5 @@
 
 Others take ``task.load_task`` and ``Task``, ``rows.load_parts``, ``order.prompts_of_step`` (a step's prompts) and
 ``checks.check_before_loading`` (tokenizer, template and prompts, before the weights load), and
-``completion_text.CompletionText`` (what rewards see of a completion's tokens)."""
+``completion_text.CompletionText`` (what rewards see of a completion's tokens); the command also ``templates`` (a
+question as the model sees it)."""

@@ -186,13 +186,8 @@ class Task:
 
         Raises UserError if the chat template refuses the question; ``place`` names its row.
         """
-        data = self.data
-        if data.template != "chat" and isinstance(question, str):
-            return templates.plain(data.template, question)
         try:
-            return templates.chat(
-                question, self.tokenizer, data.system_prompt, data.chat_template_date, **data.chat_template_kwargs
-            )
+            return templates.of_question(self.data, question, self.tokenizer)
         except templates.TemplateHangs as error:
             raise templates.TemplateHangs(f"{place}: {error}") from None
         except ValueError as error:
@@ -206,18 +201,8 @@ class Task:
         return token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt: with BOS once if the tokenizer adds one, and without the EOS that some add.
-
-        A chat template writes its special tokens itself, and a row may; then none is added.
-        """
-        tokenizer = self.tokenizer
-        bos, eos = tokenizer.bos_token, tokenizer.eos_token
-        if self.data.template == "chat" or (bos and text.startswith(bos)):
-            return tokenizer.encode(text, add_special_tokens=False)
-        token_ids = tokenizer.encode(text)
-        if eos and not text.endswith(eos) and token_ids[-1:] == [tokenizer.eos_token_id]:
-            token_ids.pop()
-        return token_ids
+        """Token ids of a prompt, as ``templates.encode`` makes them."""
+        return templates.encode(self.data, text, self.tokenizer)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer to imitate, with EOS."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from grpo.config import DataConfig
 from grpo.errors import UserError
 
 Message = dict[str, str]
@@ -44,6 +45,30 @@ GIGABYTES = 2.0  # by which the process may grow meanwhile: a text that a loop d
 LOOK = 0.1  # seconds between looks at both
 
 PLAIN_TEMPLATES = {"none": ("{question}", ""), "r1_zero": (R1_ZERO, ""), "tinyzero": (TINYZERO, "<think>")}
+
+
+def of_question(data: DataConfig, question: str | list[Message], tokenizer: Any) -> tuple[str, str]:
+    """The text that the model sees for a question by ``data.template``, and the tail of it that counts as answer.
+
+    Raises ValueError and TemplateHangs, as ``chat`` does.
+    """
+    if data.template != "chat" and isinstance(question, str):
+        return plain(data.template, question)
+    return chat(question, tokenizer, data.system_prompt, data.chat_template_date, **data.chat_template_kwargs)
+
+
+def encode(data: DataConfig, text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt: with BOS once if the tokenizer adds one, and without the EOS that some add.
+
+    A chat template writes its special tokens itself, and a row may; then none is added.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if data.template == "chat" or (bos and text.startswith(bos)):
+        return tokenizer.encode(text, add_special_tokens=False)
+    token_ids = tokenizer.encode(text)
+    if eos and not text.endswith(eos) and token_ids[-1:] == [tokenizer.eos_token_id]:
+        token_ids.pop()
+    return token_ids
 
 
 def plain(name: str, question: str) -> tuple[str, str]:

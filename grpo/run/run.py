@@ -164,11 +164,12 @@ class Run:
         with self.log.phase("saving a checkpoint"):
             save_state(self.folder, self.recipe, self.policy, self.progress, self.inputs)
 
-    def save_final(self) -> None:
-        """Write ``final/``, what ``from_pretrained`` loads. Called by all processes, when the log is closed."""
+    def save_final(self, card: Callable[[], str | None]) -> None:
+        """Write ``final/``, what ``from_pretrained`` loads, with what ``card`` says as its README. Called by all
+        processes, when the log is closed."""
         final = self.folder / "final"
         with working(f"saving {final}", shown=self.accelerator.is_main_process):
-            self.policy.save_pretrained(final)
+            self.policy.save_pretrained(final, card)
 
     def saved(self) -> str:
         """The last message of a run that ends early."""

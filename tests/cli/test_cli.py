@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,7 +83,10 @@ def test_no_command_gets_the_help(monkeypatch, capsys):
     assert "recipes   List the recipes" in capsys.readouterr().err
 
 
-COMMANDS = ("train", "eval", "validate", "audit", "score", "recipes")
+COMMANDS = (
+    *("train", "eval", "plan", "probe", "validate", "audit", "score", "report", "watch", "compare"),
+    *("recipes", "chat", "push", "convert"),
+)
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -124,20 +128,31 @@ def test_train_calls_its_stage(stand_in, stage, switches, resume):
 # --- eval, report ---
 
 
+def evaluated(metrics, recipe):
+    return SimpleNamespace(metrics=metrics, rows=[], recipe=recipe)
+
+
+@pytest.fixture(autouse=True)
+def _writes_no_evaluation(stand_in):
+    stand_in("run.evaluations", write_evaluation=lambda folder, name, *_: folder / f"{name or 'final'}.json")
+
+
 def test_eval_of_a_recipe_and_of_a_run(stand_in):
     called = []
 
     def evaluate_recipe(recipe, model):
         called.append((recipe.training.output_dir, recipe.evaluation.num_generations, model))
-        return {"eval/accuracy": 0.5, "eval/completions/mean_length": 98.25}
+        return evaluated({"eval/accuracy": 0.5, "eval/completions/mean_length": 98.25}, recipe)
 
     stand_in("evaluate", evaluate_recipe=evaluate_recipe)
     Path("run/final").mkdir(parents=True)
     Path("run/recipe.yaml").write_text(RECIPE)
     result = run("eval", "recipe.yaml")
     assert result.stdout == "eval/accuracy                 0.5\neval/completions/mean_length  98.25\n"
+    assert result.stderr == "nothing is written without a run folder; --output FOLDER keeps numbers and samples\n"
     run("eval", "recipe.yaml", "--model", "other")
-    run("eval", "run", "evaluation.num_generations=4")
+    written = run("eval", "run", "evaluation.num_generations=4", "--name", "four")
+    assert written.stderr == "run/eval/four.json and its samples, four.jsonl\n"
     run("eval", "run", "--model", "other")
     assert called == [("run", 1, None), ("run", 1, "other"), ("run", 4, "run/final"), ("run", 1, "other")]
 
@@ -146,7 +161,7 @@ def test_eval_of_a_recipe_and_of_a_run(stand_in):
                                      ["train", "run/recipe.yaml"]])  # fmt: skip
 def test_a_stranger_s_run_executes_nothing_without_trust(tmp_path, stand_in, command):
     called = []
-    stand_in("evaluate", evaluate_recipe=lambda recipe, model: called.append(model) or {})
+    stand_in("evaluate", evaluate_recipe=lambda recipe, model: called.append(model) or evaluated({}, recipe))
     stand_in("trainer", train=lambda recipe, resume, **_: called.append(recipe))
     Path("run/final").mkdir(parents=True)
     Path("run/environment.json").write_text('{"host": "elsewhere"}')

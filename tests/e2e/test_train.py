@@ -46,6 +46,9 @@ def test_a_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path) -> None
     assert len((folder / "rollouts/step_000003.jsonl").read_text().splitlines()) == 16
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6]])).logits).all()
+    card = (folder / "final/README.md").read_text()
+    assert "| after (step 3) |" in card
+    assert "- Cost of that time: $" in card
 
 
 @pytest.mark.slow
