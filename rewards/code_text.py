@@ -6,7 +6,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 
-from rewards.tags import ANSWER, END_ANSWER, NoAnswer, after_thinking
+from rewards.tags import ANSWER, END_ANSWER, NoAnswer, after_thinking, single_answer
 
 MAX_PROGRAM = 1 << 16  # characters
 MAX_LINE = 200  # characters of a line that may open a fence
@@ -54,14 +54,15 @@ def extract_program(text: str, fn_name: str | None = None) -> str:
 
     A fence is a line that begins with three or more backticks or tildes, also directly behind ``<answer>``. The one
     that opens a block says ``python``, ``py`` or nothing, and the one that closes it is as long, or longer, and says
-    nothing. A block that says nothing and holds no line of a program (what the program prints, say) counts only where
+    nothing. Without any fence, what ``<answer>`` holds is the program where it has a line of one. A block that says
+    nothing and holds no line of a program (what the program prints, say) counts only where
     there is no other. Where the task asks for a function, a block that defines it comes before one that does not (an
     example of its use).
 
     Raises:
         NoAnswer: the last block is not closed, or the program is empty or longer than MAX_PROGRAM.
     """
-    blocks = _blocks(after_thinking(text))
+    blocks = _blocks(after_thinking(text)) or _bare(text)
     if not blocks:
         raise NoAnswer("no fenced Python block after the thinking")
     candidates = [block for block in blocks if block.is_program()] or blocks
@@ -73,6 +74,15 @@ def extract_program(text: str, fn_name: str | None = None) -> str:
     if not source.strip():
         raise NoAnswer("the program is empty")
     return textwrap.dedent(source.strip("\n")).rstrip() + "\n"
+
+
+def _bare(text: str) -> list[Block]:
+    """The program that ``<answer>`` holds without a fence, if it does."""
+    try:
+        block = Block("", False, single_answer(text).split("\n"))
+    except NoAnswer:
+        return []
+    return [block] if block.is_program() else []
 
 
 def _blocks(text: str) -> list[Block]:
