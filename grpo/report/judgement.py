@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from grpo.health.bands import Bands
 from grpo.health.watch import Change, Watch
 from grpo.report.attempts import ends
 from grpo.run.read import RunRecord, mapping
@@ -80,7 +81,7 @@ def _paired_half_width(run: RunRecord) -> float | None:
 
 def judgement(run: RunRecord, *, running: bool = False) -> list[Finding]:
     """Findings, the most important first."""
-    return [*_of_accuracy(run), *_of_end(run, running), *_of_health(run)]
+    return [*_of_accuracy(run), *_of_bands(run), *_of_end(run, running), *_of_health(run)]
 
 
 def _of_accuracy(run: RunRecord) -> Iterator[Finding]:
@@ -102,6 +103,15 @@ def _of_accuracy(run: RunRecord) -> Iterator[Finding]:
     _, highs = run.series("eval/accuracy_high")
     if len(lows) == len(highs) == len(accuracy) and best > 0 and highs[-1] < lows[best]:
         yield Finding("bad", f"It was best at step {steps[best]:.0f}, with {accuracy[best]:.3f}, and has lost since.")
+
+
+def _of_bands(run: RunRecord) -> Iterator[Finding]:
+    """What the recipe expects (``expect``), and what came."""
+    expected = [mapping(band) for band in run.setting("expect", []) if isinstance(band, dict)]
+    bands = Bands([band for band in expected if {"metric", "step", "low", "high", "source"} <= band.keys()])
+    for row in sorted([*run.training, *run.evaluation], key=lambda row: row["step"]):
+        for judged in bands.see(row):
+            yield Finding("good" if judged.on_track else "bad", f"{judged.text()}.", "expected")
 
 
 def _of_end(run: RunRecord, running: bool) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from grpo.errors import UserError
 from grpo.report.attempts import KINDS, PROMPTS_A_KIND, side_by_side
 from grpo.report.curves import panels, summary
 from grpo.report.drawing import LIGHT, apart, finish
-from grpo.report.judgement import gain
+from grpo.report.judgement import gain, judgement
 from grpo.report.markup import common_prefix, completion, marked
 from grpo.report.write import ending, write_report, write_report_at_end
 from grpo.run.read import headline, read_run
@@ -334,3 +334,13 @@ def test_settings_and_facts_of_odd_types_are_left_out(small):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("small") / "run", steps=2, every=1, tasks=2)
+
+
+def test_what_a_recipe_expects_is_judged_in_words(tmp_path):
+    run = make_run(tmp_path / "run", steps=4, every=2, tasks=2)
+    recipe = (run / "recipe.yaml").read_text()
+    band = "{{metric: eval/accuracy, step: 4, low: {}, high: {}, source: three seeds}}"
+    for low, high, tone in ((0.3, 0.6, "good"), (0.8, 0.9, "bad")):
+        (run / "recipe.yaml").write_text(f"{recipe}\nexpect: [{band.format(low, high)}, {{metric: broken}}]\n")
+        (found,) = [finding for finding in judgement(read_run(run)) if finding.name == "expected"]
+        assert (found.tone, "track at step 4: eval/accuracy 0.4" in found.text) == (tone, True)

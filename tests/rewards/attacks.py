@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from tests.rewards.must_pass import HONEST, MUST_PASS
@@ -20,6 +21,8 @@ from tests.rewards.must_pass import HONEST, MUST_PASS
 TESTS = {"fn_name": "f", "inputs": [[1], [2], [3]], "outputs": [2, 3, 4]}
 SCRIPT_TESTS = {"fn_name": None, "inputs": ["1 2\n"], "outputs": ["3\n5\n"]}
 SECONDS = 0.5
+BLIND = Path(__file__).with_name("attacks_blind.jsonl")  # 20 programs by somebody who had not read the code
+BLIND_TESTS = {"fn_name": "solve", "inputs": [[1]], "outputs": [2]}
 
 DENIED, WRONG, NO_RESULT = {"denied"}, {"wrong"}, {"no_result"}
 LIMIT = {"limit", "timeout"}
@@ -330,6 +333,10 @@ def main(level: str) -> None:
             after = code.verify(TESTS, as_completion(HONEST), limits=Limits(10.0))
             if after.outcome.value != "correct":
                 bad.append([60, f"the next program after {attack.name}", after.outcome.value, after.detail])
+        for row in map(json.loads, BLIND.read_text().splitlines()):
+            verdict = code.verify(BLIND_TESTS, as_completion(row["program"]), limits=limits)
+            if verdict.outcome.value == "correct":
+                bad.append([65, row["name"], verdict.outcome.value, verdict.detail])
     for name, program in MUST_PASS.items():
         verdict = code.verify(TESTS, as_completion(program), limits=Limits(10.0))
         if verdict.outcome.value != "correct":
