@@ -75,7 +75,7 @@ test-vllm: setup setup-vllm smollm2 ## run the tests of the vLLM backend against
 	  $(BIN)/python -m pytest --numprocesses=0 -p no:cacheprovider --timeout=600 tests/vllm_engine
 
 # One test at a time: each starts several processes.
-test-processes: setup ## run the tests of several processes: replicated, sharded (FSDP2, HSDP), checkpoints of both, two nodes
+test-processes: setup ## run the tests of several processes (replicated, FSDP2, HSDP, two nodes), and the longest of one
 	$(BIN)/python -m pytest --numprocesses=0 --timeout=600 tests/processes
 
 # Nodes are network namespaces, which only root may make; without, every test is skipped and says so.
