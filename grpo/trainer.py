@@ -133,9 +133,8 @@ def learn_of_prompts(run: Run, drawn: Drawn, *, rows: int) -> dict[str, float]:
     )
     metrics = drawn.metrics() if config.dynamic_sampling or config.replay_groups else {}
     if config.curriculum:
-        judged_by = recipe.evaluation.reward or recipe.reward_names()[0]
         progress.pass_rates = updated_pass_rates(
-            progress.pass_rates, drawn.sampled, judged_by, config.curriculum_newest
+            progress.pass_rates, drawn.sampled, recipe.judged_by(), config.curriculum_newest
         )
         metrics |= curriculum_metrics(progress.pass_rates, rows)
     return metrics

@@ -150,6 +150,10 @@ class Recipe(Section):
         longest = max(self.rollout.max_completion_length, self.evaluation.max_completion_length or 0)
         return self.data.max_prompt_length + longest
 
+    def judged_by(self) -> str:
+        """The name of the reward whose value 1 counts as solved."""
+        return self.evaluation.reward or self.reward_names()[0]
+
     def reward_names(self) -> list[str]:
         """The rewards' names in metrics and in `evaluation.reward`: a built-in's own, else the function's after the
         colon; the second of the same name is `name#2`."""

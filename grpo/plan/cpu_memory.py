@@ -8,7 +8,7 @@ from grpo.model.shape import Shape
 from grpo.plan.work import Lengths
 
 LIBRARIES = 0.50e9  # what a training process holds before it has a model, measured
-LOGIT_CHUNK, LOGIT_TILE = 8 << 20, 1 << 19  # numbers of logits: devices.LOGITS["cpu"]
+LOGIT_CHUNK = 8 << 20  # numbers of logits, computed at once and as many kept: devices.LOGITS["cpu"]
 KEPT_AT_MOST, TOKENS_AT_MOST = (
     0.75e9,
     8192,

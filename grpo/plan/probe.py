@@ -104,7 +104,7 @@ def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference:
     metrics = reward_metrics(groups) | completion_metrics(groups)
     signal = has_signal(groups, [reward.weight for reward in recipe.rewards], recipe.algorithm)
     low, high = wilson_interval(sum(signal), len(groups))
-    judge = recipe.evaluation.reward or recipe.reward_names()[0]
+    judge = recipe.judged_by()
     values = [[value is not None and value >= 1 for value in group.rewards_by_function[judge]] for group in groups]
     solved_PG = np.array(values)
     accuracy = accuracy_metrics(solved_PG, [group.prompt.text for group in groups])

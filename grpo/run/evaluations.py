@@ -45,7 +45,7 @@ def evaluation_facts(recipe: Recipe, metrics: dict[str, float], rows: list[dict[
 
     ``counts.scored_prompts`` are those without an unscored completion, over which accuracy is a mean.
     """
-    evaluation, judged_by = recipe.evaluation, recipe.evaluation.reward or recipe.reward_names()[0]
+    evaluation, judged_by = recipe.evaluation, recipe.judged_by()
     prompts: dict[int, list[float | None]] = {}
     for row in rows:
         prompts.setdefault(row["prompt_id"], []).append(row["rewards"][judged_by])

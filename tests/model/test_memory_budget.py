@@ -10,16 +10,28 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from grpo import kernels
-from grpo.backends.hf import backend
+from grpo.backends.hf import backend, kv_cache
 from grpo.config import OptimizerConfig
 from grpo.config.load import load_recipe
+from grpo.model.devices import LARGEST
 from grpo.model.devices import LOGITS as SIZES
 from grpo.model.logprob_lm import LogprobLM
-from grpo.model.memory_budget import CACHE_SHARE, KEPT_SHARE, LOGITS, budget, card_of
+from grpo.model.memory_budget import (
+    AUTOMATIC_SHARE,
+    CACHE_SHARE,
+    FEWEST_TOKENS,
+    KEPT_SHARE,
+    LOGITS,
+    MOST_TOKENS,
+    budget,
+    card_of,
+)
 from grpo.model.optimizer import make_optimizer
 from grpo.model.shape import QWEN, Shape, shape_of
 from grpo.packing import collate
+from grpo.plan import cpu_memory
 from grpo.types import TrainedSequence
+from grpo.update import micro_batch_size
 from tests.conftest import make_recipe
 from tests.launching import ROOT
 
@@ -92,6 +104,11 @@ def test_the_optimizer_holds_what_is_counted_for_it(tmp_path: Path, weights: str
 
 def test_sizes_that_are_written_down_twice_agree() -> None:
     assert (CACHE_SHARE, KEPT_SHARE) == (backend.CACHE_SHARE, backend.KEPT_SHARE)
+    assert (AUTOMATIC_SHARE, FEWEST_TOKENS) == (micro_batch_size.SHARE, micro_batch_size.SMALLEST)
+    assert LARGEST["accelerator"][0] == MOST_TOKENS
+    assert LARGEST["cpu"] == (cpu_memory.TOKENS_AT_MOST, cpu_memory.KEPT_AT_MOST)
+    assert SIZES["cpu"].chunk == SIZES["cpu"].kept == cpu_memory.LOGIT_CHUNK
+    assert kv_cache.SHORT_PROMPT == cpu_memory.SHORT_PROMPT
     chunk, tile, kept = SIZES["accelerator"]
     assert pytest.approx(2 * chunk + 2 * kept + 3 * 4 * tile, rel=0.03) == LOGITS
 

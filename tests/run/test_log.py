@@ -18,17 +18,9 @@ from grpo.errors import RunError, UserError
 from grpo.run import trackers
 from grpo.run.fields import COST
 from grpo.run.log import RunLog
+from tests.run.test_screen import EVALUATION
 
 RECIPE = {"training": {"max_seconds": None}, "model": {"name": "tiny"}}
-EVALUATION = {
-    "eval/accuracy": 0.381,
-    "eval/accuracy_low": 0.34,
-    "eval/accuracy_high": 0.424,
-    "eval/pass@2": 0.5,
-    "eval/pass@4": 0.602,
-    "eval/completions/mean_length": 99.4,
-    "eval/completions/clipped_ratio": 0.02,
-}
 
 
 def open_run_log(folder: Path, resume_offset: int | None = None, **tracking: object) -> RunLog:
