@@ -8,6 +8,9 @@ import signal
 # Where tests run behind an & in a script, Ctrl-C is ignored, and so it would be in the processes that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# And under nohup the end of a terminal, which a run then does not hear.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Before anything imports torch or transformers, and inherited by the processes that tests start: one thread each, since
 # test processes share the cores; no network; nothing of the terminal that the tests were started from.
