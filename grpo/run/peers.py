@@ -35,6 +35,7 @@ from grpo.errors import printable
 
 SECONDS_TO_LEARN = 5.0  # between a collective's error and what this module hears of the same loss
 SECONDS_TO_UNWIND = 30.0  # for the main thread, once it can know
+SECONDS_TO_ARRIVE = 1.0  # for the last words of this process
 SILENCES = 5  # how many times longer a process of another machine may say nothing
 KEY = "grpo/peers"  # in the store of the launch: port and token of the first process
 
@@ -177,6 +178,7 @@ class _Watch:
             if peer.name:
                 self._end(Loss(f"{peer.name} was lost {self._when()}: {why}", silent))
         if self.rank:
+            peer.connection.close()
             sys.exit()  # this thread: there was one peer
         return []
 
@@ -205,6 +207,7 @@ class _Watch:
             print(printable(f"{loss.text}\n{ADVICE}"), file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_TO_LEARN)  # a launcher ends all of a node as soon as one ends
+        _hang_up(self.peers)
         os._exit(loss.code)
 
 
@@ -260,8 +263,31 @@ def say_ended(why: str = "", code: int = 1) -> None:
     if _watch is None or _watch.parted or _watch.process != os.getpid():  # a fork of it has nothing to say
         return
     _watch.parted = True
-    for peer in list(_watch.peers):
+    peers = list(_watch.peers)
+    for peer in peers:
         peer.send(ended=why, code=code)
+    _hang_up(peers)
+
+
+def _hang_up(peers: list[_Peer]) -> None:
+    """Wait for the others to hang up, and read what they still say. A process that ends with something unread resets
+    its connections, and its last words may be lost with that: the others would take it for killed."""
+    waiting, until = selectors.DefaultSelector(), time.monotonic() + SECONDS_TO_ARRIVE
+    with suppress(OSError, ValueError, KeyError):  # the watching thread may close a connection meanwhile
+        for peer in peers:
+            with suppress(OSError):
+                peer.connection.shutdown(socket.SHUT_WR)
+                waiting.register(peer.connection, selectors.EVENT_READ)
+        while waiting.get_map() and (left := until - time.monotonic()) > 0:
+            for key, _ in waiting.select(left):
+                try:
+                    said = key.fileobj.recv(1 << 16, socket.MSG_DONTWAIT)  # type: ignore[union-attr]
+                except BlockingIOError:
+                    continue  # the watching thread has read it
+                except OSError:
+                    said = b""
+                if not said:
+                    waiting.unregister(key.fileobj)
 
 
 def _machine() -> str:
