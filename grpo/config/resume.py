@@ -25,7 +25,7 @@ FREE = {
         log_rollouts_every ddp_timeout peer_timeout replica_check_every dollars_per_hour
         num_threads""",  # threads in use are compared
     "health": """no_signal all_alike never_correct accuracy_below_start reward_without_accuracy length_collapse
-        entropy_collapse cut_off kl_blow_up clipped sampler_mismatch gradient slow_reward unscored""",
+        entropy_collapse cut_off kl_blow_up clipped sampler_mismatch gradient slow_reward unscored max_rollbacks""",
     "expect": "metric step low high source",
     "tracking": "project run_name wandb tensorboard trackio",
 }

@@ -37,10 +37,11 @@ def _all_alike(history: History) -> str | None:
 
 
 def _never_correct(history: History) -> str | None:
-    wrong = history.verdicts["wrong"]
-    if history.steps < 4 * STEPS or history.verdicts["correct"] or not wrong:
+    """A function that judges answers finds wrong ones alone. One that judges the form finds no wrong ones."""
+    wrong = [of["wrong"] for of in history.verdicts.values() if of["wrong"] and not of["correct"]]
+    if history.steps < 4 * STEPS or not wrong:
         return None
-    return f"{wrong:.0f} answers were found in the right form in {history.steps} steps, and none was correct"
+    return f"{wrong[0]} answers were found in the right form in {history.steps} steps, and none was correct"
 
 
 def _accuracy_below_start(history: History) -> str | None:
@@ -135,7 +136,8 @@ RULES = (
         "accuracy_below_start",
         _accuracy_below_start,
         "the policy has unlearned the task: a learning rate that is too high, or a reward that pays something else",
-        "lower optimizer.learning_rate, set algorithm.beta, or go back to an earlier checkpoint (--resume-from)",
+        "lower optimizer.learning_rate, set algorithm.beta, or go back to an earlier checkpoint (--resume-from; with "
+        "health.accuracy_below_start: rollback the run does so itself)",
     ),
     Rule(
         "reward_without_accuracy",

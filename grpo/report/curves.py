@@ -218,7 +218,7 @@ def curves_png(run: RunRecord, facts: dict[str, float]) -> bytes:
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for panel, ax in zip(shown, axes, strict=False):  # panels first, so that zip takes no axes that stay unused
             dress(ax, LIGHT)
-            finish(ax, LIGHT, run.steps, panel.draw(ax, run, LIGHT))
+            finish(ax, LIGHT, run.steps, _drawn(panel, ax, run, LIGHT))
             ax.set_title(panel.title, loc="left", fontweight="bold", color=LIGHT.ink, fontsize=10)
         for ax in list(axes):
             ax.remove()
@@ -227,11 +227,19 @@ def curves_png(run: RunRecord, facts: dict[str, float]) -> bytes:
     return file.getvalue()
 
 
+def _drawn(panel: Panel, ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    """The panel, and a line down where the run went back to its best model."""
+    labels = panel.draw(ax, run, c)
+    for row in run.rollbacks:
+        ax.axvline(row["step"], color=c.muted, linestyle="--", linewidth=1.0)
+    return labels
+
+
 def curves_svg(run: RunRecord) -> list[tuple[Panel, str]]:
     """Each panel as SVG markup to put into a page that defines ``--ink --muted --grid --paper --series-0…``."""
 
     def themed(panel: Panel) -> str:
-        return themed_svg(panel.title, run.steps, lambda ax: panel.draw(ax, run, THEMED))
+        return themed_svg(panel.title, run.steps, lambda ax: _drawn(panel, ax, run, THEMED))
 
     return [(panel, themed(panel)) for panel in panels(run)]
 

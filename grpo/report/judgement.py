@@ -11,7 +11,9 @@ from typing import Literal
 import numpy as np
 
 from grpo.health.bands import Bands
-from grpo.health.watch import Change, Watch
+from grpo.health.history import ROLLED_BACK
+from grpo.health.rules import RULES
+from grpo.health.watch import Change, Watch, sentence
 from grpo.report.attempts import ends
 from grpo.run.read import RunRecord, mapping
 
@@ -81,7 +83,7 @@ def _paired_half_width(run: RunRecord) -> float | None:
 
 def judgement(run: RunRecord, *, running: bool = False) -> list[Finding]:
     """Findings, the most important first."""
-    return [*_of_accuracy(run), *_of_bands(run), *_of_end(run, running), *_of_health(run)]
+    return [*_of_accuracy(run), *_of_bands(run), *_of_end(run, running), *_of_rollbacks(run), *_of_health(run)]
 
 
 def _of_accuracy(run: RunRecord) -> Iterator[Finding]:
@@ -109,7 +111,7 @@ def _of_bands(run: RunRecord) -> Iterator[Finding]:
     """What the recipe expects (``expect``), and what came."""
     expected = [mapping(band) for band in run.setting("expect", []) if isinstance(band, dict)]
     bands = Bands([band for band in expected if {"metric", "step", "low", "high", "source"} <= band.keys()])
-    for row in sorted([*run.training, *run.evaluation], key=lambda row: row["step"]):
+    for row in run.rows():
         for judged in bands.see(row):
             yield Finding("good" if judged.on_track else "bad", f"{judged.text()}.", "expected")
 
@@ -122,6 +124,14 @@ def _of_end(run: RunRecord, running: bool) -> Iterator[Finding]:
         yield Finding("plain", f"It ended, or is, at step {run.steps} of {total:.0f}, and has no final model.")
 
 
+def _of_rollbacks(run: RunRecord) -> Iterator[Finding]:
+    for row in run.rollbacks:
+        rules = [rule.name for rule in RULES if row.get(f"rollback/{rule.name}")]
+        text = f"After step {row['step']} it went back to its best model, of step {row[ROLLED_BACK]:.0f}"
+        why = f"because of {' and '.join(rules) or 'a rule of health'} (a dashed line in the curves)"
+        yield Finding("bad", f"{text}, {why}.", "rollback")
+
+
 def _of_health(run: RunRecord) -> Iterator[Finding]:
     actions = {name: action for name, action in mapping(run.setting("health")).items() if isinstance(action, str)}
     spans = health_spans(run, actions)
@@ -129,17 +139,16 @@ def _of_health(run: RunRecord) -> Iterator[Finding]:
         last = changes[-1][0]
         when = ", ".join(_span(begun.step, None if ended is None else ended.step) for begun, ended in changes[:5])
         more = f" and {len(changes) - 5} times more" if len(changes) > 5 else ""
-        text = f"{when}{more}: {last.statement}. Perhaps {last.rule.cause}. {last.rule.cure[:1].upper()}"
-        yield Finding("bad", f"{text}{last.rule.cure[1:]}.", last.rule.name)
+        text = f"{when}{more}: {last.statement}. Perhaps {last.rule.cause}. {sentence(last.rule.cure)}."
+        yield Finding("bad", text, last.rule.name)
     if not spans:
         yield Finding("good", "No rule of health held.")
 
 
 def health_spans(run: RunRecord, actions: dict[str, str]) -> dict[str, list[tuple[Change, Change | None]]]:
     """By rule, when it began to hold and when that ended (None: it held to the end)."""
-    rows = sorted([*run.training, *run.evaluation], key=lambda row: (row["step"], "eval/accuracy" in row))
     spans: dict[str, list[tuple[Change, Change | None]]] = defaultdict(list)
-    for change in Watch(actions).see_all(rows):
+    for change in Watch(actions).see_all(run.rows()):
         if change.statement is None:
             spans[change.rule.name][-1] = (spans[change.rule.name][-1][0], change)
         else:

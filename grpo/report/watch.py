@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from grpo.errors import UserError, printable
+from grpo.health.history import ROLLED_BACK
 from grpo.health.watch import Watch
 from grpo.report.braille import nice, plot
 from grpo.report.smoothing import smooth
@@ -85,6 +86,8 @@ def _lines(run: RunRecord, width: int, *, ascii_only: bool) -> Iterator[tuple[st
     yield "  ".join(fitting([f"{run.name}: {_progress(run)}", *_facts(run)], width)), "bold"
     for name, statement in _health(run).items():
         yield f"health: {name}: {statement}", "bold red"
+    for row in run.rollbacks:
+        yield f"rollback after step {row['step']}, to the best model: step {row[ROLLED_BACK]:.0f}", "red"
     shown = [curve for curve in CURVES if len(run.series(curve[1])[0])]
     if any(name == "reward" for _, name, _ in shown):
         shown = [curve for curve in shown if curve[1] != "loss"]  # that of a GRPO step says nothing
@@ -120,7 +123,7 @@ def _health(run: RunRecord) -> dict[str, str]:
     """The rules that hold now."""
     actions = {name: action for name, action in mapping(run.setting("health")).items() if isinstance(action, str)}
     seen = Watch(actions)
-    seen.see_all(sorted([*run.training, *run.evaluation], key=lambda row: (row["step"], "eval/accuracy" in row)))
+    seen.see_all(run.rows())
     return seen.holding
 
 

@@ -77,6 +77,8 @@ def ending(folder: Path) -> Iterator[str]:
         yield f"  report  {report}"
     if final.exists():
         yield f"  model   {final}"
+    if (best := folder / "best").exists():
+        yield f"  best    {best}, by {run.setting('training.save_best', 'an evaluation')}"
     if run.setting("stage") == "sft":
         yield f"  next    grpo train RECIPE model.name={shlex.quote(str(final))}"
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from grpo.errors import UserError, first_line
+from grpo.health.history import ROLLED_BACK
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class RunRecord:
     recipe: dict[str, Any]
     recipe_text: str
     environment: dict[str, Any]
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    """Lines that say when the run went back to its best model (``rollback.py``)."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines as the run wrote them: a step, what it was evaluated to, and whether the run then went back."""
+        parts = (self.training, self.evaluation, self.rollbacks)
+        placed = [(row["step"], place, row) for place, part in enumerate(parts) for row in part]
+        return [row for _, _, row in sorted(placed, key=lambda one: one[:2])]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one metric, where it was logged and finite."""
@@ -75,10 +84,12 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl{_runs_inside(folder)}")
     training: dict[int, dict[str, Any]] = {}
     evaluation: dict[int, dict[str, Any]] = {}
+    rollbacks: dict[int, dict[str, Any]] = {}
     for number, row in _numbered(metrics):
         if wrong := [name for name, value in row.items() if not _is_number(value)]:
             raise UserError(f"{metrics}:{number}: {wrong[0]} is {_brief(row[wrong[0]])}, and not a number")
         kind = evaluation if any(name.startswith("eval/") for name in row) else training
+        kind = rollbacks if ROLLED_BACK in row else kind
         kind[row["step"]] = row  # of lines with the same step (a copied log, an older resume) the last counts
     if not training and not evaluation:
         raise UserError(f"{metrics} is empty: the run has not finished its first step")
@@ -101,6 +112,7 @@ def read_run(folder: Path) -> RunRecord:
         recipe=recipe,
         recipe_text=recipe_text,
         environment=environment,
+        rollbacks=[rollbacks[step] for step in sorted(rollbacks)],
     )
 
 
