@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,12 +11,6 @@ from grpo.cli.arguments import Overrides, RecipeArgument, Trust, read_recipe
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
 from grpo.errors import UserError
-
-if TYPE_CHECKING:
-    from grpo.config import Recipe
-    from grpo.model.shape import Shape
-    from grpo.plan.plan import Plan
-    from grpo.plan.work import Lengths
 
 
 def plan(
@@ -61,7 +55,9 @@ def plan(
         shape = find_shape(config or resolved.model.name)
         lengths = assumed_lengths(resolved, prompt=prompt_length, completion=length, with_signal=signal)
         if gpu == "cpu":
-            found = _on_this_cpu(resolved, shape, lengths, price)
+            from grpo.plan.here import plan_on_cpu
+
+            found = plan_on_cpu(resolved, shape, lengths, price=price)
         else:
             found = plan_for_gpus(resolved, shape, CARDS[gpu], lengths, gpus=gpus, fsdp2=fsdp2, price=price)
         if as_json:
@@ -69,15 +65,3 @@ def plan(
         else:
             for line in lines(found):
                 tell(line)
-
-
-def _on_this_cpu(recipe: Recipe, shape: Shape, lengths: Lengths, price: float | None) -> Plan:
-    import torch
-
-    from grpo.model.device_memory import total_memory
-    from grpo.model.devices import compute_dtype
-    from grpo.plan.plan import plan_for_cpu
-
-    device = torch.device("cpu")
-    compute = str(compute_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    return plan_for_cpu(recipe, shape, lengths, capacity=total_memory(device), compute=compute, price=price)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from grpo.plan.probe import Probe
+from grpo.plan.text import short_lines
 
 WIDTH = 80
 SHOWN = 8  # completions on the page
@@ -18,17 +19,34 @@ STYLE = (
 
 
 def lines(probe: Probe, next_step: str) -> Iterator[str]:
-    """``next_step`` is the command that says what a run with these lengths takes."""
+    """``next_step`` is the command that says more of what a run with these lengths takes."""
     yield from figure_lines(probe)
     yield ""
     if probe.goes:
-        yield "Go: nothing speaks against it."
+        yield verdict(probe)
     for finding in probe.findings:
         yield from _wrapped(f"{finding.name}: {finding.text}.", "")
         yield from _wrapped(f"{finding.cure}.", "  ")
     yield ""
-    yield "What a run with these lengths takes:"
+    yield from plan_lines(probe)
+    yield "In full, and for other machines (--gpu):"
     yield f"  {next_step}"
+
+
+def verdict(probe: Probe) -> str:
+    """Of a probe that goes."""
+    if probe.plan is not None and not probe.plan.fits:
+        return "Go, on a machine with more memory: nothing else speaks against it."
+    return "Go: nothing speaks against it."
+
+
+def plan_lines(probe: Probe) -> Iterator[str]:
+    yield "A run with these lengths and this share of groups:"
+    if probe.plan is None:
+        yield from _wrapped(f"nothing is known here of what it takes: {probe.no_plan}.", "  ")
+        return
+    for line in short_lines(probe.plan):
+        yield from textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", drop_whitespace=False)
 
 
 def figure_lines(probe: Probe) -> Iterator[str]:
@@ -54,7 +72,8 @@ def figure_lines(probe: Probe) -> Iterator[str]:
 def page(probe: Probe, title: str) -> str:
     """A self-contained page: figures, findings, and some completions, the best paid and the worst first."""
     text = "\n".join(figure_lines(probe))
-    verdict = "".join(
+    taken = "\n".join(plan_lines(probe))
+    found = "".join(
         f"<p><b>{html.escape(one.name)}</b>: {html.escape(one.text)}. <i>{html.escape(one.cure)}.</i></p>"
         for one in probe.findings
     )
@@ -63,7 +82,8 @@ def page(probe: Probe, title: str) -> str:
     return (
         f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<pre>{html.escape(text)}</pre>{verdict or '<p><b>Go</b>: nothing speaks against it.</p>'}"
+        f"<pre>{html.escape(text)}</pre>{found or f'<p><b>{html.escape(verdict(probe))}</b></p>'}"
+        f"<pre>{html.escape(taken)}</pre>"
         f"<h2>Completions, best and worst paid</h2>{''.join(map(_completion, shown))}"
     )
 
