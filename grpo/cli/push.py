@@ -23,9 +23,11 @@ def push(
 ) -> None:
     """Push a run's final model with its card to the hub. Checkpoints, logs and recipe stay here."""
     with exit_codes():
+        from grpo.run.read import no_run
+
         run = run.expanduser()
         if not run.is_dir():
-            raise UserError(f"{run}: no such run folder")
+            raise UserError(no_run(run))
         from grpo.run import push as pushing
 
         files = pushing.files_to_push(run, rollouts=rollouts)

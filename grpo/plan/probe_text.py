@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from grpo.plan.probe import Probe
+from grpo.report.markup import completion, document, e, table
 
 WIDTH = 80
 SHOWN = 8  # completions on the page
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
-    "pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:.6rem;border:1px solid #8886}"
-)
+GOES = "Nothing speaks against it."
 
 
 def lines(probe: Probe, next_step: str) -> Iterator[str]:
@@ -22,7 +19,7 @@ def lines(probe: Probe, next_step: str) -> Iterator[str]:
     yield from figure_lines(probe)
     yield ""
     if probe.goes:
-        yield "Go: nothing speaks against it."
+        yield f"Go: {GOES[:1].lower()}{GOES[1:]}"
     for finding in probe.findings:
         yield from _wrapped(f"{finding.name}: {finding.text}.", "")
         yield from _wrapped(f"{finding.cure}.", "  ")
@@ -32,12 +29,17 @@ def lines(probe: Probe, next_step: str) -> Iterator[str]:
 
 
 def figure_lines(probe: Probe) -> Iterator[str]:
-    f = probe.figures
-    yield f"{f.groups} prompts, {f.completions} completions, {f.seconds:.1f} s to sample and score"
+    yield _sampled(probe)
     yield ""
-    share = f"{f.with_signal:.0%} of groups [{f.signal_low:.0%}, {f.signal_high:.0%}]"
-    rows = {
-        "with a signal": share,
+    for name, text in figures(probe).items():
+        yield from textwrap.wrap(f"{name:<16}{text}", WIDTH, subsequent_indent=" " * 16)
+
+
+def figures(probe: Probe) -> dict[str, str]:
+    """Each figure's name and its text."""
+    f = probe.figures
+    return {
+        "with a signal": f"{f.with_signal:.0%} of groups [{f.signal_low:.0%}, {f.signal_high:.0%}]",
         "pass@1": f"{f.accuracy:.3f} [{f.accuracy_low:.3f}, {f.accuracy_high:.3f}]",
         f"pass@{f.completions // max(f.groups, 1)}": f"{f.pass_at_G:.3f}",
         "reward": f"{f.reward:.3f}" + (f", {f.unscored:.0%} without one" if f.unscored else ""),
@@ -47,30 +49,42 @@ def figure_lines(probe: Probe) -> Iterator[str]:
         "entropy": f"{f.entropy:.3f} nats a token",
         "sampler": f"{f.sampler_difference:.2g} nats a token from the trainer",
     }
-    for name, text in rows.items():
-        yield from textwrap.wrap(f"{name:<16}{text}", WIDTH, subsequent_indent=" " * 16)
+
+
+def _sampled(probe: Probe) -> str:
+    f = probe.figures
+    return f"{f.groups} prompts, {f.completions} completions, {f.seconds:.1f} s to sample and score"
 
 
 def page(probe: Probe, title: str) -> str:
-    """A self-contained page: figures, findings, and some completions, the best paid and the worst first."""
-    text = "\n".join(figure_lines(probe))
-    verdict = "".join(
-        f"<p><b>{html.escape(one.name)}</b>: {html.escape(one.text)}. <i>{html.escape(one.cure)}.</i></p>"
+    """A page of the look of a run's report: the verdict, what speaks against a run, figures, and some completions, the
+    best paid and the worst."""
+    found = "".join(
+        f'<li class="bad"><b>{e(one.name)}</b> {e(one.text)}. {e(one.cure[:1].upper() + one.cure[1:])}.</li>'
         for one in probe.findings
     )
+    said = found or f'<li class="good">{e(GOES)}</li>'
     ordered = sorted(probe.rows, key=lambda row: -(row["reward"] if row["reward"] is not None else float("-inf")))
     shown = ordered[: SHOWN // 2] + ordered[len(ordered) - SHOWN // 2 :] if len(ordered) > SHOWN else ordered
-    return (
-        f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<pre>{html.escape(text)}</pre>{verdict or '<p><b>Go</b>: nothing speaks against it.</p>'}"
-        f"<h2>Completions, best and worst paid</h2>{''.join(map(_completion, shown))}"
-    )
+    body = f"""<header><h1>{e(title)}</h1><p>{e(_sampled(probe))}</p></header>
+<section class="lead alone"><div><h2>Will it learn?</h2><p class="big">{"Go" if probe.goes else "Not yet"}</p>
+<ul class="findings">{said}</ul></div></section>
+<section><h2>Figures</h2>{table(figures(probe).items())}</section>
+<section class="prompts" style="--columns: 1"><h2>Completions, the best paid and the worst</h2>
+{"".join(map(_completion, shown))}</section>"""
+    return document(title, body)
 
 
 def _completion(row: dict[str, Any]) -> str:
-    said = f"reward {row['reward']}, {row['num_tokens']} tokens, ended by {row['status']}"
-    return f"<p>{html.escape(said)}</p><pre>{html.escape(row['prompt'])}<b>{html.escape(row['completion'])}</b></pre>"
+    reward = row["reward"]
+    tone = "unknown" if reward is None else "good" if reward >= 1 else "bad"
+    said = "unscored" if reward is None else f"reward {reward:g}"
+    notes = f"{row['num_tokens']} tokens" + (" · cut off" if row["status"] == "length" else "")
+    return (
+        f'<article><pre class="prompt">{e(row["prompt"])}</pre><div class="cells"><div class="cell {tone}">'
+        f'<p class="note"><span class="verdict">{e(said)}</span> {e(notes)}</p>'
+        f"<pre>{completion(str(row['completion']))}</pre></div></div></article>"
+    )
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

@@ -81,7 +81,7 @@ def ending(folder: Path) -> Iterator[str]:
         yield f"  next    grpo train RECIPE model.name={shlex.quote(str(final))}"
     else:
         yield f"  next    grpo eval {name}"
-    yield f"          grpo report {name}"
+        yield f"          grpo chat {name}"
 
 
 def _achieved(run: RunRecord) -> Iterator[str]:

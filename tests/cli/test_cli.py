@@ -62,6 +62,13 @@ def test_missing_recipe(command):
         (["trane", "x"], "grpo: no such command 'trane'. Did you mean 'train'? (grpo --help)"),
         (["train", "recipe.yaml", "--resum"], "grpo train: no such option: --resum (Possible options: --resume, "
          "--resume-from) (grpo train --help)"),
+        (["train", "recipe.yaml", "--max_steps", "3"], "grpo train: no such option: --max_steps; write "
+         "training.max_steps=VALUE (grpo train --help)"),
+        (["train", "recipe.yaml", "--lr=1"], "grpo train: no such option: --lr; write optimizer.learning_rate=VALUE "
+         "(grpo train --help)"),
+        (["eval", "run", "--temperature", "0"], "grpo eval: no such option: --temperature; write "
+         "rollout.temperature=VALUE or evaluation.temperature=VALUE (grpo eval --help)"),
+        (["watch", "run", "--seed", "0"], "grpo watch: no such option: --seed (grpo watch --help)"),
         (["recipes", "shwo"], "grpo recipes: no such command 'shwo'. Did you mean 'show'? (grpo recipes --help)"),
         (["train", "recpie.yaml"], "recpie.yaml: no such file or recipe, did you mean recipe.yaml?"),
         (["eval", "rollout.top_k=1"], "rollout.top_k=1: no recipe given, only an override; the recipe comes first"),

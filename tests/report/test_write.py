@@ -12,11 +12,12 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from grpo.errors import UserError
 from grpo.report.attempts import KINDS, PROMPTS_A_KIND, side_by_side
-from grpo.report.curves import panels, summary
+from grpo.report.curves import BARS, draw, panels, summary
 from grpo.report.drawing import LIGHT, apart, finish
 from grpo.report.judgement import gain, judgement
 from grpo.report.markup import common_prefix, completion, marked
@@ -213,7 +214,7 @@ def test_the_end_says_where_everything_is_and_what_comes_next(tmp_path, monkeypa
         "  report  my run/report.html",
         "  model   my run/final",
         "  next    grpo eval 'my run'",
-        "          grpo report 'my run'",
+        "          grpo chat 'my run'",
     ]
 
 
@@ -334,6 +335,28 @@ def test_settings_and_facts_of_odd_types_are_left_out(small):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("small") / "run", steps=2, every=1, tasks=2)
+
+
+def test_what_a_recipe_expects_is_drawn_and_never_outside_of_the_axes(tmp_path):
+    run = make_run(tmp_path / "run", steps=4, every=2, tasks=2)
+    bands = [
+        {"metric": "eval/accuracy", "step": 4, "low": 0.6, "high": 0.8, "source": "three seeds"},
+        {"metric": "completions/mean_length", "step": 2, "low": 50, "high": 70, "source": "three seeds"},
+        {"metric": "reward", "step": 9, "low": 0, "high": 1, "source": "not there yet"},
+    ]
+    with (run / "recipe.yaml").open("a") as recipe:
+        recipe.write(f"expect: {json.dumps(bands)}\n")
+    record = read_run(run)
+    drawn = {}
+    for panel in panels(record):
+        ax = Figure().add_subplot()
+        finish(ax, LIGHT, record.steps, draw(panel, ax, record, LIGHT))
+        bars = [c.get_segments()[0].tolist() for c in ax.collections if isinstance(c, LineCollection)]
+        if bars:
+            drawn[panel.title] = bars
+            assert max(top for (_, _), (_, top) in bars) <= ax.get_ylim()[1]
+            assert panel.caption.endswith(BARS)
+    assert drawn == {"Held-out accuracy": [[[4, 0.6], [4, 0.8]]], "Completion length": [[[2, 50], [2, 70]]]}
 
 
 def test_what_a_recipe_expects_is_judged_in_words(tmp_path):
