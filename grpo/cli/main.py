@@ -63,7 +63,7 @@ def main() -> None:
 
 def _in_one_line(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "grpo"
-    message = error.format_message().rstrip(".")
+    message = error.format_message().rstrip(".").replace("Input should be", "must be").split(", unable to parse")[0]
     return f"{command}: {message[:1].lower()}{message[1:]}{_key_meant(error)} ({command} --help)"
 
 

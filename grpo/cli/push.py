@@ -30,6 +30,7 @@ def push(
             raise UserError(no_run(run))
         from grpo.run import push as pushing
 
+        pushing.check_repository(repository)
         files = pushing.files_to_push(run, rollouts=rollouts)
         width = max(len(file.name) for file in files)
         for file in files:

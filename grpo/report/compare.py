@@ -117,6 +117,8 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
 def compare(folders: Sequence[Path]) -> list[Side]:
     """The runs, by recipe, in the order given. Raises UserError where there are not two, or one cannot be read."""
     if len(folders) < 2:
+        for folder in folders:
+            read_run(folder)  # a folder of runs is told by their names
         raise UserError("compare takes two run folders or more: grpo compare RUN RUN ...")
     by_recipe: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = {}
     for run in map(read_run, folders):

@@ -13,6 +13,7 @@ from grpo.report.compare import EXPLAINED, FACTS, Side, compare, paired, shared
 from grpo.report.markup import document, e
 
 COLOURS = 8  # of page.css
+WIDTH = 80  # of what is written to a terminal
 MOST = 4  # sides whose completions stand beside each other
 
 
@@ -47,17 +48,33 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
 
 
 def terminal(sides: Sequence[Side]) -> Iterator[str]:
-    """A line for each figure and a column for each side, headed by its letter; what the letters stand for is first."""
+    """A line for each figure and a column for each side, headed by its letter; what the letters stand for is first.
+    Sides that do not fit beside the others come below them."""
     for side in sides:
-        yield f"{side.letter}  {side.label}"
+        yield from textwrap.wrap(f"{side.letter}  {side.label}", WIDTH, subsequent_indent="   ")
     yield ""
     rows = [["", *(side.letter for side in sides)], *_figures(sides)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(sides) + 1)]
-    for row in rows:
-        yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-    yield ""
-    yield from _tests(sides)
-    yield from textwrap.wrap(EXPLAINED, 80)
+    for block in _blocks(widths):
+        for row in rows:
+            yield "  ".join(row[i].ljust(widths[i]) for i in (0, *block)).rstrip()
+        yield ""
+    for text in _tests(sides):
+        yield from textwrap.wrap(text, WIDTH)
+    yield from textwrap.wrap(EXPLAINED, WIDTH)
+
+
+def _blocks(widths: Sequence[int]) -> list[list[int]]:
+    """The columns behind the first, those together that fit beside it."""
+    blocks: list[list[int]] = []
+    taken = WIDTH
+    for i, width in enumerate(widths[1:], start=1):
+        if taken + 2 + width > WIDTH:
+            blocks.append([])
+            taken = widths[0]
+        blocks[-1].append(i)
+        taken += 2 + width
+    return blocks
 
 
 def _figures(sides: Sequence[Side]) -> list[list[str]]:

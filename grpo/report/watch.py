@@ -157,7 +157,8 @@ def _box(
     curve = plot(list(steps), list(smooth(values)), across, height, right=run.steps, top=top, ascii_only=ascii_only)
     bar = "|" if ascii_only else "│"
     marks = {0: f"{top:g}", height - 1: "0"}
-    lines = [f"{title} {values[-1]:.4g}"]
+    last = float(values[-1])
+    lines = [f"{title} {last:.3f}" if last == 0 or 0.001 <= last < 10 else f"{title} {last:.4g}"]
     lines += [f"{marks.get(i, ''):>{margin - 1}} {bar}{line}" for i, line in enumerate(curve)]
     return [line[:width].ljust(width) for line in lines]
 
@@ -172,7 +173,8 @@ def _completions(run: RunRecord, width: int, room: int | None) -> Iterator[Line]
     rows = list(read_rollouts(files[-1]))
     best = sorted(rows, key=lambda row: -(row.get("reward") or 0.0))
     yield "", ""
-    yield f"newest completions ({files[-1].stem}), the best, the middle and the worst paid of {len(rows)}", "bold"
+    step = files[-1].stem.removeprefix("step_").lstrip("0")
+    yield f"newest completions (step {step}): the best, middle and worst paid of {len(rows)}"[:width], "bold"
     places = dict.fromkeys([0, len(best) // 2, len(best) - 1]) if best else {}
     for place in list(places)[:count]:
         row = best[place]

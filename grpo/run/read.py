@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,8 @@ def no_run(folder: Path) -> str:
         return f"{folder}: is a recipe, and not a run folder; a run lies where its training.output_dir says"
     runs = {path.name: path for path in folder.parent.glob("*") if _holds_run(path)}
     near = difflib.get_close_matches(folder.name, runs, n=1)
-    return f"{folder}: no such run folder" + (f", did you mean {runs[near[0]]}?" if near else "")
+    meant = f", did you mean {runs[near[0]]}?" if near else f"; there are {_named(runs.values())}" if runs else ""
+    return f"{folder}: no such run folder{meant}"
 
 
 def runs_nearby(folder: Path) -> str:
@@ -196,9 +197,14 @@ def runs_nearby(folder: Path) -> str:
         return ""
     if owner := next((parent for parent in folder.parents if _holds_run(parent)), None):
         return f"; it is of the run {owner}"
-    runs = sorted(str(path) for path in folder.glob("*") if _holds_run(path))
-    more = f", and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
-    return f"; runs inside it: {', '.join(runs[:MOST_NAMED])}{more}" if runs else ""
+    runs = [path for path in folder.glob("*") if _holds_run(path)]
+    return f"; runs inside it: {_named(runs)}" if runs else ""
+
+
+def _named(runs: Iterable[Path]) -> str:
+    names = sorted(map(str, runs))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def _holds_run(folder: Path) -> bool:

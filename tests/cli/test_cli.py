@@ -132,6 +132,19 @@ def test_train_calls_its_stage(stand_in, stage, switches, resume):
     assert called == [({"grpo": "trainer", "sft": "sft"}[stage], recipe, resume)]
 
 
+def test_a_used_folder_is_refused_before_anything_is_loaded(stand_in):
+    called = []
+    stand_in("trainer", train=lambda *given, **_: called.append(given))
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text("{}\n")
+    for switches in ([], ["--probe"]):
+        result = run("train", "recipe.yaml", *switches)
+        assert result.exit_code == 2
+        assert "already holds a run (metrics.jsonl)" in result.stderr
+    assert run("train", "recipe.yaml", "--resume").exit_code == 0
+    assert len(called) == 1
+
+
 # --- eval, report ---
 
 
@@ -194,6 +207,12 @@ def test_a_stranger_s_run_executes_nothing_without_trust(tmp_path, stand_in, com
         assert len(called) == 1
         own = run(*command, "rewards=[{name: countdown}]")
         assert own.exit_code == 0, "an override replaces the stranger's code"
+
+
+def test_eval_of_a_run_that_is_not_there():
+    Path("runs/smoke").mkdir(parents=True)
+    Path("runs/smoke/metrics.jsonl").touch()
+    assert run("eval", "runs/smok").stderr == "runs/smok: no such run folder, did you mean runs/smoke?\n"
 
 
 def test_eval_of_a_run_that_has_no_model_yet():

@@ -90,6 +90,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     run = re.escape(str(tmp_path / "runs" / "smoke"))
     with pytest.raises(UserError, match=f"no such run folder, did you mean {run}\\?$"):
         read_run(tmp_path / "runs" / "smok")
+    with pytest.raises(UserError, match=f"no such run folder; there are {run}$"):
+        read_run(tmp_path / "runs" / "demo")
     with pytest.raises(UserError, match=f"is a file, and not a run folder; it is of the run {run}$"):
         read_run(tmp_path / "runs" / "smoke" / "metrics.jsonl")
     with pytest.raises(UserError, match=f"no metrics\\.jsonl in it\\); it is of the run {run}$"):
