@@ -64,17 +64,17 @@ def main() -> None:
 def _in_one_line(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "grpo"
     message = error.format_message().rstrip(".").replace("Input should be", "must be").split(", unable to parse")[0]
-    return f"{command}: {message[:1].lower()}{message[1:]}{_key_meant(error)} ({command} --help)"
+    if meant := _key_meant(error):  # nearer than the options that are spelt alike
+        message = f"{error.message}; write {meant}"
+    return f"{command}: {message[:1].lower()}{message[1:]} ({command} --help)"
 
 
 def _key_meant(error: Any) -> str:
     """Of an option that does not exist, the keys of the recipe that it may mean: ``--max_steps``, ``--lr``."""
     option, command = getattr(error, "option_name", ""), error.ctx.command if error.ctx else None
     takes_keys = command is not None and any(parameter.name == "overrides" for parameter in command.params)
-    if not option or not takes_keys or getattr(error, "possibilities", None):
-        return ""
-    keys = places(option.lstrip("-").replace("-", "_"))
-    return f"; write {' or '.join(f'{key}=VALUE' for key in keys)}" if keys else ""
+    keys = places(option.lstrip("-").replace("-", "_")) if option and takes_keys else []
+    return " or ".join(f"{key}=VALUE" for key in keys)
 
 
 def _print_version(wanted: bool) -> None:
