@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from grpo.plan.probe import Probe
-from grpo.report.markup import completion, document, e, table
+from grpo.report.markup import completion, document, e, in_words, table
 
 WIDTH = 80
 SHOWN = 8  # completions on the page
@@ -60,12 +60,13 @@ def page(probe: Probe, title: str) -> str:
     """A page of the look of a run's report: the verdict, what speaks against a run, figures, and some completions, the
     best paid and the worst."""
     found = "".join(
-        f'<li class="bad"><b>{e(one.name)}</b> {e(one.text)}. {e(one.cure[:1].upper() + one.cure[1:])}.</li>'
+        f'<li class="bad"><b>{e(one.name)}</b> {in_words(f"{one.text}. {one.cure[:1].upper()}{one.cure[1:]}.")}</li>'
         for one in probe.findings
     )
     said = found or f'<li class="good">{e(GOES)}</li>'
     ordered = sorted(probe.rows, key=lambda row: -(row["reward"] if row["reward"] is not None else float("-inf")))
-    shown = ordered[: SHOWN // 2] + ordered[len(ordered) - SHOWN // 2 :] if len(ordered) > SHOWN else ordered
+    best, worst = _of_each_prompt(ordered)[: SHOWN // 2], _of_each_prompt(ordered[::-1])[: SHOWN // 2]
+    shown = best + [row for row in reversed(worst) if not any(row is other for other in best)]
     body = f"""<header><h1>{e(title)}</h1><p>{e(_sampled(probe))}</p></header>
 <section class="lead alone"><div><h2>Will it learn?</h2><p class="big">{"Go" if probe.goes else "Not yet"}</p>
 <ul class="findings">{said}</ul></div></section>
@@ -73,6 +74,11 @@ def page(probe: Probe, title: str) -> str:
 <section class="prompts" style="--columns: 1"><h2>Completions, the best paid and the worst</h2>
 {"".join(map(_completion, shown))}</section>"""
     return document(title, body)
+
+
+def _of_each_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first row of each prompt, in their order."""
+    return list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
 
 
 def _completion(row: dict[str, Any]) -> str:

@@ -82,7 +82,10 @@ class Paired:
 
     def text(self, one: str, other: str) -> str:
         if not self.prompts:
-            return f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept."
+            return (
+                f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept. With one "
+                "data.args.seed in both, a task of grpo's holds out the same under every training.seed."
+            )
         said = "may be chance" if self.p > 0.05 else "is more than chance"
         return (
             f"{other} does better than {one} on {self.better} of {self.prompts} shared held-out prompts and worse on "

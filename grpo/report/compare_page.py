@@ -108,7 +108,7 @@ def _letter(i: int, side: Side) -> str:
 
 def _completions(sides: Sequence[Side]) -> str:
     """What the sides answered at the end to prompts that all of them held out, where they differ first."""
-    sides = sides[:MOST]
+    sides = [side for side in sides if side is sides[0] or shared([sides[0], side])][:MOST]
     prompts = shared(sides)
     if not prompts or len(sides) < 2:
         return ""

@@ -122,7 +122,8 @@ def _of_bands(run: RunRecord) -> Iterator[Finding]:
     bands = Bands(expected(run))
     for row in sorted([*run.training, *run.evaluation], key=lambda row: row["step"]):
         for judged in bands.see(row):
-            yield Finding("good" if judged.on_track else "bad", f"{judged.text()}.", "expected")
+            name, _, text = judged.text().partition(" at ")
+            yield Finding("good" if judged.on_track else "bad", f"at {text}.", name)
 
 
 def _of_end(run: RunRecord, running: bool) -> Iterator[Finding]:
@@ -143,7 +144,7 @@ def _of_health(run: RunRecord) -> Iterator[Finding]:
         text = f"{when}{more}: {last.statement}. Perhaps {last.rule.cause}. {last.rule.cure[:1].upper()}"
         yield Finding("bad", f"{text}{last.rule.cure[1:]}.", last.rule.name)
     if not spans:
-        yield Finding("good", "No rule of health held.")
+        yield Finding("good", "Health: no rule saw anything wrong.")
 
 
 def health_spans(run: RunRecord, actions: dict[str, str]) -> dict[str, list[tuple[Change, Change | None]]]:
