@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from grpo.errors import UserError
 from grpo.report.attempts import KINDS, PROMPTS_A_KIND, side_by_side
 from grpo.report.curves import BARS, draw, panels, summary
-from grpo.report.drawing import LIGHT, apart, finish
+from grpo.report.drawing import LIGHT, apart, dress, finish
 from grpo.report.judgement import gain, judgement
 from grpo.report.markup import common_prefix, completion, marked
 from grpo.report.write import ending, write_report, write_report_at_end
@@ -154,6 +154,24 @@ def test_only_what_the_recipe_says_beside_the_defaults_is_listed(run, page):
     assert "rewards.0.name" in names
     assert "training.seed" not in names  # which the recipe gives, and which is the default
     assert "training: {output_dir: runs/demo" in (run / "report.html").read_text()  # the whole, to fold out
+
+
+def test_an_axis_ends_at_a_mark_and_a_curve_of_zeros_lies_at_its_foot():
+    for values, expected in (
+        ([0.0, 34.5], (0, 40)),
+        ([0.0, 0.208], (0, 0.25)),
+        ([0.0, 0.0], (0, 1)),
+        ([-4.0, 3.2], None),
+    ):
+        ax = Figure().add_subplot()
+        dress(ax, LIGHT)
+        ax.plot([0, 5], values)
+        finish(ax, LIGHT, 5, [])
+        low, high = ax.get_ylim()
+        if expected:
+            assert (low, high) == pytest.approx(expected)
+        assert low <= min(values)
+        assert high >= max(values)
 
 
 @pytest.mark.slow
