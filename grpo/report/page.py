@@ -73,7 +73,7 @@ def _headline(facts: Mapping[str, float], found: Gain | None) -> str:
 
 
 def _big(title: str, before: float, after: float, tone: str = "plain") -> str:
-    return f'<h2>{e(title)}</h2><p class="big">{before:.3f} → <span class="{tone}">{after:.3f}</span></p>'
+    return f'<div class="{tone}"><h2>{e(title)}</h2><p class="big">{before:.3f} → {after:.3f}</p></div>'
 
 
 def _findings(run: RunRecord, running: bool) -> str:

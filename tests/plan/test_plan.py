@@ -155,6 +155,7 @@ def test_a_plan_for_a_card_imports_no_torch() -> None:
         (["--gpus", "8"], "--gpus: say which with --gpu: 24gb, 48gb"),
         (["--fsdp2"], "--fsdp2: say which with --gpu: 24gb, 48gb"),
         (["--gpu", "h100", "model.name=nobody/knows"], "--config FILE"),
+        (["--gpu", "h100", "--config", "nosuch.json"], "--config: nosuch.json: no such file"),
         (["--gpu", "h100", "--config", "README.md"], "cannot be read as a model's configuration"),
     ],
 )
