@@ -80,6 +80,10 @@ class Paired:
     def p(self) -> float:
         return sign_test(self.better, self.worse)
 
+    @property
+    def tone(self) -> str:
+        return "plain" if self.p > 0.05 else "good" if self.better > self.worse else "bad"
+
     def text(self, one: str, other: str) -> str:
         if not self.prompts:
             return (

@@ -28,7 +28,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
     figures = "".join(
         f"<figure><figcaption><b>{e(title)}</b></figcaption>{svg}</figure>" for title, svg in curves(sides)
     )
-    tests = "".join(f"<li>{e(line)}</li>" for line in _tests(sides))
+    tests = "".join(f'<li class="{tone}">{e(line)}</li>' for tone, line in _tests(sides))
     runs = "".join(
         f"<tr><th>{e(side.letter)}</th><td>{e(', '.join(str(run.folder) for run in side.runs))}</td></tr>"
         for side in sides
@@ -59,7 +59,7 @@ def terminal(sides: Sequence[Side]) -> Iterator[str]:
         for row in rows:
             yield "  ".join(row[i].ljust(widths[i]) for i in (0, *block)).rstrip()
         yield ""
-    for text in _tests(sides):
+    for _, text in _tests(sides):
         yield from textwrap.wrap(text, WIDTH)
     yield from textwrap.wrap(EXPLAINED, WIDTH)
 
@@ -86,14 +86,19 @@ def _figures(sides: Sequence[Side]) -> list[list[str]]:
     ]
 
 
-def _tests(sides: Sequence[Side]) -> list[str]:
+def _tests(sides: Sequence[Side]) -> list[tuple[str, str]]:
+    """Of each side against the first: whether it is better or worse, as a colour, and the test in words."""
     if len(sides) < 2:
-        return ["These are seeds of one recipe: there is nothing to test."]
-    return [paired(sides[0], other).text(sides[0].letter, other.letter) for other in sides[1:]]
+        return [("plain", "These are seeds of one recipe: there is nothing to test.")]
+    found = [(paired(sides[0], other), other.letter) for other in sides[1:]]
+    return [(one.tone, one.text(sides[0].letter, letter)) for one, letter in found]
 
 
 def _table(sides: Sequence[Side]) -> str:
-    head = "".join(f'<th class="side">{_letter(i, side)} {e(side.label)}</th>' for i, side in enumerate(sides))
+    head = "".join(
+        f'<th class="side">{_letter(i, side)} {e(side.label).replace("=", "=<wbr>")}</th>'
+        for i, side in enumerate(sides)
+    )
     rows = "".join(
         f"<tr><th>{e(name)}</th>{''.join(f'<td>{e(text)}</td>' for text in texts)}</tr>"
         for name, *texts in _figures(sides)
