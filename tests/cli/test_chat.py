@@ -115,6 +115,7 @@ def test_a_model_to_compare_with_that_is_not_there_is_named_as_it_was_given(a_ru
     assert result.stderr.startswith("--compare ./nosuch: ")
 
 
+@pytest.mark.slow  # imports torch in a process of its own
 def test_ctrl_c_ends_in_one_line(a_run: Path) -> None:
     script = (
         "import os, signal, sys, grpo.cli.answer as a\n"
