@@ -19,6 +19,7 @@ from grpo.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
+from grpo.config.teacher import TeacherConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "ScoringConfig",
+    "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",
 ]
