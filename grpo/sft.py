@@ -14,7 +14,7 @@ from grpo.backends import TeacherServers, find_servers
 from grpo.config import Recipe
 from grpo.metrics import Clock
 from grpo.model.optimizer import learning_rate
-from grpo.model.teacher import compared_with
+from grpo.model.teacher import check_teacher, compared_with
 from grpo.packing import MicroBatch
 from grpo.report.card import card_at_end
 from grpo.report.live import LiveReport
@@ -34,6 +34,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     accelerator = make_accelerator(recipe)
     recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
+    check_teacher(recipe, tokenizer)
     servers = find_servers(recipe, accelerator, tokenizer)
     run = start_run(recipe, accelerator, tokenizer, stop_ids, task, resume, allow_changed_inputs=allow_changed_inputs)
     held_out: list[Example] = []  # asked of a server once: the teacher does not change

@@ -29,6 +29,7 @@ from grpo.evaluate import evaluate
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, staleness_metrics
 from grpo.model.optimizer import learning_rate
+from grpo.model.teacher import check_teacher
 from grpo.prompts.order import curriculum_metrics, prompts_of_step, updated_pass_rates
 from grpo.report.card import card_at_end
 from grpo.report.live import LiveReport
@@ -57,6 +58,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
+    check_teacher(recipe, tokenizer)
     tell_left_out(recipe.rewards, recipe.scoring.environment)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)

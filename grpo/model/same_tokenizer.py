@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("grpo")
 
 SHOWN = 3  # differences in a message
+CURE = (
+    "Take a teacher of the same family, or distill through text: sample from the teacher and train with stage sft on "
+    "what it says"
+)
 # Numbers, code, other scripts, spaces: where tokenizers of equal vocabularies may cut differently.
 TEXTS = (
     "The answer is 1,234.5 + 67/8 = x^2; isn't it?  Two  spaces,\ttab\n\nand lines.",
@@ -31,8 +35,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         shown = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
         raise UserError(
             f"teacher.name: the tokenizer of {name} is not the student's, so it can't judge the student's tokens: "
-            f"{shown}. Take a teacher of the same family, or distill through text: sample from the teacher and train with stage "
-            "sft on what it says"
+            f"{shown}. {CURE}"
         )
     if student.eos_token_id != teacher.eos_token_id:
         log.warning(

@@ -142,7 +142,7 @@ def load_teacher(recipe: Recipe, policy: Policy) -> None:
     The first process reads it and sends it to the others. If it can't compute packed rows, the policy's are padded too.
 
     Raises:
-        UserError: it can't be loaded or read the recipe's rows, or its tokenizer is not the student's.
+        UserError: it can't be loaded, or can't compute the recipe's rows.
     """
     config = recipe.teacher
     if config is None or config.name is None:
@@ -153,7 +153,6 @@ def load_teacher(recipe: Recipe, policy: Policy) -> None:
 
     def read_and_check() -> str | None:
         with _as_teacher():
-            check_teacher(recipe, policy.tokenizer)
             read.append(load_weights(model, dtype))
             return _check(read[0], recipe, policy, dtype)
 
@@ -173,8 +172,10 @@ def load_teacher(recipe: Recipe, policy: Policy) -> None:
 
 
 def check_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be known of ``teacher.name`` before its weights load. Raises UserError."""
-    assert recipe.teacher is not None
+    """Look at ``teacher.name``, if there is one, before any weights load. Raises UserError where it can't be read, or
+    can't judge the student's tokens."""
+    if recipe.teacher is None or recipe.teacher.name is None:
+        return
     model = model_of(recipe.teacher)
     with _as_teacher():
         check_same_tokenizer(tokenizer, load_tokenizer(model), str(recipe.teacher.name))

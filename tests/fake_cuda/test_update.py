@@ -101,7 +101,7 @@ def test_every_loss(watch: Watch) -> None:
     for loss_type in LOSSES:
         for mode in ("sequence_mask", "token_truncate"):
             leaves = [x.detach().requires_grad_() for x in found[:2]]
-            policy.statistics = lambda *_, _leaves=leaves, **__: (*_leaves, found[2])
+            policy.statistics = lambda *_, _leaves=leaves, **__: (*_leaves, *found[2:])
             policy.reference_logprobs = lambda *_: found[0].detach()
             algorithm = AlgorithmConfig(
                 loss_type=loss_type, beta=0.1, entropy_coef=0.1, importance_sampling_mode=mode, delta=4.0

@@ -18,6 +18,7 @@ from grpo.backends.vllm.api import UNKNOWN, Server, ServerGone
 from grpo.backends.vllm.pool import open_session
 from grpo.config import TeacherConfig
 from grpo.errors import BackendFailed, UserError
+from grpo.model.same_tokenizer import CURE
 from grpo.types import TeacherSays
 
 if TYPE_CHECKING:
@@ -88,9 +89,8 @@ class TeacherServers:
         theirs = await server.detokenize(model, [first], timeout=self.config.timeout)
         raise UserError(
             f"teacher.url: the tokenizer of {server.url} is not the student's, so it can't judge the student's tokens: "
-            f"token {first} is {_text(tokenizer, [first])!r} of the student and {theirs!r} of the teacher. Take a "
-            "teacher of the same family, or distill through text: sample from the teacher and train with stage sft on "
-            "what it says"
+            f"token {first} is {_text(tokenizer, [first])!r} of the student and {theirs!r} of the teacher. "
+            f"{CURE}"
         )
 
     async def _same(self, server: Server, model: str, tokenizer: Any, first: int, last: int) -> bool:
