@@ -41,6 +41,10 @@ def plan(
     config: Annotated[
         str | None, typer.Option("--config", metavar="FILE", help="The model's config.json, where it is not here.")
     ] = None,
+    teacher_config: Annotated[
+        str | None,
+        typer.Option("--teacher-config", metavar="FILE", help="The config.json of teacher.name, where it is not here."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
     trust: Trust = False,
 ) -> None:
@@ -60,10 +64,13 @@ def plan(
             raise UserError(f"--gpu: {gpu} is not one of cpu, {', '.join(CARDS)}")
         shape = find_shape(config or resolved.model.name)
         lengths = assumed_lengths(resolved, prompt=prompt_length, completion=length, with_signal=signal)
+        named = teacher_config or (resolved.teacher.name if resolved.teacher is not None else None)
+        teacher = find_shape(named, key="teacher.name", option="--teacher-config") if named else None
         if gpu == "cpu":
-            found = _on_this_cpu(resolved, shape, lengths, price)
+            found = _on_this_cpu(resolved, shape, lengths, price, teacher)
         else:
-            found = plan_for_gpus(resolved, shape, CARDS[gpu], lengths, gpus=gpus, fsdp2=fsdp2, price=price)
+            options = {"gpus": gpus, "fsdp2": fsdp2, "price": price, "teacher": teacher}
+            found = plan_for_gpus(resolved, shape, CARDS[gpu], lengths, **options)
         if as_json:
             tell(json.dumps(found.as_json(), indent=2))
         else:
@@ -71,7 +78,7 @@ def plan(
                 tell(line)
 
 
-def _on_this_cpu(recipe: Recipe, shape: Shape, lengths: Lengths, price: float | None) -> Plan:
+def _on_this_cpu(recipe: Recipe, shape: Shape, lengths: Lengths, price: float | None, teacher: Shape | None) -> Plan:
     import torch
 
     from grpo.model.device_memory import total_memory
@@ -80,4 +87,5 @@ def _on_this_cpu(recipe: Recipe, shape: Shape, lengths: Lengths, price: float | 
 
     device = torch.device("cpu")
     compute = str(compute_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    return plan_for_cpu(recipe, shape, lengths, capacity=total_memory(device), compute=compute, price=price)
+    options = {"capacity": total_memory(device), "compute": compute, "price": price, "teacher": teacher}
+    return plan_for_cpu(recipe, shape, lengths, **options)

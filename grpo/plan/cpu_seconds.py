@@ -20,15 +20,17 @@ from grpo.backends.hf.backend import HFBackend
 from grpo.config import Recipe
 from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
+from grpo.model.teacher import load_teacher
 from grpo.plan.work import Lengths
 from grpo.randomness import key
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator
-from grpo.types import Completion, Group, Prompt, Status, VersionSpan
+from grpo.types import Completion, Group, Prompt, Status, TeacherSays, VersionSpan
 from grpo.update.step import update
 
 SECONDS = 5.0  # of a measurement, at least, where the work lasts so long
 FEW = 8  # tokens of the first, shortest rollout
+TOP_K = 32  # likeliest tokens of a teacher in rows, as `grpo teach` writes
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def measure(recipe: Recipe, lengths: Lengths) -> Measured:
     tokenizer = load_tokenizer(recipe.model)
     needs_reference = recipe.stage == "grpo" and recipe.algorithm.beta > 0
     policy = Policy(recipe, accelerator, tokenizer, [], needs_reference)  # no token ends a completion
+    load_teacher(recipe, policy)
     updating = _updating(recipe, lengths, policy)
     if recipe.stage != "grpo":
         return Measured(Line(0.0, 0.0), updating, 0.0)
@@ -131,11 +134,21 @@ def _prompt(number: int, lengths: Lengths) -> Prompt:
 
 
 def _group(number: int, recipe: Recipe, lengths: Lengths) -> Group:
-    completions = []
+    completions, says = [], []
     for sample in range(recipe.rollout.num_generations if recipe.stage == "grpo" else 1):
         ids = _ids(number + sample, lengths.completion)
+        says.append(_says(recipe, len(ids)))
         completions.append(Completion(ids, [-1.0] * len(ids), Status.STOP, "", [VersionSpan(0, len(ids), 0)]))
-    return Group(_prompt(number, lengths), completions, rewards=[0.0] * len(completions))
+    teacher = says if recipe.teacher is not None and recipe.teacher.name is None else None
+    return Group(_prompt(number, lengths), completions, rewards=[0.0] * len(completions), teacher=teacher)
+
+
+def _says(recipe: Recipe, tokens: int) -> TeacherSays:
+    """What a teacher elsewhere might say: of the tokens alone, or of as many others at each."""
+    top_k = 0 if recipe.teacher is None or recipe.teacher.sampled_alone else recipe.teacher.top_k or TOP_K
+    if top_k == 0:
+        return TeacherSays([-1.0] * tokens)
+    return TeacherSays((), [list(range(1, top_k + 1))] * tokens, [[-9.0] * top_k] * tokens)
 
 
 def _timed(work: Callable[[], object]) -> float:

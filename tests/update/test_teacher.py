@@ -1,5 +1,5 @@
-"""A step that learns from a teacher: the gradient of the definition, alone and beside rewards, however it is split; what
-has no reward's signal has a teacher's; a run of it, and the same run resumed."""
+"""A step that learns from a teacher: the gradient of the definition, alone and beside rewards, however it is split;
+what has no reward's signal has a teacher's; a run of it, and the same run resumed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def step_of(recipe: Recipe, batch: list[TrainedSequence], folder: Path) -> tuple
 
 
 def by_definition(student: Path, teacher: Path, batch: list[TrainedSequence], kind: str, *, rewards: bool) -> Gradient:
-    """Sequence by sequence through both models' own logits: mean over valid tokens of -A ratio and of the divergence."""
+    """Sequence by sequence through both models' logits: mean over valid tokens of -A ratio and of the divergence."""
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (student, teacher)]
     valid = [s for s in batch if s.valid]
     tokens, total = sum(len(s.completion_ids) for s in valid), torch.zeros(())
