@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch.nn.functional import pad
 
 from grpo import kernels
@@ -21,7 +22,7 @@ from grpo.config import ModelConfig, Recipe, TeacherConfig
 from grpo.errors import UserError
 from grpo.losses import completed, divergence_of, divergence_slope
 from grpo.model.borders import check_rope, past_borders
-from grpo.model.devices import compute_dtype
+from grpo.model.devices import compute_dtype, logit_sizes
 from grpo.model.first_process import on_main
 from grpo.model.loading import load_configs, load_tokenizer, load_weights
 from grpo.model.logprob_lm import LogprobLM
@@ -42,9 +43,9 @@ log = logging.getLogger("grpo")
 class Teacher:
     """A frozen causal LM, on this process's device. ``packed`` says whether it computes packed rows."""
 
-    def __init__(self, logprob_lm: LogprobLM, dtype: torch.dtype, *, packed: bool):
+    def __init__(self, logprob_lm: LogprobLM, dtype: torch.dtype, device: torch.device, *, packed: bool):
         self.model = logprob_lm.eval().requires_grad_(False)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.packed = packed
 
     @property
@@ -54,19 +55,32 @@ class Teacher:
     @torch.no_grad()
     def compared(self, batch: Batch, temperature: float, config: TeacherConfig) -> Compared:
         """Its distributions of the batch's tokens, at this temperature, to be compared with."""
-        with self._autocast(batch.input_ids_RN.device):
+        return _FromHead(config, self, self._hidden(batch), temperature)
+
+    @torch.no_grad()
+    def likeliest(self, batch: Batch, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its k likeliest tokens at each of the batch's completion tokens, the likeliest first, and their
+        log-probabilities at temperature 1; (M,k)."""
+        hidden_MH = self._hidden(batch)
+        rows = max(1, logit_sizes(self.device).chunk // self.vocab_size)
+        found = [self.logits(hidden_nH).log_softmax(1).topk(k) for hidden_nH in hidden_MH.split(rows)]
+        return torch.cat([top.indices for top in found]), torch.cat([top.values for top in found])
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """The hidden states that predict the tokens at ``batch.places_M``, (M,H)."""
+        with self._autocast():
             hidden_RNH = self.model.hidden_states(batch)
         predicts_M = batch.predicts_BT.flatten()[batch.places_M]
-        return _FromHead(config, self, hidden_RNH.flatten(0, 1).index_select(0, predicts_M), temperature)
+        return hidden_RNH.flatten(0, 1).index_select(0, predicts_M)
 
     @torch.no_grad()
     def logits(self, hidden_rH: torch.Tensor) -> torch.Tensor:
         """Its logits of hidden states, float32."""
-        with self._autocast(hidden_rH.device):  # the student may compute in another type
+        with self._autocast():  # the student may compute in another type
             return self.model.head(hidden_rH).float()
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -137,38 +151,44 @@ def compared_with(policy: Policy, batch: Batch, temperature: float, config: Teac
 
 
 def load_teacher(recipe: Recipe, policy: Policy) -> None:
-    """Give the policy the teacher that ``teacher.name`` names, if there is one. Called by all processes.
+    """Give the policy the teacher that ``teacher.name`` names, if there is one. Called by all processes. If it can't
+    compute packed rows, the policy's are padded too. Raises UserError as ``read_teacher`` does."""
+    if recipe.teacher is None or recipe.teacher.name is None:
+        return
+    policy.teacher = read_teacher(recipe, policy.accelerator)
+    if policy.packed and not policy.teacher.packed and policy.accelerator.is_main_process:
+        log.info("update: padded rows, which are slower, because the teacher can't compute packed ones")
+    policy.packed = policy.packed and policy.teacher.packed
 
-    The first process reads it and sends it to the others. If it can't compute packed rows, the policy's are padded too.
+
+def read_teacher(recipe: Recipe, accelerator: Accelerator) -> Teacher:
+    """The teacher that ``teacher.name`` names, on every process: the first reads it and sends it to the others.
 
     Raises:
         UserError: it can't be loaded, or can't compute the recipe's rows.
     """
-    config = recipe.teacher
-    if config is None or config.name is None:
-        return
-    accelerator, device = policy.accelerator, policy.device
-    model, dtype = model_of(config), compute_dtype(config.dtype, device)
+    assert recipe.teacher is not None
+    model, device = model_of(recipe.teacher), accelerator.device
+    dtype = compute_dtype(recipe.teacher.dtype, device)
     read: list[PreTrainedModel] = []
 
     def read_and_check() -> str | None:
         with _as_teacher():
             read.append(load_weights(model, dtype))
-            return _check(read[0], recipe, policy, dtype)
+            return _check(read[0], recipe, device, dtype)
 
     why = on_main(accelerator, read_and_check)
     if accelerator.num_processes == 1:
         causal_lm = read.pop().to(device)
     else:
-        causal_lm = _sent(model, dtype, read.pop() if read else None, policy)
+        causal_lm = _sent(model, dtype, read.pop() if read else None, recipe, device)
     gc.collect()
-    policy.teacher = Teacher(LogprobLM(causal_lm), dtype, packed=why is None)
     if accelerator.is_main_process:
-        size = sum(p.numel() for p in causal_lm.parameters())
-        log.info("teacher: %s, %.3g parameters in %s", config.name, size, str(dtype).removeprefix("torch."))
-        if why is not None and policy.packed:
-            log.info("update: padded rows, which are slower, because the teacher needs them: %s", why)
-    policy.packed = policy.packed and why is None
+        size, kind = sum(p.numel() for p in causal_lm.parameters()), str(dtype).removeprefix("torch.")
+        log.info(
+            "teacher: %s, %.3g parameters in %s%s", model.name, size, kind, f"; it can't pack: {why}" if why else ""
+        )
+    return Teacher(LogprobLM(causal_lm), dtype, device, packed=why is None)
 
 
 def check_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -205,27 +225,29 @@ def model_of(config: TeacherConfig) -> ModelConfig:
     )
 
 
-def _check(causal_lm: PreTrainedModel, recipe: Recipe, policy: Policy, dtype: torch.dtype) -> str | None:
+def _check(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str | None:
     """None if it can compute packed rows, else why it can't. Raises UserError where it can't be used at all."""
     logprob_lm, longest = LogprobLM(causal_lm.eval()), recipe.longest_sequence()
-    cannot_pack = _install(causal_lm, policy)
+    cannot_pack = _install(causal_lm, recipe, device)
     check_rope(causal_lm, longest)
-    with in_float32(logprob_lm), all_cores(policy.device):
+    with in_float32(logprob_lm), all_cores(device):
         logprob_lm.check(past_borders(logprob_lm.config, longest), longest)
-    return cannot_pack or why_padded(logprob_lm, policy.device, dtype, longest)
+    return cannot_pack or why_padded(logprob_lm, device, dtype, longest)
 
 
-def _install(causal_lm: PreTrainedModel, policy: Policy) -> str | None:
-    return kernels.install(causal_lm, policy.device, trains=False, alone=True, wanted=policy.kernels)
+def _install(causal_lm: PreTrainedModel, recipe: Recipe, device: torch.device) -> str | None:
+    return kernels.install(causal_lm, device, trains=False, alone=True, wanted=recipe.model.kernels)
 
 
-def _sent(model: ModelConfig, dtype: torch.dtype, read: PreTrainedModel | None, policy: Policy) -> PreTrainedModel:
+def _sent(
+    model: ModelConfig, dtype: torch.dtype, read: PreTrainedModel | None, recipe: Recipe, device: torch.device
+) -> PreTrainedModel:
     """The first process's model, on every process, whole."""
     causal_lm = shell(load_configs(model)[0], dtype, model.trust_remote_code)
-    _install(causal_lm, policy)
+    _install(causal_lm, recipe, device)
     source = None if read is None else LogprobLM(read)
     match(LogprobLM(causal_lm), source, dtype)
-    materialize(causal_lm, policy.device)
+    materialize(causal_lm, device)
     fill(LogprobLM(causal_lm), source, several=True)
     return causal_lm
 
