@@ -19,7 +19,9 @@ def teach(
     overrides: Overrides = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FOLDER", help="Where rows go. Default: training.output_dir with _taught behind it."),
+        typer.Option(
+            "--output", metavar="FOLDER", help="Where rows go. Default: training.output_dir with _taught behind it."
+        ),
     ] = None,
     top_k: Annotated[
         int, typer.Option("--top-k", min=1, help="Likeliest tokens to keep at each token of a completion.")
