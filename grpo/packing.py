@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from grpo.config import AlgorithmConfig
-from grpo.types import Batch, Completion, Group, Layout, Status, TrainedSequence
+from grpo.types import Batch, Completion, Group, Layout, Status, TeacherSays, TrainedSequence
 
 # For a group that does not fit into the rest of a micro-batch: if the micro-batch is at least this full, the group
 # starts another one; else the group is split, and its prompt computed twice. Both values are tried: the first repeats
@@ -236,11 +236,10 @@ def _of_teacher(
     micro_batch: MicroBatch, T: int, device: torch.device | str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What a teacher elsewhere says, (B,T), or ids and log-probabilities of its likeliest tokens, (B,T,K)."""
-    said = [s.teacher for s in micro_batch if s.teacher is not None]
-    if not said:
+    if micro_batch[0].teacher is None:
         return None, None, None
-    B = len(micro_batch)
-    if said[0].top_ids is None:
+    B, said = len(micro_batch), [s.teacher or TeacherSays() for s in micro_batch]
+    if micro_batch[0].teacher.top_ids is None:
         logps_BT = torch.zeros((B, T))
         for i, of in enumerate(said):
             logps_BT[i, : len(of.logprobs)] = torch.tensor(of.logprobs)

@@ -10,12 +10,18 @@ The token ids prove that rows and run cut the texts alike; nothing is learned fr
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from grpo.errors import UserError
 from grpo.types import TeacherSays
 
+if TYPE_CHECKING:
+    from grpo.prompts.rows import Part
+    from grpo.prompts.task import Task
+
 KEYS = ("prompt_ids", "token_ids", "top_ids", "top_logprobs")
+COMPARED = 256  # rows whose texts are tokenized before a run
 ROUNDING = 1e-3  # by which probabilities may sum to more than 1
 
 
@@ -47,6 +53,27 @@ def read_teacher(
     if problem := _problem(cell["top_ids"], cell["top_logprobs"], len(completion), vocabulary):
         raise UserError(f"{place}: teacher.column: {column!r}: {problem}")
     return TeacherSays((), cell["top_ids"], cell["top_logprobs"])
+
+
+def column_errors(task: Task, part: Part) -> Iterator[str]:
+    """An error where rows of a part can't be distilled from: of all rows their cell's form, of the first ones also
+    whether its tokens are those of the row's text."""
+    column, vocabulary = task.teacher_column, len(task.tokenizer)
+    assert column is not None
+    refused: list[str] = []
+    for number, row in enumerate(part.ids):
+        try:
+            if number < COMPARED:
+                task.example(part, row)
+            else:
+                cell = part.rows[row].get(column)
+                tokens = cell.get("token_ids") if isinstance(cell, dict) else None
+                prompt = cell.get("prompt_ids") if isinstance(cell, dict) else None
+                read_teacher(part.rows[row], column, prompt or [], tokens or [], vocabulary, part.rows.place(row))
+        except UserError as error:
+            refused.append(str(error))
+    if refused:
+        yield f"data: {len(refused)} of {len(part)} rows can't be distilled from, the first is {refused[0]}"
 
 
 def _problem(ids: list[Any], logprobs: list[Any], tokens: int, vocabulary: int) -> str | None:

@@ -1,4 +1,4 @@
-"""``grpo teach``: rows with a teacher's likeliest tokens, the same bytes if it was killed; and what a run makes of them."""
+"""``grpo teach``: rows with a teacher's likeliest tokens, the same bytes if it was killed; what a run makes of them."""
 
 from __future__ import annotations
 

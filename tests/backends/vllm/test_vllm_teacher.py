@@ -1,4 +1,4 @@
-"""A teacher on servers, with servers that are not vLLM: what is asked, what is made of the answers, and what is lost."""
+"""A teacher on servers, here such as are not vLLM: what is asked, what is made of the answers, what is lost."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_where_none_comes_back_it_says_so(server: Teacher, monkeypatch: pytest.M
         servers(server, timeout=0.05).ask([([5], [7])])
     server.start()
     server.routes[COMPLETIONS] = lambda _: (500, "it dies of this")
-    with pytest.raises(BackendFailed, match="a text of 2 tokens was not judged in 5 attempts; .* it dies of this"):
+    with pytest.raises(BackendFailed, match=r"a text of 2 tokens was not judged in 5 attempts; .* it dies of this"):
         servers(server).ask([([5], [7])])
 
 
@@ -141,5 +141,5 @@ def test_the_first_token_that_means_something_else_is_named(server: Teacher) -> 
     with pytest.raises(UserError, match=rf"token {min(ids)} is 'so' of the student and 'then' of the teacher"):
         servers(server).check(TOKENIZER, 63)
     server.routes["/detokenize"] = lambda body: (400, "no such id") if max(body["tokens"]) > 50 else server.text(body)
-    with pytest.raises((UserError, BackendFailed), match="token 51|no such id"):
+    with pytest.raises((UserError, BackendFailed), match=r"token 51|no such id"):
         servers(server).check(TOKENIZER, 63)
