@@ -67,6 +67,8 @@ class TeacherServers:
                             f"have {longest} together and one more: start it with --max-model-len={longest + 1}"
                         )
                     await self._check_tokenizer(server, tokenizer)
+                    some = len(tokenizer) // 2
+                    await self._one(server, [some], [some])  # it may allow fewer than top_k log-probabilities
                 except ServerGone as why:
                     raise UserError(f"teacher.url: {server.url} cannot be reached: {why}") from None
                 except BackendFailed as why:

@@ -128,6 +128,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(server: Teacher,
     third.close()
     with pytest.raises(UserError, match="cannot be reached"):
         servers(third).check(TOKENIZER, 63)
+    server.routes[COMPLETIONS] = lambda _: (400, {"error": {"message": "greater than max allowed: 20"}})
+    with pytest.raises(UserError, match=r"teacher\.url: .* refused .*greater than max allowed: 20"):
+        servers(server, top_k=30).check(TOKENIZER, 63)
 
 
 def test_the_first_token_that_means_something_else_is_named(server: Teacher) -> None:
