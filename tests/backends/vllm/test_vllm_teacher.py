@@ -37,7 +37,8 @@ class Teacher(FakeServer):
     def scored(self, body: Body) -> Answer:
         def entry(token: int) -> dict[str, Any]:
             known = {str(i): {"rank": i, "logprob": -float(i)} for i in range(1, body["prompt_logprobs"] + 1)}
-            return known | {str(token): known.get(str(token), {"rank": 90, "logprob": logprob(token)})}
+            own = known.get(str(token), {"rank": 90, "logprob": logprob(token)})
+            return {str(token): own} | known  # the text's own comes first, as vLLM has it
 
         return {"choices": [{"prompt_logprobs": [None, *map(entry, body["prompt"][1:])]}]}
 
