@@ -1,5 +1,5 @@
 """A step that learns from a teacher: the gradient of the definition, alone and beside rewards, however it is split;
-what has no reward's signal has a teacher's; a run of it, and the same run resumed."""
+what has no reward's signal has a teacher's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from data.tiny import write_tiny_model
 from grpo.config import Recipe
 from grpo.losses import divergence_of
+from grpo.model.policy import Policy
 from grpo.model.teacher import load_teacher
 from grpo.packing import to_sequences
 from grpo.run.run import Run
@@ -22,7 +23,6 @@ from grpo.types import Completion, Group, Prompt, Status, TeacherSays, TrainedSe
 from grpo.update.step import optimizer_step
 from tests.conftest import make_policy
 from tests.gradient_of_step import TEMPERATURE, recipe_for, sequences
-from tests.small_runs import lines, same_weights, small_run
 from tests.update.test_step import distance
 
 COEF = 0.7
@@ -42,15 +42,24 @@ def recipe_with(student: Path, size: int, *, temperature: float = TEMPERATURE, *
     return Recipe.model_validate(values | {"teacher": {"coef": COEF} | of_teacher})
 
 
-def step_of(recipe: Recipe, batch: list[TrainedSequence], folder: Path) -> tuple[Gradient, dict[str, float]]:
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path, teacher: Path) -> Policy:
+    made = make_policy(tiny_model)
+    load_teacher(recipe_with(tiny_model, 1, name=str(teacher), dtype="float32"), made)
+    made.max_grad_norm = 0.0
+    return made
+
+
+def step_of(policy: Policy, recipe: Recipe, batch: list[TrainedSequence]) -> tuple[Gradient, dict[str, float]]:
     """Gradients of one optimizer step, which is intercepted, and its metrics."""
-    policy = make_policy(Path(recipe.model.name), rewards=[], teacher={"name": "unused"})
-    load_teacher(recipe, policy)
     found: Gradient = {}
-    policy.max_grad_norm = 0.0
-    policy.step = lambda _: found.update({n: p.grad.clone() for n, p in policy.model.named_parameters()})  # type: ignore
-    metrics = optimizer_step(Run(recipe, policy, folder), batch, 1.0)
-    return found, metrics
+
+    def capture(_: float) -> None:
+        found.update({n: p.grad.clone() for n, p in policy.model.named_parameters()})
+        policy.optimizer.zero_grad(set_to_none=True)
+
+    policy.step = capture  # type: ignore[method-assign]
+    return found, optimizer_step(Run(recipe, policy, Path("unused")), batch, 1.0)
 
 
 def by_definition(student: Path, teacher: Path, batch: list[TrainedSequence], kind: str, *, rewards: bool) -> Gradient:
@@ -72,32 +81,30 @@ def by_definition(student: Path, teacher: Path, batch: list[TrainedSequence], ki
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
 def test_it_is_the_gradient_of_the_definition_in_any_micro_batches(
-    tiny_model: Path, teacher: Path, tmp_path: Path, kind: str
+    policy: Policy, tiny_model: Path, teacher: Path, kind: str
 ) -> None:
     expected = by_definition(tiny_model, teacher, sequences(), kind, rewards=True)
     for size in (8, 1):
         recipe = recipe_with(tiny_model, size, name=str(teacher), dtype="float32", divergence=kind)
-        found, metrics = step_of(recipe, sequences(), tmp_path)
+        found, metrics = step_of(policy, recipe, sequences())
         assert distance(expected, found) < 1e-5, size
         assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + COEF * metrics["teacher/kl"], rel=1e-5)
         assert metrics["teacher/kl"] > 0
 
 
 def test_a_step_without_any_reward_s_signal_learns_from_the_teacher(
-    tiny_model: Path, teacher: Path, tmp_path: Path
+    policy: Policy, tiny_model: Path, teacher: Path
 ) -> None:
     flat = sequences()
     for s in flat:
         s.advantage = 0.0
     expected = by_definition(tiny_model, teacher, flat, "reverse_kl", rewards=False)
-    found, metrics = step_of(recipe_with(tiny_model, 3, name=str(teacher), dtype="float32"), flat, tmp_path)
+    found, metrics = step_of(policy, recipe_with(tiny_model, 3, name=str(teacher), dtype="float32"), flat)
     assert distance(expected, found) < 1e-5
     assert metrics["policy_loss"] == 0.0
 
 
-def test_of_a_server_s_log_probabilities_it_is_the_policy_gradient(
-    tiny_model: Path, teacher: Path, tmp_path: Path
-) -> None:
+def test_of_a_server_s_log_probabilities_it_is_the_policy_gradient(policy: Policy, tiny_model: Path) -> None:
     """Of (log q - log p) sg, over the tokens; invalid sequences take no part in it, and their tokens do not count."""
     draw, batch = random.Random(1), sequences()
     for s in batch:
@@ -117,7 +124,7 @@ def test_of_a_server_s_log_probabilities_it_is_the_policy_gradient(
     expected = {f"causal_lm.{name}": p.grad for name, p in lm.named_parameters()}
     for size in (8, 1):
         recipe = recipe_with(tiny_model, size, temperature=1.0, url="http://127.0.0.1:9")
-        found, metrics = step_of(recipe, batch, tmp_path)
+        found, metrics = step_of(policy, recipe, batch)
         assert distance(expected, found) < 1e-5, size
         assert metrics["teacher/kl"] == pytest.approx(np.mean(differences), rel=1e-4)
 
@@ -132,21 +139,3 @@ def test_what_no_reward_could_score_is_learned_from_where_rewards_are_not() -> N
     assert [s.valid for s in made] == [True, False]
     assert made[0].teacher == group.teacher[0]
     assert [s.valid for s in to_sequences([group], np.zeros((1, 2)), algorithm)] == [False, False]
-
-
-@pytest.mark.slow
-def test_a_run_of_it_resumes_to_the_bit(
-    tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without any reward; and the run before it has come nearer to its teacher."""
-    keys: dict[str, Any] = {"teacher": {"name": str(teacher), "dtype": "float32"}, "rewards": []}
-    keys |= {"training": {"save_every": 3}, "optimizer": {"learning_rate": 3e-3}}
-    small_run(tiny_model, tmp_path / "whole", monkeypatch, steps=6, **keys)
-    small_run(tiny_model, tmp_path / "parts", monkeypatch, steps=3, **keys)
-    small_run(tiny_model, tmp_path / "parts", monkeypatch, steps=6, resume=True, **keys)
-    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
-    assert same_weights(tmp_path / "parts", tmp_path / "whole")
-    kl = [row["teacher/kl"] for row in lines(tmp_path / "whole")]
-    assert len(kl) == 6
-    assert kl[-1] < 0.95 * kl[0]
-    assert not [name for name in lines(tmp_path / "whole")[0] if "reward" in name or "unscored" in name]

@@ -1,13 +1,12 @@
-"""``grpo teach``: rows with a teacher's likeliest tokens, the same bytes if it was killed; what a run makes of them."""
+"""Runs that learn from a teacher, of one process, resumed to the bit; and ``grpo teach``: rows with a teacher's
+likeliest tokens, the same bytes if it was killed, and what a run makes of them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 
 from data.tiny import write_tiny_model
@@ -17,10 +16,11 @@ from grpo.errors import UserError
 from grpo.model.teacher import Teacher
 from grpo.pipeline import teach as module
 from grpo.pipeline.teach import teach
-from grpo.prompts.teacher_column import read_teacher
 from grpo.run.folder import release_run_folder
 from tests.conftest import make_recipe
-from tests.small_runs import lines, same_weights
+from tests.small_runs import lines, same_weights, small_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROWS = 150
 
@@ -60,7 +60,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_rows_survive_a_kill_and_teach_as_the_teacher_itself(
     tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +107,6 @@ def test_rows_survive_a_kill_and_teach_as_the_teacher_itself(
     assert kl[-1] < 0.9 * kl[0]
 
 
-@pytest.mark.slow
 def test_a_supervised_run_with_a_teacher_resumes_to_the_bit(
     tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,37 +123,18 @@ def test_a_supervised_run_with_a_teacher_resumes_to_the_bit(
     assert row["loss"] == pytest.approx(row["teacher/kl"] + 0.5 * row["cross_entropy"], rel=1e-5)
 
 
-# --- the column ---
-
-CELL = {"prompt_ids": [3], "token_ids": [4, 1], "top_ids": [[4, 5], [1]], "top_logprobs": [[-0.1, -3.0], [0.0]]}
-
-
-def test_a_sound_cell_is_read() -> None:
-    says = read_teacher({"t": CELL}, "t", [3], [4, 1], 10, "rows:1")
-    assert says.top_ids == [[4, 5], [1]]
-    assert torch.tensor(says.top_logprobs[0]).tolist() == pytest.approx([-0.1, -3.0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (None, "'t' is missing; `grpo teach RECIPE` writes such rows"),
-        ({"top_ids": None}, "'t' is not an object of the lists prompt_ids, token_ids, top_ids, top_logprobs"),
-        ({"token_ids": [4, 2]}, "the token_ids of 't' are not the tokens of this row's text"),
-        ({"prompt_ids": [9]}, "the prompt_ids of 't' are not the tokens of this row's text"),
-        ({"top_ids": [[4, 5]]}, "1 lists of ids and 2 of log-probabilities for 2 tokens"),
-        (
-            {"top_ids": [[4, 4], [1]]},
-            "token 1: ids and log-probabilities must be as many, at least one, and no id twice",
-        ),
-        ({"top_ids": [[4, 5], [10]]}, "token 2: an id is outside of the tokenizer's 10"),
-        ({"top_logprobs": [[-0.1, float("nan")], [0.0]]}, "token 1: a log-probability is not a finite number below 0"),
-        ({"top_logprobs": [[-0.1, -0.1], [0.0]]}, "token 1: the probabilities sum to more than 1"),
-    ],
-)
-def test_an_unsound_cell_is_refused_with_its_row(changes: dict[str, Any] | None, message: str) -> None:
-    row = {} if changes is None else {"t": json.loads(json.dumps(CELL)) | changes}
-    with pytest.raises(UserError) as said:
-        read_teacher(row, "t", [3], [4, 1], 10, "rows:1")
-    assert str(said.value).startswith("rows:1: teacher.column: ")
-    assert message in str(said.value)
+def test_a_run_on_its_own_samples_resumes_to_the_bit(
+    tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any reward; and it comes nearer to its teacher."""
+    keys: dict[str, Any] = {"teacher": {"name": str(teacher), "dtype": "float32"}, "rewards": []}
+    keys |= {"training": {"save_every": 3}, "optimizer": {"learning_rate": 3e-3}}
+    small_run(tiny_model, tmp_path / "whole", monkeypatch, steps=6, **keys)
+    small_run(tiny_model, tmp_path / "parts", monkeypatch, steps=3, **keys)
+    small_run(tiny_model, tmp_path / "parts", monkeypatch, steps=6, resume=True, **keys)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert same_weights(tmp_path / "parts", tmp_path / "whole")
+    kl = [row["teacher/kl"] for row in lines(tmp_path / "whole")]
+    assert len(kl) == 6
+    assert kl[-1] < 0.95 * kl[0]
+    assert not [name for name in lines(tmp_path / "whole")[0] if "reward" in name or "unscored" in name]
