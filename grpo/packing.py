@@ -49,8 +49,10 @@ def to_sequences(
         for completion, reward, advantage in zip(group.completions, group.rewards, advantages_G, strict=True)
         for logprobs, uncounted in [_finite(completion.sampler_logprobs)]
     ]
-    taught = (of for group in groups for of in group.teacher or [None] * len(group.completions))
-    return [s if of is None else replace(s, teacher=of) for s, of in zip(made, taught, strict=True)]
+    if not groups or groups[0].teacher is None:
+        return made
+    says = [of for group in groups for of in group.teacher or []]
+    return [replace(s, teacher=of) for s, of in zip(made, says, strict=True)]
 
 
 def _finite(logprobs: Sequence[float]) -> tuple[Sequence[float], tuple[int, ...]]:
