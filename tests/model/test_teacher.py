@@ -104,41 +104,38 @@ def taught(student: Path, **teacher: Any) -> tuple[Any, Any]:
     return policy, recipe.teacher
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_teacher_of_another_architecture_reads_the_students_rows(tiny_model: Path, other: Path, packed: bool) -> None:
-    """Beside both models' own logits, sequence by sequence."""
+def test_a_teacher_of_another_architecture_reads_the_students_rows(tiny_model: Path, other: Path) -> None:
+    """Packed and padded, beside both models' own logits, sequence by sequence."""
     policy, config = taught(tiny_model, name=str(other), dtype="float32")
-    policy.packed = policy.packed and packed
-    batch = policy.collate(sequences())
-    _, _, found_BT = policy.compared(batch, TEMPERATURE, compared_with(policy, batch, TEMPERATURE, config))
-    teacher = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
-    for row, s in enumerate(sequences()):
-        ids, V = torch.tensor([s.prompt_ids + s.completion_ids]), policy.model.vocab_size
-        at = slice(len(s.prompt_ids) - 1, -1)
+    teacher, V = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32), policy.model.vocab_size
+    expected = []
+    for s in sequences():
+        ids, at = torch.tensor([s.prompt_ids + s.completion_ids]), slice(len(s.prompt_ids) - 1, -1)
         log_q, log_p = (
             (lm(input_ids=ids).logits[0, at, :V] / TEMPERATURE).log_softmax(-1) for lm in (policy.causal_lm, teacher)
         )
-        expected_T = divergence_of(log_q, log_p, kind="reverse_kl")
-        torch.testing.assert_close(found_BT[row, : len(s.completion_ids)], expected_T, atol=1e-4, rtol=1e-4)
+        expected.append(divergence_of(log_q, log_p, kind="reverse_kl"))
+    for packed in {policy.packed, False}:
+        policy.packed = packed
+        batch = policy.collate(sequences())
+        _, _, found_BT = policy.compared(batch, TEMPERATURE, compared_with(policy, batch, TEMPERATURE, config))
+        for found_T, expected_T in zip(found_BT, expected, strict=True):
+            torch.testing.assert_close(found_T[: len(expected_T)], expected_T, atol=1e-4, rtol=1e-4)
     assert policy.teacher is not None
     assert not any(p.requires_grad for p in policy.teacher.model.parameters())
     assert not any("teacher" in name for name in policy.full_state())
 
 
-def test_a_teacher_that_is_the_student_has_nothing_to_teach(tiny_model: Path) -> None:
+def test_a_teacher_that_is_the_student_teaches_nothing_but_its_own_precision(tiny_model: Path) -> None:
     policy, config = taught(tiny_model, name=str(tiny_model), dtype="float32")
     batch = policy.collate(sequences())
-    _, _, found_BT = policy.compared(batch, 1.0, compared_with(policy, batch, 1.0, config))
-    assert float(found_BT.abs().max()) < 1e-6
-
-
-def test_a_teacher_has_a_precision_of_its_own(tiny_model: Path) -> None:
-    policy, config = taught(tiny_model, name=str(tiny_model), dtype="bfloat16")
-    assert policy.teacher.dtype == torch.bfloat16
-    assert {p.dtype for p in policy.teacher.model.parameters()} == {torch.bfloat16}
-    batch = policy.collate(sequences())
-    _, _, found_BT = policy.compared(batch, 1.0, compared_with(policy, batch, 1.0, config))
-    assert 0 < float(found_BT.detach().mean()) < 1e-3, "rounding"
+    found: dict[str, torch.Tensor] = {}
+    for dtype in ("float32", "bfloat16"):
+        load_teacher(make_recipe(tiny_model, teacher={"name": str(tiny_model), "dtype": dtype}, rewards=[]), policy)
+        assert {str(p.dtype) for p in policy.teacher.model.parameters()} == {f"torch.{dtype}"}
+        found[dtype] = policy.compared(batch, 1.0, compared_with(policy, batch, 1.0, config))[2].detach()
+    assert float(found["float32"].abs().max()) < 1e-6
+    assert 0 < float(found["bfloat16"].mean()) < 1e-3, "rounding"
 
 
 def test_what_rows_say_of_a_teacher_is_collated_token_by_token(tiny_model: Path) -> None:
