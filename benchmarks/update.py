@@ -144,7 +144,7 @@ def peak_of_head(options: argparse.Namespace) -> float:
     grads_in_place.install(head)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     targets_N = torch.zeros(N, dtype=torch.long)
-    logps_N, _, _ = token_statistics(hidden_NH, targets_N, head, vocab_size=V, parameters=head.parameters())
+    logps_N, *_ = token_statistics(hidden_NH, targets_N, head, vocab_size=V, parameters=head.parameters())
     logps_N.sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before - V * 256 * 4 / 2**20
 

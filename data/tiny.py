@@ -2,8 +2,8 @@
 
 Numbers, operators and a few words are single tokens, so that a small model can learn to search instead of to spell. Any
 other ASCII text falls back to letters and digits. ``data/tiny_base/`` holds the weights after a supervised start on
-``data/traces.py``. ``python -m data.tiny FOLDER`` writes an untrained model; with ``--words word_sums``, its tokenizer
-also has the words of that task.
+``data/traces.py``. ``python -m data.tiny FOLDER`` writes an untrained model; with ``--width 64 --layers 3`` a smaller
+one, and with ``--words word_sums``, its tokenizer also has the words of that task.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = ("yes", "no", "so", "then", "try", "wait", "check", "target", "give", "up", "answer")
 LARGEST_WHOLE_NUMBER = 299  # larger numbers take one more token for each further digit: 729 is 72 ##9
 CONTEXT = 512
+WIDTH, LAYERS, WIDTH_OF_HEAD = 128, 4, 32
 TASKS_WITH_WORDS = ("word_sums", "one_liners")  # modules of data/ whose WORDS a tokenizer may have too
 
 
@@ -56,15 +57,18 @@ def build_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Width 128, 4 layers, 4 heads sharing 2 key-value heads, tied embeddings: about 0.85 M parameters."""
+def tiny_config(tokenizer: PreTrainedTokenizerFast, *, width: int = WIDTH, layers: int = LAYERS) -> LlamaConfig:
+    """Width 128, 4 layers, 4 heads sharing 2 key-value heads, tied embeddings: about 0.85 M parameters. Of width 64 and
+    3 layers it is a fifth of that. Raises ValueError where the width is not made of pairs of heads."""
+    if width % (2 * WIDTH_OF_HEAD):
+        raise ValueError(f"width: {width} is not a multiple of {2 * WIDTH_OF_HEAD}, two heads")
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // WIDTH_OF_HEAD,
+        num_key_value_heads=width // (2 * WIDTH_OF_HEAD),
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -73,20 +77,21 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def make_tiny_model(seed: int = 0, extra: Sequence[str] = ()) -> LlamaForCausalLM:
-    """An untrained model for ``build_tokenizer(extra)``. Its weights depend on the arguments alone."""
+def make_tiny_model(seed: int = 0, extra: Sequence[str] = (), **size: int) -> LlamaForCausalLM:
+    """An untrained model for ``build_tokenizer(extra)``. Its weights depend on the arguments alone; ``size`` are those
+    of ``tiny_config``."""
     tokenizer = build_tokenizer(extra)
     set_seed(seed)
-    model = LlamaForCausalLM(tiny_config(tokenizer))
+    model = LlamaForCausalLM(tiny_config(tokenizer, **size))
     model.generation_config = GenerationConfig(
         do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return model
 
 
-def write_tiny_model(folder: str | Path, seed: int = 0, extra: Sequence[str] = ()) -> None:
+def write_tiny_model(folder: str | Path, seed: int = 0, extra: Sequence[str] = (), **size: int) -> None:
     """Save an untrained model and its tokenizer so that ``from_pretrained(folder)`` loads them."""
-    make_tiny_model(seed, extra).save_pretrained(folder)
+    make_tiny_model(seed, extra, **size).save_pretrained(folder)
     build_tokenizer(extra).save_pretrained(folder)
 
 
@@ -95,6 +100,8 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--words", choices=TASKS_WITH_WORDS, help="the task of data/ whose words are tokens too")
+    parser.add_argument("--width", type=int, default=WIDTH, help=f"a multiple of {2 * WIDTH_OF_HEAD}")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     arguments = parser.parse_args()
     words = importlib.import_module(f"data.{arguments.words}").WORDS if arguments.words else ()
-    write_tiny_model(arguments.folder, arguments.seed, words)
+    write_tiny_model(arguments.folder, arguments.seed, words, width=arguments.width, layers=arguments.layers)

@@ -127,6 +127,8 @@ def evaluate(
     scorer.score(groups, version)
     groups = gather_groups({group.prompt.id: group for group in groups})
 
+    if not recipe.rewards:  # distilled without any: there are lengths alone to tell
+        return {f"eval/{k}": v for k, v in completion_metrics(groups).items()}, rollout_rows(groups, version)
     name = evaluation.reward or next(iter(groups[0].rewards_by_function))
     # A prompt with an unscored completion says nothing about the model. If all have one, unscored counts as unsolved.
     scored = [group for group in groups if None not in group.rewards_by_function[name]] or groups
@@ -160,6 +162,8 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> Evaluated:
     if model is not None:
         others = {"name": model, "lora": None, "load_in_4bit": False, "revision": None}  # those are of the recipe's own
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=others)})
+    if not recipe.rewards:
+        raise UserError("rewards: the recipe has none, so there is nothing to judge answers by; give one, of weight 0")
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)

@@ -46,13 +46,16 @@ def staleness_metrics(groups: list[Group], step: int) -> dict[str, float]:
     }
 
 
-def reward_metrics(groups: list[Group]) -> dict[str, float]:
+def reward_metrics(groups: list[Group], *, learned: bool = True) -> dict[str, float]:
     """Mean reward, spread within groups, share of groups without signal, each function's part, verdicts, and metrics
-    that reward functions logged."""
+    that reward functions logged. Where rewards are measured alone, and not ``learned`` from, those of their sum are
+    left out; without reward functions there are none."""
+    if not groups[0].rewards_by_function:
+        return {}
     rewards_PG = rewards_array(groups)
     scored_PG = ~np.isnan(rewards_PG)
-    metrics = {"frac_reward_zero_std": float(zero_std(rewards_PG).mean())}
-    if scored_PG.any():
+    metrics = {"frac_reward_zero_std": float(zero_std(rewards_PG).mean())} if learned else {}
+    if scored_PG.any() and learned:
         spreads = [row[~np.isnan(row)].std(ddof=1) for row in rewards_PG if (~np.isnan(row)).sum() > 1]
         metrics["reward"] = float(np.nanmean(rewards_PG))
         metrics["reward_std"] = float(np.mean(spreads)) if spreads else 0.0

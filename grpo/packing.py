@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from grpo.config import AlgorithmConfig
-from grpo.types import Batch, Completion, Group, Layout, Status, TrainedSequence
+from grpo.types import Batch, Completion, Group, Layout, Status, TeacherSays, TrainedSequence
 
 # For a group that does not fit into the rest of a micro-batch: if the micro-batch is at least this full, the group
 # starts another one; else the group is split, and its prompt computed twice. Both values are tried: the first repeats
@@ -30,23 +30,29 @@ MicroBatch = list[TrainedSequence]
 Sized = tuple[int, MicroBatch]  # with its number of tokens
 
 
-def to_sequences(groups: list[Group], advantages_PG: np.ndarray, algorithm: AlgorithmConfig) -> list[TrainedSequence]:
+def to_sequences(
+    groups: list[Group], advantages_PG: np.ndarray, algorithm: AlgorithmConfig, *, scored: bool = True
+) -> list[TrainedSequence]:
     """Flatten scored groups, G completions each. Tokens that the sampler gave no finite log-probability do not
-    count.
+    count. ``scored``: a completion without a reward does not count either.
     """
-    return [
+    made = [
         TrainedSequence(
             prompt_ids=group.prompt.token_ids,
             completion_ids=completion.token_ids,
             sampler_logprobs=logprobs,
             advantage=float(advantage),
-            valid=counts_in_loss(completion, reward, algorithm),
+            valid=counts_in_loss(completion, reward if scored else 0.0, algorithm),
             uncounted=uncounted,
         )
         for group, advantages_G in zip(groups, advantages_PG, strict=True)
         for completion, reward, advantage in zip(group.completions, group.rewards, advantages_G, strict=True)
         for logprobs, uncounted in [_finite(completion.sampler_logprobs)]
     ]
+    if not groups or groups[0].teacher is None:
+        return made
+    says = [of for group in groups for of in group.teacher or []]
+    return [replace(s, teacher=of) for s, of in zip(made, says, strict=True)]
 
 
 def _finite(logprobs: Sequence[float]) -> tuple[Sequence[float], tuple[int, ...]]:
@@ -207,6 +213,7 @@ def collate(
         for name, tensor in per_token.items():
             tensor[i, :length] = torch.tensor(getattr(s, name))
     per_token = {name: tensor.to(device) for name, tensor in per_token.items()}
+    teacher_logps_BT, teacher_ids_BTK, teacher_top_BTK = _of_teacher(micro_batch, T, device)
     return Batch(
         input_ids_RN=input_ids_RN.to(device),
         layout=layout,
@@ -221,7 +228,32 @@ def collate(
         ref_logps_BT=per_token.get("ref_logprobs"),
         kept_BT=per_token.get("kept"),
         log_left_BT=per_token.get("log_left"),
+        teacher_logps_BT=teacher_logps_BT,
+        teacher_ids_BTK=teacher_ids_BTK,
+        teacher_top_BTK=teacher_top_BTK,
     )
+
+
+def _of_teacher(
+    micro_batch: MicroBatch, T: int, device: torch.device | str
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What a teacher elsewhere says, (B,T), or ids and log-probabilities of its likeliest tokens, (B,T,K)."""
+    if micro_batch[0].teacher is None:
+        return None, None, None
+    B, said = len(micro_batch), [s.teacher or TeacherSays() for s in micro_batch]
+    if micro_batch[0].teacher.top_ids is None:
+        logps_BT = torch.zeros((B, T))
+        for i, of in enumerate(said):
+            logps_BT[i, : len(of.logprobs)] = torch.tensor(of.logprobs)
+        return logps_BT.to(device), None, None
+    K = max((len(ids) for of in said for ids in of.top_ids or []), default=1)
+    ids_BTK = torch.full((B, T, K), -1)
+    top_BTK = torch.zeros((B, T, K))
+    for i, of in enumerate(said):
+        for t, (ids, logprobs) in enumerate(zip(of.top_ids or [], of.top_logprobs or [], strict=True)):
+            ids_BTK[i, t, : len(ids)] = torch.tensor(ids)
+            top_BTK[i, t, : len(ids)] = torch.tensor(logprobs)
+    return None, ids_BTK.to(device), top_BTK.to(device)
 
 
 def _packed_row(

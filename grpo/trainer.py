@@ -14,13 +14,22 @@ from contextlib import closing
 from grpo.advantages import rewards_array, step_advantages
 from grpo.audit.at_start import warn_of_unpaid_answers
 from grpo.audit.rows import check_rows_at_start
-from grpo.backends import check_engine, find_backend, make_backend, resolve_backend, rest
+from grpo.backends import (
+    TeacherServers,
+    check_engine,
+    find_backend,
+    find_servers,
+    make_backend,
+    resolve_backend,
+    rest,
+)
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
 from grpo.evaluate import evaluate
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, staleness_metrics
 from grpo.model.optimizer import learning_rate
+from grpo.model.teacher import check_teacher
 from grpo.prompts.order import curriculum_metrics, prompts_of_step, updated_pass_rates
 from grpo.report.card import card_at_end
 from grpo.report.live import LiveReport
@@ -28,6 +37,7 @@ from grpo.report.write import write_report_at_end
 from grpo.rollout.groups import Drawn, draw_groups
 from grpo.rollout.replay import remembered, restored
 from grpo.rollout.rollouts import Rollouts
+from grpo.rollout.teaching import teach
 from grpo.run.run import Run, due, start_run
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
 from grpo.scoring.functions import tell_left_out
@@ -48,12 +58,14 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
+    check_teacher(recipe, tokenizer)
     tell_left_out(recipe.rewards, recipe.scoring.environment)
     with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
         scorer.check_columns(task.columns)
         on_main(accelerator, lambda: check_rows_at_start(recipe, task, resuming=bool(resume)))
         if not resume:
             on_main(accelerator, lambda: warn_of_unpaid_answers(recipe, task, scorer))
+        teacher = find_servers(recipe, accelerator, tokenizer)
         run = start_run(
             recipe,
             accelerator,
@@ -77,7 +89,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
 
             try:
                 for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer), rollouts.state, anew):
-                    train_step(run, rollouts, scorer)
+                    train_step(run, rollouts, scorer, teacher)
                     live.after_step()
             except BackendFailed as failure:  # the policy itself is intact
                 run.save()
@@ -87,7 +99,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     leave(accelerator, run.policy)
 
 
-def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
+def train_step(run: Run, rollouts: Rollouts, scorer: Scorer, teacher: TeacherServers | None = None) -> None:
     """One rollout and the updates made from it. Moves the run's progress on by a step and logs it."""
     recipe, policy, progress, task, clock = run.recipe, run.policy, run.progress, rollouts.task, Clock()
     extra, pass_rates, ahead = progress.extra_prompts, progress.pass_rates, rollouts.ahead
@@ -96,6 +108,9 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
     groups, sampled = drawn.groups, drawn.sampled
     with clock("rollout"):
         rest(rollouts.backend)
+    if teacher is not None:
+        with clock("teacher"):
+            teach(teacher, groups, run.accelerator)
     with clock("train"):
         rewards_PG, kl_metrics = less_kl(run, rewards_array(groups), groups)
     weights_F = [reward.weight for reward in recipe.rewards]
@@ -108,7 +123,8 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
             policy.mix_reference(algorithm.ref_model_mixup_alpha)
 
     generated = sum(len(c.token_ids) for group in sampled for c in group.completions)
-    metrics = reward_metrics(sampled) | completion_metrics(sampled) | mean_over_updates(updates)
+    metrics = reward_metrics(sampled, learned=recipe.learns_from_rewards)
+    metrics |= completion_metrics(sampled) | mean_over_updates(updates)
     if recipe.rollout.max_staleness:
         metrics |= staleness_metrics(sampled, progress.step)
     metrics |= learn_of_prompts(run, drawn, rows=len(task.train))

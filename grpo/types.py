@@ -4,7 +4,7 @@ Tensor and array names end in the dimensions they have, in order:
 
     P  prompts in a step            B  sequences in a micro-batch     V  vocabulary
     G  completions a prompt         T  tokens of a completion         H  hidden size
-    R  rows the model reads         N  tokens of a row
+    R  rows the model reads         N  tokens of a row                K  a teacher's likeliest tokens
 
 ``rewards_PG`` is prompts by completions; ``logps_BT`` is sequences by tokens of their completions: position ``t``
 describes the completion's token ``t`` itself (its logprob given its prompt and the tokens before it).
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,30 @@ class Completion:
     versions: list[VersionSpan]
 
 
+@dataclass(frozen=True)
+class TeacherSays:
+    """What a teacher that is not in the process says of a completion, token by token: the log-probability of the token
+    itself, or (where ``top_ids`` is not None) its likeliest tokens with theirs, never none, not always as many."""
+
+    logprobs: Sequence[float] = ()
+    top_ids: Sequence[Sequence[int]] | None = None
+    top_logprobs: Sequence[Sequence[float]] | None = None
+
+    def first(self) -> TeacherSays:
+        """Of the first token alone."""
+        if self.top_ids is None or self.top_logprobs is None:
+            return TeacherSays(self.logprobs[:1])
+        return TeacherSays((), self.top_ids[:1], self.top_logprobs[:1])
+
+
+class Example(NamedTuple):
+    """A supervised example: token ids of a prompt and of the completion to imitate, the latter with its EOS."""
+
+    prompt: list[int]
+    completion: list[int]
+    teacher: TeacherSays | None = None
+
+
 @dataclass
 class Group:
     """A prompt with its G completions and, after scoring, their rewards.
@@ -90,6 +114,7 @@ class Group:
     ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts the reasons that the function gave.
     ``extra_metrics`` holds what functions logged, as ``rewards/NAME/logged/METRIC``.
     ``replayed``: an earlier step's policy sampled it, so the update needs a ratio to that policy.
+    ``teacher`` is what a teacher on a server says of each completion.
     """
 
     prompt: Prompt
@@ -100,6 +125,7 @@ class Group:
     extra_metrics: dict[str, list[float]] = field(default_factory=dict)
     extra_columns: dict[str, list[Any]] = field(default_factory=dict)
     replayed: bool = False
+    teacher: list[TeacherSays] | None = None
 
 
 @dataclass
@@ -118,6 +144,7 @@ class TrainedSequence:
     ref_logprobs: list[float] | None = None
     kept: list[float] | None = None  # 0 at tokens that a selection excludes, else 1; None without one
     log_left: list[float] | None = None  # log of what truncation leaves of the old policy's probability
+    teacher: TeacherSays | None = None
     weight: float = 1.0
     uncounted: tuple[int, ...] = ()  # places of tokens that do not count: the sampler gave no log-probability
 
@@ -150,7 +177,8 @@ class Batch:
     prompt and a completion each. ``predicts_BT`` is, for each token of a completion, the index among the R x N tokens
     of the one before it, which predicts it. ``mask_BT`` is 1.0 at tokens that count, else 0.0. ``old_logps_BT`` is None
     when on-policy (the current logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0,
-    ``kept_BT`` where no selection of tokens was made, ``log_left_BT`` without truncated sampling or old policy.
+    ``kept_BT`` where no selection of tokens was made, ``log_left_BT`` without truncated sampling or old policy. What a
+    teacher elsewhere says is in the last three: of the completion's tokens, or its K likeliest, -1 at empty places.
     """
 
     input_ids_RN: torch.Tensor
@@ -166,3 +194,6 @@ class Batch:
     ref_logps_BT: torch.Tensor | None = None
     kept_BT: torch.Tensor | None = None
     log_left_BT: torch.Tensor | None = None
+    teacher_logps_BT: torch.Tensor | None = None
+    teacher_ids_BTK: torch.Tensor | None = None
+    teacher_top_BTK: torch.Tensor | None = None

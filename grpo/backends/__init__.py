@@ -1,25 +1,51 @@
 """Rollout backends: one file or folder each, chosen by ``rollout.backend``; ``own`` holds what loads one of the user's.
 
 Others take ``make_backend`` and, before anything heavy is loaded, ``find_backend``, ``resolve_backend`` and
-``check_engine``; ``rest`` after a step's rollouts; from ``base`` the protocol, and what a backend is asked for.
+``check_engine``; ``rest`` after a step's rollouts; ``find_servers`` where a teacher is on servers; from ``base`` the
+protocol, and what a backend is asked for.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from grpo.errors import UserError
 from grpo.user_code import is_place
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
 
     from grpo.backends.base import Backend
     from grpo.config import Recipe, RolloutConfig
     from grpo.model.policy import Policy
+    from grpo.types import TeacherSays
 
 log = logging.getLogger("grpo")
+
+
+class TeacherServers(Protocol):
+    """A teacher elsewhere (``vllm.teacher``)."""
+
+    def ask(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TeacherSays]:
+        """What it says of each completion (prompt and completion as token ids)."""
+        ...
+
+
+def find_servers(recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> TeacherServers | None:
+    """The servers of ``teacher.url``, looked at by the first process; None without. Raises UserError where they do not
+    answer, or can't judge the student's tokens."""
+    if recipe.teacher is None or recipe.teacher.url is None:
+        return None
+    from grpo.backends.vllm.teacher import TeacherServers as OnVllm
+    from grpo.run.session import on_main
+
+    servers = OnVllm(recipe.teacher)
+    on_main(accelerator, lambda: servers.check(tokenizer, recipe.longest_sequence()))
+    return servers
 
 
 def find_backend(rollout: RolloutConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,10 @@ def plan(
     config: Annotated[
         str | None, typer.Option("--config", metavar="FILE", help="The model's config.json, where it is not here.")
     ] = None,
+    teacher_config: Annotated[
+        str | None,
+        typer.Option("--teacher-config", metavar="FILE", help="The config.json of teacher.name, where it is not here."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
     trust: Trust = False,
 ) -> None:
@@ -61,12 +65,15 @@ def plan(
             raise UserError(f"--config: {config}: no such file")
         shape = find_shape(config or resolved.model.name)
         lengths = assumed_lengths(resolved, prompt=prompt_length, completion=length, with_signal=signal)
+        named = teacher_config or (resolved.teacher.name if resolved.teacher is not None else None)
+        teacher = find_shape(named, key="teacher.name", option="--teacher-config") if named else None
         if gpu == "cpu":
             from grpo.plan.here import plan_on_cpu
 
-            found = plan_on_cpu(resolved, shape, lengths, price=price)
+            found = plan_on_cpu(resolved, shape, lengths, price=price, teacher=teacher)
         else:
-            found = plan_for_gpus(resolved, shape, CARDS[gpu], lengths, gpus=gpus, fsdp2=fsdp2, price=price)
+            options: dict[str, Any] = {"gpus": gpus, "fsdp2": fsdp2, "price": price, "teacher": teacher}
+            found = plan_for_gpus(resolved, shape, CARDS[gpu], lengths, **options)
         if as_json:
             tell(json.dumps(found.as_json(), indent=2))
         else:

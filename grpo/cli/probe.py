@@ -43,6 +43,8 @@ def run_probe(recipe: Recipe, given: str, overrides: list[str], prompts: int) ->
     """Probe, print and write what was found; whether a run would learn. ``given`` is RECIPE as the user wrote it."""
     if recipe.stage != "grpo":
         raise UserError(f"{given}: stage is {recipe.stage}, and a probe is of rewards: there is nothing to sample")
+    if not recipe.learns_from_rewards:
+        raise UserError(f"{given}: it learns from its teacher alone, and a probe is of rewards: nothing to look for")
     from grpo.plan.probe import probe as sample
     from grpo.plan.probe_text import lines
 

@@ -20,6 +20,7 @@ from grpo.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
+from grpo.config.teacher import TeacherConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "ScoringConfig",
+    "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",
 ]

@@ -121,7 +121,7 @@ def _table(name: str, section: type[Section]) -> list[str]:
     schema = section.model_json_schema()
     lines = ["| key | type | default | on resume | meaning |", "|---|---|---|---|---|"]
     for key, field in section.model_fields.items():
-        if section_in(field) and section.__name__ == "Recipe":
+        if section_in(field) and section.__name__ == "Recipe" and field.default is not None:
             kind, default = "section" if key not in ("rewards", "expect") else "list of sections", ""
         elif section_in(field):
             kind, default = "section or null", "`null`"

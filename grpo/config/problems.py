@@ -117,7 +117,13 @@ def _blamed(detail: ErrorDetails, value: dict[str, Any], known: list[KeyPath]) -
     return named or [path] * (path != () and path not in known)
 
 
-_LEAST = {"data": {"name": "?"}, "model": {"name": "?"}, "training": {"output_dir": "?"}, "rewards": {"name": "?"}}
+_LEAST = {
+    "data": {"name": "?"},
+    "model": {"name": "?"},
+    "training": {"output_dir": "?"},
+    "rewards": {"name": "?"},
+    "teacher": {"name": "?"},
+}
 
 
 def _without(value: dict[str, Any], wrong: list[KeyPath]) -> dict[str, Any]:

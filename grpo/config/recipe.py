@@ -1,8 +1,8 @@
 """The recipe: one YAML file describes one run.
 
 This is the schema alone (pydantic v2, unknown keys refused), without torch; its sections are in ``sections.py``,
-``algorithm.py``, ``data.py``, ``health.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files and overrides;
-``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning is TRL's.
+``algorithm.py``, ``data.py``, ``health.py``, ``prompts.py``, ``teacher.py`` and ``vllm.py``. ``load.py`` reads files
+and overrides; ``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning is TRL's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from grpo.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
+from grpo.config.teacher import TeacherConfig
 from grpo.config.vllm import VllmOptions
 
 
@@ -38,7 +39,10 @@ class Recipe(Section):
     data: DataConfig
     """Its tasks: where the rows come from and how a row becomes a prompt."""
     rewards: list[RewardConfig] = Field(default_factory=list)
-    """Reward functions; their weighted sum is the reward."""
+    """Reward functions; their weighted sum is the reward. With a `teacher` there may be none, or all of weight 0: these
+    are measured and not learned from."""
+    teacher: TeacherConfig | None = None
+    """Distillation: a model whose distributions the trained one learns, beside the rewards or alone."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """How completions are sampled."""
     prompts: PromptsConfig = Field(default_factory=PromptsConfig)
@@ -65,10 +69,14 @@ class Recipe(Section):
         if self.algorithm.importance_sampling_mode is None and self.rollout.backend != "auto":
             mode = "none" if self.rollout.backend == "hf" else "token_truncate"
             self.algorithm = self.algorithm.model_copy(update={"importance_sampling_mode": mode})
+        if self.teacher is not None and self.teacher.divergence is None:
+            usual = "reverse_kl" if self.stage == "grpo" else "forward_kl"
+            self.teacher = self.teacher.model_copy(update={"divergence": usual})
         problems: list[Problem] = []
-        if self.stage == "grpo" and not self.rewards:
-            problems.append(Problem(("rewards", "stage"), "rewards: a grpo recipe needs at least one reward"))
-        if self.stage == "grpo" and self.rewards and all(r.weight == 0 for r in self.rewards):
+        if self.stage == "grpo" and self.teacher is None and not self.rewards:
+            text = "rewards: a grpo recipe needs at least one reward, or a teacher"
+            problems.append(Problem(("rewards", "stage"), text))
+        if self.stage == "grpo" and self.teacher is None and self.rewards and not self.learns_from_rewards:
             problems.append(Problem(("rewards",), "rewards: every weight is 0, there is nothing to learn from"))
         functions = self.reward_names()
         if self.evaluation.reward is not None and self.evaluation.reward not in functions:
@@ -91,6 +99,7 @@ class Recipe(Section):
         problems += self._optimizer_problems()
         problems += self._prompts_problems()
         problems += self._rollback_problems()
+        problems += self._teacher_problems()
         refuse(problems)
         return self
 
@@ -127,6 +136,32 @@ class Recipe(Section):
             return [Problem((key, "training.eval_every", "evaluation.at_start"), text)]
         return []
 
+    def _teacher_problems(self) -> list[Problem]:
+        """What a teacher cannot be combined with, and what a run without rewards can't do."""
+        if self.teacher is None:
+            return []
+        rollout, algorithm = self.rollout, self.algorithm
+        problems = self.teacher.problems(self.stage, temperature=rollout.temperature, truncated=rollout.truncates)
+        of_rewards = {
+            "prompts.dynamic_sampling": self.prompts.dynamic_sampling,
+            "prompts.replay_groups": self.prompts.replay_groups > 0,
+            "prompts.curriculum": self.prompts.curriculum,
+            "algorithm.kl_in_reward": algorithm.kl_in_reward and algorithm.beta > 0,
+            "algorithm.multi_objective_aggregation": algorithm.multi_objective_aggregation == "normalize_then_sum",
+        }
+        if self.stage == "grpo" and not self.learns_from_rewards:
+            problems += [
+                Problem((key, "rewards"), f"{key} is about rewards, and this recipe learns from its teacher alone")
+                for key, given in of_rewards.items()
+                if given
+            ]
+        return problems
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Are there rewards of a weight other than 0?"""
+        return any(reward.weight != 0 for reward in self.rewards)
+
     def with_backend(self, backend: Literal["hf", "vllm"]) -> Recipe:
         """The recipe with what ``rollout.backend: auto`` turned out to be, checked again.
 
@@ -143,7 +178,7 @@ class Recipe(Section):
         """What the choice of prompts, and of advantages, cannot be combined with."""
         prompts, rollout, k = self.prompts, self.rollout, self.algorithm.pass_at_k
         problems: list[Problem] = []
-        if prompts.replay_groups and (rollout.top_p < 1 or rollout.top_k or rollout.min_p):
+        if prompts.replay_groups and rollout.truncates:
             text = (
                 "prompts.replay_groups needs importance ratios to the distribution sampled from, which rollout.top_p, "
                 "top_k and min_p cut: set them to 1.0, 0 and null"

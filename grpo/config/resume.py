@@ -15,6 +15,7 @@ Meaning = Literal["free", "warns", "refused"]
 FREE = {
     "": "expect",
     "rewards": "timeout shaping",
+    "teacher": "url timeout",
     "rollout": """vllm_server_base_url vllm_server_timeout vllm_start_timeout vllm_generation_timeout vllm_sync_timeout
         vllm_weight_transfer vllm_sync_dir vllm_group_host vllm_group_port vllm_gpu_memory_utilization
         vllm_enable_sleep_mode vllm_probe_tolerance vllm_python""",
@@ -42,13 +43,15 @@ WARNS = {
 }
 # The problem, the model, the method, and what a checkpoint's state is shaped by (AdamW's own numbers are part of it).
 REFUSED = {
-    "": """stage model data rewards rollout prompts algorithm optimizer scoring evaluation training health
+    "": """stage model data rewards teacher rollout prompts algorithm optimizer scoring evaluation training health
         tracking""",  # as such
     "model": "name dtype weights load_in_4bit lora tokenizer revision trust_remote_code disable_dropout",
     "model.lora": "r lora_alpha lora_dropout target_modules",
     "data": """name path hub args template system_prompt chat_template_kwargs prompt_column completion_column
         max_prompt_length too_long train_size eval_size eval_path shuffle chat_template_date""",
     "rewards": "name path weight args needs_group",
+    "teacher": """name column coef text_coef divergence jsd_beta whole_sequence top_k dtype tokenizer revision
+        trust_remote_code""",
     "rollout": """backend num_generations max_completion_length temperature top_p top_k min_p stop max_staleness""",
     "prompts": """dynamic_sampling max_resample replay_groups curriculum curriculum_floor curriculum_newest""",
     "algorithm": """loss_type beta kl_estimator kl_in_reward use_bias_correction_kl epsilon epsilon_high delta

@@ -192,6 +192,11 @@ class RolloutConfig(VllmOptions):
     token that a step learns from is of a policy more than so many steps old. What is in flight goes on under new
     weights; `algorithm.importance_sampling_mode` corrects for the difference. 0 samples on-policy."""
 
+    @property
+    def truncates(self) -> bool:
+        """Do completions come from less than the whole distribution?"""
+        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p)
+
     @model_validator(mode="before")
     @classmethod
     def _was_overlap(cls, given: Any) -> Any:

@@ -11,6 +11,7 @@ Signs: everything here is a loss to be minimized. Shapes are (B,T) with a float 
 """
 
 from grpo.losses.assembly import policy_loss
+from grpo.losses.distillation import completed, distillation_loss, divergence_of, divergence_slope
 from grpo.losses.entropy import EntropyControl, entropy_bonus, next_entropy_control, top_entropy_kept
 from grpo.losses.kl import kl_estimate
 from grpo.losses.registry import LOSSES, find_loss, loss
@@ -25,6 +26,10 @@ __all__ = [
     "LossType",
     "StepTokens",
     "Tokens",
+    "completed",
+    "distillation_loss",
+    "divergence_of",
+    "divergence_slope",
     "entropy_bonus",
     "find_loss",
     "importance_metrics",

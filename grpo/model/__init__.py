@@ -2,5 +2,5 @@
 
 Others take ``policy.Policy``, ``loading``, ``optimizer``, ``logprob_lm``, ``truncation``, ``processes``,
 ``placing``, ``moments``, ``files``, ``first_process``, ``devices``, ``device_memory``, ``borders``, ``lora``,
-``memory_budget`` and ``shape``.
+``memory_budget``, ``teacher``, ``same_tokenizer`` and ``shape``.
 """

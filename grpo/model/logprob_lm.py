@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from grpo.errors import UserError, first_line
-from grpo.model.logprobs import token_statistics
+from grpo.model.logprobs import Compared, token_statistics
 from grpo.model.truncation import Truncation
 from grpo.types import Batch
 
@@ -88,9 +88,11 @@ class LogprobLM(nn.Module):
         temperature: float,
         entropy_gradient: bool = False,
         truncation: Truncation | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities, entropies and what ``truncation`` leaves of each distribution (``token_statistics``),
-        (B,T), 0 outside the completion mask."""
+        teacher: Compared | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities, entropies, what ``truncation`` leaves of each distribution, and the divergence from
+        ``teacher``, whose positions are ``batch.places_M`` (``token_statistics``); (B,T), 0 outside the completion
+        mask."""
         hidden_RNH = self.hidden_states(batch)
         predicts_M, targets_M = (x.flatten()[batch.places_M] for x in (batch.predicts_BT, batch.completion_ids_BT))
         of_tokens = token_statistics(
@@ -102,12 +104,13 @@ class LogprobLM(nn.Module):
             parameters=self.head_module.parameters(),
             entropy_gradient=entropy_gradient,
             truncation=truncation,
+            teacher=teacher,
         )
         B, T = batch.mask_BT.shape
-        logps_BT, entropy_BT, log_left_BT = (
+        logps_BT, entropy_BT, log_left_BT, divergence_BT = (
             x_M.new_zeros(B * T).index_copy(0, batch.places_M, x_M).view(B, T) for x_M in of_tokens
         )
-        return logps_BT, entropy_BT, log_left_BT
+        return logps_BT, entropy_BT, log_left_BT, divergence_BT
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """The last hidden states of the batch's tokens, (R,N,H)."""

@@ -43,9 +43,10 @@ class Budget:
         ]
 
 
-def budget(recipe: Recipe, shape: Shape, card: float, *, shards: int = 1) -> Budget:
+def budget(recipe: Recipe, shape: Shape, card: float, *, shards: int = 1, teacher: Shape | None = None) -> Budget:
     """The budget of a bfloat16 run on each GPU of ``card`` bytes, with hf or a colocated vLLM that sleeps. Weights and
-    what belongs to them are divided among ``shards`` GPUs (FSDP2); DDP holds them whole on each."""
+    what belongs to them are divided among ``shards`` GPUs (FSDP2); DDP holds them whole on each. A ``teacher`` in the
+    process is whole on each in any case."""
     model = recipe.model
     weights, trained, each = weights_of(recipe, shape)
     state = _state(recipe)
@@ -56,13 +57,14 @@ def budget(recipe: Recipe, shape: Shape, card: float, *, shards: int = 1) -> Bud
     has_reference = recipe.stage == "grpo" and recipe.algorithm.beta > 0 and model.lora is None
     reference = shape.parameters * (4 if recipe.algorithm.sync_ref_model else 2) * has_reference
     held = {"weights": weights / shards, "AdamW": adamw_here / shards, "reference": float(reference) / shards}
+    held["teacher"] = teacher_bytes(recipe, teacher)
     engine = _engine(recipe, shape, card, shards)
     update = held | {
         "gradients": trained * each / shards,
         # gradient, cast weight
         "of the head": shape.embedding * (4 + 2 if each == 4 else 2) * (model.lora is None),
         "gathered layers": 2 * 2.0 * shape.parameters / shape.layers * (shards > 1),  # this one, and the next one
-        "logits": LOGITS,
+        "logits": LOGITS * (2 if teacher is not None else 1),  # a tile of the teacher's own, and of the divergence
         "CUDA": CONTEXT,
     }
     if _is_vllm_here(recipe):
@@ -75,6 +77,13 @@ def budget(recipe: Recipe, shape: Shape, card: float, *, shards: int = 1) -> Bud
     update = {part: update[part] for part in order} | {part: size for part, size in update.items() if part not in order}
     rollout = held | engine | {"CUDA": CONTEXT} if recipe.stage == "grpo" else {}
     return Budget(update, rollout, {"AdamW": adamw_host})
+
+
+def teacher_bytes(recipe: Recipe, teacher: Shape | None, *, usual: int = 2) -> float:
+    """Of a teacher in the process, frozen; ``usual``: bytes a weight of ``teacher.dtype: auto``."""
+    if teacher is None or recipe.teacher is None:
+        return 0.0
+    return float(teacher.parameters * {"auto": usual, "float32": 4, "bfloat16": 2}[recipe.teacher.dtype])
 
 
 def micro_batch_tokens(recipe: Recipe, kept: float, *, free: float) -> int:

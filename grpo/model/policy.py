@@ -21,6 +21,7 @@ from grpo.model.export import write_adapter, write_final
 from grpo.model.first_process import on_main
 from grpo.model.kept import kept, set_types
 from grpo.model.logprob_lm import LogprobLM
+from grpo.model.logprobs import Compared
 from grpo.model.lora import base_of, deltas_of, without_adapters
 from grpo.model.moments import Named, from_saved, load_moments, optimized
 from grpo.model.optimizer import make_optimizer
@@ -34,6 +35,8 @@ from grpo.types import Batch, TrainedSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from grpo.model.teacher import Teacher
 
 log = logging.getLogger("grpo")
 
@@ -84,6 +87,7 @@ class Policy:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.reference = self._frozen_reference(recipe) if needs_reference and not self.is_lora else None
         self.replicas = replicas(accelerator)
+        self.teacher: Teacher | None = None  # `teacher.load_teacher` gives it one
         held = [model for model in (self.model, self.reference) if model is not None]
         self.collectives = Collectives(*held) if self.sharded else None
         self.changes = 0  # how often weights, of the policy or a moving reference, were written to
@@ -135,15 +139,22 @@ class Policy:
 
     def logprobs(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (with gradient where enabled) and entropies of a micro-batch, (B,T)."""
-        logps_BT, entropy_BT, _ = self._pass(self.model, batch, temperature)
+        logps_BT, entropy_BT, *_ = self._pass(self.model, batch, temperature)
         return logps_BT, entropy_BT
 
-    def statistics(
-        self, batch: Batch, temperature: float, *, entropy_gradient: bool = False
+    def compared(
+        self, batch: Batch, temperature: float, compared: Compared | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same, the entropies with gradient if ``entropy_gradient``, and the log of the probability that the
-        rollout's top-k, top-p and min-p leave of each distribution."""
-        return self._pass(self.model, batch, temperature, entropy_gradient, self.truncation)
+        """The same, and the divergence from what is ``compared``, with gradient; 0 without."""
+        logps_BT, entropy_BT, _, divergence_BT = self._pass(self.model, batch, temperature, False, None, compared)
+        return logps_BT, entropy_BT, divergence_BT
+
+    def statistics(
+        self, batch: Batch, temperature: float, *, entropy_gradient: bool = False, compared: Compared | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities; entropies, with gradient if ``entropy_gradient``; the log of the probability that the
+        rollout's top-k, top-p and min-p leave of each distribution; and its divergence from what is ``compared``."""
+        return self._pass(self.model, batch, temperature, entropy_gradient, self.truncation, compared)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
@@ -154,7 +165,7 @@ class Policy:
         assert self.reference is not None
         return self._pass(self.reference, batch, temperature)[0]
 
-    def _pass(self, model: LogprobLM, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _pass(self, model: LogprobLM, *arguments: Any) -> tuple[torch.Tensor, ...]:
         with self.autocast():
             found = model(*arguments)
         if not torch.is_grad_enabled():

@@ -103,8 +103,9 @@ def shape_of(name: str) -> Shape | None:
     return next((shape for known, shape in QWEN.items() if known in name.lower()), None)
 
 
-def find_shape(name: str) -> Shape:
-    """The shape of ``model.name``: from the folder's config.json, or of a model that is known by its name.
+def find_shape(name: str, *, key: str = "model.name", option: str = "--config") -> Shape:
+    """The shape of ``model.name``, or of what another ``key`` names: from the folder's config.json, or of a model that
+    is known by its name.
 
     Raises UserError where neither is at hand, or where the model is not Llama-shaped.
     """
@@ -118,8 +119,8 @@ def find_shape(name: str) -> Shape:
     if shape := shape_of(name):
         return shape
     raise UserError(
-        f"model.name: {name} is no folder with a config.json, and none of {', '.join(QWEN)}, whose shapes are known. "
-        "Give the config.json of the model: --config FILE"
+        f"{key}: {name} is no folder with a config.json, and none of {', '.join(QWEN)}, whose shapes are known. "
+        f"Give the config.json of the model: {option} FILE"
     )
 
 

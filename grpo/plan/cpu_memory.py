@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grpo.config import Recipe
-from grpo.model.memory_budget import Budget, weights_of
+from grpo.model.memory_budget import Budget, teacher_bytes, weights_of
 from grpo.model.shape import Shape
 from grpo.plan.work import Lengths
 
@@ -16,7 +16,9 @@ KEPT_AT_MOST, TOKENS_AT_MOST = (
 SHORT_PROMPT = 32  # tokens; sequences begin with a copy of a prompt up to here: kv_cache.SHORT_PROMPT
 
 
-def cpu_budget(recipe: Recipe, shape: Shape, lengths: Lengths, *, compute: str, rows: float) -> Budget:
+def cpu_budget(
+    recipe: Recipe, shape: Shape, lengths: Lengths, *, compute: str, rows: float, teacher: Shape | None = None
+) -> Budget:
     """``compute`` is float32 or bfloat16, as ``model.dtype`` resolves on the machine; ``rows`` are the bytes of the
     recipe's rows."""
     size = 4 if compute == "float32" else 2
@@ -30,13 +32,14 @@ def cpu_budget(recipe: Recipe, shape: Shape, lengths: Lengths, *, compute: str, 
         "weights": weights,
         "AdamW": trained * state,
         "reference": float(reference),
+        "teacher": teacher_bytes(recipe, teacher, usual=size),
     }
     kept = shape.kept_token(checkpointing=model.gradient_checkpointing, size=size)
     update = held | {
         "gradients": float(trained * each),
         "cast weights": shape.parameters * 2.0 * (size == 2 and not model.lora),
         "activations": kept * _tokens(recipe, kept, lengths),
-        "logits": 4.0 * 2 * LOGIT_CHUNK,
+        "logits": 4.0 * 2 * LOGIT_CHUNK * (2 if teacher is not None else 1),
     }
     return Budget(update, held | _engine(recipe, shape, size) if recipe.stage == "grpo" else {}, {})
 

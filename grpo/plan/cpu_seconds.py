@@ -25,11 +25,12 @@ from grpo.config import Recipe
 from grpo.errors import UserError, first_line
 from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
+from grpo.model.teacher import load_teacher
 from grpo.plan.work import Lengths
 from grpo.randomness import key
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator, prepare_task
-from grpo.types import Completion, Group, Prompt, Status, VersionSpan
+from grpo.types import Completion, Example, Group, Prompt, Status, TeacherSays, VersionSpan
 from grpo.update.step import update
 from grpo.update.supervised import supervised_step
 
@@ -38,6 +39,7 @@ log = logging.getLogger("grpo")
 SECONDS = 5.0  # of a measurement, at least, where the work lasts so long
 REPEATS = 6  # of a shorter one
 FEW = 8  # tokens of the first, shortest rollout
+TOP_K = 32  # likeliest tokens of a teacher in rows, as `grpo teach` writes
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def measure(recipe: Recipe, lengths: Lengths) -> Measured:
     rows = _rows(recipe)
     needs_reference = recipe.stage == "grpo" and recipe.algorithm.beta > 0
     policy = Policy(recipe, accelerator, tokenizer, [], needs_reference)  # no token ends a completion
+    load_teacher(recipe, policy)
     updating = _updating(recipe, lengths, policy)
     if recipe.stage != "grpo":
         return Measured(Line(0.0, 0.0), updating, 0.0, rows)
@@ -142,7 +145,7 @@ def _updating(recipe: Recipe, lengths: Lengths, policy: Policy) -> Line:
 
         def timed(groups: int) -> tuple[int, float]:
             if recipe.stage != "grpo":
-                examples = [(_prompt(n, lengths).token_ids, _ids(n, lengths.completion)) for n in range(groups)]
+                examples = [_example(number, recipe, lengths) for number in range(groups)]
                 return groups, _timed(lambda: supervised_step(run, examples, 1e-9))
             made = [_group(number, recipe, lengths) for number in range(groups)]
             rows = np.linspace(-1, 1, len(made[0].completions))
@@ -170,11 +173,31 @@ def _prompt(number: int, lengths: Lengths) -> Prompt:
 
 
 def _group(number: int, recipe: Recipe, lengths: Lengths) -> Group:
-    completions = []
+    completions, says = [], []
     for sample in range(recipe.rollout.num_generations):
         ids = _ids(number + sample, lengths.completion)
+        says.append(_says(recipe, len(ids)))
         completions.append(Completion(ids, [-1.0] * len(ids), Status.STOP, "", [VersionSpan(0, len(ids), 0)]))
-    return Group(_prompt(number, lengths), completions, rewards=[0.0] * len(completions))
+    teacher = says if _has_teacher_elsewhere(recipe) else None
+    return Group(_prompt(number, lengths), completions, rewards=[0.0] * len(completions), teacher=teacher)
+
+
+def _example(number: int, recipe: Recipe, lengths: Lengths) -> Example:
+    ids = _ids(number, lengths.completion)
+    says = _says(recipe, len(ids)) if _has_teacher_elsewhere(recipe) else None
+    return Example(_prompt(number, lengths).token_ids, ids, says)
+
+
+def _has_teacher_elsewhere(recipe: Recipe) -> bool:
+    return recipe.teacher is not None and recipe.teacher.name is None
+
+
+def _says(recipe: Recipe, tokens: int) -> TeacherSays:
+    """What a teacher elsewhere might say: of the tokens alone, or of as many others at each."""
+    top_k = 0 if recipe.teacher is None or recipe.teacher.sampled_alone else recipe.teacher.top_k or TOP_K
+    if top_k == 0:
+        return TeacherSays([-1.0] * tokens)
+    return TeacherSays((), [list(range(1, top_k + 1))] * tokens, [[-9.0] * top_k] * tokens)
 
 
 def _timed(work: Callable[[], object]) -> float:

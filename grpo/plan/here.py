@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import PartialState
 
@@ -19,20 +21,26 @@ def plan_here(recipe: Recipe, lengths: Lengths) -> Plan:
     """For the launch that this process is part of. Raises UserError where there is nothing to plan by: a model of a
     kind whose shape is not known, a GPU smaller than all data sheets, several processes on a CPU."""
     shape, state = find_shape(recipe.model.name), PartialState()
+    named = None if recipe.teacher is None else recipe.teacher.name
+    teacher = find_shape(named, key="teacher.name") if named else None
     if state.device.type == "cpu":
         if state.num_processes > 1:
             raise UserError("several processes on one CPU are not planned for")
-        return plan_on_cpu(recipe, shape, lengths, price=None)
+        return plan_on_cpu(recipe, shape, lengths, price=None, teacher=teacher)
     name, memory = torch.cuda.get_device_name(state.device), total_memory(state.device)
     card = sheet_for(name, memory)
     if card is None:
         raise UserError(f"there is no data sheet here of {name}, nor of a smaller card")
     sharded = state.distributed_type.value == "FSDP"
-    return plan_for_gpus(recipe, shape, card, lengths, gpus=state.num_processes, fsdp2=sharded, price=None)
+    options: dict[str, Any] = {"gpus": state.num_processes, "fsdp2": sharded, "price": None, "teacher": teacher}
+    return plan_for_gpus(recipe, shape, card, lengths, **options)
 
 
-def plan_on_cpu(recipe: Recipe, shape: Shape, lengths: Lengths, *, price: float | None) -> Plan:
+def plan_on_cpu(
+    recipe: Recipe, shape: Shape, lengths: Lengths, *, price: float | None, teacher: Shape | None = None
+) -> Plan:
     """For this process on this machine's CPU, whatever else the machine has."""
     device = torch.device("cpu")
     compute = str(compute_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    return plan_for_cpu(recipe, shape, lengths, capacity=total_memory(device), compute=compute, price=price)
+    options: dict[str, Any] = {"capacity": total_memory(device), "compute": compute, "price": price, "teacher": teacher}
+    return plan_for_cpu(recipe, shape, lengths, **options)

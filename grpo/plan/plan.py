@@ -95,14 +95,22 @@ class Plan:
 
 
 def plan_for_gpus(
-    recipe: Recipe, shape: Shape, card: Card, lengths: Lengths, *, gpus: int, fsdp2: bool, price: float | None
+    recipe: Recipe,
+    shape: Shape,
+    card: Card,
+    lengths: Lengths,
+    *,
+    gpus: int,
+    fsdp2: bool,
+    price: float | None,
+    teacher: Shape | None = None,
 ) -> Plan:
     """From data sheets and counts; what is not known is an assumption."""
     shards = gpus if fsdp2 else 1
-    work = work_of_step(recipe, shape, lengths)
+    work = work_of_step(recipe, shape, lengths, teacher)
 
     def budget_of(changed: Recipe) -> Budget:
-        return budget(changed, shape, card.bytes, shards=shards)
+        return budget(changed, shape, card.bytes, shards=shards, teacher=teacher)
 
     rollout = evaluation = 0.0
     if recipe.stage == "grpo":
@@ -121,12 +129,23 @@ def plan_for_gpus(
         capacity=card.bytes,
         seconds=Seconds(rollout, update, other, evaluation),
         price=price,
-        assumptions=[*_of_lengths(recipe, lengths), *gpu_seconds.assumptions(recipe, shape, card)],
+        assumptions=[
+            *_of_lengths(recipe, lengths),
+            *gpu_seconds.assumptions(recipe, shape, card),
+            *_of_teacher(recipe),
+        ],
     )
 
 
 def plan_for_cpu(
-    recipe: Recipe, shape: Shape, lengths: Lengths, *, capacity: float, compute: str, price: float | None
+    recipe: Recipe,
+    shape: Shape,
+    lengths: Lengths,
+    *,
+    capacity: float,
+    compute: str,
+    price: float | None,
+    teacher: Shape | None = None,
 ) -> Plan:
     """``recipe`` timed on this machine. Raises UserError where its model is not on it."""
     from grpo.plan import cpu_seconds
@@ -139,16 +158,17 @@ def plan_for_cpu(
         rollout = measured.rollout(P * G, P, lengths, recipe.rollout.max_batch_size)
         held_out, samples = recipe.data.eval_size, recipe.evaluation.num_generations
         evaluation = measured.rollout(held_out * samples, held_out, lengths, recipe.rollout.max_batch_size)
-    update = measured.updating.at(P * lengths.with_signal)
+    update = measured.updating.at(P * (lengths.with_signal if recipe.teacher is None else 1.0))
     assumptions = [
         *_of_lengths(recipe, lengths),
         "seconds: timed here just now, and true if nothing else ran",
+        *_of_teacher(recipe),
     ]
     return _plan(
         recipe,
         shape,
         lengths,
-        lambda changed: cpu_budget(changed, shape, lengths, compute=compute, rows=measured.rows),
+        lambda changed: cpu_budget(changed, shape, lengths, compute=compute, rows=measured.rows, teacher=teacher),
         machine=f"this CPU, {compute}",
         gpus=0,
         capacity=capacity,
@@ -181,6 +201,12 @@ def _of_lengths(recipe: Recipe, lengths: Lengths) -> list[str]:
     if recipe.stage == "grpo":
         said += f", {lengths.with_signal:.0%} of groups with a signal"
     return [f"{said} (--prompt-length, --length, --signal)"]
+
+
+def _of_teacher(recipe: Recipe) -> list[str]:
+    if recipe.teacher is None or recipe.teacher.url is None:
+        return []
+    return ["the teacher's server is none of this: its time is not in the seconds, its GPU not in the dollars"]
 
 
 def _evaluations(recipe: Recipe) -> int:

@@ -41,18 +41,21 @@ class Work:
     prefill_flops: float
 
 
-def work_of_step(recipe: Recipe, shape: Shape, lengths: Lengths) -> Work:
+def work_of_step(recipe: Recipe, shape: Shape, lengths: Lengths, teacher: Shape | None = None) -> Work:
     P = recipe.training.prompts_per_step
     G = recipe.rollout.num_generations if recipe.stage == "grpo" else 1
     prompt_tokens, completion_tokens = P * lengths.prompt, P * G * lengths.completion
     forward = _forward_flops(shape, lengths, P, G)
-    signal = lengths.with_signal if recipe.stage == "grpo" else 1.0
+    signal = lengths.with_signal if recipe.stage == "grpo" and recipe.teacher is None else 1.0
+    # A pass through the teacher, whose head is computed once more for the slope.
+    taught = 0.0 if teacher is None else _forward_flops(teacher, lengths, P, G)
+    taught += 0.0 if teacher is None else 2.0 * teacher.embedding * completion_tokens
     return Work(
         prompts=P,
         completions=P * G,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
-        update_flops=forward * _passes(recipe) * signal,
+        update_flops=forward * _passes(recipe) * signal + taught * recipe.algorithm.num_iterations,
         prefill_flops=2.0 * shape.products_of_token * prompt_tokens,
     )
 

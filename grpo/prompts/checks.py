@@ -15,6 +15,7 @@ from grpo.errors import UserError
 from grpo.prompts.completion_text import TAGS, CompletionText, special_tokens
 from grpo.prompts.lengths import longer_than, without_tokens
 from grpo.prompts.task import NO_TOKENS
+from grpo.prompts.teacher_column import column_errors
 from grpo.prompts.templates import TemplateHangs, render
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def check_before_loading(
         vocabulary = _text_config(model_config).vocab_size
         for part in (task.train, task.held_out):
             errors += _row_errors(task, part, limit, vocabulary)
+            if task.teacher_column is not None and not errors:
+                errors += column_errors(task, part)
     errors += [*_length_errors(recipe, model_config), *_rope_errors(recipe, model_config)]
     if errors:
         raise UserError("\n".join(errors))

@@ -16,8 +16,9 @@ from grpo.errors import UserError
 from grpo.prompts import templates
 from grpo.prompts.lengths import longer_than
 from grpo.prompts.rows import Part, Parts, check_enough, load_parts
+from grpo.prompts.teacher_column import read_teacher
 from grpo.randomness import Stream, permutation
-from grpo.types import Prompt
+from grpo.types import Example, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,8 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
     Raises UserError where they are unsound or too few.
     """
     data, training = recipe.data, recipe.training
-    task = Task(data, training, recipe.stage, tokenizer, load_parts(data, training, recipe.stage))
+    column = recipe.teacher.column if recipe.teacher is not None else None
+    task = Task(data, training, recipe.stage, tokenizer, load_parts(data, training, recipe.stage), column)
     if data.too_long == "error":
         return task
     train, held_out = (
@@ -48,7 +50,7 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
         check_enough(len(train), training.prompts_per_step, train.rows)
     except UserError as error:
         raise UserError(f"{error} (data.too_long: drop: {'; '.join(dropped)})") from None
-    return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]))
+    return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]), column)
 
 
 def _drop_too_long(task: Task, part: Part, max_completion_length: int) -> Part:
@@ -82,9 +84,16 @@ class Task:
     """
 
     def __init__(
-        self, data: DataConfig, training: TrainingConfig, stage: str, tokenizer: PreTrainedTokenizerBase, parts: Parts
+        self,
+        data: DataConfig,
+        training: TrainingConfig,
+        stage: str,
+        tokenizer: PreTrainedTokenizerBase,
+        parts: Parts,
+        teacher_column: str | None = None,
     ):
         self.data = data
+        self.teacher_column = teacher_column
         self.prompts_per_step, self.seed = training.prompts_per_step, training.seed
         self.stage = stage
         self.tokenizer = tokenizer
@@ -105,12 +114,12 @@ class Task:
         """The held-out rows as prompts."""
         return [self.prompt(self.held_out, row) for row in self.held_out.ids]
 
-    def examples(self, step: int) -> list[tuple[list[int], list[int]]]:
-        """Supervised examples of a step: token ids of prompt and of completion, the latter with its EOS."""
+    def examples(self, step: int) -> list[Example]:
+        """Supervised examples of a step."""
         return [self.example(self.train, row) for row in self.train_rows(step)]
 
     @cached_property
-    def eval_examples(self) -> list[tuple[list[int], list[int]]]:
+    def eval_examples(self) -> list[Example]:
         """The held-out rows as supervised examples."""
         return [self.example(self.held_out, row) for row in self.held_out.ids]
 
@@ -165,12 +174,17 @@ class Task:
         text, prefill = self.render(question, part.rows.place(row))
         return Prompt(row, question, text, self.encode_prompt(text, part.rows.place(row)), prefill, columns)
 
-    def example(self, part: Part, row: int) -> tuple[list[int], list[int]]:
-        """Token ids of a row's prompt and of its completion, the latter with EOS."""
+    def example(self, part: Part, row: int) -> Example:
+        """Token ids of a row's prompt and of its completion, the latter with EOS; and what its teacher says. Raises
+        UserError where that is not of this row."""
         columns, place = part.rows[row], part.rows.place(row)
         text, prefill = self.render(columns[self.data.prompt_column], place)
-        completion = self.answer(columns[self.data.completion_column], prefill, place)
-        return self.encode_prompt(text, place), self.encode_answer(completion)
+        prompt = self.encode_prompt(text, place)
+        completion = self.encode_answer(self.answer(columns[self.data.completion_column], prefill, place))
+        if self.teacher_column is None:
+            return Example(prompt, completion)
+        taught = read_teacher(columns, self.teacher_column, prompt, completion, len(self.tokenizer), place)
+        return Example(prompt, completion, taught)
 
     def answer(self, completion: str | list[dict[str, str]], prefill: str, place: str) -> str:
         """The text to imitate, without the prompt's prefill and without EOS. Raises UserError if it is several

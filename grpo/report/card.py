@@ -123,7 +123,11 @@ def _what(record: RunRecord, is_grpo: bool) -> str:
         rewards = [mapping(reward) for reward in record.recipe["rewards"]]
         names = [str(reward.get("name") or _without_paths(str(reward.get("path")))) for reward in rewards]
         named = [f"`{_code(n)}` x {reward.get('weight', 1.0):g}" for n, reward in zip(names, rewards, strict=True)]
-        lines.append(f"- Rewards: {', '.join(named)}")
+        lines.append(f"- Rewards: {', '.join(named) or 'none'}")
+    teacher = mapping(record.recipe.get("teacher"))
+    if by := next((str(teacher[key]) for key in ("name", "url", "column") if teacher.get(key)), None):
+        shown = "a server" if teacher.get("url") else f"`{_code(str(_without_paths(by)))}`"
+        lines.append(f"- Teacher: {shown}, `{teacher.get('divergence')}` x {teacher.get('coef', 1.0):g}")
     return "\n".join(lines) + "\n"
 
 

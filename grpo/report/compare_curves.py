@@ -16,6 +16,7 @@ from grpo.report.smoothing import smooth, thinned
 CURVES = {
     "Held-out accuracy": "eval/accuracy",
     "Reward": "reward",
+    "Divergence from the teacher": "teacher/kl",
     "Completion length": "completions/mean_length",
     "Entropy": "entropy",
     "Loss": "eval/loss",

@@ -139,6 +139,12 @@ def _divergence(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     ]
 
 
+def _teacher(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    held_out = "held-out" if len(run.series("eval/teacher_kl")[0]) else ""
+    labels = noisy(ax, run, "teacher/kl", c.series[4], "training" if held_out else "")
+    return labels + points(ax, run, "eval/teacher_kl", c.series[1], held_out)
+
+
 def _grad_norm(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     noisy(ax, run, "grad_norm", c.series[5])
     _, values = run.series("grad_norm")
@@ -177,6 +183,7 @@ def _percent(ax: Axes) -> None:
 PANELS = [
     Panel("Held-out accuracy", "Share of unseen tasks solved.", ("eval/accuracy",), _accuracy),
     Panel("Loss", "Nats per completion token.", ("loss", "eval/loss"), _loss),
+    Panel("Teacher", "Divergence from the teacher, in nats a token.", ("teacher/kl",), _teacher),
     Panel("Reward", "Mean over the completions of a training step.", ("reward",), _reward),
     Panel("Completion length", "Mean, in tokens.", ("completions/mean_length",), _length),
     Panel("Entropy", "Of the next token, in nats; near 0, exploration ends.", ("entropy",), _entropy),
@@ -199,7 +206,8 @@ def panels(run: RunRecord) -> list[Panel]:
     """The panels that this run has numbers for. A GRPO loss and a constant learning rate say nothing."""
     names = run.names()
     bands = {band["metric"].removeprefix("eval/") for band in expected(run)}
-    hidden = {"Loss", "Learning rate", "Tokens per second"} if "reward" in names else set()
+    grpo = "reward" in names or "completions/mean_length" in names  # also one that learns from a teacher alone
+    hidden = {"Loss", "Learning rate", "Tokens per second"} if grpo else set()
     return [
         replace(panel, caption=f"{panel.caption} {BARS}") if bands & _measures(panel) else panel
         for panel in PANELS

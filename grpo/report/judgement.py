@@ -89,7 +89,7 @@ def judgement(run: RunRecord, *, running: bool = False) -> list[Finding]:
 def _of_accuracy(run: RunRecord) -> Iterator[Finding]:
     found = gain(run)
     if found is None:
-        if run.setting("stage") != "sft":
+        if run.setting("stage") != "sft" and not run.setting("teacher"):
             yield Finding("plain", "It was not evaluated before and after, so nothing is known of what it has learned.")
         return
     ends = f"from {found.before:.3f} to {found.after:.3f}"

@@ -66,7 +66,7 @@ def _headline(facts: Mapping[str, float], found: Gain | None) -> str:
         return f"{_big('Held-out accuracy', found.before, found.after, found.tone)}{change}"
     if "accuracy_before" in facts:
         return _big("Held-out accuracy", facts["accuracy_before"], facts["accuracy_after"])
-    for title, name in (("Training reward", "reward"), ("Loss", "loss")):
+    for title, name in (("Training reward", "reward"), ("Divergence from the teacher", "teacher"), ("Loss", "loss")):
         if f"{name}_before" in facts:
             return _big(title, facts[f"{name}_before"], facts[f"{name}_after"])
     return ""
@@ -89,6 +89,8 @@ def _cards(facts: Mapping[str, float]) -> str:
         cards.append(_change("Mean completion length", facts, "length", "{:.0f}", "tokens"))
     if "reward_before" in facts:
         cards.append(_change("Training reward", facts, "reward", "{:.3f}", "mean of the first and last 5% of steps"))
+    if "teacher_before" in facts:
+        cards.append(_change("Divergence from the teacher", facts, "teacher", "{:.3f}", "nats a token"))
     if "seconds" in facts:
         notes = [f"{facts['steps']:,.0f} steps"]
         notes += [f"{large(facts['tokens'])} tokens"] if "tokens" in facts else []

@@ -28,6 +28,7 @@ SECONDS = 2.0  # between two looks at the folder
 CURVES: tuple[tuple[str, str, float | None], ...] = (
     ("held-out accuracy", "eval/accuracy", 1.0),
     ("reward", "reward", None),
+    ("teacher", "teacher/kl", None),
     ("length", "completions/mean_length", None),
     ("entropy", "entropy", None),
     ("held-out loss", "eval/loss", None),

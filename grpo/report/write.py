@@ -94,6 +94,8 @@ def _achieved(run: RunRecord) -> Iterator[str]:
         yield f"held-out accuracy {facts['accuracy_before']:.3f} -> {facts['accuracy_after']:.3f}"
     elif "loss_after" in facts and run.setting("stage") == "sft":
         yield f"loss {facts['loss_before']:.3f} -> {facts['loss_after']:.3f}"
+    if "teacher_after" in facts:
+        yield f"divergence from the teacher {facts['teacher_before']:.3f} -> {facts['teacher_after']:.3f}"
     if "seconds" in facts:
         yield f"{duration(facts['seconds'])} in steps"
     if COST in facts:

@@ -47,6 +47,7 @@ TRAINING = [
     Shown("no-signal", "frac_reward_zero_std", _share, 4),
     Shown("entropy", "entropy", _fixed, 6),
     Shown("kl", "kl", _small, 8),
+    Shown("teacher", "teacher/kl", _small, 8),
     Shown("grad", "grad_norm", _small, 8),
 ]
 SPEED = Shown("tok/s", "tokens_per_second", _count, 5)
@@ -54,6 +55,7 @@ PACE = Shown("s/step", "step_time", _small, 5)
 SPENT = Shown("cost", COST, dollars, 6)
 EVALUATION = [
     Shown("loss", "eval/loss", _fixed, 6),
+    Shown("teacher", "eval/teacher_kl", _small, 8),
     Shown("length", "eval/completions/mean_length", _count, 5),
     Shown("cut", "eval/completions/clipped_ratio", _share, 4),
 ]
@@ -68,7 +70,7 @@ def texts(shown: Sequence[Shown], metrics: Metrics) -> list[str]:
 def training_fields(metrics: Metrics) -> list[Shown]:
     """What a training step logged, most important first. The loss of a GRPO step says nothing and is left out."""
     shown = [s for s in [*TRAINING, SPENT, PACE, SPEED] if metrics.get(s.key) is not None]
-    return [s for s in shown if not (s.key == "loss" and "reward" in metrics)]
+    return [s for s in shown if not (s.key == "loss" and ("reward" in metrics or "teacher/kl" in metrics))]
 
 
 def fitting(parts: Sequence[str], width: int) -> list[str]:

@@ -12,16 +12,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo import user_code
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.model.files import hub_commits, input_files
+from grpo.model.teacher import model_of
 from grpo.prompts.task import Task
 from grpo.run.manifest import sha256
 
 AT_ONCE = 1000  # rows
+T = TypeVar("T")
 
 
 def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
@@ -29,13 +31,21 @@ def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
 
     Raises UserError where a file cannot be read.
     """
-    files = input_files(recipe.model) | _code(recipe) | _named_in_args(recipe)
+    teacher = model_of(recipe.teacher) if recipe.teacher is not None and recipe.teacher.name is not None else None
+    of_teacher = {} if teacher is None else _of_teacher(input_files(teacher))
+    files = input_files(recipe.model) | of_teacher | _code(recipe) | _named_in_args(recipe)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
         hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
     rows: dict[str, Any] = {"data: rows": task.train.rows}
     if task.held_out.rows is not task.train.rows:
         rows["data: held-out rows"] = task.held_out.rows
-    return hashes | hub_commits(recipe.model) | {name: _of_rows(of) for name, of in rows.items()}
+    commits = hub_commits(recipe.model) | ({} if teacher is None else _of_teacher(hub_commits(teacher)))
+    return hashes | commits | {name: _of_rows(of) for name, of in rows.items()}
+
+
+def _of_teacher(named: dict[str, T]) -> dict[str, T]:
+    """What ``model.name`` and ``model.tokenizer`` of a teacher's are called in its own section."""
+    return {f"teacher.{name.removeprefix('model.')}": value for name, value in named.items()}
 
 
 def _code(recipe: Recipe) -> dict[str, Path]:

@@ -237,6 +237,7 @@ def headline(run: RunRecord) -> dict[str, float]:
         "length": "eval/completions/mean_length" if run.evaluation else "completions/mean_length",
         "loss": "eval/loss" if "eval/loss" in run.names() else "loss",
         "reward": "reward",
+        "teacher": "eval/teacher_kl" if "eval/teacher_kl" in run.names() else "teacher/kl",
     }
     for fact, name in pairs.items():
         _, values = run.series(name)

@@ -18,6 +18,7 @@ from grpo.errors import Preempted, RunError
 from grpo.health.watch import ROLLBACK, Demand
 from grpo.model.optimizer import learning_rate
 from grpo.model.policy import Policy
+from grpo.model.teacher import load_teacher
 from grpo.prompts.task import Task
 from grpo.randomness import Stream, key
 from grpo.run import agreement, peers, stopping
@@ -282,6 +283,9 @@ def start_run(
     check_checkpoint(checkpoint)
     with working(f"loading weights of {recipe.model.name}", shown=accelerator.is_main_process):
         policy = Policy(recipe, accelerator, tokenizer, stop_token_ids, needs_reference)
+    if recipe.teacher is not None and recipe.teacher.name is not None:
+        with working(f"loading weights of {recipe.teacher.name}", shown=accelerator.is_main_process):
+            load_teacher(recipe, policy)
     progress = restore_state(checkpoint, recipe, policy)
     return Run(recipe, policy, folder, progress, resumed=bool(resume), inputs=inputs, card=card)
 

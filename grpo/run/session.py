@@ -75,7 +75,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def resolve_dtype(recipe: Recipe, accelerator: Accelerator) -> Recipe:
-    """The recipe with ``model.dtype: auto`` replaced by the type that suits this device; a line in the log says so.
+    """The recipe with ``model.dtype: auto`` replaced by the type that suits this device; a line in the log says so. A
+    teacher's likewise, of which its loading tells.
 
     The type is then part of the run's identity: a device that resolves it otherwise can't resume the run.
     """
@@ -96,7 +97,11 @@ def resolve_dtype(recipe: Recipe, accelerator: Accelerator) -> Recipe:
             "model.dtype: auto or float32",
             device.type,
         )
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+    resolved: dict[str, Any] = {"model": recipe.model.model_copy(update={"dtype": dtype})}
+    if recipe.teacher is not None and recipe.teacher.name is not None and recipe.teacher.dtype == "auto":
+        of_teacher = "bfloat16" if instructions else "float32"
+        resolved["teacher"] = recipe.teacher.model_copy(update={"dtype": of_teacher})
+    return recipe.model_copy(update=resolved)
 
 
 def _patience(recipe: Recipe) -> InitProcessGroupKwargs:

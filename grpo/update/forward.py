@@ -61,7 +61,7 @@ def sequence_statistics(run: Run, sequences: list[TrainedSequence], *, reference
                     continue
                 span = slice(len(s.completion_ids))
                 ref = ref_logps_BT[row, span].tolist() if ref_logps_BT is not None else None
-                logprobs, entropies, log_left = (x_BT[row, span].tolist() for x_BT in of_policy)
+                logprobs, entropies, log_left = (x_BT[row, span].tolist() for x_BT in of_policy[:3])
                 found.append((place_of[id(s)], TokenStatistics(logprobs, entropies, log_left, ref)))
 
         plan = plan_for(policy, sequences, run.recipe.training, max_tokens)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from grpo.config import AlgorithmConfig
+from grpo.config import AlgorithmConfig, TeacherConfig
 from grpo.losses import (
     Counts,
+    distillation_loss,
     entropy_bonus,
     importance_metrics,
     importance_ratio,
@@ -16,6 +17,7 @@ from grpo.losses import (
     policy_loss,
 )
 from grpo.model.policy import Policy
+from grpo.model.teacher import compared_with
 from grpo.types import Batch
 
 
@@ -27,22 +29,33 @@ def micro_batch_loss(
     *,
     temperature: float,
     entropy_coef: float,
+    teacher: TeacherConfig | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The micro-batch's share of the step's loss, and its sums for the metrics."""
     if algorithm.kl_in_loss and batch.ref_logps_BT is None:
         batch = replace(batch, ref_logps_BT=policy.reference_logprobs(batch, temperature))
-    logps_BT, entropy_BT, log_left_BT = policy.statistics(batch, temperature, entropy_gradient=entropy_coef > 0)
+    compared = compared_with(policy, batch, temperature, teacher)
+    logps_BT, entropy_BT, log_left_BT, divergence_BT = policy.statistics(
+        batch, temperature, entropy_gradient=entropy_coef > 0, compared=compared
+    )
     if policy.truncation:
         batch = replace(batch, sampler_logps_BT=comparable(batch, log_left_BT))
     weights_BT, sampling = _importance_sampling(batch, logps_BT, algorithm)
     loss, metrics = policy_loss(logps_BT, batch, counts, algorithm, weights_BT)
+    if algorithm.has_entropy_bonus or teacher is not None:
+        metrics["policy_loss"] = loss.detach()
     if algorithm.has_entropy_bonus:
         kept_BT = batch.mask_BT if batch.kept_BT is None else batch.mask_BT * batch.kept_BT
-        metrics["policy_loss"] = loss.detach()
         metrics["entropy_of_bonus"] = (entropy_BT.detach() * kept_BT).sum()
         metrics["entropy_of_bonus/count"] = kept_BT.sum()
     if entropy_coef > 0:
         loss = loss - entropy_coef * entropy_bonus(entropy_BT, batch.mask_BT, batch.kept_BT, counts)
+    if teacher is not None:
+        known_BT = None if compared is None else divergence_BT
+        distance, of_teacher = distillation_loss(
+            logps_BT, batch, counts, teacher, divergence_BT=known_BT, weights_BT=weights_BT
+        )
+        loss, metrics = loss + teacher.coef * distance, metrics | of_teacher
     difference_BT = (logps_BT.detach() - batch.sampler_logps_BT).abs() * batch.mask_BT
     metrics["entropy"] = (entropy_BT.detach() * batch.mask_BT).sum()
     if batch.kept_BT is not None:

@@ -121,7 +121,8 @@ def _smallest(micro_batch: MicroBatch) -> MicroBatch:
     one = min(micro_batch, key=len)
     per_token = ("completion_ids", "sampler_logprobs", "old_logprobs", "ref_logprobs", "kept", "log_left")
     cut = {name: getattr(one, name)[:1] for name in per_token if getattr(one, name) is not None}
-    return [replace(one, prompt_ids=one.prompt_ids[:1], weight=0.0, uncounted=(), **cut)]
+    teacher = None if one.teacher is None else one.teacher.first()
+    return [replace(one, prompt_ids=one.prompt_ids[:1], weight=0.0, uncounted=(), teacher=teacher, **cut)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

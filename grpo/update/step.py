@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
-from grpo.config import AlgorithmConfig
+from grpo.config import Recipe
 from grpo.errors import RunError, first_line
 from grpo.losses import Counts, EntropyControl, find_loss, next_entropy_control
 from grpo.packing import MicroBatch, to_sequences
@@ -39,10 +39,10 @@ def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_ra
     """
     algorithm = run.recipe.algorithm
     check_staleness(groups, run.progress.step, run.recipe.rollout.max_staleness)
-    sequences = to_sequences(groups, advantages_PG, algorithm)
+    sequences = taught(run, to_sequences(groups, advantages_PG, algorithm, scored=run.recipe.learns_from_rewards))
     uncounted = check_uncounted(sequences, run.progress.step)
     if algorithm.num_iterations * algorithm.num_minibatches > 1 or any(group.replayed for group in groups):
-        needed = [s for s in sequences if s.valid] if selects_tokens(algorithm) else with_signal(sequences, algorithm)
+        needed = [s for s in sequences if s.valid] if selects_tokens(algorithm) else with_signal(sequences, run.recipe)
         sequences = precompute_logprobs(run, sequences, reference=algorithm.kl_in_loss, needed=needed)
         sequences = with_sampler_as_old(sequences, groups)
     size = len(sequences) // algorithm.num_minibatches
@@ -92,11 +92,11 @@ def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: fl
     """
     policy, algorithm, rollout = run.policy, run.recipe.algorithm, run.recipe.rollout
     valid = [s for s in sequences if s.valid]
-    if not with_signal(valid, algorithm):
+    if not with_signal(valid, run.recipe):
         return {"skipped": 1.0}
     if selects_tokens(algorithm):
         valid = select_tokens(run, valid)
-    contributing = with_signal(valid, algorithm)
+    contributing = with_signal(valid, run.recipe)
     entropy_coef = _entropy_coef(run)
 
     def attempt(max_tokens: int) -> tuple[dict[str, float], float]:
@@ -111,7 +111,13 @@ def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: fl
 
         def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return micro_batch_loss(
-                policy, batch, counts, algorithm, temperature=rollout.temperature, entropy_coef=entropy_coef
+                policy,
+                batch,
+                counts,
+                algorithm,
+                temperature=rollout.temperature,
+                entropy_coef=entropy_coef,
+                teacher=run.recipe.teacher,
             )
 
         return backward(run, plan[policy.accelerator.process_index], loss_of)
@@ -124,11 +130,23 @@ def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: fl
     return metrics
 
 
-def with_signal(sequences: list[TrainedSequence], algorithm: AlgorithmConfig) -> list[TrainedSequence]:
+def with_signal(sequences: list[TrainedSequence], recipe: Recipe) -> list[TrainedSequence]:
     """The sequences that can change the gradient: a zero advantage contributes only through the KL penalty, the entropy
-    bonus, or a loss type that says so."""
+    bonus, a teacher, or a loss type that says so."""
+    algorithm = recipe.algorithm
     regardless = algorithm.kl_in_loss or algorithm.has_entropy_bonus or find_loss(algorithm.loss_type).without_advantage
+    regardless = regardless or recipe.teacher is not None
     return [s for s in sequences if s.valid and (s.advantage != 0 or regardless)]
+
+
+def taught(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSequence]:
+    """The sequences; not valid are those with a token that a teacher in the process has no embedding for (ids that pad
+    the student's vocabulary, which no text holds)."""
+    teacher = run.policy.teacher
+    if teacher is None or teacher.vocab_size >= run.policy.model.vocab_size:
+        return sequences
+    known = teacher.vocab_size
+    return [replace(s, valid=s.valid and max(s.completion_ids, default=0) < known) for s in sequences]
 
 
 def backward(run: Run, micro_batches: list[MicroBatch], loss_of: LossOf) -> tuple[dict[str, float], float]:

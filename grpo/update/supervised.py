@@ -1,41 +1,54 @@
-"""One optimizer step of the supervised stage: mean cross-entropy over all completion tokens of the examples."""
+"""One optimizer step of the supervised stage, on all completion tokens of the examples: mean cross-entropy, or the mean
+divergence from a teacher's distributions."""
 
 from __future__ import annotations
 
 import torch
 
+from grpo.model.teacher import compared_with
 from grpo.packing import MicroBatch
 from grpo.run.run import Run
-from grpo.types import Batch, TrainedSequence
+from grpo.types import Batch, Example, TrainedSequence
 from grpo.update.forward import plan_for
 from grpo.update.micro_batch_size import within_memory
 from grpo.update.step import backward
-
-Example = tuple[list[int], list[int]]  # token ids of prompt and completion
 
 
 def supervised_step(run: Run, examples: list[Example], learning_rate: float) -> dict[str, float]:
     """Imitate ``examples`` (those of all processes, the same list on each) in one optimizer step.
 
-    Returns metrics: ``loss`` and ``entropy`` in nats a token, ``grad_norm`` before clipping. Raises RunError on every
-    process, before the optimizer's step, where loss or gradient is not finite.
+    Returns metrics: ``loss`` and ``entropy`` in nats a token, ``grad_norm`` before clipping, and with a teacher
+    ``cross_entropy`` and ``teacher/kl``. Raises RunError on every process, before the optimizer's step, where loss or
+    gradient is not finite.
     """
-    policy, tokens = run.policy, sum(len(completion) for _, completion in examples)
+    teacher, tokens = run.recipe.teacher, sum(len(example.completion) for example in examples)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logps_BT, entropy_BT = policy.logprobs(batch, temperature=1.0)
-        return -(logps_BT * batch.mask_BT).sum() / tokens, {"entropy": (entropy_BT * batch.mask_BT).sum() / tokens}
+        cross_entropy, entropy, divergence = sums_of(run, batch)
+        metrics = {"entropy": entropy / tokens}
+        if teacher is None:
+            return cross_entropy / tokens, metrics
+        metrics |= {"cross_entropy": cross_entropy.detach() / tokens, "teacher/kl": divergence.detach() / tokens}
+        return (teacher.coef * divergence + teacher.text_coef * cross_entropy) / tokens, metrics
 
     totals, norm = within_memory(
         run, lambda max_tokens: backward(run, micro_batches_of(run, examples, max_tokens), loss_of)
     )
-    policy.step(learning_rate)
+    run.policy.step(learning_rate)
     return totals | {"grad_norm": norm}
+
+
+def sums_of(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a micro-batch's tokens: cross-entropy of the text, entropy, divergence from the teacher (0 without one)."""
+    compared = compared_with(run.policy, batch, 1.0, run.recipe.teacher)
+    logps_BT, entropy_BT, divergence_BT = run.policy.compared(batch, 1.0, compared)
+    return -(logps_BT * batch.mask_BT).sum(), (entropy_BT * batch.mask_BT).sum(), (divergence_BT * batch.mask_BT).sum()
 
 
 def micro_batches_of(run: Run, examples: list[Example], max_tokens: int) -> list[MicroBatch]:
     """This process's share of the examples, in micro-batches."""
     sequences = [
-        TrainedSequence(prompt, completion, [0.0] * len(completion), advantage=1.0) for prompt, completion in examples
+        TrainedSequence(e.prompt, e.completion, [0.0] * len(e.completion), advantage=1.0, teacher=e.teacher)
+        for e in examples
     ]
     return plan_for(run.policy, sequences, run.recipe.training, max_tokens)[run.accelerator.process_index]

@@ -51,6 +51,14 @@ def test_only_control_tokens_are_special(tokenizer):
     assert tokenizer.encode("é") == [tokenizer.unk_token_id]
 
 
+def test_a_student_has_less_than_a_quarter_of_the_parameters(tokenizer):
+    whole, student = tiny.make_tiny_model(), tiny.make_tiny_model(width=64, layers=3)
+    assert student.num_parameters() < whole.num_parameters() / 4
+    assert student.config.head_dim == whole.config.head_dim
+    with pytest.raises(ValueError, match="96 is not a multiple of 64"):
+        tiny.make_tiny_model(width=96)
+
+
 def test_untrained_model_is_a_function_of_its_seed(tmp_path):
     tiny.write_tiny_model(tmp_path, seed=3)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

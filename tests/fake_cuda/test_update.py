@@ -10,15 +10,16 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from grpo import kernels
-from grpo.config import AlgorithmConfig
+from grpo.config import AlgorithmConfig, TeacherConfig
 from grpo.kernels import measure_kept
 from grpo.losses import LOSSES, Counts
 from grpo.model import logprob_lm as logprob_lm_module
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy
+from grpo.model.teacher import Teacher
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
-from grpo.types import Batch, TrainedSequence
+from grpo.types import Batch, TeacherSays, TrainedSequence
 from grpo.update.loss import micro_batch_loss
 from tests.fake_cuda.device import NotForThisKernel, WaitsForTheHost, Watch, causal_lm
 from tests.fake_cuda.models import CONFIGS, LAYERS, TRIED, packs, qwen25
@@ -92,6 +93,32 @@ def test_a_micro_batch_where_autograd_hands_gradients_over(watch: Watch) -> None
     step(policy_of("small", alone=False), watch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["in the process", "its likeliest tokens"])
+def test_a_teacher(watch: Watch, source: str) -> None:
+    """Its passes and the divergence: loss and gradient are on the device, and nothing makes the host wait."""
+    policy, batch_sequences, counts = policy_of("small"), sequences(), Counts(196, 6, 1, 64)
+    policy.teacher, config = None, TeacherConfig(url="http://t", divergence="forward_kl", top_k=2)
+    if source == "in the process":
+        config = TeacherConfig(name="t", divergence="jsd", whole_sequence=True)
+        of_teacher = causal_lm(CONFIGS["small"], torch.bfloat16)
+        with unset_fake_temporarily():
+            kernels.install(of_teacher, CUDA, trains=False, alone=True)
+        policy.teacher = Teacher(LogprobLM(of_teacher), torch.bfloat16, CUDA, packed=True)
+    for s in batch_sequences if source != "in the process" else ():
+        T = len(s.completion_ids)
+        s.teacher = TeacherSays((), [[1, 2]] * T, [[-1.0, -2.0]] * T)
+    batch = collate(batch_sequences, pad_token_id=0, device=CUDA, packed=policy.packed)
+    loss, metrics = micro_batch_loss(
+        policy, batch, counts, AlgorithmConfig(), temperature=0.7, entropy_coef=0.0, teacher=config
+    )
+    assert {x.device.type for x in (loss, *metrics.values())} == {"cuda"}
+    assert loss.dtype == torch.float32
+    loss.backward()
+    for name, parameter in policy.model.named_parameters():
+        assert (parameter.grad.device.type, parameter.grad.dtype) == ("cuda", torch.float32), name
+
+
 def test_every_loss(watch: Watch) -> None:
     """From log-probabilities on; the model's part is above."""
     policy, counts = policy_of("small"), Counts(196, 6, 1, 64)
@@ -101,7 +128,7 @@ def test_every_loss(watch: Watch) -> None:
     for loss_type in LOSSES:
         for mode in ("sequence_mask", "token_truncate"):
             leaves = [x.detach().requires_grad_() for x in found[:2]]
-            policy.statistics = lambda *_, _leaves=leaves, **__: (*_leaves, found[2])
+            policy.statistics = lambda *_, _leaves=leaves, **__: (*_leaves, *found[2:])
             policy.reference_logprobs = lambda *_: found[0].detach()
             algorithm = AlgorithmConfig(
                 loss_type=loss_type, beta=0.1, entropy_coef=0.1, importance_sampling_mode=mode, delta=4.0

@@ -25,7 +25,7 @@ def test_value_entropy_and_gradient_equal_the_plain_ones(
     targets_N = torch.randint(50, (23,))
     weights_N = torch.randn(23)
 
-    logps_N, entropy_N, _ = logprobs.token_statistics(
+    logps_N, entropy_N, *_ = logprobs.token_statistics(
         hidden_NH, targets_N, head, vocab_size=50, temperature=0.7, parameters=head.parameters()
     )
     (logps_N * weights_N).sum().backward()
@@ -51,7 +51,7 @@ def test_entropy_gradient_equals_the_plain_one(
     hidden_NH = torch.randn(23, 16, requires_grad=True)
     targets_N, weights_N, other_N = torch.randint(50, (23,)), torch.randn(23), torch.randn(23)
 
-    logps_N, entropy_N, log_left_N = logprobs.token_statistics(
+    logps_N, entropy_N, log_left_N, divergence_N = logprobs.token_statistics(
         hidden_NH, targets_N, head, vocab_size=50, temperature=0.7, parameters=head.parameters(), entropy_gradient=True
     )
     (logps_N @ weights_N + entropy_N @ other_N).backward()
@@ -64,6 +64,8 @@ def test_entropy_gradient_equals_the_plain_one(
     torch.testing.assert_close(ours[0], hidden_NH.grad, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(ours[1], head.weight.grad, atol=1e-5, rtol=1e-5)
     assert not log_left_N.any()
+    assert not divergence_N.any()
+    assert not divergence_N.requires_grad
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(5, 1.0, None), (0, 0.8, None), (0, 1.0, 0.1), (20, 0.9, 0.02)])
@@ -79,7 +81,7 @@ def test_what_truncation_leaves_is_what_the_sampler_renormalized_by(
         tokens_N, sampler_N = sample(
             head(hidden_NH), torch.rand(200, dtype=torch.float64), temperature=0.8, **truncation._asdict()
         )
-        logps_N, _, log_left_N = logprobs.token_statistics(
+        logps_N, _, log_left_N, _ = logprobs.token_statistics(
             hidden_NH, tokens_N, head, vocab_size=50, temperature=0.8, truncation=truncation
         )
     torch.testing.assert_close(sampler_N + log_left_N, logps_N, atol=1e-5, rtol=1e-5)

@@ -31,6 +31,7 @@ from grpo.model.loading import load_tokenizer
 from grpo.model.placing import local, whole
 from grpo.model.policy import Policy
 from grpo.model.processes import average_gradients
+from grpo.model.teacher import load_teacher
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator
 from grpo.run.shards import read_shards, write_shards
@@ -39,6 +40,7 @@ from grpo.update.forward import precompute_logprobs
 from grpo.update.step import optimizer_step
 from tests.forked import run_forked
 from tests.gradient_of_step import move, recipe_for, sequences
+from tests.launching import ROOT
 
 KINDS = {"ddp": 2, "fsdp2": 2, "hsdp": 4}
 BETA = 0.1
@@ -89,6 +91,20 @@ def of_every_loss(model: str, losses: Iterable[str]) -> dict[str, Gradient]:
         algorithm = recipe.algorithm.model_copy(update={"loss_type": loss_type})
         found[loss_type], _ = step_of(recipe.model_copy(update={"algorithm": algorithm}), policy)
     return found
+
+
+def of_teacher(model: str) -> dict[str, Any]:
+    """The gradient of a step with a teacher, of which every process holds all, and what the teacher holds."""
+    values = recipe_of(model, 2).model_dump()
+    values["algorithm"]["beta"] = 0.0
+    values["teacher"] = {"name": str(ROOT / "data/tiny_base"), "dtype": "float32"}
+    recipe = Recipe.model_validate(values)
+    policy = policy_of(recipe)
+    load_teacher(recipe, policy)
+    assert policy.teacher is not None
+    gradient, _ = step_of(recipe, policy)
+    held = {name: tensor.clone() for name, tensor in policy.teacher.model.causal_lm.state_dict().items()}
+    return {"gradient": gradient, "held": gather_object([held])}
 
 
 def in_bfloat16(model: str, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -218,6 +234,7 @@ def everything(model: str, folder: Path, kind: str) -> dict[str, Any]:
     if kind == "ddp" and torch.distributed.is_initialized():
         found["averages"] = gather_object([averages(torch.distributed.get_rank())])
     if kind != "hsdp":
+        found["teacher"] = of_teacher(model)
         found["lora"] = in_bfloat16(model, folder / "lora", lora=LORA)
     if kind == "fsdp2":
         changes = {"lora": LORA, "gradient_checkpointing": True}

@@ -63,6 +63,18 @@ def test_the_gradient_is_that_of_one_process(one_process: Found, found: Found) -
             assert distance(one_process["losses"][name], gradient) < 1e-5, name
 
 
+def test_a_teacher_is_whole_on_every_process_and_teaches_all_the_same(
+    one_process: Found, found: Found, kind: str
+) -> None:
+    if kind == "hsdp":
+        return
+    assert distance(one_process["teacher"]["gradient"], found["teacher"]["gradient"]) < 1e-5
+    expected = AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny_base", dtype=torch.float32).state_dict()
+    assert len(found["teacher"]["held"]) == KINDS[kind]
+    for held in found["teacher"]["held"]:
+        assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("trained", ["full", "lora"])
 def test_in_bfloat16_it_is_too_within_what_rounding_changes(
     tiny_model: Path, one_process: Found, folder: Path, trained: str

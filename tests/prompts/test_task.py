@@ -63,10 +63,10 @@ def test_supervised_examples(tmp_path):
     tokenizer = make_tokenizer()
     task = load({"path": path, "template": "tinyzero", "shuffle": False}, tokenizer, stage="sft", prompts_per_step=2)
     examples = task.examples(0)
-    assert [tokenizer.convert_ids_to_tokens(completion) for _, completion in examples] == [["b", "<eos>"]] * 2
+    assert [tokenizer.convert_ids_to_tokens(example.completion) for example in examples] == [["b", "<eos>"]] * 2
     assert examples[0][0] == task.train_prompts(0)[0].token_ids
     assert task.train_prompts(0)[0].columns == {}
 
     path = write_rows(tmp_path / "rows.jsonl", [{**rows[2], "prompt": f"{c} ?"} for c in "abcdef"])
     task = load({"path": path, "eval_size": 2}, tokenizer, stage="sft", prompts_per_step=2)
-    assert [tokenizer.convert_ids_to_tokens(c) for _, c in task.eval_examples] == [["b", "<eos>"]] * 2
+    assert [tokenizer.convert_ids_to_tokens(e.completion) for e in task.eval_examples] == [["b", "<eos>"]] * 2

@@ -87,14 +87,14 @@ def test_it_is_the_gradient_of_the_definition(tiny_model: Path, tmp_path: Path, 
 
 
 def test_groups_without_signal_and_invalid_sequences_take_no_part() -> None:
-    algorithm = make_recipe(Path("x")).algorithm
-    kept = with_signal(sequences(), algorithm)
+    kept = with_signal(sequences(), make_recipe(Path("x")))
     assert len(kept) == 5
     moves_all = [{"beta": 0.1}, {"entropy_coef": 0.01}, {"use_adaptive_entropy": True}, {"loss_type": "kl_cov"}]
     for options in moves_all:  # also those of zero advantage
-        assert len(with_signal(sequences(), algorithm.model_copy(update=options))) == 7, options
-    in_reward = algorithm.model_copy(update={"beta": 0.1, "kl_in_reward": True})  # then it is in the advantages
-    assert len(with_signal(sequences(), in_reward)) == 5
+        assert len(with_signal(sequences(), make_recipe(Path("x"), algorithm=options))) == 7, options
+    assert len(with_signal(sequences(), make_recipe(Path("x"), teacher={"name": "y"}))) == 7
+    in_reward = {"beta": 0.1, "kl_in_reward": True}  # then it is in the advantages
+    assert len(with_signal(sequences(), make_recipe(Path("x"), algorithm=in_reward))) == 5
 
 
 def test_no_signal_at_all_leaves_weights_and_moments_alone(tiny_model: Path, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_importance_sampling_metrics(tiny_model: Path, tmp_path: Path, mode: str
     batch = from_another_sampler()
     found = metrics_of_step(tiny_model, batch, tmp_path, mode, micro_batch_size)
     ratios, of_tokens = [], []
-    for s in with_signal(batch, make_recipe(tiny_model).algorithm):
+    for s in with_signal(batch, make_recipe(tiny_model)):
         log_ratios = [old - logp for old, logp in zip(s.old_logprobs or [], s.sampler_logprobs, strict=True)]
         if mode.startswith("sequence"):
             ratios += [math.exp(sum(log_ratios))]
@@ -310,8 +310,9 @@ def test_without_correction_there_are_no_metrics_of_it(tiny_model: Path, tmp_pat
 def test_padding_micro_batches_do_not_disturb_the_metrics(tiny_model: Path, tmp_path: Path, mode: str) -> None:
     """Whether they are this process's or another's."""
     policy = make_policy(tiny_model)
-    algorithm = make_recipe(tiny_model, algorithm={"importance_sampling_mode": mode}).algorithm
-    batch = with_signal(from_another_sampler(), algorithm)
+    recipe = make_recipe(tiny_model, algorithm={"importance_sampling_mode": mode})
+    algorithm = recipe.algorithm
+    batch = with_signal(from_another_sampler(), recipe)
     filler = [replace(batch[0], weight=0.0)]
 
     def totals(micro_batches: list[list[TrainedSequence]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from tests.launching import ROOT, environment, run_python
 from tests.vllm_engine.conftest import SMALL_CACHE, TINY, ServerProcess, vllm_python
 
 
-def recipe(folder: Path, base: Path = TINY, **sections: dict[str, Any]) -> Path:
+def recipe(folder: Path, base: Path = TINY, **sections: Any) -> Path:
     """Writes FOLDER.yaml: countdown questions and a reward that any model gets; ``sections`` are merged over it."""
     content: dict[str, Any] = {
         "model": {"name": str(base), "dtype": "float32"},
@@ -33,7 +33,7 @@ def recipe(folder: Path, base: Path = TINY, **sections: dict[str, Any]) -> Path:
         "evaluation": {"at_start": False},
     }
     for name, section in sections.items():
-        content[name] = content.get(name, {}) | section
+        content[name] = content.get(name, {}) | section if isinstance(section, dict) else section
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(content))
     return path
@@ -56,11 +56,11 @@ def start(path: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of training steps."""
+def metrics(folder: Path, of: str = "reward") -> list[dict[str, Any]]:
+    """The lines of training steps, which have this metric."""
     file = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [row for row in rows if "reward" in row]
+    return [row for row in rows if of in row]
 
 
 def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@
 | POST /reset_prefix_cache                              | forget keys and values of old weights        |
 | POST /sleep?level=&mode=wait, /wake_up?tags=          | give up and take back GPU memory             |
 | POST /v1/load_lora_adapter, /v1/unload_lora_adapter   | adapter-only sync                            |
+| POST /v1/completions (prompt_logprobs), /detokenize,  | a teacher's: what it says of a text, its     |
+|      GET /v1/models                                   | tokenizer, its name                          |
 | --worker-extension-cls, --logprobs-mode, --uds,       | see serve.py, process.py                     |
 |   --generation-config, --weight-transfer-config       |                                              |
 | vllm.distributed.weight_transfer (trainer's side)     | the sending end of NCCL                      |
@@ -148,6 +150,24 @@ class Server:
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter, if there is one of that name."""
         await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout=QUICK, fine=404)
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What it serves: ``id``, ``root`` (where that came from) and ``max_model_len`` of each."""
+        return (await self._call("GET", "/v1/models", timeout=QUICK))["data"]
+
+    async def detokenize(self, model: str, token_ids: list[int], timeout: float) -> str:
+        """The text of tokens, special ones included."""
+        body = {"model": model, "tokens": token_ids}
+        return (await self._call("POST", "/detokenize", body, timeout=timeout))["prompt"]
+
+    async def prompt_logprobs(
+        self, model: str, token_ids: list[int], *, top_k: int, timeout: float
+    ) -> list[dict[str, dict[str, Any]]]:
+        """For each token of a text, by id as text, ``logprob`` and ``rank`` of the token itself and of the ``top_k``
+        likeliest, given those before it. Of the first, before which there is nothing, none."""
+        body = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
+        answer = await self._call("POST", "/v1/completions", body, timeout=timeout)
+        return [of_token or {} for of_token in answer["choices"][0]["prompt_logprobs"]]
 
     async def start_update(self, timeout: float) -> None:
         await self._call("POST", "/start_weight_update", timeout=timeout)

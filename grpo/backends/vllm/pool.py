@@ -62,7 +62,7 @@ class Pool:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="vllm requests", daemon=True)
         self.thread.start()
-        self.servers = [Server(url, self.run(_session(url))) for url in urls]
+        self.servers = [Server(url, self.run(open_session(url))) for url in urls]
         self.down: dict[str, str] = dict.fromkeys(urls, "not yet reached")
         self._outstanding = dict.fromkeys(urls, 0)
         self._slots = {url: asyncio.Semaphore(MAX_IN_FLIGHT) for url in urls}
@@ -142,7 +142,7 @@ class Pool:
         return Lost(self.last_error())
 
 
-async def _session(url: str) -> aiohttp.ClientSession:
+async def open_session(url: str) -> aiohttp.ClientSession:
     """Connections to one server. Each serves one request at a time, and then the next."""
     kept: dict[str, Any] = {"limit": 0, "keepalive_timeout": IDLE}  # MAX_IN_FLIGHT is the limit
     connector: aiohttp.BaseConnector = (
