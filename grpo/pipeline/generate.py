@@ -2,8 +2,8 @@
 
 The one way to do so. A killed process goes on where it was, and the file ends with the same bytes: a completion's key
 is a function of seed, prompt and sample, and prompts are sampled in chunks, whose batches have the same shapes whenever
-they are made. (So it is with ``backend: hf`` on the same machine. An engine of its own batches as time will have it, and
-then a near-tie may fall the other way.)
+they are made. (So it is with ``backend: hf`` on the same machine. An engine of its own batches as it can, and then a
+near-tie may fall the other way.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from accelerate import Accelerator
 
@@ -74,10 +74,20 @@ class Wanted:
         return replace(self, chunk=chunk or max(AT_ONCE * processes // self.n, processes))
 
 
-def generate(recipe: Recipe, wanted: Wanted, file: Path) -> dict[str, Any]:
+class Generated(NamedTuple):
+    """The samples' header (``sampled.model_hash`` and ``recipe_hash`` read it), the task, and the recipe with what
+    ``auto`` stood for."""
+
+    header: dict[str, Any]
+    task: Task
+    recipe: Recipe
+
+
+def generate(recipe: Recipe, wanted: Wanted, file: Path) -> Generated:
     """Sample and score what is wanted into ``file``, or go on with it; ``sampled.read_samples`` reads it.
 
-    Returns the file's header. Every process of a launch calls it, each does its share of a chunk, the first one writes.
+    Returns what it was sampled from. Every process of a launch calls it, each does its share of a chunk, the first one
+    writes.
 
     Raises:
         UserError: the recipe is wrong, or ``file`` holds samples of another one.
@@ -111,7 +121,7 @@ def generate(recipe: Recipe, wanted: Wanted, file: Path) -> dict[str, Any]:
                     on_main(accelerator, partial(samples.append, groups))
                     _tell(recipe, groups, start + len(groups), len(rows), perf_counter() - began)
     leave(accelerator, policy)
-    return header
+    return Generated(header, task, recipe)
 
 
 def _header(recipe: Recipe, accelerator: Accelerator, task: Task, wanted: Wanted) -> dict[str, Any]:
