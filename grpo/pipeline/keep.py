@@ -24,31 +24,36 @@ from typing import Any
 
 from grpo.config import Recipe, RewardConfig
 from grpo.errors import UserError
+from grpo.scoring.grade import Graded
 
 LANGUAGE_SHARE = 0.95
 REPEATED_SHARE = 0.1
 NGRAM = 20
+SIGNS = "-+*/\u00d7\u00f7^"
+PART = re.compile(rf"[{SIGNS}()]")
 
 Row = Mapping[str, Any]  # a group as ``sampled.sample_row`` makes it
 Choose = Callable[[Row, Sequence[int], "Measures"], list[int]]
-Measures = Mapping[str, Sequence[float | None]]  # of a group, by ``Measure.name``: one number a completion
+Measures = Mapping[str, Sequence[bool]]  # of a group, by a rule's text: whether a completion passes its measure
 
 
 @dataclass(frozen=True)
 class Measure:
     """A built-in reward that a rule asks beside those of the recipe."""
 
-    name: str
     reward: RewardConfig
+    passes: Callable[[Graded], bool]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``choose`` returns which of the completions that are left (their places in the group) stay."""
+    """``choose`` returns which of the completions that are left (their places in the group) stay. ``compares``: it
+    looks at several of them."""
 
     text: str
     choose: Choose
     measure: Measure | None = None
+    compares: bool = False
 
 
 def parse_rules(given: Iterable[str], recipe: Recipe) -> list[Rule]:
@@ -97,21 +102,21 @@ def _correct(text: str, value: str, recipe: Recipe) -> Rule:
 
 def _well_formed(text: str, value: str, recipe: Recipe) -> Rule:
     _no_value(value)
-    forms = [name for name, reward in zip(recipe.reward_names(), recipe.rewards, strict=True) if reward.name == "format"]
-    if forms:
-        return Rule(text, partial(_pays, forms[0], 1.0))
-    return _measured(text, RewardConfig(name="format"), lambda form: form is not None and form >= 1)
+    for name, reward in zip(recipe.reward_names(), recipe.rewards, strict=True):
+        if reward.name == "format":
+            return Rule(text, partial(_pays, name, 1.0))
+    return _measured(text, RewardConfig(name="format"), lambda form: form.verdict == "correct")
 
 
 def _language(text: str, value: str, recipe: Recipe) -> Rule:
     reward = RewardConfig(name="language", args={"language": value or "en"})
-    return _measured(text, reward, lambda share: share is None or share >= LANGUAGE_SHARE)
+    return _measured(text, reward, _in_the_language)
 
 
 def _not_repetitive(text: str, value: str, recipe: Recipe) -> Rule:
     size = _whole(value, "N-grams of how many tokens") if value else NGRAM
     reward = RewardConfig(name="repetition", args={"ngram_size": size})
-    return _measured(text, reward, lambda penalty: penalty is not None and -penalty <= REPEATED_SHARE)
+    return _measured(text, reward, _few_repeated)
 
 
 def _pass_rate(text: str, value: str, recipe: Recipe) -> Rule:
@@ -122,11 +127,11 @@ def _pass_rate(text: str, value: str, recipe: Recipe) -> Rule:
 def _distinct(text: str, value: str, recipe: Recipe) -> Rule:
     if value not in ("", "expressions"):
         raise ValueError("write distinct, or distinct=expressions")
-    return Rule(text, partial(_one_a_path, expressions if value else thinking))
+    return Rule(text, partial(_one_a_path, expressions if value else thinking), compares=True)
 
 
 def _shortest(text: str, value: str, recipe: Recipe) -> Rule:
-    return Rule(text, partial(_k_shortest, _whole(value, "how many a prompt")))
+    return Rule(text, partial(_k_shortest, _whole(value, "how many a prompt")), compares=True)
 
 
 RULES: dict[str, Callable[[str, str, Recipe], Rule]] = {
@@ -140,8 +145,16 @@ RULES: dict[str, Callable[[str, str, Recipe], Rule]] = {
 }
 
 
-def _measured(text: str, reward: RewardConfig, stays: Callable[[float | None], bool]) -> Rule:
-    return Rule(text, lambda row, left, measures: [g for g in left if stays(measures[text][g])], Measure(text, reward))
+def _measured(text: str, reward: RewardConfig, passes: Callable[[Graded], bool]) -> Rule:
+    return Rule(text, lambda row, left, measures: [g for g in left if measures[text][g]], Measure(reward, passes))
+
+
+def _in_the_language(share: Graded) -> bool:
+    return share.verdict == "no_answer" or (share.reward is not None and share.reward >= LANGUAGE_SHARE)
+
+
+def _few_repeated(penalty: Graded) -> bool:
+    return penalty.reward is not None and -penalty.reward <= REPEATED_SHARE
 
 
 def _pays(name: str, least: float, row: Row, left: Sequence[int], measures: Measures) -> list[int]:
@@ -172,9 +185,7 @@ def _k_shortest(k: int, row: Row, left: Sequence[int], measures: Measures) -> li
     return sorted(_by_length(row, left)[:k])
 
 
-def _one_a_path(
-    path: Callable[[str], tuple[str, ...]], row: Row, left: Sequence[int], measures: Measures
-) -> list[int]:
+def _one_a_path(path: Callable[[str], tuple[str, ...]], row: Row, left: Sequence[int], measures: Measures) -> list[int]:
     shortest: dict[tuple[str, ...], int] = {}
     for g in _by_length(row, left):
         shortest.setdefault(path(row["prefill"] + row["completions"][g]["text"]), g)
@@ -187,7 +198,7 @@ def _one_a_path(
 def thinking(text: str) -> tuple[str, ...]:
     """The words and signs of arithmetic in the thinking, in lower case. The thinking ends at ``</think>``, or where the
     answer begins, or with the text."""
-    return tuple(re.findall(r"\w+|[-+*/×÷^<>=]", _before_answer(text).casefold()))
+    return tuple(re.findall(rf"\w+|[{SIGNS}<>=]", _before_answer(text).casefold()))
 
 
 def expressions(text: str) -> tuple[str, ...]:
@@ -195,17 +206,18 @@ def expressions(text: str) -> tuple[str, ...]:
 
     An expression is a run of numbers, operators and parentheses with an operator between two numbers.
     """
-    found, run = [], []
-    for piece in [*re.findall(r"\d+(?:\.\d+)?|[-+*/×÷^()]|\S", _before_answer(text)), "."]:
-        if piece[0].isdigit() or piece in "-+*/×÷^()":
-            if run and piece[0].isdigit() and run[-1][0].isdigit():  # `4 5 + 6`: another begins
-                found.append(run)
-                run = []
-            run.append(piece)
-        else:
+    found: list[list[str]] = []
+    run: list[str] = []
+    for piece in [*re.findall(r"\d+(?:\.\d+)?|\S", _before_answer(text)), "."]:
+        number = piece[0].isdecimal()
+        if not (number or PART.match(piece)) or (
+            number and run and run[-1][0].isdecimal()
+        ):  # `4 5 + 6`: another begins
             found.append(run)
             run = []
-    whole = [run for run in found if sum(piece[0].isdigit() for piece in run) > 1]
+        if number or PART.match(piece):
+            run.append(piece)
+    whole = [run for run in found if sum(piece[0].isdecimal() for piece in run) > 1]
     return tuple("".join(run) for run in whole) or thinking(text)
 
 
