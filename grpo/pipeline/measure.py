@@ -25,8 +25,11 @@ Found = dict[str, Any]
 
 
 def measure(request: Path) -> Found:
-    """Do what the JSON file ``request`` asks for (``recipe``, ``overrides``, ``seeds``, ``form``, ``hash``), and write
-    the figures beside it: ``evaluation.json``, and every completion into ``evaluation.jsonl``. All processes call it."""
+    """Do what the JSON file ``request`` asks for (``recipe``, ``overrides``, ``seeds``, ``form``, ``hash``).
+
+    The figures are written beside it, ``evaluation.json``, and every completion: ``evaluation.jsonl``. All processes
+    of a launch call it.
+    """
     asked, began = json.loads(request.read_bytes()), perf_counter()
     recipe = load_recipe(asked["recipe"], asked["overrides"])
     find_backend(recipe.rollout)

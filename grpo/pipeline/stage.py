@@ -79,9 +79,7 @@ def inputs_of(stage: Stage, made: Mapping[str, str], launch: list[str]) -> dict[
         section, key = places[what]
         recipe[section][key] = f"(stage {other})"  # wherever the chain's folder is
     options = {"n": config.n, "prompts": config.prompts, "pass_rate": config.pass_rate, "options": config.options}
-    own = {
-        name: what not in config.inputs for name, what in (("model", "from"), ("rows", "rows"), ("teacher", "teacher"))
-    }
+    own = {"model": config.from_ is None, "rows": config.rows is None, "teacher": config.teacher is None}
     return {
         "kind": config.kind,
         "recipe": recipe,
@@ -99,9 +97,8 @@ def why(stage: Stage, state: State | None, inputs: Mapping[str, Any]) -> str | N
         return "is new" if not stage.folder.exists() else f"has no {STATE} that can be read"
     if state.hash != digest(inputs):
         here = json.loads(json.dumps(inputs))
-        changed = [
-            f"{key.removeprefix('recipe.')}: {old} -> {new}" for key, old, new in differences(state.inputs, here)
-        ]
+        found = differences(state.inputs, here)
+        changed = [f"{key.removeprefix('recipe.')}: {old} -> {new}" for key, old, new in found]
         more = f" and {len(changed) - MOST_REASONS} more" if len(changed) > MOST_REASONS else ""
         return f"is made of something else ({'; '.join(_brief(one) for one in changed[:MOST_REASONS])}{more})"
     if state.status != "done":
