@@ -251,8 +251,8 @@ def summary(run: RunRecord, facts: dict[str, float]) -> str:
 
 
 def themed_svg(title: str, steps: int, draw: Callable[[Axes], list[End]], along: str = "step") -> str:
-    """A picture of one panel ``along`` its steps, in colours that the page's style sheet sets. Its ids are unique to the
-    title, and the same at every drawing."""
+    """A picture of one panel, in colours that the page's style sheet sets; ``along`` names what it goes by. Its ids are
+    unique to the title, and the same at every drawing."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
         figure = Figure(figsize=(4.6, 2.6))
         figure.subplots_adjust(
