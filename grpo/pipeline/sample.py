@@ -84,12 +84,13 @@ def select(found: Generated, rules: Sequence[Rule], file: Path) -> tuple[list[di
         measures = {text: values[first : first + n] for text, values in passes.items()}
         after = apply(rules, group, range(n), measures)
         counted.add(group, after)
-        rows += [_row(group, g, origin, judge) for g in after[-1]]
+        rows += [row_to_imitate(group, g, origin, judge) for g in after[-1]]
         first += n
     return rows, {**origin, **counted.report()}
 
 
-def _row(group: Row, g: int, origin: dict[str, Any], judge: str) -> dict[str, Any]:
+def row_to_imitate(group: Row, g: int, origin: dict[str, Any], judge: str) -> dict[str, Any]:
+    """A completion as a row for ``stage: sft``; ``origin`` says what it was sampled from."""
     completion = group["completions"][g]
     sampled = {
         **origin,
