@@ -62,6 +62,19 @@ def command_here(command: list[str], what: str, tick: Callable[[], None] = lambd
         torch.set_num_threads(1)
 
 
+def deadly_after(moment: int) -> Callable[[int], None]:
+    """An fsync that is the process's last, the ``moment``-th time."""
+    fsync, left = os.fsync, [moment]
+
+    def deadly(descriptor: int) -> None:
+        fsync(descriptor)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    return deadly
+
+
 def result(folder: Path) -> dict[str, bytes]:
     files = [folder / "cold/run/final/model.safetensors", folder / "again/run/final/model.safetensors"]
     files += [folder / "sampled" / name for name in ("rows.jsonl", "rows.samples.jsonl", "rows.report.json")]
@@ -78,20 +91,10 @@ def test_a_chain_that_is_interrupted_ends_with_the_same_bytes(tmp_path: Path, mo
     run_chain(load_chain(str(tmp_path / "undisturbed.yaml")))
 
     interrupted = load_chain(str(tmp_path / "interrupted.yaml"))
-    fsync, moments = os.fsync, [3, 9, 8, 2]
-
-    for moment in moments:
-        left = moment
-
-        def deadly(descriptor: int) -> None:
-            nonlocal left
-            fsync(descriptor)
-            left -= 1
-            if left == 0:
-                raise Killed
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(os, "fsync", deadly)
-            run_chain(interrupted)
+    for moment in (3, 9, 8, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", deadly_after(moment))
+            with pytest.raises(Killed):
+                run_chain(interrupted)
     run_chain(interrupted)
     assert result(folders["interrupted"]) == result(folders["undisturbed"])
