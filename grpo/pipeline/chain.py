@@ -62,24 +62,25 @@ def run_chain(plan: Plan) -> dict[str, Any]:
         if plan.measure is not None and plan.chain.evaluate is not None and plan.chain.evaluate.at_start:
             _measure_start(plan, plan.measure)
         for place, stage in enumerate(plan.stages, 1):
-            state = _make(plan, stage, made, f"stage {place} of {len(plan.stages)}")
+            launch = _launch(plan, stage)
+            state, is_new = _make(plan, stage, made, launch, f"stage {place} of {len(plan.stages)}")
             made[stage.name] = made_by(state)
             if plan.measure is not None and stage.config.makes == "model":
-                launch = _launch(plan, stage)
-                _measure(plan.measure, stage.folder, str(stage.output), made[stage.name], stage.name, launch)
-            summary = write_summary(plan)
-    return summary
+                model = str(stage.output)
+                is_new |= _measure(plan.measure, stage.folder, model, made[stage.name], stage.name, launch)
+            if is_new and place < len(plan.stages):
+                write_summary(plan)
+        return write_summary(plan)
 
 
-def _make(plan: Plan, stage: Stage, made: dict[str, str], place: str) -> State:
-    """The stage's state when it is there, made now where it was not."""
-    launch = _launch(plan, stage)
+def _make(plan: Plan, stage: Stage, made: dict[str, str], launch: list[str], place: str) -> tuple[State, bool]:
+    """The stage's state when it is there, and whether it was made now."""
     inputs, before = inputs_of(stage, made, launch), State.of(stage.folder)
     reason = why(stage, before, inputs)
     what = f"{stage.name} ({stage.config.kind})"
     if reason is None and before is not None:
         log.info("%s: %s is there", place, what)
-        return before
+        return before, False
     log.info("%s: %s %s", place, what, reason)
     _wait_for(stage.folder / "run")
     making = Making(stage, inputs, before)
@@ -88,7 +89,7 @@ def _make(plan: Plan, stage: Stage, made: dict[str, str], place: str) -> State:
     else:
         command = command_of(stage, launch)
     child.run(command, f"stage {what}", making.tick)
-    return making.done()
+    return making.done(), True
 
 
 def _launch(plan: Plan, stage: Stage) -> list[str]:
@@ -102,16 +103,17 @@ def _model_of(plan: Plan, stage: Stage) -> Path | None:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _measure(measure: Measure, folder: Path, model: str, model_hash: str, name: str, launch: list[str]) -> None:
-    """Measure a model, unless it was, on these tasks."""
+def _measure(measure: Measure, folder: Path, model: str, model_hash: str, name: str, launch: list[str]) -> bool:
+    """Measure a model, unless it was, on these tasks. Returns whether it was measured now."""
     wanted = digest([_identity(measure), model_hash])
     try:
         if json.loads((folder / RESULT).read_bytes())["hash"] == wanted:
-            return
+            return False
     except (OSError, ValueError, KeyError, TypeError):
         pass
     log.info("measuring %s", name)
     child.run(_request(measure, folder, model, wanted, launch), f"measuring {name}")
+    return True
 
 
 def _measure_start(plan: Plan, measure: Measure) -> None:

@@ -199,6 +199,7 @@ def _wrong_inputs(name: str, config: StageConfig, chain: Chain) -> Iterator[str]
 def _stage(name: str, config: StageConfig, chain: Chain, file: Path) -> Stage:
     folder = Path(chain.output_dir) / name
     overrides = [] if chain.seed is None else [f"training.seed={chain.seed}"]
+    overrides += ["data.train_size=null"] if config.rows else []  # the recipe's is of its own source
     overrides += as_overrides(config.overrides)
     for what, other in config.inputs.items():
         made = Path(chain.output_dir) / other / OUTPUTS["rows" if what == "rows" else "model"]

@@ -106,7 +106,7 @@ def _seeded(recipe: Recipe, seed: int) -> Any:
 
 
 def _write(folder: Path, figures: Found, rows: Sequence[Mapping[str, Any]]) -> None:
-    dumped = [json.dumps({key: value for key, value in row.items() if key != "step"}, default=str) for row in rows]
+    dumped = [json.dumps(row, default=str) for row in rows]
     try:
         write_whole(folder / "evaluation.jsonl", "".join(f"{line}\n" for line in dumped))
         write_whole(folder / "evaluation.json", json.dumps(figures, indent=1) + "\n")

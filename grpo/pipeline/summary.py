@@ -39,15 +39,20 @@ def write_summary(plan: Plan) -> dict[str, Any]:
             row["cost_usd"] = round(plan.chain.dollars_per_hour * row["seconds"] / 3600, 4)
         summary["cost_usd"] = round(sum(row["cost_usd"] for row in rows), 4)
     write_whole(plan.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_page(plan.folder, summary)
+    return summary
+
+
+def write_page(folder: Path, summary: dict[str, Any]) -> None:
+    """Write ``report.html``; what it lacks is a line in the log."""
     try:
         from grpo.report.chain_page import page  # matplotlib is slow to load
 
-        write_whole(plan.folder / "report.html", page(plan.folder, summary))
+        write_whole(folder / "report.html", page(folder, summary))
     except ModuleNotFoundError as error:
         log.warning("no report.html: it needs %s, which is not installed", error.name)
     except (OSError, UserError) as error:
         log.warning("no report.html: %s", error)
-    return summary
 
 
 def lines(summary: dict[str, Any]) -> Iterator[str]:

@@ -19,12 +19,14 @@ import pytest
 from grpo.errors import Preempted, RunError, UserError
 from grpo.pipeline import chain as chain_module
 from grpo.pipeline import child
+from grpo.pipeline import summary as summary_module
 from grpo.pipeline.chain import dry_run, run_chain
 from grpo.pipeline.chain_file import load_chain
 from grpo.pipeline.summary import lines
 from tests.pipeline.test_chain_file import CHAIN, RL, SFT
 
 Calls = list[str]
+PAGE = summary_module.write_page
 
 
 class Maker:
@@ -52,8 +54,8 @@ class Maker:
                        "form": 0.7, "form_low": 0.6, "form_high": 0.8, "tasks": 2, "seconds": 1.0, "model": model,
                        "judged_by": "countdown"}  # fmt: skip
             (request.parent / "evaluation.json").write_text(json.dumps(figures))
-            row = {"seed": 0, "prompt_id": 1, "sample": 0, "prompt": "3 4 = 7", "completion": name, "status": "stop",
-                   "num_tokens": 9, "reward": 1.0, "rewards": {"countdown": float(len(name) % 2)}}  # fmt: skip
+            row = {"step": 0, "seed": 0, "prompt_id": 1, "sample": 0, "prompt": "3 4 = 7", "completion": name,
+                   "status": "stop", "num_tokens": 9, "reward": 1.0, "rewards": {"countdown": float(len(name) % 2)}}  # fmt: skip
             (request.parent / "evaluation.jsonl").write_text(json.dumps(row) + "\n")
             return
         given = [word for word in command[5:] if "output_dir" not in word and word != "--resume"]
@@ -77,6 +79,7 @@ def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
     Path("sft.yaml").write_text(SFT)
     Path("rl.yaml").write_text(RL)
     Path("chain.yaml").write_text(CHAIN)
+    monkeypatch.setattr(summary_module, "write_page", lambda folder, summary: None)  # it draws for half a second
     made = Maker()
     monkeypatch.setattr(chain_module.child, "run", made)
     return made
@@ -120,8 +123,8 @@ def test_the_recipes_file_counts_and_what_nothing_depends_on_does_not(maker: Mak
     Path("rl.yaml").write_text(RL.replace("seed: 5", "seed: 5, save_every: 7, ddp_timeout: 100"))
     assert run(maker) == []
     Path("rl.yaml").write_text(RL + "rollout: {top_p: 0.9}\n")
-    # Nothing of the cold start; the measure is made by that recipe too.
-    assert run(maker) == ["measuring cold", "rl", "measuring rl", "sampled", "again", "measuring again", "tested"]
+    # All that is made by that recipe, the measure too. What is made here is the same, so `again` stays.
+    assert run(maker) == ["measuring cold", "rl", "measuring rl", "sampled", "measuring again", "tested"]
 
 
 def test_where_a_stage_makes_the_same_those_behind_it_stay(maker: Maker) -> None:
@@ -195,6 +198,7 @@ def test_the_summary_has_every_stage(maker: Maker) -> None:
     assert rows["rl"]["cost_usd"] == pytest.approx(rows["rl"]["seconds"], abs=1e-3)
     table = list(lines(summary))
     assert table[2].split()[:5] == ["cold", "sft", "0.500", "[0.400,", "0.600]"]
+    PAGE(Path("out"), summary)
     page = Path("out/report.html").read_text()
     for said in ("6 stages", "Held-out accuracy", "Form", "3 4 = 7", "measuring again", "The same tasks"):
         assert said in page

@@ -73,7 +73,8 @@ def test_what_is_in_the_file(undisturbed: Path) -> None:
             assert completion["verdicts"]["length_divides_by_eight"] == "scored"
             assert completion["verdicts"]["format"] not in ("scored", "unscored")
     header = read_header(undisturbed)
-    assert len(model_hash(header)) == len(recipe_hash(header)) == 64 != model_hash(header) == recipe_hash(header)
+    assert len(model_hash(header)) == len(recipe_hash(header)) == 64
+    assert model_hash(header) != recipe_hash(header)
 
 
 def test_a_killed_process_goes_on_to_the_same_bytes(

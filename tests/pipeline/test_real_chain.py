@@ -54,7 +54,7 @@ class Killed(BaseException):
 def command_here(command: list[str], what: str, tick: Callable[[], None] = lambda: None) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        app(command[3:], standalone_mode=False)
+        assert app(command[3:], standalone_mode=False) in (None, 0)
     finally:
         for folder in list(_held):
             if folder.name == "run":

@@ -63,10 +63,9 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 def test_the_supervised_stage_trains_on_the_tokens_that_were_sampled(sampled: tuple[Path, dict[str, Any]]) -> None:
     output, report = sampled
-    sft = recipe_of(rewards=[]).model_dump()
-    sft |= {"stage": "sft", "data": sft["data"] | {"name": None, "args": {}, "path": str(output), "eval_size": 1}}
-    sft["training"]["prompts_per_step"] = 1
-    recipe = Recipe.model_validate(sft)
+    data = {"name": None, "path": str(output), "eval_size": 1}
+    training = {"output_dir": "unused", "prompts_per_step": 1}
+    recipe = make_recipe(BASE, stage="sft", rewards=[], data=data, training=training)
     task = load_task(recipe, load_tokenizer(recipe.model))
     samples = {group["prompt_id"]: group for group in read_samples(samples_of(output))}
     rows = rows_of(output)
