@@ -55,7 +55,8 @@ class Maker:
                        "judged_by": "countdown"}  # fmt: skip
             (request.parent / "evaluation.json").write_text(json.dumps(figures))
             row = {"step": 0, "seed": 0, "prompt_id": 1, "sample": 0, "prompt": "3 4 = 7", "completion": name,
-                   "status": "stop", "num_tokens": 9, "reward": 1.0, "rewards": {"countdown": float(len(name) % 2)}}  # fmt: skip
+                   "status": "stop", "num_tokens": 9, "reward": 1.0,
+                   "rewards": {"countdown": float(len(name) % 2)}}  # fmt: skip
             (request.parent / "evaluation.jsonl").write_text(json.dumps(row) + "\n")
             return
         given = [word for word in command[5:] if "output_dir" not in word and word != "--resume"]
