@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo.config import Recipe
-from grpo.config.chain import KINDS, Chain, StageConfig
+from grpo.config.base import Section
+from grpo.config.chain import KINDS, Chain, MeasureConfig, StageConfig
 from grpo.config.find import SHIPPED, find_recipe
 from grpo.config.hints import sections
 from grpo.config.load import load_recipe, override_all, read_mapping
@@ -171,7 +172,7 @@ def _problems(error: ValidationError, value: dict[str, Any], origins: dict[KeyPa
 
 def _keys(path: KeyPath) -> list[str]:
     """The keys of the section at ``path``."""
-    section = {(): Chain, ("evaluate",): Chain.model_fields["evaluate"].annotation.__args__[0]}.get(path, StageConfig)
+    section: type[Section] = Chain if not path else MeasureConfig if path == ("evaluate",) else StageConfig
     return [field.alias or name for name, field in section.model_fields.items()]
 
 

@@ -25,6 +25,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.pipeline.sampled import SampleFile, header_of, of_sampling, read_header
+from grpo.prompts.rows import Part
 from grpo.prompts.task import Task
 from grpo.randomness import Stream, key
 from grpo.rollout.rollouts import share_of
@@ -55,9 +56,12 @@ class Wanted:
     part: Literal["train", "held_out"] = "train"
     chunk: int | None = None
 
+    def part_of(self, task: Task) -> Part:
+        return task.train if self.part == "train" else task.held_out
+
     def rows(self, task: Task) -> list[int]:
         """The rows, in ascending order. Raises UserError where there are fewer than asked for."""
-        part = task.train if self.part == "train" else task.held_out
+        part = self.part_of(task)
         if not part.ids:
             raise UserError("data.eval_size is 0: there are no held-out rows to sample for")
         if self.prompts is None:
@@ -101,27 +105,44 @@ def generate(recipe: Recipe, wanted: Wanted, file: Path) -> Generated:
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
-    part, rows = task.train if wanted.part == "train" else task.held_out, wanted.rows(task)
+    rows = wanted.rows(task)
     wanted = on_main(accelerator, lambda: wanted.of_file(file, accelerator.num_processes))
+    chunk, header = wanted.chunk or 1, on_main(accelerator, lambda: _header(recipe, accelerator, task, wanted))
     policy = None
-    with Scorer(recipe.rewards, recipe.scoring, max_steps=1) as scorer, SampleFile(file) as samples:
-        scorer.check_columns(task.columns)
-        chunk, header = wanted.chunk or 1, on_main(accelerator, lambda: _header(recipe, accelerator, task, wanted))
+    with SampleFile(file) as samples:
         done = on_main(accelerator, lambda: samples.begin(header, rows, chunk))
         if done:
             log.info("%s: %d of %d prompts are there already", file, done, len(rows))
         if done < len(rows):
-            policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
-            with closing(make_backend(recipe, policy)) as backend:
-                backend.sync(policy, 0)
-                for start in range(done, len(rows), chunk):
-                    began = perf_counter()
-                    prompts = [task.prompt(part, row) for row in rows[start : start + chunk]]
-                    groups = _sample(recipe, wanted, prompts, backend, scorer, accelerator)
-                    on_main(accelerator, partial(samples.append, groups))
-                    _tell(recipe, groups, start + len(groups), len(rows), perf_counter() - began)
+            policy = _sample_all(recipe, accelerator, tokenizer, stop_ids, task, wanted, samples, done)
     leave(accelerator, policy)
     return Generated(header, task, recipe)
+
+
+def _sample_all(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: Any,
+    stop_ids: list[int],
+    task: Task,
+    wanted: Wanted,
+    samples: SampleFile,
+    done: int,
+) -> Policy:
+    """Sample chunk by chunk from the ``done``-th prompt on. Returns what was sampled from."""
+    part, rows, chunk = wanted.part_of(task), wanted.rows(task), wanted.chunk or 1
+    with Scorer(recipe.rewards, recipe.scoring, max_steps=1) as scorer:
+        scorer.check_columns(task.columns)
+        policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
+        with closing(make_backend(recipe, policy)) as backend:
+            backend.sync(policy, 0)
+            for start in range(done, len(rows), chunk):
+                began = perf_counter()
+                prompts = [task.prompt(part, row) for row in rows[start : start + chunk]]
+                groups = _sample(recipe, wanted, prompts, backend, scorer, accelerator)
+                on_main(accelerator, partial(samples.append, groups))
+                _tell(recipe, groups, start + len(groups), len(rows), perf_counter() - began)
+    return policy
 
 
 def _header(recipe: Recipe, accelerator: Accelerator, task: Task, wanted: Wanted) -> dict[str, Any]:
