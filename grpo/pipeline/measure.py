@@ -85,10 +85,19 @@ def figures_of(rows: Sequence[Mapping[str, Any]], judge: str, form: str | None) 
     formed = {place: group for place, group in groups.items() if form and None not in _values(group, form)}
     if formed and form:
         values_PG = np.array([_values(group, form) for group in formed.values()], dtype=float)
-        low, high = clustered_interval(values_PG, [group[0]["prompt"] for group in formed.values()])
+        low, high = _interval(values_PG, [group[0]["prompt"] for group in formed.values()])
         found |= {"form": round(float(values_PG.mean()), 6), "form_low": round(low, 6), "form_high": round(high, 6)}
         found |= {"form_by": form}
     return found
+
+
+def _interval(values_PG: np.ndarray, questions_P: Sequence[str]) -> tuple[float, float]:
+    """``clustered_interval`` of values in any range: cut to the range that they have, as that is to [0, 1]."""
+    least, width = float(values_PG.min()), float(np.ptp(values_PG))
+    if width == 0:
+        return least, least
+    low, high = clustered_interval((values_PG - least) / width, questions_P)
+    return least + width * low, least + width * high
 
 
 def _accuracy(groups: Mapping[Any, Sequence[Mapping[str, Any]]], judge: str) -> dict[str, float]:
