@@ -44,8 +44,8 @@ def _explained(measured: Sequence[Row]) -> str:
     on = f" on {', '.join(f'{n:,}' for n in sorted(tasks))} held-out tasks" if tasks else ""
     return (
         f"Accuracy{on}, with its 95% interval over questions; length in tokens; form as the reward measures it that "
-        "evaluate.form names. A stage of kind eval has tasks of its own. Time is that of the stage's processes, over all "
-        "attempts, without measuring."
+        "evaluate.form names. A stage of kind eval has tasks of its own. Time is that of the stage's processes, over "
+        "all attempts, without measuring."
     )
 
 
