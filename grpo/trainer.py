@@ -17,7 +17,7 @@ from grpo.audit.rows import check_rows_at_start
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend, rest
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
-from grpo.evaluate import evaluate
+from grpo.evaluation.held_out import evaluate
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, staleness_metrics
 from grpo.model.optimizer import learning_rate

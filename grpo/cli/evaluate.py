@@ -59,7 +59,7 @@ def evaluate(
         if run.is_dir() and not trust:
             check_own_code(run, resolved)  # whatever the folder lacks
     with exit_codes(run if run.is_dir() else None):
-        from grpo.evaluate import evaluate_recipe
+        from grpo.evaluation.held_out import evaluate_recipe
 
         found = evaluate_recipe(resolved, model)
         if is_first_of_node():

@@ -17,7 +17,7 @@ import numpy as np
 from grpo.audit.at_start import audit_at_start
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
 from grpo.config import Recipe
-from grpo.evaluate import accuracy_metrics, wilson_interval
+from grpo.evaluation.statistics import accuracy_metrics, wilson_interval
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows
 from grpo.model.policy import Policy

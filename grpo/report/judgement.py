@@ -67,7 +67,7 @@ def gain(run: RunRecord) -> Gain | None:
 
 def _paired_half_width(run: RunRecord) -> float | None:
     """z standard errors of the mean of a prompt's solved share after less before, over the held-out prompts; None with
-    few that changed. Rows with the same question are one cluster, as in ``evaluate.clustered_interval``."""
+    few that changed. Rows with the same question are one cluster, as in ``statistics.clustered_interval``."""
     first, last = ends(run)
     prompts = [p for p in first if first[p].scored and last[p].scored]
     changes_P = np.array([last[p].share - first[p].share for p in prompts])
