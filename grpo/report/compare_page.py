@@ -9,7 +9,7 @@ from pathlib import Path
 from grpo.errors import UserError
 from grpo.files import write_whole
 from grpo.report.attempts import filtered
-from grpo.report.compare import EXPLAINED, FACTS, Side, compare, paired, shared
+from grpo.report.compare import EXPLAINED, FACTS, Side, compare, paired, said_of, shared
 from grpo.report.markup import document, e
 
 COLOURS = 8  # of page.css
@@ -72,7 +72,7 @@ def _figures(sides: Sequence[Side]) -> list[list[str]]:
 def _tests(sides: Sequence[Side]) -> list[str]:
     if len(sides) < 2:
         return ["These are seeds of one recipe: there is nothing to test."]
-    return [paired(sides[0], other).text(sides[0].letter, other.letter) for other in sides[1:]]
+    return [said_of(paired(sides[0], other), sides[0].letter, other.letter) for other in sides[1:]]
 
 
 def _table(sides: Sequence[Side]) -> str:
