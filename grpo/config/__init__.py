@@ -6,10 +6,10 @@ is no default); the command also takes ``find``, ``yaml_text`` and ``trl`` (a co
 
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.data import DataConfig
+from grpo.config.evaluation import EvaluationConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.recipe import Recipe
 from grpo.config.sections import (
-    EvaluationConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,

@@ -27,11 +27,19 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises UserError with every problem at once, one a line: ``recipe.yaml:12: rollout.top_p: ...``.
     """
-    file = find_recipe(path)
-    overrides = list(overrides)
+    return _checked(*_read(find_recipe(path)), list(overrides))
+
+
+def recipe_of(value: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a mapping that no file holds; ``source`` says where it is from. Raises UserError as above."""
+    return _checked(value, {(): Origin(0, source)}, [], list(overrides))
+
+
+def _checked(
+    value: dict[str, Any], origins: dict[KeyPath, Origin], problems: list[Finding], overrides: list[str]
+) -> Recipe:
     if written := as_overrides(overrides):
         raise UserError("\n".join(written))
-    value, origins, problems = _read(file)
     for i, override in enumerate(overrides):
         try:
             _override(value, origins, Origin(OVERRIDES_FROM + i, f"override {override}"), override)

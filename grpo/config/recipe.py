@@ -1,8 +1,8 @@
 """The recipe: one YAML file describes one run.
 
 This is the schema alone (pydantic v2, unknown keys refused), without torch; its sections are in ``sections.py``,
-``algorithm.py``, ``data.py``, ``health.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files and overrides;
-``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning is TRL's.
+``algorithm.py``, ``data.py``, ``evaluation.py``, ``health.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files
+and overrides; ``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning is TRL's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.base import Problem, Section, refuse
 from grpo.config.data import DataConfig
+from grpo.config.evaluation import EvaluationConfig
 from grpo.config.expect import ExpectConfig
 from grpo.config.health import HealthConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.sections import (
-    EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
     RewardConfig,

@@ -19,7 +19,8 @@ FREE = {
         vllm_enable_sleep_mode vllm_probe_tolerance vllm_python""",
     "optimizer": "offload",
     "scoring": "workers timeout memory_limit_gb environment max_failure_rate max_unscorable_rows",
-    "evaluation": "num_generations temperature max_completion_length at_start",
+    "evaluation": "num_generations temperature top_p max_completion_length at_start suites suites_every suite_sampling",
+    "evaluation.suite_sampling": "num_generations temperature top_p max_completion_length rows",
     # The learning rate may depend on max_steps: `run/run.py` says so where it does.
     "training": """output_dir max_steps max_seconds eval_every save_every save_best patience save_total_limit
         log_rollouts_every ddp_timeout peer_timeout replica_check_every dollars_per_hour

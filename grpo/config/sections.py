@@ -296,29 +296,6 @@ class TrainingConfig(Section):
         return self
 
 
-class EvaluationConfig(Section):
-    num_generations: PositiveInt = 1
-    """Completions per held-out prompt; pass@1 is their mean, pass@k for k up to this."""
-    temperature: NonNegative = 1.0
-    """Sampling temperature of evaluation; 0 is greedy."""
-    max_completion_length: PositiveInt | None = None
-    """Longest completion in evaluation; null takes the rollout's."""
-    reward: str | None = None
-    """Reward whose value 1 counts as solved; null takes the first of `rewards`."""
-    at_start: bool = True
-    """Evaluate before the first step."""
-
-    @model_validator(mode="after")
-    def _greedy_once(self) -> EvaluationConfig:
-        if self.temperature == 0 and self.num_generations > 1:
-            text = (
-                f"temperature 0 is greedy: its {self.num_generations} completions would all be the same; "
-                "set num_generations to 1 or the temperature above 0"
-            )
-            refuse([Problem(("temperature", "num_generations"), text)])
-        return self
-
-
 class TrackingConfig(Section):
     project: str = "grpo"
     """Project name for the trackers."""

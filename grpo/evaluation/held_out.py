@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grpo.backends.base import Backend, Request, Sampling
 from grpo.config import Recipe
-from grpo.errors import UserError
 from grpo.evaluation.statistics import accuracy_metrics
 from grpo.metrics import completion_metrics, rollout_rows
 from grpo.randomness import Stream, key
@@ -37,24 +35,39 @@ def evaluate(
     """Metrics and rollout rows of the held-out prompts, equal on every process; each process does its share.
 
     Draws depend on the seed, prompt and sample but not on the step: two evaluations differ by the weights alone.
-    A completion counts as solved where the recipe's evaluation reward is at least 1. Prompts with a completion that
-    could not be scored are left out of the accuracy and counted in ``eval/unscored/…``.
     ``tell`` is called with how many prompts have all their completions, counted on this process and taken for as many
     on each.
     """
+    groups = sample_and_score(recipe, prompts, backend, scorer, accelerator, version=version, tell=tell)
+    return held_out_metrics(recipe, groups), rollout_rows(groups, version)
+
+
+def sample_and_score(
+    recipe: Recipe,
+    prompts: list[Prompt],
+    backend: Backend,
+    scorer: Scorer,
+    accelerator: Accelerator,
+    *,
+    version: int,
+    tell: Callable[[int], None] = lambda done: None,
+    draws: tuple[str, ...] = (),
+) -> list[Group]:
+    """The prompts' completions by the recipe's ``evaluation``, with their rewards, on every process. ``draws`` sets
+    the draws apart from those of other prompts with the same numbers."""
     evaluation = recipe.evaluation
     sampling = Sampling(
         max_completion_length=evaluation.max_completion_length or recipe.rollout.max_completion_length,
         temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
         stop=recipe.rollout.stop,
     )
     check_drawn(((p.id, p.token_ids, p.columns) for p in prompts), "held-out prompts")
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = prompts[rank::world]
+    seed = recipe.training.seed
     requests = [
-        Request(
-            p, [key(recipe.training.seed, Stream.EVALUATION.value, p.id, g) for g in range(evaluation.num_generations)]
-        )
+        Request(p, [key(seed, Stream.EVALUATION.value, *draws, p.id, g) for g in range(evaluation.num_generations)])
         for p in mine
     ]
     done = 0
@@ -67,12 +80,25 @@ def evaluate(
     completions = backend.generate(requests, sampling, version, count)
     groups = [Group(p, c) for p, c in zip(mine, completions, strict=True)]
     scorer.score(groups, version)
-    groups = gather_groups({group.prompt.id: group for group in groups})
+    return gather_groups({group.prompt.id: group for group in groups})
 
-    name = evaluation.reward or next(iter(groups[0].rewards_by_function))
-    # A prompt with an unscored completion says nothing about the model. If all have one, unscored counts as unsolved.
+
+def judged_groups(recipe: Recipe, groups: list[Group]) -> tuple[list[Group], np.ndarray]:
+    """The groups that say something of the model, and which of their completions count as solved (P,G): those to which
+    the recipe's evaluation reward gives at least 1.
+
+    A prompt with a completion that could not be scored says nothing. If all have one, unscored counts as unsolved.
+    """
+    name = recipe.evaluation.reward or next(iter(groups[0].rewards_by_function))
     scored = [group for group in groups if None not in group.rewards_by_function[name]] or groups
     solved_PG = np.array([[r is not None and r >= 1 for r in group.rewards_by_function[name]] for group in scored])
+    return scored, solved_PG
+
+
+def held_out_metrics(recipe: Recipe, groups: list[Group]) -> dict[str, float]:
+    """Accuracy over the prompts that could be scored; lengths and rewards over all. The others are counted in
+    ``eval/unscored/…``."""
+    scored, solved_PG = judged_groups(recipe, groups)
     metrics = accuracy_metrics(solved_PG, [str(group.prompt.prompt) for group in scored])
     metrics |= {f"eval/{k}": v for k, v in completion_metrics(groups).items()}
     for function in groups[0].rewards_by_function:
@@ -81,39 +107,4 @@ def evaluate(
         metrics[f"eval/unscored/{function}"] = float(
             sum(r is None for g in groups for r in g.rewards_by_function[function])
         )
-    return metrics, rollout_rows(groups, version)
-
-
-class Evaluated(NamedTuple):
-    """An evaluation: its metrics and rows, and the recipe by which it was made, with what ``auto`` stood for."""
-
-    metrics: dict[str, float]
-    rows: list[dict[str, Any]]
-    recipe: Recipe
-
-
-def evaluate_recipe(recipe: Recipe, model: str | None = None) -> Evaluated:
-    """Evaluate a recipe's model, or another one (a folder or hub id), on its held-out rows: what ``grpo eval`` does."""
-    from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
-    from grpo.model.policy import Policy
-    from grpo.run.session import leave, make_accelerator, prepare_task, resolve_dtype
-    from grpo.scoring.scorer import Scorer
-
-    if model is not None:
-        others = {"name": model, "lora": None, "load_in_4bit": False, "revision": None}  # those are of the recipe's own
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=others)})
-    find_backend(recipe.rollout)
-    accelerator = make_accelerator(recipe)
-    recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
-    check_engine(recipe.rollout)
-    tokenizer, stop_ids, task = prepare_task(recipe)
-    if not task.eval_prompts:
-        raise UserError("data.eval_size is 0: there is nothing to evaluate on")
-    with Scorer(recipe.rewards, recipe.scoring) as scorer:
-        scorer.check_columns(task.columns)
-        policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
-        with closing(make_backend(recipe, policy)) as backend:
-            backend.sync(policy, 0)
-            metrics, rows = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
-    leave(accelerator, policy)
-    return Evaluated(metrics, rows, recipe)
+    return metrics

@@ -35,7 +35,7 @@ def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
     rows: dict[str, Any] = {"data: rows": task.train.rows}
     if task.held_out.rows is not task.train.rows:
         rows["data: held-out rows"] = task.held_out.rows
-    return hashes | hub_commits(recipe.model) | {name: _of_rows(of) for name, of in rows.items()}
+    return hashes | hub_commits(recipe.model) | {name: rows_hash(of) for name, of in rows.items()}
 
 
 def _code(recipe: Recipe) -> dict[str, Path]:
@@ -73,7 +73,8 @@ def _of_file(name: str, file: Path) -> str:
         raise UserError(f"{name}: {file} cannot be read: {error.strerror or error}") from error
 
 
-def _of_rows(rows: Any) -> str:
+def rows_hash(rows: Any) -> str:
+    """A hash of rows' contents, in their order."""
     digest = hashlib.sha256()
     for row in _all(rows):
         digest.update(row_bytes(row))

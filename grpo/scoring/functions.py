@@ -86,6 +86,20 @@ def judged_by(name: str) -> str:
     return "" if name not in REWARDS else str(getattr(import_module(f"rewards.{name}"), "JUDGES", "answer"))
 
 
+Vote = Callable[[Sequence[str], Sequence[str], Sequence[str]], list[int | None]]
+"""From completions, prefills and statuses to a number for each: equal for equal answers, None where there is none."""
+
+
+def voter(reward: RewardConfig) -> Vote | None:
+    """What tells which completions give the same answer, for a majority vote: ``votes`` of a built-in reward's module.
+    None for a reward that can't tell. It gets those of the reward's ``args`` that it takes."""
+    vote = getattr(import_module(f"rewards.{reward.name}"), "votes", None) if reward.name in REWARDS else None
+    if vote is None:
+        return None
+    accepted = inspect.signature(vote).parameters
+    return partial(vote, **{key: value for key, value in reward.args.items() if key in accepted})
+
+
 def needs_ids(spec: FunctionSpec) -> bool:
     """Whether a built-in reward cannot do without the tokens of completions."""
     asked = inspect.signature(getattr(import_module(spec.module), spec.attribute)).parameters.get("completion_ids")
