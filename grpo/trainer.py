@@ -17,6 +17,7 @@ from grpo.audit.rows import check_rows_at_start
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend, rest
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
+from grpo.evaluation.during import RunSuites, suites_of_run
 from grpo.evaluation.held_out import evaluate
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, staleness_metrics
@@ -49,7 +50,10 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
     tell_left_out(recipe.rewards, recipe.scoring.environment)
-    with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
+    with (
+        Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer,
+        suites_of_run(recipe, tokenizer) as suites,
+    ):
         scorer.check_columns(task.columns)
         on_main(accelerator, lambda: check_rows_at_start(recipe, task, resuming=bool(resume)))
         if not resume:
@@ -70,9 +74,11 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
             rollouts = Rollouts(recipe, task, backend, accelerator)
             rollouts.restore(run.progress.rollout_ahead, run.progress.step)
             try:
-                for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer), ahead=rollouts.state):
+                for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer, suites), ahead=rollouts.state):
                     train_step(run, rollouts, scorer)
                     live.after_step()
+                if suites.due(run):  # patience was used up by the last evaluation
+                    suites.evaluate(run, backend)
             except BackendFailed as failure:  # the policy itself is intact
                 run.save()
                 raise BackendFailed(f"{failure}\n{run.saved()}") from None
@@ -140,13 +146,17 @@ def learn_of_prompts(run: Run, drawn: Drawn, *, rows: int) -> dict[str, float]:
     return metrics
 
 
-def evaluate_and_log(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
-    """Accuracy on the held-out prompts, if there are any."""
+def evaluate_and_log(run: Run, rollouts: Rollouts, scorer: Scorer, suites: RunSuites) -> None:
+    """Accuracy on the held-out prompts, if there are any, and on suites where they are due."""
     prompts, step = rollouts.task.eval_prompts, run.progress.step
+    found: dict[str, float] = {}
     if prompts:
         with run.log.phase("evaluating", len(prompts)) as tell:
             found, rows = evaluate(
                 run.recipe, prompts, rollouts.backend, scorer, run.accelerator, version=step, tell=tell
             )
-        run.log.log(step, found)
         run.log.log_rollouts(step, rows, prefix="eval")
+    if suites.due(run):
+        found = found | suites.evaluate(run, rollouts.backend)
+    if found:
+        run.log.log(step, found)

@@ -117,8 +117,9 @@ def _tell(found: Evaluated, folder: Path | None, name: str | None, model: str) -
     elif os.environ.get("RANK", "0") == "0":
         from grpo.run.evaluations import write_evaluation
 
-        of_suite = {"suite": found.suite, "facts": found.facts} if found.suite else {}
-        written = write_evaluation(folder, name, found.recipe, model, found.metrics, found.rows, **of_suite)
+        written = write_evaluation(
+            folder, name, found.recipe, model, found.metrics, found.rows, suite=found.suite, facts=found.facts
+        )
         tell(f"{written} and its samples, {written.with_suffix('.jsonl').name}", err=True)
 
 

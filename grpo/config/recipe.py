@@ -76,6 +76,7 @@ class Recipe(Section):
                 f"evaluation.reward: {self.evaluation.reward} is not one of rewards ({', '.join(functions) or 'none'})"
             )
             problems.append(Problem(("evaluation.reward", "rewards"), text))
+        problems += self._suites_problems()
         if self.training.prompts_per_step % self.algorithm.num_minibatches:
             text = (
                 f"training.prompts_per_step ({self.training.prompts_per_step}) is not divisible by "
@@ -92,6 +93,23 @@ class Recipe(Section):
         problems += self._prompts_problems()
         refuse(problems)
         return self
+
+    def _suites_problems(self) -> list[Problem]:
+        """Suites that no step would evaluate."""
+        evaluation, every = self.evaluation, self.training.eval_every
+        if evaluation.suites and self.stage == "sft":
+            text = (
+                "evaluation.suites: stage sft samples nothing; evaluate its model when it is done: "
+                f"grpo eval {self.training.output_dir} --suite {','.join(evaluation.suites)}"
+            )
+            return [Problem(("evaluation.suites", "stage"), text)]
+        if evaluation.suites_every and (not every or evaluation.suites_every % every):
+            text = (
+                f"evaluation.suites_every ({evaluation.suites_every}) must be a multiple of training.eval_every "
+                f"({every}): suites are evaluated with the held-out rows"
+            )
+            return [Problem(("evaluation.suites_every", "training.eval_every"), text)]
+        return []
 
     def _optimizer_problems(self) -> list[Problem]:
         """What bitsandbytes' paged optimizer cannot be combined with."""
@@ -147,7 +165,8 @@ class Recipe(Section):
 
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt and completion together, evaluation included."""
-        longest = max(self.rollout.max_completion_length, self.evaluation.max_completion_length or 0)
+        suites = self.evaluation.suite_sampling.max_completion_length if self.evaluation.suites else None
+        longest = max(self.rollout.max_completion_length, self.evaluation.max_completion_length or 0, suites or 0)
         return self.data.max_prompt_length + longest
 
     def judged_by(self) -> str:

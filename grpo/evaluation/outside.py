@@ -15,8 +15,9 @@ from grpo.evaluation.suites import PreparedSuite, evaluate_suite, prepare, score
 from grpo.model.loading import load_configs, load_tokenizer
 from grpo.model.policy import Policy
 from grpo.prompts.checks import stop_token_ids
+from grpo.run.inputs import hash_model
 from grpo.run.screen import working
-from grpo.run.session import leave, make_accelerator, prepare_task, resolve_dtype
+from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
 from grpo.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ NO_LIMIT = 1 << 20  # tokens, of a model that does not say how many positions it
 
 
 class Evaluated(NamedTuple):
-    """An evaluation: its metrics and rows, the recipe by which it was made, with what ``auto`` stood for, and, of a
-    suite, its name and what else its file says."""
+    """An evaluation: its metrics and rows, the recipe by which it was made, with what ``auto`` stood for, what else its
+    file says, and of a suite its name."""
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     recipe: Recipe
+    facts: dict[str, Any]
     suite: str = ""
-    facts: dict[str, Any] | None = None
 
 
 def evaluate_recipe(
@@ -84,19 +85,22 @@ def evaluate_recipe(
         policy = Policy(engine, accelerator, tokenizer, stop_ids, needs_reference=False)
         backend = stack.enter_context(closing(make_backend(engine, policy)))
         backend.sync(policy, 0)
+        inputs = {"inputs": on_main(accelerator, lambda: hash_model(recipe.model))}
         if task is not None and scorer is not None and task.eval_prompts:
             found, completions = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
-            on_result(Evaluated(found, completions, recipe))
+            on_result(Evaluated(found, completions, recipe, inputs))
         for suite, judge in zip(suites, of_suites, strict=True):
-            on_result(_evaluated(suite, backend, judge, accelerator))
+            on_result(_evaluated(suite, backend, judge, accelerator, inputs))
     leave(accelerator, policy)
 
 
-def _evaluated(suite: PreparedSuite, backend: Any, judge: Scorer, accelerator: Accelerator) -> Evaluated:
+def _evaluated(
+    suite: PreparedSuite, backend: Any, judge: Scorer, accelerator: Accelerator, inputs: dict[str, Any]
+) -> Evaluated:
     title = f"{suite.suite.title}: {len(suite.prompts)} questions, {suite.recipe.evaluation.num_generations} each"
     with working(title, shown=accelerator.is_main_process):
         metrics, completions, facts = evaluate_suite(suite, backend, judge, accelerator, version=0)
-    return Evaluated(metrics, completions, suite.recipe, suite.name, facts)
+    return Evaluated(metrics, completions, suite.recipe, facts | inputs, suite.name)
 
 
 def _longest(recipe: Recipe, config: Any) -> int:

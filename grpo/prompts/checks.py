@@ -118,6 +118,8 @@ def _length_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
     positions = getattr(_text_config(model_config), "max_position_embeddings", None)
     prompt, rollout = recipe.data.max_prompt_length, recipe.rollout.max_completion_length
     lengths = {"rollout": rollout, "evaluation": recipe.evaluation.max_completion_length or rollout}
+    if recipe.evaluation.suites:
+        lengths["evaluation.suite_sampling"] = recipe.evaluation.suite_sampling.max_completion_length or rollout
     for section, completion in lengths.items():
         if positions and prompt + completion > positions:
             yield (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import user_code
-from grpo.config import Recipe
+from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.files import hub_commits, input_files
 from grpo.prompts.task import Task
@@ -29,13 +29,21 @@ def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
 
     Raises UserError where a file cannot be read.
     """
-    files = input_files(recipe.model) | _code(recipe) | _named_in_args(recipe)
-    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
-        hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
+    hashes = _of_files(input_files(recipe.model) | _code(recipe) | _named_in_args(recipe))
     rows: dict[str, Any] = {"data: rows": task.train.rows}
     if task.held_out.rows is not task.train.rows:
         rows["data: held-out rows"] = task.held_out.rows
     return hashes | hub_commits(recipe.model) | {name: rows_hash(of) for name, of in rows.items()}
+
+
+def hash_model(model: ModelConfig) -> dict[str, str]:
+    """The hashes of a model's files and its tokenizer's, or their commits on the hub. Raises UserError as above."""
+    return _of_files(input_files(model)) | hub_commits(model)
+
+
+def _of_files(files: dict[str, Path]) -> dict[str, str]:
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
+        return dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
 
 
 def _code(recipe: Recipe) -> dict[str, Path]:

@@ -134,7 +134,7 @@ def evaluated(metrics, recipe, on_result):
 
 @pytest.fixture(autouse=True)
 def _writes_no_evaluation(stand_in):
-    stand_in("run.evaluations", write_evaluation=lambda folder, name, *_: folder / f"{name or 'final'}.json")
+    stand_in("run.evaluations", write_evaluation=lambda folder, name, *_, **__: folder / f"{name or 'final'}.json")
 
 
 def test_eval_of_a_recipe_and_of_a_run(stand_in):
