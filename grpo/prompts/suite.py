@@ -42,14 +42,15 @@ def load_suite(name: str, suite: Suite, seed: int, path: str | None = None, most
         elif source.task:
             task = find_task(DataConfig(name=source.task, args=source.args), seed)
             rows = files.check_dataset(task.build("eval", source.count), f"{source.task}[eval]", files.Columns())
+        elif suite_rows.is_installed(source.package):
+            rows = suite_rows.load(package=source.package)
         else:
             if source.hub and source.revision is None:
                 revision = suite_rows.newest(source.hub) or ""
                 note = f"its revision is not pinned: it was taken at {revision or 'the newest that was here'}"
-            pinned = source.revision or revision or None
-            arguments = source.model_dump(include={"hub", "name", "split", "file", "path", "package"})
-            rows = suite_rows.load(revision=pinned, **arguments)
-            revision = "" if source.path or rows.source.endswith(".gz") else pinned or ""
+            revision = source.revision or revision
+            arguments = source.model_dump(include={"hub", "name", "split", "file", "path"})
+            rows = suite_rows.load(revision=revision or None, **arguments)
     except ValueError as error:
         raise UserError(f"suite {name}: {error}") from error
     if source.count is not None and len(rows) != source.count:
