@@ -160,7 +160,7 @@ def _facts(loaded: LoadedSuite, recipe: Recipe, prompts: list[Prompt]) -> dict[s
             "from": loaded.rows.source,
             "hub": suite.rows.hub,
             "revision": loaded.revision or None,
-            "pinned": suite.rows.revision is not None,
+            "pinned": bool(loaded.revision) and loaded.revision == suite.rows.revision,
             "count": len(loaded.rows),
             "sha256": rows_hash(loaded.rows),
             "note": loaded.note or None,

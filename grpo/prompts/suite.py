@@ -35,7 +35,7 @@ def load_suite(name: str, suite: Suite, seed: int, path: str | None = None, most
     Raises UserError where there are none.
     """
     source = suite.rows
-    revision, note = "", ""
+    revision, notes = "", []
     try:
         if path is not None:
             rows = suite_rows.load(path=path)
@@ -47,17 +47,18 @@ def load_suite(name: str, suite: Suite, seed: int, path: str | None = None, most
         else:
             if source.hub and source.revision is None:
                 revision = suite_rows.newest(source.hub) or ""
-                note = f"its revision is not pinned: it was taken at {revision or 'the newest that was here'}"
+                notes.append(f"its revision is not pinned: it was taken at {revision or 'the newest that was here'}")
             revision = source.revision or revision
             arguments = source.model_dump(include={"hub", "name", "split", "file", "path"})
             rows = suite_rows.load(revision=revision or None, **arguments)
     except ValueError as error:
         raise UserError(f"suite {name}: {error}") from error
     if source.count is not None and len(rows) != source.count:
-        note = f"{len(rows)} rows of {rows.source}, and the suite has {source.count}"
+        notes.append(f"{len(rows)} rows of {rows.source}, and the suite has {source.count}")
     if most is not None and most < len(rows):
-        rows, note = files.Rows([rows[i] for i in range(most)], rows.source), f"the first {most} of {len(rows)} rows"
-    return LoadedSuite(name, suite, rows, revision, note)
+        notes.append(f"the first {most} of {len(rows)} rows")
+        rows = files.Rows([rows[i] for i in range(most)], rows.source)
+    return LoadedSuite(name, suite, rows, revision, "; ".join(notes))
 
 
 def suite_task(loaded: LoadedSuite, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
