@@ -127,19 +127,43 @@ def evaluate(
     scorer.score(groups, version)
     groups = gather_groups({group.prompt.id: group for group in groups})
 
-    name = evaluation.reward or next(iter(groups[0].rewards_by_function))
+    metrics = found_metrics(recipe, groups) | metrics_by_source(recipe, groups)
+    return metrics, [row | judged_by(recipe, row) for row in rollout_rows(groups, version)]
+
+
+def found_metrics(recipe: Recipe, groups: list[Group]) -> dict[str, float]:
+    """Metrics of scored groups: accuracy, lengths, and what each reward gave."""
+
+    def judged(group: Group) -> list[float | None]:
+        return group.rewards_by_function[recipe.judged_by(group.prompt.source)]
+
     # A prompt with an unscored completion says nothing about the model. If all have one, unscored counts as unsolved.
-    scored = [group for group in groups if None not in group.rewards_by_function[name]] or groups
-    solved_PG = np.array([[r is not None and r >= 1 for r in group.rewards_by_function[name]] for group in scored])
+    scored = [group for group in groups if None not in judged(group)] or groups
+    solved_PG = np.array([[r is not None and r >= 1 for r in judged(group)] for group in scored])
     metrics = accuracy_metrics(solved_PG, [str(group.prompt.prompt) for group in scored])
     metrics |= {f"eval/{k}": v for k, v in completion_metrics(groups).items()}
-    for function in groups[0].rewards_by_function:
-        values = [r for group in groups for r in group.rewards_by_function[function] if r is not None]
-        metrics[f"eval/rewards/{function}/mean"] = float(np.mean(values)) if values else 0.0
-        metrics[f"eval/unscored/{function}"] = float(
-            sum(r is None for g in groups for r in g.rewards_by_function[function])
-        )
-    return metrics, rollout_rows(groups, version)
+    for function, reward in zip(recipe.reward_names(), recipe.functions(), strict=True):
+        values = [r for g in groups if reward.scores(g.prompt.source) for r in g.rewards_by_function[function]]
+        given = [r for r in values if r is not None]
+        metrics[f"eval/rewards/{function}/mean"] = float(np.mean(given)) if given else 0.0
+        metrics[f"eval/unscored/{function}"] = float(values.count(None))
+    return metrics
+
+
+def metrics_by_source(recipe: Recipe, groups: list[Group]) -> dict[str, float]:
+    """The same of each source of `data.mix`, as ``eval/sources/LABEL/…``, without the rewards' parts."""
+    metrics: dict[str, float] = {}
+    for label in (source.label for source in recipe.data.sources() if source.label):
+        of_source = [group for group in groups if group.prompt.source == label]
+        found = found_metrics(recipe, of_source) if of_source else {}
+        told = {k.removeprefix("eval/"): v for k, v in found.items() if not k.startswith(("eval/rew", "eval/unsc"))}
+        metrics |= {f"eval/sources/{label}/{name}": value for name, value in told.items()}
+    return metrics
+
+
+def judged_by(recipe: Recipe, row: dict[str, Any]) -> dict[str, str]:
+    """Which reward judges a row of a source of `data.mix`."""
+    return {"judged_by": recipe.judged_by(row["source"])} if "source" in row else {}
 
 
 class Evaluated(NamedTuple):
@@ -167,7 +191,7 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> Evaluated:
     tokenizer, stop_ids, task = prepare_task(recipe)
     if not task.eval_prompts:
         raise UserError("data.eval_size is 0: there is nothing to evaluate on")
-    with Scorer(recipe.rewards, recipe.scoring) as scorer:
+    with Scorer(recipe.functions(), recipe.scoring) as scorer:
         scorer.check_columns(task.columns)
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
         with closing(make_backend(recipe, policy)) as backend:

@@ -21,6 +21,7 @@ class Stream(str, Enum):
     DATA_ORDER = "data order"
     DATA_SPLIT = "data split"
     CURRICULUM = "curriculum"
+    MIX = "mix"
     ADAPTERS = "adapters"
     DROPOUT = "dropout"
 

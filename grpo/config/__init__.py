@@ -5,15 +5,15 @@ is no default); the command also takes ``find``, ``yaml_text`` and ``trl`` (a co
 """
 
 from grpo.config.algorithm import AlgorithmConfig
-from grpo.config.data import DataConfig
+from grpo.config.data import DataConfig, MixConfig, RowsConfig, Source
 from grpo.config.prompts import PromptsConfig
 from grpo.config.recipe import Recipe
+from grpo.config.rewards import RewardConfig
 from grpo.config.sections import (
     EvaluationConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
-    RewardConfig,
     RolloutConfig,
     ScoringConfig,
     TrackingConfig,
@@ -25,13 +25,16 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "LoraConfig",
+    "MixConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PromptsConfig",
     "Recipe",
     "RewardConfig",
     "RolloutConfig",
+    "RowsConfig",
     "ScoringConfig",
+    "Source",
     "TrackingConfig",
     "TrainingConfig",
 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import user_code
-from grpo.config import Recipe
+from grpo.config import Recipe, RewardConfig
 from grpo.errors import UserError
 from grpo.model.files import hub_commits, input_files
 from grpo.prompts.task import Task
@@ -32,15 +32,18 @@ def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
     files = input_files(recipe.model) | _code(recipe) | _named_in_args(recipe)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
         hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
-    rows: dict[str, Any] = {"data: rows": task.train.rows}
-    if task.held_out.rows is not task.train.rows:
-        rows["data: held-out rows"] = task.held_out.rows
+    rows: dict[str, Any] = {}
+    for train, held_out in zip(task.train.shares, task.held_out.shares, strict=True):
+        of = f" of {train.source}" if train.source else ""
+        rows[f"data: rows{of}"] = train.rows
+        if held_out.rows is not train.rows:
+            rows[f"data: held-out rows{of}"] = held_out.rows
     return hashes | hub_commits(recipe.model) | {name: _of_rows(of) for name, of in rows.items()}
 
 
 def _code(recipe: Recipe) -> dict[str, Path]:
     """The files of the user's rewards, loss and backend. What makes rows is not among them: the rows are."""
-    places = {f"rewards.{i}.path": reward.path for i, reward in enumerate(recipe.rewards) if reward.path}
+    places = {f"{_key(reward, i)}.path": reward.path for i, reward in enumerate(recipe.functions()) if reward.path}
     places |= {"algorithm.loss_type": recipe.algorithm.loss_type, "rollout.backend": recipe.rollout.backend}
     return {
         f"{key}: {name}": file
@@ -53,11 +56,15 @@ def _code(recipe: Recipe) -> dict[str, Path]:
 def _named_in_args(recipe: Recipe) -> dict[str, Path]:
     """The files that arguments of rewards name: a list of words, say, or answers."""
     return {
-        f"rewards.{i}.args.{key}": Path(value).expanduser()
-        for i, reward in enumerate(recipe.rewards)
+        f"{_key(reward, i)}.args.{key}": Path(value).expanduser()
+        for i, reward in enumerate(recipe.functions())
         for key, value in reward.args.items()
         if isinstance(value, str) and _is_file(value)
     }
+
+
+def _key(reward: RewardConfig, index: int) -> str:
+    return reward.where(index).replace("[", ".").replace("]", "")
 
 
 def _is_file(text: str) -> bool:
