@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -146,6 +147,20 @@ class Task:
     def sources_at(self, start: int) -> list[int]:
         """The sources, as places in the recipe, of ``prompts_per_step`` positions from ``start`` on."""
         return self.mixture.sources_at(start) if self.mixture is not None else [0] * self.prompts_per_step
+
+    def first_rows(self, number: int) -> list[int]:
+        """The first rows of the first epoch; of `data.mix` the first different ones."""
+        if self.mixture is not None:
+            return self._first_of_mixture(number)
+        return [self.train.ids[position] for position in self._permutation(0)[:number].tolist()]
+
+    def _first_of_mixture(self, number: int) -> list[int]:
+        found: dict[int, None] = {}
+        for start in count(0, self.prompts_per_step):
+            found |= dict.fromkeys(self.rows_at(start))
+            if len(found) >= min(number, len(self.train)):
+                return list(found)[:number]
+        raise AssertionError("count ends nowhere")
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation, rearranged where it begins in the middle of a step.
