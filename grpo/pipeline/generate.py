@@ -9,7 +9,7 @@ near-tie may fall the other way.)
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -83,11 +83,13 @@ class Generated(NamedTuple):
     recipe: Recipe
 
 
-def generate(recipe: Recipe, wanted: Wanted, file: Path) -> Generated:
+def generate(
+    recipe: Recipe, wanted: Wanted, file: Path, choose: Callable[[Task, list[int]], list[int]] = lambda task, rows: rows
+) -> Generated:
     """Sample and score what is wanted into ``file``, or go on with it; ``sampled.read_samples`` reads it.
 
-    Returns what it was sampled from. Every process of a launch calls it, each does its share of a chunk, the first one
-    writes.
+    ``choose`` says for which of the wanted rows of the task, in ascending order. Returns what it was sampled from.
+    Every process of a launch calls it, each does its share of a chunk, the first one writes.
 
     Raises:
         UserError: the recipe is wrong, or ``file`` holds samples of another one.
@@ -101,7 +103,7 @@ def generate(recipe: Recipe, wanted: Wanted, file: Path) -> Generated:
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
-    part, rows = task.train if wanted.part == "train" else task.held_out, wanted.rows(task)
+    part, rows = task.train if wanted.part == "train" else task.held_out, choose(task, wanted.rows(task))
     wanted = on_main(accelerator, lambda: wanted.of_file(file, accelerator.num_processes))
     policy = None
     with Scorer(recipe.functions(), recipe.scoring, max_steps=1) as scorer, SampleFile(file) as samples:

@@ -189,6 +189,21 @@ def _from_hub(source: Source, split: str, columns: files.Columns) -> files.Rows:
     return _named(f"{where}.hub", files.check_dataset, dataset, f"{data.hub}[{split}]", columns)
 
 
+QUESTIONS = ("prompt", "question", "problem", "Problem", "Question")
+"""What data sets call the column of their questions."""
+
+
+def read_questions(path: str, key: str, column: str | None = None) -> tuple[files.Rows, list[Any]]:
+    """The rows of a file, and their questions: those in ``column``, or in the first that is called as usual.
+
+    Raises UserError, with ``key`` in front, where the file is unsound.
+    """
+    there = files.column_names(path)
+    chosen = column or next((name for name in QUESTIONS if name in there), QUESTIONS[0])
+    rows = _named(key, files.read_file, path, files.Columns(chosen))
+    return rows, rows.column(chosen)
+
+
 def _named(key: str, load: Callable[..., Any], *arguments: Any) -> Any:
     """``load(*arguments)``; its ValueError becomes a UserError with the recipe's key in front."""
     try:

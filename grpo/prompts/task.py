@@ -155,12 +155,11 @@ class Task:
         return [self.train.ids[position] for position in self._permutation(0)[:number].tolist()]
 
     def _first_of_mixture(self, number: int) -> list[int]:
+        rows = (row for start in count(0, self.prompts_per_step) for row in self.rows_at(start))
         found: dict[int, None] = {}
-        for start in count(0, self.prompts_per_step):
-            found |= dict.fromkeys(self.rows_at(start))
-            if len(found) >= min(number, len(self.train)):
-                return list(found)[:number]
-        raise AssertionError("count ends nowhere")
+        while len(found) < number:
+            found[next(rows)] = None
+        return list(found)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation, rearranged where it begins in the middle of a step.
