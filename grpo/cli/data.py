@@ -86,7 +86,7 @@ def filter_rows(
     """Keep a recipe's training rows that a model solves sometimes, and that are sound and no doubles.
 
     Left out are rows that are too long, whose answer no reward can read, that repeat an earlier row, and whose pass
-    rate is outside of the window. The same command goes on where a killed one was. FILE.dropped.jsonl says why of each row.
+    rate is outside of the window. The same command goes on where a killed one was; FILE.dropped.jsonl says why.
     """
     with exit_codes():
         from grpo.pipeline.keep import window

@@ -86,11 +86,14 @@ def test_a_floor_of_one_is_a_uniform_draw() -> None:
 class FakeTask:
     """Rows 0 to 9 in their order, epoch after epoch."""
 
-    train = SimpleNamespace(ids=range(10))
+    train = SimpleNamespace(shares=[SimpleNamespace(ids=range(10))])
     prompts_per_step, seed = 4, 0
 
     def rows_at(self, start: int) -> list[int]:
         return [(start + i) % 10 for i in range(4)]
+
+    def sources_at(self, start: int) -> list[int]:
+        return [0] * 4
 
     def prompt(self, part: Any, row: int) -> Prompt:
         return Prompt(row, "", "", [])
