@@ -85,7 +85,7 @@ def _load(source: Source, seed: int, stage: str) -> tuple[files.Rows, tuple[file
 def _limit(ids: list[int], rows: files.Rows, source: Source, of_step: int) -> list[int]:
     """The first ``train_size`` rows. Raises UserError if there are fewer, or fewer than a step needs."""
     wanted = source.rows.train_size or len(ids)
-    if len(ids) < wanted:
+    if len(rows if source.rows.name else ids) < wanted:  # a task makes as many as it is asked for
         raise UserError(
             f"{source.where}.train_size: {wanted} rows are more than the {len(ids)} that {rows.source} leaves"
         )
