@@ -94,11 +94,18 @@ def ask(rows: files.Rows, form: str, question: str, seed: int) -> list[dict[str,
     return sources.convert([rows], row_of)
 
 
+def questions(rows: files.Rows, form: str) -> list[str]:
+    """What each row asks, without the words around it: to compare with other rows. Raises ValueError as ``ask``."""
+    read = FORMS[form]
+    return sources.convert([rows], lambda row: next(iter(read(row, 0)[0].values())))
+
+
 def _rows(row: dict[str, Any], seed: int) -> Asked:
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("column 'prompt' holds no text")
-    return {key: str(value) for key, value in row.items()}, {k: v for k, v in row.items() if k != "prompt"}
+    known = {"prompt": prompt} | {key: str(value) for key, value in row.items()}
+    return known, {key: value for key, value in row.items() if key != "prompt"}
 
 
 def _math(row: dict[str, Any], seed: int) -> Asked:

@@ -98,8 +98,8 @@ def evaluate(
         more: dict[str, Any] = {"held_out": False} if suite is not None else {}
         if rows is not None:
             more["rows"] = str(rows.expanduser())
-        if alone and not template_given:
-            more["choose_template"] = True
+        if alone:
+            more |= {"data_known": False, "choose_template": not template_given}
         evaluate_recipe(resolved, model, on_result=lambda found: _tell(found, folder, name, evaluated), **more)
 
 

@@ -6,15 +6,15 @@ configuration of TRL's as a recipe).
 """
 
 from grpo.config.algorithm import AlgorithmConfig
-from grpo.config.data import DataConfig
+from grpo.config.data import DataConfig, MixConfig, RowsConfig, Source
 from grpo.config.evaluation import EvaluationConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.recipe import Recipe
+from grpo.config.rewards import RewardConfig
 from grpo.config.sections import (
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
-    RewardConfig,
     RolloutConfig,
     ScoringConfig,
     TrackingConfig,
@@ -26,13 +26,16 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "LoraConfig",
+    "MixConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PromptsConfig",
     "Recipe",
     "RewardConfig",
     "RolloutConfig",
+    "RowsConfig",
     "ScoringConfig",
+    "Source",
     "TrackingConfig",
     "TrainingConfig",
 ]

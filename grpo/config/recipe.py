@@ -1,8 +1,9 @@
 """The recipe: one YAML file describes one run.
 
 This is the schema alone (pydantic v2, unknown keys refused), without torch; its sections are in ``sections.py``,
-``algorithm.py``, ``data.py``, ``evaluation.py``, ``health.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files
-and overrides; ``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning is TRL's.
+``algorithm.py``, ``data.py``, ``evaluation.py``, ``health.py``, ``prompts.py``, ``rewards.py`` and ``vllm.py``.
+``load.py`` reads files and overrides; ``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning
+is TRL's.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from grpo.config.evaluation import EvaluationConfig
 from grpo.config.expect import ExpectConfig
 from grpo.config.health import HealthConfig
 from grpo.config.prompts import PromptsConfig
+from grpo.config.rewards import RewardConfig, SourceReward
 from grpo.config.sections import (
     ModelConfig,
     OptimizerConfig,
-    RewardConfig,
     RolloutConfig,
     ScoringConfig,
     TrackingConfig,
@@ -38,7 +39,7 @@ class Recipe(Section):
     data: DataConfig
     """Its tasks: where the rows come from and how a row becomes a prompt."""
     rewards: list[RewardConfig] = Field(default_factory=list)
-    """Reward functions; their weighted sum is the reward."""
+    """Reward functions; their weighted sum is the reward. With `data.mix` they score every source's completions."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """How completions are sampled."""
     prompts: PromptsConfig = Field(default_factory=PromptsConfig)
@@ -66,10 +67,8 @@ class Recipe(Section):
             mode = "none" if self.rollout.backend == "hf" else "token_truncate"
             self.algorithm = self.algorithm.model_copy(update={"importance_sampling_mode": mode})
         problems: list[Problem] = []
-        if self.stage == "grpo" and not self.rewards:
-            problems.append(Problem(("rewards", "stage"), "rewards: a grpo recipe needs at least one reward"))
-        if self.stage == "grpo" and self.rewards and all(r.weight == 0 for r in self.rewards):
-            problems.append(Problem(("rewards",), "rewards: every weight is 0, there is nothing to learn from"))
+        if self.stage == "grpo":
+            problems += self._reward_problems()
         functions = self.reward_names()
         if self.evaluation.reward is not None and self.evaluation.reward not in functions:
             text = (
@@ -111,6 +110,19 @@ class Recipe(Section):
             return [Problem(("evaluation.suites_every", "training.eval_every"), text)]
         return []
 
+    def _reward_problems(self) -> list[Problem]:
+        """Sources whose completions nothing scores."""
+        problems = []
+        for i, source in enumerate(self.data.sources()):
+            functions = [reward for reward in self.functions() if reward.scores(source.label)]
+            own = f"data.mix.{i}.rewards" if source.label else "rewards"
+            of = f"{source.where}.rewards ({source.label})" if source.label else "rewards"
+            if not functions:
+                problems.append(Problem(("rewards", own, "stage"), f"{of}: a grpo recipe needs at least one reward"))
+            elif all(reward.weight == 0 for reward in functions):
+                problems.append(Problem((own,), f"{of}: every weight is 0, there is nothing to learn from"))
+        return problems
+
     def _optimizer_problems(self) -> list[Problem]:
         """What bitsandbytes' paged optimizer cannot be combined with."""
         given = {
@@ -126,6 +138,11 @@ class Recipe(Section):
             for key, is_given in given.items()
             if is_given and self.optimizer.optim == "paged_adamw_8bit"
         ]
+
+    def with_model(self, name: str) -> Recipe:
+        """The recipe with another model, a folder or hub id. Adapters, 4 bits and revision are of its own and go."""
+        others = {"name": name, "lora": None, "load_in_4bit": False, "revision": None}
+        return self.model_copy(update={"model": self.model.model_copy(update=others)})
 
     def with_backend(self, backend: Literal["hf", "vllm"]) -> Recipe:
         """The recipe with what ``rollout.backend: auto`` turned out to be, checked again.
@@ -169,13 +186,33 @@ class Recipe(Section):
         longest = max(self.rollout.max_completion_length, self.evaluation.max_completion_length or 0, suites or 0)
         return self.data.max_prompt_length + longest
 
-    def judged_by(self) -> str:
-        """The name of the reward whose value 1 counts as solved."""
-        return self.evaluation.reward or self.reward_names()[0]
+    def functions(self) -> list[RewardConfig]:
+        """All reward functions: those of `rewards`, then those of the sources of `data.mix`. Sources that say the same
+        of a reward share it."""
+        found: list[RewardConfig] = list(self.rewards)
+        own: list[tuple[RewardConfig, SourceReward]] = []
+        for source in self.data.sources():
+            for j, reward in enumerate(source.rewards):
+                alike = (of for known, of in own if known == reward and source.label not in of.sources)
+                same = next(alike, None)
+                if same is None:
+                    same = SourceReward(**reward.model_dump(), sources=[], place=f"{source.where}.rewards[{j}]")
+                    own.append((reward, same))
+                same.sources.append(source.label)
+        return found + [other for _, other in own]
+
+    def judged_by(self, source: str = "") -> str:
+        """The name of the reward whose value 1 counts as solved; of a source of `data.mix` the one that judges its
+        completions: `evaluation.reward` where it scores them, or the source's first."""
+        functions = list(zip(self.reward_names(), self.functions(), strict=True))
+        scoring = [(name, reward) for name, reward in functions if reward.scores(source)] or functions
+        named = [name for name, _ in scoring if name == self.evaluation.reward]
+        own = [name for name, reward in scoring if isinstance(reward, SourceReward)]
+        return (named or own or [name for name, _ in scoring])[0]
 
     def reward_names(self) -> list[str]:
         """The rewards' names in metrics and in `evaluation.reward`: a built-in's own, else the function's after the
         colon; the second of the same name is `name#2`."""
-        names = [reward.name or str(reward.path).rpartition(":")[2] for reward in self.rewards]
+        names = [reward.name or str(reward.path).rpartition(":")[2] for reward in self.functions()]
         uses = [names[:i].count(name) for i, name in enumerate(names)]
         return [f"{name}#{before + 1}" if before else name for name, before in zip(names, uses, strict=True)]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from grpo.config.base import LocalPath, NonEmpty, NonNegative, PositiveInt, Problem, Refused, Section, refuse
-from grpo.config.sections import RewardConfig
+from grpo.config.rewards import RewardConfig
 from grpo.config.yaml_text import Document, YamlError, parse
 from grpo.errors import UserError
 

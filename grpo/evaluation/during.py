@@ -9,8 +9,9 @@ from typing import Any
 
 from grpo.backends.base import Backend
 from grpo.config import Recipe
-from grpo.evaluation.suites import PreparedSuite, evaluate_suite, prepare, scorers
+from grpo.evaluation.suites import PreparedSuite, evaluate_suite, prepare, scorers, training_questions
 from grpo.model.loading import load_configs
+from grpo.prompts.task import Task
 from grpo.run.evaluations import write_evaluation
 from grpo.run.run import Run, due
 from grpo.scoring.scorer import Scorer
@@ -55,10 +56,12 @@ class RunSuites:
 
 
 @contextmanager
-def suites_of_run(recipe: Recipe, tokenizer: Any) -> Iterator[RunSuites]:
+def suites_of_run(recipe: Recipe, tokenizer: Any, task: Task) -> Iterator[RunSuites]:
     """The suites of ``evaluation.suites``, prepared before any weights are loaded. Raises UserError as ``prepare``."""
     prepared = []
     if recipe.evaluation.suites:
-        prepared = prepare(recipe, tokenizer, load_configs(recipe.model), recipe.longest_sequence())
+        trained_on = training_questions(task.train)
+        configs, longest = load_configs(recipe.model), recipe.longest_sequence()
+        prepared = prepare(recipe, tokenizer, configs, longest, trained_on=trained_on)
     with scorers(prepared) as opened:
         yield RunSuites(prepared, opened)

@@ -39,7 +39,8 @@ def evaluate(
     on each.
     """
     groups = sample_and_score(recipe, prompts, backend, scorer, accelerator, version=version, tell=tell)
-    return held_out_metrics(recipe, groups), rollout_rows(groups, version)
+    metrics = held_out_metrics(recipe, groups) | metrics_by_source(recipe, groups)
+    return metrics, [row | judged_by(recipe, row) for row in rollout_rows(groups, version)]
 
 
 def sample_and_score(
@@ -85,26 +86,43 @@ def sample_and_score(
 
 def judged_groups(recipe: Recipe, groups: list[Group]) -> tuple[list[Group], np.ndarray]:
     """The groups that say something of the model, and which of their completions count as solved (P,G): those to which
-    the recipe's evaluation reward gives at least 1.
+    the reward that judges their source gives at least 1.
 
     A prompt with a completion that could not be scored says nothing. If all have one, unscored counts as unsolved.
     """
-    name = recipe.evaluation.reward or next(iter(groups[0].rewards_by_function))
-    scored = [group for group in groups if None not in group.rewards_by_function[name]] or groups
-    solved_PG = np.array([[r is not None and r >= 1 for r in group.rewards_by_function[name]] for group in scored])
-    return scored, solved_PG
+
+    def judged(group: Group) -> list[float | None]:
+        return group.rewards_by_function[recipe.judged_by(group.prompt.source)]
+
+    scored = [group for group in groups if None not in judged(group)] or groups
+    return scored, np.array([[r is not None and r >= 1 for r in judged(group)] for group in scored])
 
 
 def held_out_metrics(recipe: Recipe, groups: list[Group]) -> dict[str, float]:
-    """Accuracy over the prompts that could be scored; lengths and rewards over all. The others are counted in
-    ``eval/unscored/…``."""
+    """Accuracy over the prompts that could be scored; lengths and what each reward gave over all. The others are
+    counted in ``eval/unscored/…``."""
     scored, solved_PG = judged_groups(recipe, groups)
     metrics = accuracy_metrics(solved_PG, [str(group.prompt.prompt) for group in scored])
     metrics |= {f"eval/{k}": v for k, v in completion_metrics(groups).items()}
-    for function in groups[0].rewards_by_function:
-        values = [r for group in groups for r in group.rewards_by_function[function] if r is not None]
-        metrics[f"eval/rewards/{function}/mean"] = float(np.mean(values)) if values else 0.0
-        metrics[f"eval/unscored/{function}"] = float(
-            sum(r is None for g in groups for r in g.rewards_by_function[function])
-        )
+    for function, reward in zip(recipe.reward_names(), recipe.functions(), strict=True):
+        values = [r for g in groups if reward.scores(g.prompt.source) for r in g.rewards_by_function[function]]
+        given = [r for r in values if r is not None]
+        metrics[f"eval/rewards/{function}/mean"] = float(np.mean(given)) if given else 0.0
+        metrics[f"eval/unscored/{function}"] = float(values.count(None))
     return metrics
+
+
+def metrics_by_source(recipe: Recipe, groups: list[Group]) -> dict[str, float]:
+    """The same of each source of `data.mix`, as ``eval/sources/LABEL/…``, without the rewards' parts."""
+    metrics: dict[str, float] = {}
+    for label in (source.label for source in recipe.data.sources() if source.label):
+        of_source = [group for group in groups if group.prompt.source == label]
+        found = held_out_metrics(recipe, of_source) if of_source else {}
+        told = {k.removeprefix("eval/"): v for k, v in found.items() if not k.startswith(("eval/rew", "eval/unsc"))}
+        metrics |= {f"eval/sources/{label}/{name}": value for name, value in told.items()}
+    return metrics
+
+
+def judged_by(recipe: Recipe, row: dict[str, Any]) -> dict[str, str]:
+    """Which reward judges a row of a source of `data.mix`."""
+    return {"judged_by": recipe.judged_by(row["source"])} if "source" in row else {}

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
 from grpo.config import Recipe
-from grpo.errors import UserError
+from grpo.errors import UserError, first_line
 from grpo.evaluation.held_out import evaluate
-from grpo.evaluation.suites import PreparedSuite, evaluate_suite, prepare, scorers
+from grpo.evaluation.suites import PreparedSuite, evaluate_suite, prepare, scorers, training_questions
 from grpo.model.loading import load_configs, load_tokenizer
 from grpo.model.policy import Policy
 from grpo.prompts.checks import stop_token_ids
+from grpo.prompts.rows import load_parts
 from grpo.run.inputs import hash_model
 from grpo.run.screen import working
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
@@ -47,6 +48,7 @@ def evaluate_recipe(
     held_out: bool = True,
     rows: str | None = None,
     choose_template: bool = False,
+    data_known: bool = True,
     on_result: Callable[[Evaluated], None] = lambda evaluated: None,
 ) -> None:
     """Evaluate a recipe's model, or another one (a folder or hub id), on its held-out rows (``held_out``) and on its
@@ -54,11 +56,11 @@ def evaluate_recipe(
     whole on the first one alone.
 
     ``rows`` is a file in place of the rows of the one suite. With ``choose_template`` the template is the tokenizer's
-    chat template where there is one. Raises UserError where there is nothing to evaluate on.
+    chat template where there is one. ``data_known`` says that the model was trained on the recipe's rows: then it is
+    said which questions of a suite these repeat. Raises UserError where there is nothing to evaluate on.
     """
     if model is not None:
-        others = {"name": model, "lora": None, "load_in_4bit": False, "revision": None}  # those are of the recipe's own
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=others)})
+        recipe = recipe.with_model(model)
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
@@ -75,9 +77,10 @@ def evaluate_recipe(
     if choose_template:
         template = "chat" if tokenizer.chat_template else "none"
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": template})})
-    suites = prepare(recipe, tokenizer, configs, _longest(recipe, configs[0]), rows)
+    trained_on = _trained_on(recipe, task) if data_known and recipe.evaluation.suites else None
+    suites = prepare(recipe, tokenizer, configs, _longest(recipe, configs[0]), rows, trained_on)
     with ExitStack() as stack:
-        scorer = stack.enter_context(Scorer(recipe.rewards, recipe.scoring)) if task is not None else None
+        scorer = stack.enter_context(Scorer(recipe.functions(), recipe.scoring)) if task is not None else None
         if task is not None and scorer is not None:
             scorer.check_columns(task.columns)
         of_suites = stack.enter_context(scorers(suites))
@@ -101,6 +104,16 @@ def _evaluated(
     with working(title, shown=accelerator.is_main_process):
         metrics, completions, facts = evaluate_suite(suite, backend, judge, accelerator, version=0)
     return Evaluated(metrics, completions, suite.recipe, facts | inputs, suite.name)
+
+
+def _trained_on(recipe: Recipe, task: Task | None) -> list[str] | None:
+    """The questions that a recipe trains on; None, with a line in the log, where its rows can't be had."""
+    try:
+        train = load_parts(recipe.data, recipe.training, recipe.stage).train if task is None else task.train
+    except UserError as error:
+        log.warning("the rows that the recipe trains on are not compared with the suites: %s", first_line(error))
+        return None
+    return training_questions(train)
 
 
 def _longest(recipe: Recipe, config: Any) -> int:

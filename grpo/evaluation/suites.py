@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,9 @@ from grpo.evaluation.held_out import held_out_metrics, judged_groups, sample_and
 from grpo.evaluation.statistics import clustered_interval, ks, maj_at_k, pass_at_k
 from grpo.metrics import rollout_rows
 from grpo.prompts.checks import check_before_loading
-from grpo.prompts.suite import LoadedSuite, is_bare, load_suite, suite_prompts, suite_task
+from grpo.prompts.overlap import find_overlaps, question_text
+from grpo.prompts.parts import Part
+from grpo.prompts.suite import LoadedSuite, is_bare, load_suite, suite_prompts, suite_questions, suite_task
 from grpo.run.inputs import rows_hash
 from grpo.run.secrets import recipe_without_secrets
 from grpo.scoring.functions import Vote, voter
@@ -66,10 +68,16 @@ def name_of(suite: str) -> str:
 
 
 def prepare(
-    recipe: Recipe, tokenizer: Any, configs: tuple[Any, Any], longest: int, rows: str | None = None
+    recipe: Recipe,
+    tokenizer: Any,
+    configs: tuple[Any, Any],
+    longest: int,
+    rows: str | None = None,
+    trained_on: Sequence[str] | None = None,
 ) -> list[PreparedSuite]:
     """The suites of ``evaluation.suites``. ``longest`` bounds a prompt and its completion together; ``rows`` is a file
-    in place of the rows of the one suite. ``configs`` are the model's and that of generation.
+    in place of the rows of the one suite; ``trained_on`` are the questions that the model is trained on, where they are
+    known. ``configs`` are the model's and that of generation.
 
     Raises UserError where rows can't be had or used, or a prompt is too long.
     """
@@ -81,13 +89,42 @@ def prepare(
         loaded = load_suite(name_of(given), suite, recipe.training.seed, rows, most)
         if loaded.note:
             log.warning("suite %s: %s", loaded.name, loaded.note)
-        prepared.append(_prepared(loaded, recipe, tokenizer, configs, longest))
+        ready = _prepared(loaded, recipe, tokenizer, configs, longest)
+        ready.facts["contamination"] = contamination(loaded, trained_on)
+        prepared.append(ready)
     return prepared
+
+
+def training_questions(train: Part) -> list[str]:
+    """The questions that a run trains on."""
+    return [question_text(q) for share in train.shares for q in share.values(share.data.prompt_column).values()]
+
+
+def contamination(loaded: LoadedSuite, trained_on: Sequence[str] | None) -> dict[str, Any]:
+    """Which of a suite's questions rows to train on repeat (``prompts/overlap.py``); a line in the log where any do."""
+    if trained_on is None:
+        return {"checked": False, "why": "the rows that the model was trained on are not known here"}
+    questions = suite_questions(loaded)
+    found = find_overlaps(trained_on, questions).found
+    repeated = sorted({one.question for one in found})
+    if repeated:
+        log.warning(
+            "suite %s: %d of its %d questions are repeated by rows that are trained on, such as %.60r",
+            loaded.name, len(repeated), len(questions), questions[repeated[0]],
+        )  # fmt: skip
+    return {
+        "checked": True,
+        "trained_on": len(trained_on),
+        "repeated": len(repeated),
+        "how": dict(sorted(Counter(one.how for one in found).items())),
+        "prompt_ids": repeated,
+    }
 
 
 def _prepared(
     loaded: LoadedSuite, recipe: Recipe, tokenizer: Any, configs: tuple[Any, Any], longest: int
 ) -> PreparedSuite:
+    recipe = _in_one_template(recipe)
     with_room = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_prompt_length": longest})})
     task = suite_task(loaded, with_room, tokenizer)
     prompts = suite_prompts(task, loaded, recipe)
@@ -111,6 +148,14 @@ def _prepared(
         log.warning("suite %s: %s", loaded.name, warning)
     facts = _facts(loaded, own, prompts) | {"max_completion_length_wanted": wanted}
     return PreparedSuite(loaded.name, loaded.suite, own, prompts, facts)
+
+
+def _in_one_template(recipe: Recipe) -> Recipe:
+    """The recipe with the template of its first source, if it has several."""
+    first = recipe.data.sources()[0].rows
+    keys = ("template", "system_prompt", "chat_template_kwargs", "chat_template_date")
+    changes = {"mix": [], **{key: getattr(first, key) for key in keys}}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}) if recipe.data.mix else recipe
 
 
 def _sampling(suite: Suite, recipe: Recipe) -> tuple[SuiteSampling, int]:
@@ -137,7 +182,7 @@ def _recipe(loaded: LoadedSuite, recipe: Recipe, sampling: SuiteSampling) -> Rec
     if is_bare(suite, recipe) and suite.bare is not None and suite.bare.continues:
         reward = reward.model_copy(update={"args": {**reward.args, "continues": sampling.stop}})
     place: dict[str, Any] = {"name": source.task, "path": source.path, "hub": source.hub, "args": source.args}
-    data = recipe.data.model_copy(update=place | {"eval_path": None, "prompt_column": "prompt"})
+    data = recipe.data.model_copy(update=place | {"eval_path": None, "prompt_column": "prompt", "mix": []})
     evaluation = EvaluationConfig(
         num_generations=sampling.num_generations,
         temperature=sampling.temperature,
@@ -188,7 +233,7 @@ def scorers(prepared: list[PreparedSuite]) -> Iterator[list[Scorer]]:
                 opened.append((reward, stack.enter_context(Scorer([reward], suite.recipe.scoring))))
         found = [next(s for known, s in opened if known == suite.recipe.rewards[0]) for suite in prepared]
         for suite, scorer in zip(prepared, found, strict=True):
-            scorer.check_columns(suite.prompts[0].columns.keys())
+            scorer.check_columns({"": list(suite.prompts[0].columns)})
         yield found
 
 

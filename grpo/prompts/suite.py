@@ -9,7 +9,8 @@ from data import files, suite_rows
 from grpo.config import DataConfig, Recipe
 from grpo.config.suites import Suite
 from grpo.errors import UserError
-from grpo.prompts.rows import Part, Parts, find_task
+from grpo.prompts.parts import Part, Parts, Share
+from grpo.prompts.rows import find_task
 from grpo.prompts.task import Task
 from grpo.types import Prompt
 
@@ -76,7 +77,16 @@ def suite_task(loaded: LoadedSuite, recipe: Recipe, tokenizer: PreTrainedTokeniz
         begun = {"role": "assistant", "content": suite.answer_begins}
         asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}, begun]} for row in asked]
     rows = files.Rows(asked, f"suite {loaded.name}")
-    return Task(data, recipe.training, "grpo", tokenizer, Parts(Part(rows, []), Part(rows, range(len(asked))), []))
+    train, held_out = (Part((Share("", data, rows, ids),)) for ids in (range(0), range(len(asked))))
+    return Task(data, recipe.training, "grpo", tokenizer, Parts(train, held_out, []))
+
+
+def suite_questions(loaded: LoadedSuite) -> list[str]:
+    """What the suite's rows ask, without the words around it. Raises UserError where rows can't be used."""
+    try:
+        return suite_rows.questions(loaded.rows, loaded.suite.form)
+    except ValueError as error:
+        raise UserError(f"suite {loaded.name}: {error}") from error
 
 
 def suite_prompts(task: Task, loaded: LoadedSuite, recipe: Recipe) -> list[Prompt]:

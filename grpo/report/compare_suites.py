@@ -58,12 +58,14 @@ def read_evaluation(file: Path) -> Evaluation:
         raise UserError(f"{file}: cannot be read as an evaluation: {error}") from None
     if not isinstance(facts, dict) or "samples" not in facts or "judged_by" not in facts:
         raise UserError(f"{file}: no evaluation of grpo eval (it has no samples and judged_by)")
-    samples, judged_by = file.parent / Path(str(facts["samples"])).name, str(facts["judged_by"])
+    samples, judged_by = file.parent / Path(str(facts["samples"])).name, facts["judged_by"]
     values: dict[tuple[int, str], list[float | None]] = {}
     try:
         for line in samples.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            values.setdefault((row["prompt_id"], str(row["prompt"])), []).append(row["rewards"][judged_by])
+            values.setdefault((row["prompt_id"], str(row["prompt"])), []).append(
+                row["rewards"][row.get("judged_by") or judged_by]
+            )
     except OSError as error:
         raise UserError(f"{samples}: the samples of {file.name} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -54,10 +54,11 @@ def evaluation_facts(recipe: Recipe, metrics: dict[str, float], rows: list[dict[
 
     ``counts.scored_prompts`` are those without an unscored completion, over which accuracy is a mean.
     """
-    evaluation, judged_by = recipe.evaluation, recipe.judged_by()
+    evaluation = recipe.evaluation
+    judges = {source.label: recipe.judged_by(source.label) for source in recipe.data.sources()}
     prompts: dict[int, list[float | None]] = {}
     for row in rows:
-        prompts.setdefault(row["prompt_id"], []).append(row["rewards"][judged_by])
+        prompts.setdefault(row["prompt_id"], []).append(row["rewards"][judges[row.get("source", "")]])
     scored = {prompt: values for prompt, values in prompts.items() if None not in values}
     statuses = [row["status"] for row in rows]
     independent = evaluation.num_generations == 1 and len({row["prompt"] for row in rows}) == len(prompts)
@@ -76,7 +77,7 @@ def evaluation_facts(recipe: Recipe, metrics: dict[str, float], rows: list[dict[
             "solved": sum(value is not None and value >= 1 for values in scored.values() for value in values),
             "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
         },
-        "judged_by": judged_by,
+        "judged_by": judges if recipe.data.mix else judges[""],
         "sampling": {
             "num_generations": evaluation.num_generations,
             "temperature": evaluation.temperature,
