@@ -29,7 +29,7 @@ def decontaminate(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            "--against", metavar="EVALUATION", help="A file of questions, or a recipe: its held-out rows. Repeatable."
+            "--against", metavar="EVALUATION", help="A file of questions, a suite, or a recipe (its held-out rows). Repeatable."
         ),
     ] = None,
     output: Annotated[
@@ -48,7 +48,7 @@ def decontaminate(
     with exit_codes():
         names = [*(against or []), *(more or [])]
         if not names:
-            raise UserError("--against EVALUATION: name at least one file of questions, or a recipe")
+            raise UserError("--against EVALUATION: name at least one file of questions, suite or recipe")
         target = output.expanduser() if output else Path(rows).expanduser().with_suffix(".clean.jsonl")
         _check_output(target, [rows, *names])
         from grpo.pipeline import decontaminate as room

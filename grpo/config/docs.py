@@ -129,7 +129,7 @@ def _table(name: str, section: type[Section]) -> list[str]:
             continue
         if section_in(field) and get_origin(field.annotation) is list:
             kind, default = "list of sections", "" if not name else "`[]`"
-        elif section_in(field) and section.__name__ == "Recipe":
+        elif section_in(field) and (section.__name__ == "Recipe" or field.default_factory is not None):
             kind, default = "section", ""
         elif section_in(field):
             kind, default = "section or null", "`null`"
