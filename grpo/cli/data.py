@@ -29,7 +29,9 @@ def decontaminate(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            "--against", metavar="EVALUATION", help="A file of questions, a suite, or a recipe (its held-out rows). Repeatable."
+            "--against",
+            metavar="EVALUATION",
+            help="A file of questions, a suite, or a recipe (its held-out rows). Repeatable.",
         ),
     ] = None,
     output: Annotated[

@@ -1,8 +1,8 @@
 """The recipe's schema, and the way from a file and overrides to a ``Recipe``, without torch.
 
 Others take the sections from here, ``load_recipe`` and ``dump_recipe`` from ``load``, ``resume``, ``given`` (what is no
-default) and ``suites`` (the evaluation suites); the command also takes ``find``, ``yaml_text`` and ``trl`` (a
-configuration of TRL's as a recipe).
+default), ``suites`` (the evaluation suites), ``chain`` (several stages), ``hints`` and ``problems`` (what is wrong, in
+words); the command also takes ``find``, ``yaml_text`` and ``trl`` (a configuration of TRL's as a recipe).
 """
 
 from grpo.config.algorithm import AlgorithmConfig

@@ -189,7 +189,8 @@ def _recipe(loaded: LoadedSuite, recipe: Recipe, sampling: SuiteSampling) -> Rec
         top_p=sampling.top_p,
         max_completion_length=sampling.max_completion_length,
     )
-    rollout = recipe.rollout.model_copy(update={"stop": [*sampling.stop, *recipe.rollout.stop]})
+    length = {"max_completion_length": sampling.max_completion_length}
+    rollout = recipe.rollout.model_copy(update=length | {"stop": [*sampling.stop, *recipe.rollout.stop]})
     changes = {"data": data, "rewards": [reward], "evaluation": evaluation, "rollout": rollout, "stage": "grpo"}
     return recipe.model_copy(update=changes)
 

@@ -75,7 +75,7 @@ EXPLAINED = (
 )
 
 
-def said_of(found: Paired | None, one: str, other: str, what: str = "shared held-out prompts") -> str:
+def said_of(found: Paired | None, one: str, other: str, what: str = "shared held-out questions") -> str:
     """A test's result as a sentence. ``what`` are the questions."""
     if found is None:
         return f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept."

@@ -15,6 +15,9 @@ from tests.conftest import make_recipe
 from tests.evaluation.test_statistics import by_plain_loops
 
 
+RULES = [{"path": "unused.py:rule"}, {"path": "unused.py:always"}]
+
+
 class Fixed:
     """A backend and a scorer whose completions and rewards are given: ``rewards[prompt id][sample]``."""
 
@@ -43,7 +46,7 @@ def test_evaluate_counts_solved_leaves_out_unscored_and_clusters_by_question() -
     questions = ["a", "b", "c", "a", "d"]
     prompts = [Prompt(i, question, f"template: {question}", [7, 8]) for i, question in enumerate(questions)]
     fixed = Fixed(rewards)
-    recipe = make_recipe(Path("unused"), evaluation={"num_generations": 2})
+    recipe = make_recipe(Path("unused"), rewards=RULES, evaluation={"num_generations": 2})
     backend: Any = fixed
     metrics, rows = evaluate(recipe, prompts, backend, fixed, Accelerator(cpu=True), version=3)  # type: ignore[arg-type]
     solved_PG = np.array([[True, False], [False, True], [False, False], [True, True]])  # prompt 2 is left out
@@ -59,6 +62,6 @@ def test_evaluate_counts_solved_leaves_out_unscored_and_clusters_by_question() -
 def test_where_nothing_could_be_scored_nothing_is_solved() -> None:
     fixed: Any = Fixed({0: [None], 1: [None]})
     prompts = [Prompt(i, f"{i}", f"{i}", [7]) for i in range(2)]
-    recipe = make_recipe(Path("unused"))
+    recipe = make_recipe(Path("unused"), rewards=RULES)
     metrics, _ = evaluate(recipe, prompts, fixed, fixed, Accelerator(cpu=True), version=0)
     assert (metrics["eval/accuracy"], metrics["eval/unscored/rule"]) == (0.0, 2.0)

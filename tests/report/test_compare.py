@@ -47,11 +47,15 @@ def test_an_interval_over_seeds_is_students(runs):
 def test_the_test_is_paired_on_prompts_that_are_the_same(runs, tmp_path):
     good, bad = compare(runs)
     found = paired(good, bad)
-    solved = sum((p * 0.618) % 1 < good.means["accuracy after"].value for p in range(40))
+    accuracy = good.means["accuracy after"].value
+    solved = [p for p in range(40) if (p * 0.618) % 1 < accuracy]
+    worse = len({p % 9 for p in solved})  # of 40 prompts with 9 questions
     assert found is not None
-    assert (found.questions, found.better, found.worse) == (40, 0, solved)
-    assert found.p == pytest.approx(2 * 0.5**solved)
-    assert f"worse on {solved}: -{solved / 40:.3f} [" in said_of(found, "A", "B")
+    assert (found.questions, found.better, found.worse) == (9, 0, worse)
+    assert found.p == pytest.approx(2 * 0.5**worse)
+    assert f"on 0 of 9 shared held-out questions and worse on {worse}: -{len(solved) / 40:.3f} [" in said_of(
+        found, "A", "B"
+    )
     other = shutil.copytree(runs[2], tmp_path / "other")
     for file in (other / "rollouts").iterdir():
         file.write_text(file.read_text().replace("numbers 6", "numbers 7"))
