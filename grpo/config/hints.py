@@ -292,6 +292,7 @@ def unknown_key(section: str, key: str) -> tuple[str, str | None]:
     if hint := foreign(f"{section}.{key}" if section else key):
         return f"unknown key: {hint}", None
     homes = [name for name, model in sections().items() if key in model.model_fields and not repeats(name, key)]
+    homes = [name for name in homes if not any(name.startswith(f"{outer}.") for outer in homes if outer)]
     if homes:
         places = " or ".join(name or "the top level" for name in homes)
         return f"unknown key, {key} belongs {'at' if homes[0] == '' else 'under'} {places}", None

@@ -238,7 +238,7 @@ def test_a_list_from_nothing(write):
         ("rollout.num_generations=1", "must be at least 2, got 1. Completions per prompt, G. At least 2: an advantage "
          "compares a completion with its group."),
         ("rollout.num_generation=8", "unknown key, did you mean num_generations?"),
-        ("temperature=0.8", "unknown key, temperature belongs under rollout or evaluation or evaluation.suite_sampling"),
+        ("temperature=0.8", "unknown key, temperature belongs under rollout or evaluation"),
         ("rollout.n=8", "unknown key: `n` is `rollout.num_generations` here"),
         ("actor_rollout_ref.rollout.n=8", "unknown key: `n` is `rollout.num_generations` here"),
         ("nothing", "an override is KEY=VALUE, such as rollout.temperature=0.8"),
@@ -271,7 +271,7 @@ def test_bad_override(write, override, message):
     ("added", "message"),
     [
         ("optimizer: {learning_rat: 1e-6}", "optimizer.learning_rat: unknown key, did you mean learning_rate?"),
-        ("temperature: 1.0", "temperature: unknown key, temperature belongs under rollout or evaluation or evaluation.suite_sampling"),
+        ("temperature: 1.0", "temperature: unknown key, temperature belongs under rollout or evaluation"),
         ("algorithm: {output_dir: x}", "algorithm.output_dir: unknown key, output_dir belongs under training"),
         ("rolout: {}", "rolout: unknown key, did you mean rollout?"),
         ("optimizer: {temprature: 1}", "optimizer.temprature: unknown key, did you mean temperature, under rollout?"),

@@ -14,7 +14,6 @@ from grpo.types import Completion, Prompt, Status
 from tests.conftest import make_recipe
 from tests.evaluation.test_statistics import by_plain_loops
 
-
 RULES = [{"path": "unused.py:rule"}, {"path": "unused.py:always"}]
 
 
