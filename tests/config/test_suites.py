@@ -45,6 +45,10 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     assert (suite.form, suite.sampling.temperature, suite.sampling.num_generations) == ("rows", 0.0, 1)
 
 
+def test_the_example_is_one() -> None:
+    assert find_suite(str(ROOT / "examples/my_suite.yaml")).rows.task == "reasoning_gym"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
