@@ -260,16 +260,17 @@ def evaluate_suite(
     if not accelerator.is_main_process:
         return SuiteResult({}, [], {})
     metrics = held_out_metrics(recipe, groups)
-    metrics |= {name: value for name, value, *_ in _votes_metrics(prepared, groups)}
+    votes = _votes(prepared, groups)
+    metrics |= {f"eval/maj@{k}": float(np.mean(values)) for k, values in votes.items()}
     name = recipe.judged_by()
     verdicts: Counter[str] = Counter()
     for group in groups:
         verdicts.update(group.verdicts.get(name, {}))
-    facts = prepared.facts | _figures(prepared, groups) | {"verdicts": dict(sorted(verdicts.items()))}
+    facts = prepared.facts | _figures(prepared, groups, votes) | {"verdicts": dict(sorted(verdicts.items()))}
     return SuiteResult(metrics, rollout_rows(groups, version), facts)
 
 
-def _figures(prepared: PreparedSuite, groups: list[Group]) -> dict[str, Any]:
+def _figures(prepared: PreparedSuite, groups: list[Group], votes: dict[int, list[float]]) -> dict[str, Any]:
     """avg@n, pass@k and maj@k, each with its 95% interval clustered by question."""
     scored, solved_PG = judged_groups(prepared.recipe, groups)
     questions = [str(group.prompt.prompt) for group in scored]
@@ -281,28 +282,24 @@ def _figures(prepared: PreparedSuite, groups: list[Group]) -> dict[str, Any]:
         return {"value": float(values_P.mean()), "low": low, "high": high}
 
     solved_P = solved_PG.sum(1)
-    votes = _votes_metrics(prepared, groups)
     return {
         f"avg@{G}": figure(solved_PG.mean(1)),
         "pass@k": {str(k): figure([pass_at_k(int(solved), G, k) for solved in solved_P]) for k in ks(G)},
-        "maj@k": {name.rpartition("@")[2]: figure(values) for name, _, values in votes} or None,
+        "maj@k": {str(k): figure(values) for k, values in votes.items()} or None,
         "ties": "where answers are level, one is drawn: the expectation over the draw is told" if votes else None,
     }
 
 
-def _votes_metrics(prepared: PreparedSuite, groups: list[Group]) -> list[tuple[str, float, list[float]]]:
-    """``eval/maj@k``, its value, and the values by question; none where completions can't be counted as votes."""
+def _votes(prepared: PreparedSuite, groups: list[Group]) -> dict[int, list[float]]:
+    """maj@k of each question, by k; none where completions can't be counted as votes."""
     vote = voter(prepared.recipe.rewards[0])
     scored, solved_PG = judged_groups(prepared.recipe, groups)
     G = solved_PG.shape[1]
     if vote is None or G < 2:
-        return []
+        return {}
     wrong = [_wrong_answers(vote, group, solved) for group, solved in zip(scored, solved_PG, strict=True)]
-    found = []
-    for k in ks(G):
-        values = [maj_at_k(int(solved.sum()), counts, G, k) for solved, counts in zip(solved_PG, wrong, strict=True)]
-        found.append((f"eval/maj@{k}", float(np.mean(values)), values))
-    return found
+    pairs = list(zip(solved_PG.sum(1).tolist(), wrong, strict=True))
+    return {k: [maj_at_k(right, counts, G, k) for right, counts in pairs] for k in ks(G)}
 
 
 def _wrong_answers(vote: Vote, group: Group, solved_G: Any) -> tuple[int, ...]:
