@@ -29,6 +29,7 @@ def sample_row(group: Group) -> dict[str, Any]:
     prompt = group.prompt
     return {
         "prompt_id": prompt.id,
+        **({"source": prompt.source} if prompt.source else {}),
         "prompt": prompt.prompt,
         "text": prompt.text,
         "prefill": prompt.prefill,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from grpo.errors import RunError
-from grpo.evaluate import wilson_interval
+from grpo.evaluation.statistics import wilson_interval
 from grpo.pipeline.measure import figures_of
 
 
