@@ -257,7 +257,7 @@ def _wrong_recipe(stage: Stage) -> Iterator[str]:
         except UserError as error:
             yield from (line.replace("--keep", "keep:", 1) for line in str(error).splitlines())
     if config.kind == "filter" and recipe.data.mix:
-        yield "kind: filter makes a file for each source of data.mix, and a stage makes one: give a stage to each source"
+        yield "kind: filter makes one file of rows, and data.mix has several sources: filter each by a stage of its own"
     if config.kind == "eval" and not recipe.data.held_out():
         yield "data.eval_size is 0: there is nothing to evaluate on"
     if config.pass_rate is not None:
