@@ -149,7 +149,7 @@ def _sample_all(
 
 
 def _header(recipe: Recipe, accelerator: Accelerator, task: Task, wanted: Wanted) -> dict[str, Any]:
-    identity = of_sampling(identity_on(recipe, accelerator, hash_inputs(recipe, task)))
+    identity = of_sampling(recipe, identity_on(recipe, accelerator, hash_inputs(recipe, task)))
     return {"wanted": asdict(wanted), **identity}
 
 

@@ -16,9 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from grpo.config import Recipe
 from grpo.errors import RunError, UserError
 from grpo.files import write_whole
 from grpo.run.same_run import changed_inputs, changes, log
+from grpo.run.secrets import given_without_secrets
 from grpo.types import Group
 
 OF_SAMPLING = ("model", "data", "rewards", "rollout", "scoring")  # sections of the recipe that a sample depends on
@@ -86,12 +88,13 @@ def recipe_hash(header: Mapping[str, Any]) -> str:
     return _hash([recipe, header["wanted"], inputs])
 
 
-def of_sampling(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's identity (``run.state.identity_on``) a sample depends on."""
-    recipe = identity["recipe"]
-    kept = {name: recipe[name] for name in OF_SAMPLING}
+def of_sampling(recipe: Recipe, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's identity (``run.state.identity_on``) a sample depends on. Of the recipe it is what is no default:
+    an update that brings further keys refuses nothing."""
+    given = given_without_secrets(recipe)
+    kept = {name: given.get(name, {}) for name in OF_SAMPLING}
     rollout = {name: value for name, value in kept["rollout"].items() if name != "num_generations"}
-    return {**identity, "recipe": kept | {"rollout": rollout, "training": {"seed": recipe["training"]["seed"]}}}
+    return {**identity, "recipe": kept | {"rollout": rollout, "training": {"seed": recipe.training.seed}}}
 
 
 class SampleFile:

@@ -119,7 +119,7 @@ def test_other_samples_are_refused(tiny_model: Path, undisturbed: Path, tmp_path
     with pytest.raises(UserError, match="holds samples of something else") as refused:
         generate(recipe_of(tiny_model, **changes), Wanted(n=5, prompts=10, chunk=5), file)
     for named in (
-        *("training.seed: 0 -> 1", "rollout.temperature: 1.0 -> 0.5", "wanted.n: 3 -> 5", "wanted.chunk: 4 -> 5"),
+        *("training.seed: 0 -> 1", "rollout.temperature: absent -> 0.5", "wanted.n: 3 -> 5", "wanted.chunk: 4 -> 5"),
         "data: rows has changed",
     ):
         assert named in str(refused.value)
