@@ -1,8 +1,9 @@
 """A stage's folder: what it was made from, how far it has come, and what it has made. Nothing of torch.
 
-``stage.json`` holds a hash of everything that the stage is made from: the recipe (what of it is no default), options, and the content
-of its inputs and of the files that it names. The version of grpo is written down and not part of it: an update does not
-make a chain run again. A folder of another hash is moved aside (``NAME.previous``), never mixed with the new.
+``stage.json`` holds a hash of everything that the stage is made from: the recipe (what of it is no default), options,
+and the content of its inputs and of the files that it names. The version of grpo is written down and not part of it: an
+update does not make a chain run again. A folder of another hash is moved aside (``NAME.previous``), never mixed with
+the new.
 """
 
 from __future__ import annotations
