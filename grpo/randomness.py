@@ -17,10 +17,12 @@ class Stream(str, Enum):
 
     ROLLOUT = "rollout"
     EVALUATION = "evaluation"
+    SAMPLE = "sample"
     PROBE = "probe"
     DATA_ORDER = "data order"
     DATA_SPLIT = "data split"
     CURRICULUM = "curriculum"
+    MIX = "mix"
     ADAPTERS = "adapters"
     DROPOUT = "dropout"
 

@@ -37,11 +37,11 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     servers = find_servers(recipe, accelerator, tokenizer)
     allowed = {"allow_changed_inputs": allow_changed_inputs}
     run = start_run(recipe, accelerator, tokenizer, stop_ids, task, resume, card=card_at_end, **allowed)
-    held_out: list[Example] = []  # asked of a server once: the teacher does not change
+    held_out: dict[str, list[Example]] = {}  # asked of a server once: the teacher does not change
 
     def evaluate() -> None:
         if not held_out:
-            held_out.extend(taught(run, task.eval_examples, servers))
+            held_out.update({source: taught(run, of, servers) for source, of in task.eval_examples.items()})
         evaluate_and_log(run, held_out)
 
     with run, LiveReport(run.folder, on=accelerator.is_main_process) as live:
@@ -86,19 +86,24 @@ def taught(run: Run, examples: Sequence[Example], servers: TeacherServers | None
     return [example._replace(teacher=of) for example, of in zip(examples, says, strict=True)]
 
 
-def evaluate_and_log(run: Run, examples: list[Example]) -> None:
-    """The loss on the held-out examples, if there are any; with a teacher, their divergence from it too."""
-    if examples:
-        with run.log.phase("evaluating"):
-            loss, divergence = held_out_loss(run, examples)
-        of_teacher = {} if run.recipe.teacher is None else {"eval/teacher_kl": divergence}
-        run.log.log(run.progress.step, {"eval/loss": loss} | of_teacher)
+def evaluate_and_log(run: Run, examples: dict[str, list[Example]]) -> None:
+    """The loss on the held-out examples, if there are any: of all, and with `data.mix` of each source; with a teacher,
+    their divergence from it too."""
+    if not any(examples.values()):
+        return
+    with run.log.phase("evaluating"):
+        sums = {source: held_out_sums(run, of_source) for source, of_source in examples.items() if of_source}
+    loss, divergence, tokens = (sum(of) for of in zip(*sums.values(), strict=True))
+    metrics = {"eval/loss": loss / tokens}
+    metrics |= {f"eval/sources/{source}/loss": loss / tokens for source, (loss, _, tokens) in sums.items() if source}
+    metrics |= {} if run.recipe.teacher is None else {"eval/teacher_kl": divergence / tokens}
+    run.log.log(run.progress.step, metrics)
 
 
 @torch.no_grad()
-def held_out_loss(run: Run, examples: list[Example]) -> tuple[float, float]:
-    """Mean cross-entropy, and mean divergence from the teacher (0 without), over the tokens of the held-out completions
-    in nats; each process does its share."""
+def held_out_sums(run: Run, examples: list[Example]) -> tuple[float, float, float]:
+    """Cross-entropy, and divergence from the teacher (0 without), both in nats and summed over the tokens of held-out
+    completions, and how many tokens there are; each process does its share."""
     policy = run.policy
 
     def attempt(max_tokens: int) -> torch.Tensor:
@@ -116,4 +121,4 @@ def held_out_loss(run: Run, examples: list[Example]) -> tuple[float, float]:
     sums_3 = within_memory(run, attempt)
     policy.model.train()
     loss, divergence, tokens = policy.accelerator.reduce(sums_3, reduction="sum").tolist()
-    return loss / tokens, divergence / tokens
+    return loss, divergence, tokens

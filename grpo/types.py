@@ -45,7 +45,8 @@ class Prompt:
     draw made for it. ``prompt`` is what reward functions see (a string, or messages for chat data); ``text`` is what
     the model sees, template applied, and ``token_ids`` its encoding. ``prefill`` is the tail of ``text`` that belongs
     to the answer (``"<think>"``): verifiers that check a format put it before the completion. ``columns`` are the
-    row's other columns, handed to reward functions.
+    row's other columns, handed to reward functions. ``source`` is the label of the source of `data.mix` that it comes
+    from; empty without.
     """
 
     id: int
@@ -54,6 +55,7 @@ class Prompt:
     token_ids: list[int]
     prefill: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class Group:
     """A prompt with its G completions and, after scoring, their rewards.
 
     ``rewards[g]`` is the weighted sum over reward functions, or None where no function could score the completion.
-    ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts the reasons that the function gave.
+    ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts the reasons that the function gave, and
+    ``said[name][g]`` is the reason for one completion (``scored`` or ``unscored`` of a function that gives none).
     ``extra_metrics`` holds what functions logged, as ``rewards/NAME/logged/METRIC``.
     ``replayed``: an earlier step's policy sampled it, so the update needs a ratio to that policy.
     ``teacher`` is what a teacher on a server says of each completion.
@@ -122,6 +125,7 @@ class Group:
     rewards: list[float | None] = field(default_factory=list)
     rewards_by_function: dict[str, list[float | None]] = field(default_factory=dict)
     verdicts: dict[str, dict[str, int]] = field(default_factory=dict)
+    said: dict[str, list[str]] = field(default_factory=dict)
     extra_metrics: dict[str, list[float]] = field(default_factory=dict)
     extra_columns: dict[str, list[Any]] = field(default_factory=dict)
     replayed: bool = False

@@ -13,7 +13,23 @@ from typing import Annotated, Any
 import typer
 
 from grpo import __version__
-from grpo.cli import chat, checks, convert, evaluate, plan, probe, push, recipes, report, score, teach, train
+from grpo.cli import (
+    chat,
+    checks,
+    convert,
+    data,
+    evaluate,
+    plan,
+    probe,
+    push,
+    recipes,
+    report,
+    run,
+    sample,
+    score,
+    teach,
+    train,
+)
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import StderrHandler, output_taken
 from grpo.config.hints import places
@@ -36,12 +52,16 @@ app.command("validate")(checks.validate)
 app.command("audit")(checks.audit)
 app.command("score")(score.score)
 app.command("teach")(teach.teach)
+app.command("sample")(sample.sample)
+app.command("run")(run.run)
+app.command("measure", hidden=True)(run.measure)  # a stage of a chain starts it
 app.command("report")(report.report)
 app.command("watch")(report.watch)
 app.command("compare")(report.compare)
 app.command("chat")(chat.chat)
 app.command("push")(push.push)
 app.command("convert")(convert.convert)
+app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 
 WrongUsage: type[Exception] = typer.BadParameter.__bases__[0]  # click's UsageError; typer has a click of its own

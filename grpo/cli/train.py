@@ -77,7 +77,7 @@ def check_before_training(recipe: Recipe) -> None:
     check_engine(recipe.rollout)
     tokenizer, _, task = prepare_task(recipe)
     check_teacher(recipe, tokenizer)
-    with Scorer(recipe.rewards, recipe.scoring) as scorer:
+    with Scorer(recipe.functions(), recipe.scoring) as scorer:
         scorer.check_columns(task.columns)
         check_rows_at_start(recipe, task)
         warn_of_unpaid_answers(recipe, task, scorer)

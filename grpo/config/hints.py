@@ -268,15 +268,25 @@ def sections() -> dict[str, type[Section]]:
     return found
 
 
-LISTS = ("rewards", "expect")  # their keys need a number: rewards.0.weight
+LISTS = ("rewards", "expect", "data.mix", "data.mix.rewards")  # their keys need a number: rewards.0.weight
 
 
 def places(key: str) -> list[str]:
     """The dotted keys that an undotted name may mean: those of that name, or what another project's name is here."""
     named = [f"{name}.{key}" for name, model in sections().items() if name and key in model.model_fields]
-    named = [place for place in named if place.partition(".")[0] not in LISTS]
+    named = [place for place in named if place.rpartition(".")[0] not in LISTS]
     renamed = RENAMED.get(key, "").partition(": ")[0]
     return named or ([renamed] if "." in renamed else [])
+
+
+REPEATS = {"data.mix": "data", "data.mix.rewards": "rewards"}
+"""Sections that have keys of another one, in which they are explained."""
+
+
+def repeats(section: str, key: str) -> bool:
+    """Whether a section's key is one that another section explains."""
+    other = REPEATS.get(section)
+    return other is not None and key in sections()[other].model_fields
 
 
 def foreign(name: str) -> str | None:
@@ -298,7 +308,8 @@ def unknown_key(section: str, key: str) -> tuple[str, str | None]:
     here = sections()[section].model_fields
     if hint := foreign(f"{section}.{key}" if section else key):
         return f"unknown key: {hint}", None
-    homes = [name for name, model in sections().items() if key in model.model_fields]
+    homes = [name for name, model in sections().items() if key in model.model_fields and not repeats(name, key)]
+    homes = [name for name in homes if not any(name.startswith(f"{outer}.") for outer in homes if outer)]
     if homes:
         places = " or ".join(name or "the top level" for name in homes)
         return f"unknown key, {key} belongs {'at' if homes[0] == '' else 'under'} {places}", None

@@ -104,7 +104,7 @@ def _write(
             examples = [task.example(part, row) for row in block]
             says = ask_of(examples)
             cells = (teacher_cell(e.prompt, e.completion, of) for e, of in zip(examples, says, strict=True))
-            rows = (dict(part.rows[row]) | {column: cell} for row, cell in zip(block, cells, strict=True))
+            rows = (dict(part.row(row)) | {column: cell} for row, cell in zip(block, cells, strict=True))
             out.write("".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
             out.flush()
             os.fsync(out.fileno())

@@ -65,7 +65,20 @@ def figures(probe: Probe) -> dict[str, str]:
         "different": f"{f.unique:.0%} of a group's completions",
         "entropy": f"{f.entropy:.3f} nats a token",
         "sampler": f"{f.sampler_difference:.2g} nats a token from the trainer",
+        **_of_sources(probe),
     }
+
+
+def _of_sources(probe: Probe) -> dict[str, str]:
+    found = {}
+    for source in sorted({name.split("/")[1] for name in probe.by_source}):
+        of_source = {name.rpartition("/")[2]: v for name, v in probe.by_source.items() if name.split("/")[1] == source}
+        found[source] = (
+            f"{of_source['prompts']:.0f} prompts, pass@1 {of_source.get('accuracy', 0):.3f}, "
+            f"{1 - of_source['frac_reward_zero_std']:.0%} of groups with a signal, "
+            f"{of_source['mean_length']:.0f} tokens"
+        )
+    return found
 
 
 def _sampled(probe: Probe) -> str:

@@ -78,6 +78,23 @@ def _reward(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     return labels
 
 
+def _accuracy_by_source(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    names = [name for name in run.names("eval/sources/") if name.endswith("/accuracy")]
+    labels = []
+    for i, name in enumerate(names):
+        labels += points(ax, run, name, c.series[i % len(c.series)], name.split("/")[2])
+    share_axis(ax, max((v for name in names for v in run.series(name)[1]), default=1.0))
+    return labels
+
+
+def _reward_by_source(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    names = [name for name in run.names("sources/") if name.endswith("/reward")]
+    labels = []
+    for i, name in enumerate(names):
+        labels += noisy(ax, run, name, c.series[i % len(c.series)], name.split("/")[1])
+    return labels
+
+
 def _length(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     held_out = "held-out" if len(run.series("eval/completions/mean_length")[0]) else ""
     labels = noisy(ax, run, "completions/mean_length", c.series[0], "training" if held_out else "")
@@ -185,6 +202,8 @@ PANELS = [
     Panel("Loss", "Nats per completion token.", ("loss", "eval/loss"), _loss),
     Panel("Teacher", "Divergence from the teacher, in nats a token.", ("teacher/kl",), _teacher),
     Panel("Reward", "Mean over the completions of a training step.", ("reward",), _reward),
+    Panel("Accuracy by source", "Held-out tasks of each source of data.mix.", ("eval/sources/",), _accuracy_by_source),
+    Panel("Reward by source", "Of each source of data.mix, in training.", ("sources/",), _reward_by_source),
     Panel("Completion length", "Mean, in tokens.", ("completions/mean_length",), _length),
     Panel("Entropy", "Of the next token, in nats; near 0, exploration ends.", ("entropy",), _entropy),
     Panel("Verdicts", "Why completions were rewarded or not.", ("verdicts/",), _verdicts),
@@ -279,9 +298,9 @@ def summary(run: RunRecord, facts: dict[str, float]) -> str:
     return printable(f"{run.name}: " + ", ".join(parts) if parts else run.name)
 
 
-def themed_svg(title: str, steps: int, draw: Callable[[Axes], list[End]]) -> str:
-    """A picture of one panel, in colours that the page's style sheet sets. Its ids are unique to the title, and the
-    same at every drawing."""
+def themed_svg(title: str, steps: int, draw: Callable[[Axes], list[End]], along: str = "step") -> str:
+    """A picture of one panel, in colours that the page's style sheet sets; ``along`` names what it goes by. Its ids are
+    unique to the title, and the same at every drawing."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
         figure = Figure(figsize=(4.6, 2.6))
         figure.subplots_adjust(
@@ -290,7 +309,7 @@ def themed_svg(title: str, steps: int, draw: Callable[[Axes], list[End]]) -> str
         figure.patch.set_alpha(0.0)
         ax = figure.add_subplot()
         dress(ax, THEMED)
-        finish(ax, THEMED, steps, draw(ax))
+        finish(ax, THEMED, steps, draw(ax), along)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     markup = file.getvalue()

@@ -10,17 +10,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo import user_code
-from grpo.config import Recipe
+from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.files import hub_commits, input_files
 from grpo.model.teacher import model_of
 from grpo.prompts.task import Task
 from grpo.run.manifest import sha256
+from grpo.run.named_files import code_files, files_in_args
 
 AT_ONCE = 1000  # rows
 T = TypeVar("T")
@@ -33,14 +32,15 @@ def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
     """
     teacher = model_of(recipe.teacher) if recipe.teacher is not None and recipe.teacher.name is not None else None
     of_teacher = {} if teacher is None else _of_teacher(input_files(teacher))
-    files = input_files(recipe.model) | of_teacher | _code(recipe) | _named_in_args(recipe)
-    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
-        hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
-    rows: dict[str, Any] = {"data: rows": task.train.rows}
-    if task.held_out.rows is not task.train.rows:
-        rows["data: held-out rows"] = task.held_out.rows
+    hashes = _of_files(input_files(recipe.model) | of_teacher | code_files(recipe) | files_in_args(recipe))
+    rows: dict[str, Any] = {}
+    for train, held_out in zip(task.train.shares, task.held_out.shares, strict=True):
+        of = f" of {train.source}" if train.source else ""
+        rows[f"data: rows{of}"] = train.rows
+        if held_out.rows is not train.rows:
+            rows[f"data: held-out rows{of}"] = held_out.rows
     commits = hub_commits(recipe.model) | ({} if teacher is None else _of_teacher(hub_commits(teacher)))
-    return hashes | commits | {name: _of_rows(of) for name, of in rows.items()}
+    return hashes | commits | {name: rows_hash(of) for name, of in rows.items()}
 
 
 def _of_teacher(named: dict[str, T]) -> dict[str, T]:
@@ -48,32 +48,14 @@ def _of_teacher(named: dict[str, T]) -> dict[str, T]:
     return {f"teacher.{name.removeprefix('model.')}": value for name, value in named.items()}
 
 
-def _code(recipe: Recipe) -> dict[str, Path]:
-    """The files of the user's rewards, loss and backend. What makes rows is not among them: the rows are."""
-    places = {f"rewards.{i}.path": reward.path for i, reward in enumerate(recipe.rewards) if reward.path}
-    places |= {"algorithm.loss_type": recipe.algorithm.loss_type, "rollout.backend": recipe.rollout.backend}
-    return {
-        f"{key}: {name}": file
-        for key, place in places.items()
-        if user_code.is_place(place)
-        for name, file in user_code.sources_of(place, key).items()
-    }
+def hash_model(model: ModelConfig) -> dict[str, str]:
+    """The hashes of a model's files and its tokenizer's, or their commits on the hub. Raises UserError as above."""
+    return _of_files(input_files(model)) | hub_commits(model)
 
 
-def _named_in_args(recipe: Recipe) -> dict[str, Path]:
-    """The files that arguments of rewards name: a list of words, say, or answers."""
-    return {
-        f"rewards.{i}.args.{key}": Path(value).expanduser()
-        for i, reward in enumerate(recipe.rewards)
-        for key, value in reward.args.items()
-        if isinstance(value, str) and _is_file(value)
-    }
-
-
-def _is_file(text: str) -> bool:
-    with suppress(OSError, ValueError):  # too long for a path, or not one
-        return Path(text).expanduser().is_file()
-    return False
+def _of_files(files: dict[str, Path]) -> dict[str, str]:
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
+        return dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
 
 
 def _of_file(name: str, file: Path) -> str:
@@ -83,7 +65,8 @@ def _of_file(name: str, file: Path) -> str:
         raise UserError(f"{name}: {file} cannot be read: {error.strerror or error}") from error
 
 
-def _of_rows(rows: Any) -> str:
+def rows_hash(rows: Any) -> str:
+    """A hash of rows' contents, in their order."""
     digest = hashlib.sha256()
     for row in _all(rows):
         digest.update(row_bytes(row))
