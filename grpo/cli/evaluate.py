@@ -143,7 +143,7 @@ def _of_model(model: str, overrides: list[str] | None) -> Recipe:
         "rollout": {"backend": "auto"},
         "training": {"output_dir": "eval", "prompts_per_step": int(os.environ.get("WORLD_SIZE", "1"))},
     }
-    return recipe_of(value, f"model {model}", overrides)
+    return recipe_of(value, f"model {model}", overrides or [])
 
 
 def _with_suites(recipe: Recipe, given: str) -> Recipe:
