@@ -17,7 +17,7 @@ from grpo.errors import UserError
 from grpo.types import TeacherSays
 
 if TYPE_CHECKING:
-    from grpo.prompts.rows import Part
+    from grpo.prompts.parts import Part
     from grpo.prompts.task import Task
 
 KEYS = ("prompt_ids", "token_ids", "top_ids", "top_logprobs")
@@ -66,10 +66,10 @@ def column_errors(task: Task, part: Part) -> Iterator[str]:
             if number < COMPARED:
                 task.example(part, row)
             else:
-                cell = part.rows[row].get(column)
+                cell = part.row(row).get(column)
                 tokens = cell.get("token_ids") if isinstance(cell, dict) else None
                 prompt = cell.get("prompt_ids") if isinstance(cell, dict) else None
-                read_teacher(part.rows[row], column, prompt or [], tokens or [], vocabulary, part.rows.place(row))
+                read_teacher(part.row(row), column, prompt or [], tokens or [], vocabulary, part.place(row))
         except UserError as error:
             refused.append(str(error))
     if refused:

@@ -130,8 +130,8 @@ def paired(one: Side, other: Side) -> Paired | None:
     prompts = shared([one, other])
     if not prompts:
         return None
-    shares = ([side.share(prompt) for prompt in prompts] for side in (one, other))
-    return paired_test(*shares, [prompt.partition(" ")[2] for prompt in prompts])
+    ours, theirs = ([side.share(prompt) for prompt in prompts] for side in (one, other))
+    return paired_test(ours, theirs, [prompt.partition(" ")[2] for prompt in prompts])
 
 
 def shared(sides: Sequence[Side]) -> list[str]:

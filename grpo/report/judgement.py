@@ -70,10 +70,10 @@ def _paired(run: RunRecord) -> Paired | None:
     """The last evaluation less the first on the held-out prompts of both; None with few that changed."""
     first, last = ends(run)
     prompts = [p for p in first if first[p].scored and last[p].scored]
-    shares = [[evaluation[p].share for p in prompts] for evaluation in (first, last)]
-    if sum(before != after for before, after in zip(*shares, strict=True)) < FEWEST:
+    before, after = ([evaluation[p].share for p in prompts] for evaluation in (first, last))
+    if sum(a != b for a, b in zip(before, after, strict=True)) < FEWEST:
         return None
-    found = paired_test(*shares, [str(first[p].row.get("prompt")) for p in prompts])
+    found = paired_test(before, after, [str(first[p].row.get("prompt")) for p in prompts])
     return found if found.questions > 1 else None
 
 
