@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from grpo.audit.rows import warn_of_overlap
 from grpo.config import Recipe
 from grpo.metrics import Clock
 from grpo.model.optimizer import learning_rate
@@ -31,6 +32,8 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     accelerator = make_accelerator(recipe)
     recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
+    if not resume:
+        on_main(accelerator, lambda: warn_of_overlap(task))
     run = start_run(recipe, accelerator, tokenizer, stop_ids, task, resume, allow_changed_inputs=allow_changed_inputs)
     with run, LiveReport(run.folder, on=accelerator.is_main_process) as live:
         for step in run.steps(lambda: evaluate_and_log(run, task.eval_examples)):

@@ -270,7 +270,8 @@ def _same(ours: Texts, theirs: Texts, text: int, question: int, rare: np.ndarray
     telling = [word for word in shared if word.isdecimal() or rare[vocabulary.ids[word]]]
     if len(telling) < TELLING or not _numbers_stay(mine, other):
         return None
-    return Overlap(text, question, "same words", " ".join(other), 1 - len(gone) / len(other))
+    words = " ".join(word for word in other if word not in gone)
+    return Overlap(text, question, "same words", words, 1 - len(gone) / len(other))
 
 
 def _surplus(some: list[str], others: list[str]) -> list[str]:

@@ -105,7 +105,7 @@ def test_the_proof_names_the_question_and_words_that_both_have() -> None:
     rows = [*NOISE[:200], one_word_changed(WRITTEN[8], 0.7)]
     (one,) = find_overlaps(rows, WRITTEN).found
     assert (one.row, one.question) == (200, 8)
-    assert set(one.shared.split()) <= set(words(WRITTEN[8])) & set(words(rows[200])) | {"zebra"}
+    assert set(one.shared.split()) <= set(words(WRITTEN[8])) & set(words(rows[200]))
     assert one.covers > 0.5
 
 
@@ -137,7 +137,8 @@ def test_a_template_is_no_overlap(rows: int, questions: int) -> None:
     found = find_overlaps(texts[:rows], texts[rows:])
     assert found.found == []
     assert found.by_template == rows
-    assert any("create an equation that equals" in run for run in found.templates)
+    assert found.templates
+    assert all(run in " ".join(words(texts[0])) for run in found.templates)
 
 
 def test_of_a_template_the_same_numbers_are() -> None:
