@@ -106,7 +106,7 @@ def test_each_source_of_a_mix_has_its_own_file_and_judge(tiny_model: Path, tmp_p
         {"path": one, "eval_size": 0, "rewards": [LUCK]},
         {"path": two, "eval_size": 0, "rewards": [always], "prompt_column": "question"},
     ]
-    data = {"name": None, "mix": mix, "max_prompt_length": 16}
+    data = {"mix": mix, "max_prompt_length": 16}
     output = tmp_path / "left.jsonl"
     report = filter_rows(recipe_of(tiny_model, one, data=data, rewards=[]), Window(1.0, 1.0, n=2), output)
     assert report["by_source"]["two"] == {"rows": 6, "kept": 6}
