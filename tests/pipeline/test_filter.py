@@ -39,7 +39,7 @@ def rows_file(folder: Path) -> str:
     rows = [{"prompt": f"{i} + {i + 3} = ", "nums": [i, i + 3], "target": 2 * i + 3} for i in range(1, 25)]
     rows += [
         {"prompt": "4 + 7  =", "nums": [4, 7], "target": 28},  # 25: row 4 again, with another answer
-        {"prompt": "1 + 1 = ", "nums": [1, 1], "target": 99},  # 26: nothing gives that
+        {"prompt": "1 + 1 = ", "nums": [], "target": 99},  # 26: nothing gives that
         {"prompt": "5 + 5 + " * 12 + "5 = ", "nums": [5, 5], "target": 10},  # 27: too long
     ]
     return write_rows(folder / "rows.jsonl", rows)
