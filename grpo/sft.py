@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from grpo.audit.rows import warn_of_overlap
 from grpo.backends import TeacherServers, find_servers
 from grpo.config import Recipe
 from grpo.metrics import Clock
@@ -33,6 +34,8 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     accelerator = make_accelerator(recipe)
     recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
+    if not resume:
+        on_main(accelerator, lambda: warn_of_overlap(task))
     check_teacher(recipe, tokenizer)
     servers = find_servers(recipe, accelerator, tokenizer)
     allowed = {"allow_changed_inputs": allow_changed_inputs}
