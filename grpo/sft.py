@@ -19,6 +19,7 @@ from grpo.run.agreement import check_drawn
 from grpo.run.run import Run, start_run
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
 from grpo.types import Batch, TrainedSequence
+from grpo.update.experts import StepExperts
 from grpo.update.forward import plan_for
 from grpo.update.micro_batch_size import within_memory, work_through
 from grpo.update.step import backward
@@ -53,10 +54,13 @@ def train_step(run: Run, examples: list[Example]) -> None:
             logps_BT, entropy_BT = policy.logprobs(batch, temperature=1.0)
             return -(logps_BT * batch.mask_BT).sum() / tokens, {"entropy": (entropy_BT * batch.mask_BT).sum() / tokens}
 
-        totals, norm = within_memory(
-            run, lambda max_tokens: backward(run, _my_micro_batches(run, examples, max_tokens), loss_of)
-        )
+        def attempt(max_tokens: int) -> tuple[StepExperts, dict[str, float], float]:
+            experts, share = StepExperts(policy, run.recipe.algorithm), _my_micro_batches(run, examples, max_tokens)
+            return experts, *backward(run, share, lambda batch: experts.around(loss_of, batch, len(examples)))
+
+        experts, totals, norm = within_memory(run, attempt)
         policy.step(rate)
+        totals |= experts.finish(policy.accelerator)
     progress.step += 1
     progress.num_tokens += sum(len(prompt) + len(completion) for prompt, completion in examples)
     progress.seconds += clock.total()

@@ -208,7 +208,6 @@ NOT_HERE = {
     "repetition_penalty": "not supported: it changes the sampling distribution",
     "generation_kwargs": "not supported: rollout has temperature, top_p, top_k, min_p and stop",
     "cache_implementation": "leave it out: the backend chooses",
-    "router_aux_loss_coef": "not supported: there is no router loss",
     "gamma": "leave it out: the advantage of a completion is the same at all its tokens",
     "critic": "GRPO has no critic; the baseline is the group (algorithm.baseline)",
     "critic_learning_rate": "GRPO has no critic; the baseline is the group (algorithm.baseline)",

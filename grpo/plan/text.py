@@ -11,7 +11,7 @@ WIDTH = 80
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    yield f"{plan.shape.parameters / 1e6:,.0f} M parameters on {_machine(plan)}"
+    yield f"{_parameters(plan)} on {_machine(plan)}"
     yield ""
     yield from _memory(plan)
     yield ""
@@ -28,6 +28,15 @@ def lines(plan: Plan) -> Iterator[str]:
         yield from textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
     yield ""
     yield from _verdict(plan)
+
+
+def _parameters(plan: Plan) -> str:
+    every, active = (f"{count / 1e6:,.{1 if count < 10e6 else 0}f} M" for count in _counts(plan))
+    return f"{every} parameters" + (f" ({active} of them for a token)" if plan.shape.experts > 1 else "")
+
+
+def _counts(plan: Plan) -> tuple[int, int]:
+    return plan.shape.parameters, plan.shape.active_parameters
 
 
 def _machine(plan: Plan) -> str:
