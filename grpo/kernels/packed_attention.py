@@ -120,8 +120,6 @@ def attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     size = value.shape[-1]
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
     if size < key.shape[-1]:  # DeepSeek-V3's: zeros behind them give zeros behind what attention gives
         value = torch.nn.functional.pad(value, (0, key.shape[-1] - size))
     if device != "cpu" and query.dtype == torch.float32:
