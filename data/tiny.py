@@ -2,8 +2,9 @@
 
 Numbers, operators and a few words are single tokens, so that a small model can learn to search instead of to spell. Any
 other ASCII text falls back to letters and digits. ``data/tiny_base/`` holds the weights after a supervised start on
-``data/traces.py``. ``python -m data.tiny FOLDER`` writes an untrained model, Llama-shaped or with ``--arch deepseek_v3``
-one of latent attention and experts; with ``--words word_sums``, its tokenizer also has the words of that task.
+``data/traces.py``. ``python -m data.tiny FOLDER`` writes an untrained model, Llama-shaped, or with ``--arch
+deepseek_v3`` one of latent attention and experts; with ``--words word_sums``, its tokenizer also has the words of that
+task.
 """
 
 from __future__ import annotations

@@ -1,0 +1,162 @@
+"""Routers: which modules they are, what they choose in the update and in the copy that samples, and their biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data.tiny import write_tiny_model
+from grpo.backends.hf.backend import HFBackend
+from grpo.errors import UserError
+from grpo.model.policy import Policy
+from grpo.model.routing import routers_of
+from grpo.run.state import Progress, restore_state, save_state
+from grpo.types import Routed, TrainedSequence
+from tests.conftest import make_policy, make_recipe
+from tests.gradient_of_step import sequences
+from tests.small_models import LATENT, SMALL
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+EXPERTS |= {"n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "decoder_sparse_step": 1}
+# Kind, its experts' settings, whether scores are sigmoids, whether there is a bias.
+KINDS: dict[str, tuple[dict[str, Any], bool, bool]] = {
+    "mixtral": ({}, False, False),
+    "qwen3_moe": ({}, False, False),
+    "deepseek_v3": (LATENT | {"first_k_dense_replace": 0}, True, True),
+    "glm4_moe": ({"first_k_dense_replace": 0}, True, True),
+    "minimax_m2": ({}, True, True),
+    "granitemoe": ({}, False, False),
+    "gpt_oss": ({}, False, False),
+}
+RATE = {"router_bias_update_rate": 0.25}
+
+
+@pytest.fixture(scope="module")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of DeepSeek-V3's shape, its routers' biases not zero."""
+    folder = tmp_path_factory.mktemp("tiny_moe")
+    write_tiny_model(folder, arch="deepseek_v3")
+    causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    for name, buffer in causal_lm.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.05)
+    causal_lm.save_pretrained(folder)
+    return folder
+
+
+def routed(policy: Policy, micro_batch: list[TrainedSequence]) -> list[Routed]:
+    assert policy.routing is not None
+    with policy.routing.recorded() as layers:
+        policy.logprobs(policy.collate(micro_batch), 1.0)
+    return layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routers_are_found_by_what_transformers_says(kind: str, tiny_model: Path) -> None:
+    settings, sigmoid, biased = KINDS[kind]
+    torch.manual_seed(0)
+    causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | EXPERTS | settings))
+    found = routers_of(causal_lm)
+    assert len(found) == SMALL["num_hidden_layers"]
+    assert [router.sigmoid for router in found] == [sigmoid] * 2
+    assert [router.bias is not None for router in found] == [biased] * 2
+    policy = make_policy(tiny_model, causal_lm=causal_lm)
+    layers = routed(policy, sequences())
+    tokens = policy.collate(sequences()).input_ids_RN.numel()
+    for layer in layers:
+        assert layer.logits_NE.shape == (tokens, 4)
+        assert layer.chosen_NK.shape == (tokens, 2)
+        assert layer.logits_NE.requires_grad
+        if not biased:
+            assert torch.equal(layer.chosen_NK.sort().values, layer.logits_NE.topk(2).indices.sort().values)
+    with torch.no_grad():
+        assert routed(policy, sequences()) == [], "only what has a gradient counts"
+
+
+def test_a_dense_model_has_none(tiny_model: Path) -> None:
+    assert make_policy(tiny_model).routing is None
+    with pytest.raises(UserError, match=r"algorithm.router_aux_loss_coef: LlamaForCausalLM has no experts"):
+        make_policy(tiny_model, algorithm={"router_aux_loss_coef": 0.1})
+
+
+def test_a_bias_that_is_not_there_can_t_be_moved(tiny_model: Path) -> None:
+    causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **SMALL | EXPERTS))
+    with pytest.raises(UserError, match=r"router_bias_update_rate: the routers of Qwen3MoeForCausalLM have no bias"):
+        make_policy(tiny_model, causal_lm=causal_lm, algorithm=RATE)
+
+
+def test_the_tiny_mixture_computes_packed_rows_and_the_same_as_padded_ones(tiny_moe: Path) -> None:
+    policy = make_policy(tiny_moe)
+    assert policy.packed
+    micro_batch = sequences()
+    packed_BT = policy.logprobs(policy.collate(micro_batch), 1.0)[0].detach()
+    policy.packed = False
+    padded_BT = policy.logprobs(policy.collate(micro_batch), 1.0)[0].detach()
+    torch.testing.assert_close(packed_BT, padded_BT, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_the_update_routes_as_the_copy_that_samples(tiny_moe: Path) -> None:
+    """Under autocast a router's float32 product would be rounded to bfloat16; the copy has no autocast."""
+    policy = make_policy(tiny_moe, dtype="bfloat16", needs_reference=True)
+    assert policy.routing is not None
+    backend = HFBackend(policy, max_batch_size=4)
+    backend.sync(policy, 0)
+    with backend._weights():
+        twin = dict(backend.model.named_modules())
+        for model in (policy.causal_lm, policy.reference.causal_lm):
+            for router in routers_of(model):
+                hidden_NH = torch.randn(200, 128, generator=torch.Generator().manual_seed(1))
+                with policy.autocast():
+                    logits_NE, weights_NK, chosen_NK = router.module(hidden_NH)
+                expected = twin[router.name](hidden_NH.bfloat16())
+                assert torch.equal(logits_NE, expected[0])
+                assert torch.equal(weights_NK, expected[1])
+                assert torch.equal(chosen_NK, expected[2])
+    router = policy.routing.routers[0].module
+    with policy.autocast():
+        router(torch.randn(4, 128))[0].sum().backward()
+    assert router.weight.grad.dtype == torch.float32
+    assert router.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_moved_bias_reaches_copy_reference_checkpoint_and_final(tiny_moe: Path, tmp_path: Path, dtype: str) -> None:
+    sections: dict[str, Any] = {
+        "algorithm": RATE | {"beta": 0.1, "sync_ref_model": True},
+        "training": {"output_dir": str(tmp_path)},
+    }
+    policy = make_policy(tiny_moe, dtype=dtype, needs_reference=True, **sections)
+    assert policy.routing is not None
+    before = {name: bias.clone() for name, bias in policy.routing.biases.items()}
+    move = torch.tensor([1 / 3] * 8)
+    policy.routing.move_biases([move] * 3)
+    policy.mix_reference(0.5)
+    policy.step(1e-3)
+    backend = HFBackend(policy, max_batch_size=4)
+    backend.sync(policy, 0)
+    policy.save_pretrained(tmp_path / "final")
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    recipe = make_recipe(tiny_moe, model={"dtype": dtype}, **sections)
+    save_state(tmp_path, recipe, policy, Progress(step=1))
+    resumed = make_policy(tiny_moe, dtype=dtype, needs_reference=True, **sections)
+    restore_state(tmp_path / "checkpoints" / "step_000001", recipe, resumed)
+    with backend._weights():
+        held = backend.model.state_dict()
+        for name, bias in before.items():
+            moved = bias + move
+            assert not torch.equal(moved, moved.bfloat16().float()), "rounding would show"
+            for state in (policy.causal_lm.state_dict(), held, final, resumed.causal_lm.state_dict()):
+                assert torch.equal(state[name].float(), moved)
+            mixed = bias.lerp(moved, 0.5)
+            for one in (policy, resumed):
+                assert torch.equal(one.reference.causal_lm.state_dict()[name], mixed)
+
+
+def test_checkpoints_of_runs_that_move_no_bias_are_as_before(tiny_moe: Path) -> None:
+    assert all("e_score_correction_bias" not in name for name in make_policy(tiny_moe).trained_state())
