@@ -32,12 +32,12 @@ ADJECTIVES = _words("""old young quiet tired clever careful famous friendly gent
 honest curious busy stubborn polite grumpy""")
 PEOPLE = _words("""teacher farmer doctor painter baker sailor neighbour student engineer gardener writer pilot carpenter
 musician librarian fisherman mechanic nurse tailor shepherd""")
-VERBS = _words("""carries finds counts cleans sells hides paints repairs borrows collects describes drops forgets examines
-gathers measures orders returns studies wraps""")
+VERBS = _words("""carries finds counts cleans sells hides paints repairs borrows collects describes drops forgets
+examines gathers measures orders returns studies wraps""")
 NUMBERS = _words("two three four five six seven eight nine ten eleven twelve twenty")
 COLOURS = _words("red green blue yellow white black brown purple grey golden silver orange")
-THINGS = _words("""boxes books lamps chairs bottles maps keys letters apples baskets coats hammers clocks mirrors pictures
-tickets blankets candles ribbons stones""")
+THINGS = _words("""boxes books lamps chairs bottles maps keys letters apples baskets coats hammers clocks mirrors
+pictures tickets blankets candles ribbons stones""")
 PLACES = _words(
     "at the station|by the river|behind the house|in the garden|near the old bridge|on the market square|"
     "under the table|before sunrise|after the long winter|across the valley|in a small village|"

@@ -147,6 +147,7 @@ QWEN = {
     "qwen2.5-0.5b": Shape(24, 896, 4864, 14, 2, 64, 151936),
     "qwen2.5-1.5b": Shape(28, 1536, 8960, 12, 2, 128, 151936),
     "qwen2.5-3b": Shape(36, 2048, 11008, 16, 2, 128, 151936),
+    "r1-distill-qwen-1.5b": Shape(28, 1536, 8960, 12, 2, 128, 151936, tied=False),
     "qwen3-0.6b": Shape(28, 1024, 3072, 16, 8, 128, 151936, biases=False, head_norms=True),
     "qwen3-1.7b": Shape(28, 2048, 6144, 16, 8, 128, 151936, biases=False, head_norms=True),
 }
