@@ -115,7 +115,7 @@ def routing_of(causal_lm: PreTrainedModel, algorithm: AlgorithmConfig) -> Routin
 
 def routers_of(causal_lm: nn.Module) -> list[Router]:
     """The routers of a model's layers, in their order."""
-    found: dict[int, Router] = {}
+    found: dict[str, Router] = {}
     names = dict(causal_lm.named_modules())
     biases = [name for name in causal_lm.state_dict(keep_vars=True) if name.rpartition(".")[2] in BIASES]
     for part in names.values():
@@ -128,8 +128,8 @@ def routers_of(causal_lm: nn.Module) -> list[Router]:
                     block = name.rpartition(".")[0]
                     bias = next((b for b in biases if b.startswith(f"{block}.")), None)
                     at = getattr(spec, "index", 0)
-                    found.setdefault(id(module), Router(name, module, at, _by_sigmoid(type(module)), bias))
-    return sorted(found.values(), key=lambda router: list(names).index(router.name))
+                    found[name] = Router(name, module, at, _by_sigmoid(type(module)), bias)
+    return [found[name] for name in names if name in found]
 
 
 def route_in_compute_type(causal_lm: nn.Module) -> None:
@@ -140,7 +140,8 @@ def route_in_compute_type(causal_lm: nn.Module) -> None:
     rounded as the copy's are, and the rest is computed as its code says.
     """
     for router in routers_of(causal_lm):
-        if type(router.module) is not nn.Linear:
+        # A few classes of transformers have routers that are linear layers, or whole blocks of experts.
+        if type(router.module) is not nn.Linear and all(isinstance(m, nn.Linear) for m in router.module.children()):
             router.module.forward = _as_the_copy(router.module, router.module.forward)  # type: ignore[method-assign]
 
 
