@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from data.tiny import write_tiny_model
+from grpo.config.algorithm import AlgorithmConfig
 from grpo.sft import train_step
 from grpo.types import TrainedSequence
 from grpo.update import step as step_module
@@ -48,28 +50,34 @@ class Step:
         self.biases = [bias.clone() for bias in policy.routing.biases.values()] if policy.routing else []
 
 
-def test_loads_are_in_the_metrics_and_a_dense_model_has_none(tiny_moe: Path, tiny_model: Path) -> None:
+SETTINGS = {"router_aux_loss_coef": 0.5, "router_bias_update_rate": 0.01}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_moe: Path) -> Step:
+    """The step in one micro-batch."""
+    return Step(tiny_moe, **SETTINGS)
+
+
+def test_loads_are_logged_without_being_asked_for_and_nothing_else_is_done(tiny_moe: Path) -> None:
     step = Step(tiny_moe)
     assert {name for name in step.metrics if name.startswith("router/")} == NAMES
     assert 1 <= step.metrics["router/max_load"] <= 4
     assert "aux_loss" not in step.metrics
-    assert not {name for name in Step(tiny_model).metrics if name.startswith("router/")}
-    assert all(float(bias.abs().max()) == 0 for bias in step.biases), "nothing moves them unless the recipe asks"
+    assert all(float(bias.abs().max()) == 0 for bias in step.biases)
 
 
 @pytest.mark.slow
-def test_the_split_into_micro_batches_changes_nothing(tiny_moe: Path) -> None:
-    settings = {"router_aux_loss_coef": 0.5, "router_bias_update_rate": 0.01}
-    one, many = (Step(tiny_moe, micro_batch_size=size, **settings) for size in (None, 3))
+def test_the_split_into_micro_batches_changes_nothing(tiny_moe: Path, whole: Step) -> None:
+    many = Step(tiny_moe, micro_batch_size=3, **SETTINGS)
     for name in (*NAMES, "router/max_bias"):
-        assert one.metrics[name] == many.metrics[name]
-    assert one.metrics["aux_loss"] == pytest.approx(many.metrics["aux_loss"], rel=1e-5)
-    assert one.metrics["loss"] == pytest.approx(one.metrics["policy_loss"] + 0.5 * one.metrics["aux_loss"], rel=1e-5)
-    for name, gradient in one.gradients.items():
-        torch.testing.assert_close(
-            many.gradients[name], gradient, atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n} {m}"
-        )
-    for a, b in zip(one.biases, many.biases, strict=True):
+        assert whole.metrics[name] == many.metrics[name]
+    assert many.metrics["aux_loss"] == pytest.approx(whole.metrics["aux_loss"], rel=1e-5)
+    total = whole.metrics["policy_loss"] + 0.5 * whole.metrics["aux_loss"]
+    assert whole.metrics["loss"] == pytest.approx(total, rel=1e-5)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(many.gradients[name], gradient, atol=2e-5, rtol=1e-3, msg=lambda m: f"{name} {m}")
+    for a, b in zip(whole.biases, many.biases, strict=True):
         assert torch.equal(a, b)
         assert set(a.abs().tolist()) <= {0.0, float(torch.tensor(0.01))}
         assert a.max() > 0 > a.min(), "up for some, down for others"
@@ -79,28 +87,28 @@ def test_the_loss_of_the_router_needs_no_advantage(tiny_moe: Path) -> None:
     batch = sequences()
     for s in batch:
         s.advantage = 0.0
-    assert Step(tiny_moe, batch).metrics == {"skipped": 1.0}
-    assert with_signal(batch, make_recipe(tiny_moe, algorithm={"router_aux_loss_coef": 0.1}).algorithm)
+    assert not with_signal(batch, make_recipe(tiny_moe).algorithm)
     step = Step(tiny_moe, batch, router_aux_loss_coef=0.1)
     assert step.metrics["grad_norm"] > 0
     assert step.metrics["policy_loss"] == 0
 
 
-def test_a_step_that_is_begun_again_counts_its_tokens_once(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, real, tries = Step(tiny_moe, router_bias_update_rate=0.01), step_module.backward, []
+def test_a_step_that_is_begun_again_counts_its_tokens_once(
+    tiny_moe: Path, whole: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tries = step_module.backward, []
 
     def short_of_memory(*arguments: Any) -> Any:
-        found = real(*arguments)
-        tries.append(found)
+        tries.append(real(*arguments))
         if len(tries) == 1:
             raise DoesNotFit(8, 500)
-        return found
+        return tries[-1]
 
     monkeypatch.setattr(step_module, "backward", short_of_memory)
-    again = Step(tiny_moe, router_bias_update_rate=0.01)
+    again = Step(tiny_moe, **SETTINGS)
     assert len(tries) == 2
-    assert {n: again.metrics[n] for n in NAMES} == {n: plain.metrics[n] for n in NAMES}
-    assert all(torch.equal(a, b) for a, b in zip(again.biases, plain.biases, strict=True))
+    assert {n: again.metrics[n] for n in NAMES} == {n: whole.metrics[n] for n in NAMES}
+    assert all(torch.equal(a, b) for a, b in zip(again.biases, whole.biases, strict=True))
 
 
 def test_the_supervised_stage_has_them_too(tiny_moe: Path) -> None:
@@ -114,13 +122,14 @@ def test_the_supervised_stage_has_them_too(tiny_moe: Path) -> None:
     assert logged["router/max_bias"] == pytest.approx(0.01)
 
 
-def test_loads_are_summed_over_processes(tiny_moe: Path) -> None:
+def test_loads_are_summed_over_processes() -> None:
     """Another process's loads decide with this one's in which way a bias goes."""
-    policy = make_policy(tiny_moe, algorithm={"router_bias_update_rate": 1.0})
-    experts = StepExperts(policy, make_recipe(tiny_moe, algorithm={"router_bias_update_rate": 1.0}).algorithm)
-    mine = torch.tensor([8.0, 0, 0, 0, 0, 0, 0, 0], dtype=torch.float64)
-    theirs = torch.tensor([0.0, 8, 8, 8, 8, 8, 8, 8], dtype=torch.float64)
-    experts.loads = [mine] * 3
-    other = type("Two", (), {"reduce": lambda self, x, reduction: x + torch.cat([theirs] * 3)})()
-    assert experts.finish(other)["router/max_load"] == 1.0
-    assert all(float(bias.abs().max()) == 0 for bias in policy.routing.biases.values())
+    moves: list[torch.Tensor] = []
+    routing = SimpleNamespace(move_biases=moves.extend, largest_bias=lambda: 0.5)
+    algorithm = AlgorithmConfig(router_bias_update_rate=1.0)
+    experts = StepExperts(cast(Any, SimpleNamespace(routing=routing)), algorithm)
+    experts.loads = [torch.tensor([8.0, 0.0], dtype=torch.float64), torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)]
+    theirs = torch.tensor([0.0, 8.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    other = cast(Any, SimpleNamespace(reduce=lambda loads, reduction: loads + theirs))
+    assert experts.finish(other)["router/max_load"] == pytest.approx((1 + 1.5) / 2)
+    assert [each.tolist() for each in moves] == [[0.0, 0.0], [-1.0, -1.0, 1.0]]
