@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.tiny import write_tiny_model
 from grpo.backends.hf.backend import HFBackend
-from grpo.config.algorithm import AlgorithmConfig
+from grpo.config import AlgorithmConfig
 from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.model.routing import routers_of, routing_of

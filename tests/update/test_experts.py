@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.tiny import write_tiny_model
-from grpo.config.algorithm import AlgorithmConfig
+from grpo.config import AlgorithmConfig
 from grpo.sft import train_step
 from grpo.types import TrainedSequence
 from grpo.update import step as step_module
@@ -76,7 +76,8 @@ def test_the_split_into_micro_batches_changes_nothing(tiny_moe: Path, whole: Ste
     total = whole.metrics["policy_loss"] + 0.5 * whole.metrics["aux_loss"]
     assert whole.metrics["loss"] == pytest.approx(total, rel=1e-5)
     for name, gradient in whole.gradients.items():
-        torch.testing.assert_close(many.gradients[name], gradient, atol=2e-5, rtol=1e-3, msg=lambda m: f"{name} {m}")
+        difference = (many.gradients[name] - gradient).abs().max()
+        assert difference <= 2e-5 + 1e-3 * gradient.abs().max(), name
     for a, b in zip(whole.biases, many.biases, strict=True):
         assert torch.equal(a, b)
         assert set(a.abs().tolist()) <= {0.0, float(torch.tensor(0.01))}
