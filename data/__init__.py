@@ -11,6 +11,7 @@ TASKS = (
     "one_liner_traces",
     "one_liners",
     "reasoning_gym",
+    "reverse_text",
     "traces",
     "word_sum_traces",
     "word_sums",

@@ -22,6 +22,11 @@ HUB = {
     "eval": sources.Hub("openai/gsm8k", "test", {"name": "main"}),
 }
 FILES = {"train": ("train",), "eval": ("test", "eval")}
+QUESTIONS = {
+    "plain": "{problem}",
+    # the words of verl's examples
+    "hashes": '{problem} Let\'s think step by step and output the final answer after "####".',
+}
 NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?", re.ASCII)
 
 
@@ -32,16 +37,20 @@ def build(
     *,
     path: str | None = None,
     eval_path: str | None = None,
+    question: str = "plain",
     skip_unsound: bool = False,
 ) -> Dataset:
     """Rows of ``prompt`` (the problem) and ``answer`` (its number, without commas): ``size`` that the seed picks.
 
     ``path`` takes the place of the hub: a folder with ``train`` and ``test`` as .jsonl or .parquet, or the file to
-    train on, with ``eval_path`` the file held out. ``skip_unsound`` leaves out rows without a number, with a warning,
-    instead of refusing them all. Raises ValueError if there are no rows, or naming the unsound ones.
+    train on, with ``eval_path`` the file held out. ``question`` is ``plain``, for a template that says where the answer
+    goes, or ``hashes``, which asks for it after ``####``. ``skip_unsound`` leaves out rows without a number, with a
+    warning, instead of refusing them all. Raises ValueError if there are no rows, or naming the unsound ones.
     """
     if split not in FILES:
         raise ValueError(f"split is train or eval, not {split!r}")
+    if question not in QUESTIONS:
+        raise ValueError(f"question is one of {', '.join(QUESTIONS)}, not {question!r}")
     if split == "eval" and eval_path is not None:
         parts = sources.read([eval_path])
     elif path is None:
@@ -52,7 +61,9 @@ def build(
         parts = sources.read([path])
     else:
         raise ValueError(f"path: {path} is one file, which is trained on: give eval_path too, or a folder with both")
-    return Dataset.from_list(sources.sample(sources.convert(parts, row_of, skip_unsound), size, seed))
+    rows = sources.sample(sources.convert(parts, row_of, skip_unsound), size, seed)
+    template = QUESTIONS[question]
+    return Dataset.from_list([row | {"prompt": template.replace("{problem}", row["prompt"])} for row in rows])
 
 
 def needs_network(path: str | None = None, **_: Any) -> bool:

@@ -3,6 +3,7 @@ r"""MATH and its hard subset to train on, MATH-500 and AIME to evaluate on.
 ``train`` is one of
     math      MATH (Hendrycks et al., arXiv:2103.03874): its 7500 training and 5000 test problems less MATH-500, 12,000
     math8k    the 8,523 problems of levels 3 to 5 that SimpleRL-Zoo trains Qwen2.5 on (arXiv:2503.18892)
+    open_rs   the 7,000 harder ones of Open-RS (arXiv:2503.16219)
 and ``eval`` one of
     math500   500 of MATH's test problems (Lightman et al., arXiv:2305.20050)
     aime2024, aime2025    30 problems each
@@ -29,11 +30,12 @@ HUB = {
     "math8k": [
         sources.Hub("hkust-nlp/SimpleRL-Zoo-Data", "train", {"data_files": "simplelr_qwen_level3to5/train.parquet"})
     ],
+    "open_rs": [sources.Hub("knoveleng/open-rs", "train")],
     "math500": [sources.Hub("HuggingFaceH4/MATH-500", "test")],
     "aime2024": [sources.Hub("HuggingFaceH4/aime_2024", "train")],
     "aime2025": [sources.Hub("MathArena/aime_2025", "train")],
 }
-TRAIN, EVAL = ("math", "math8k"), ("math500", "aime2024", "aime2025")
+TRAIN, EVAL = ("math", "math8k", "open_rs"), ("math500", "aime2024", "aime2025")
 QUESTIONS = {
     "plain": "{problem}",
     # the words that Qwen2.5-Math and SimpleRL-Zoo use

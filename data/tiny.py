@@ -1,9 +1,10 @@
-"""A tokenizer and a Llama-shaped model of under a million parameters, for runs without a model hub or a GPU.
+"""A tokenizer and models of about a million parameters, for runs without a model hub or a GPU.
 
 Numbers, operators and a few words are single tokens, so that a small model can learn to search instead of to spell. Any
 other ASCII text falls back to letters and digits. ``data/tiny_base/`` holds the weights after a supervised start on
-``data/traces.py``. ``python -m data.tiny FOLDER`` writes an untrained model; with ``--width 64 --layers 3`` a smaller
-one, and with ``--words word_sums``, its tokenizer also has the words of that task.
+``data/traces.py``. ``python -m data.tiny FOLDER`` writes an untrained model, Llama-shaped (``--width 64 --layers 3``: a
+smaller one), or with ``--arch deepseek_v3`` one of latent attention and experts; with ``--words word_sums``, its
+tokenizer also has the words of that task.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -77,21 +87,60 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, *, width: int = WIDTH, layer
     )
 
 
-def make_tiny_model(seed: int = 0, extra: Sequence[str] = (), **size: int) -> LlamaForCausalLM:
+def tiny_moe_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV3Config:
+    """DeepSeek-V3 in the width and depth of ``tiny_config``: latent attention, one dense layer, then three in which a
+    token goes to two shared experts and to 2 of 8 others, in the best 2 of 4 groups. About 1.5 M parameters, of which a
+    token takes as many as the dense model has."""
+    return DeepseekV3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        moe_intermediate_size=96,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.0,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=64,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        num_nextn_predict_layers=0,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+ARCHITECTURES = {"llama": (tiny_config, LlamaForCausalLM), "deepseek_v3": (tiny_moe_config, DeepseekV3ForCausalLM)}
+
+
+def make_tiny_model(seed: int = 0, extra: Sequence[str] = (), arch: str = "llama", **size: int) -> PreTrainedModel:
     """An untrained model for ``build_tokenizer(extra)``. Its weights depend on the arguments alone; ``size`` are those
-    of ``tiny_config``."""
+    of ``tiny_config``, for that architecture."""
     tokenizer = build_tokenizer(extra)
+    config_of, model_class = ARCHITECTURES[arch]
     set_seed(seed)
-    model = LlamaForCausalLM(tiny_config(tokenizer, **size))
+    model = model_class(config_of(tokenizer, **size))
     model.generation_config = GenerationConfig(
         do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return model
 
 
-def write_tiny_model(folder: str | Path, seed: int = 0, extra: Sequence[str] = (), **size: int) -> None:
+def write_tiny_model(
+    folder: str | Path, seed: int = 0, extra: Sequence[str] = (), arch: str = "llama", **size: int
+) -> None:
     """Save an untrained model and its tokenizer so that ``from_pretrained(folder)`` loads them."""
-    make_tiny_model(seed, extra, **size).save_pretrained(folder)
+    make_tiny_model(seed, extra, arch, **size).save_pretrained(folder)
     build_tokenizer(extra).save_pretrained(folder)
 
 
@@ -99,9 +148,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write an untrained tiny model and its tokenizer.")
     parser.add_argument("folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="llama", help="what the model is shaped like")
     parser.add_argument("--words", choices=TASKS_WITH_WORDS, help="the task of data/ whose words are tokens too")
-    parser.add_argument("--width", type=int, default=WIDTH, help=f"a multiple of {2 * WIDTH_OF_HEAD}")
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--width", type=int, help=f"a multiple of {2 * WIDTH_OF_HEAD}; {WIDTH} without")
+    parser.add_argument("--layers", type=int, help=f"{LAYERS} without")
     arguments = parser.parse_args()
     words = importlib.import_module(f"data.{arguments.words}").WORDS if arguments.words else ()
-    write_tiny_model(arguments.folder, arguments.seed, words, width=arguments.width, layers=arguments.layers)
+    size = {name: value for name in ("width", "layers") if (value := getattr(arguments, name)) is not None}
+    if size and arguments.arch != "llama":
+        parser.error(f"--{next(iter(size))} is of --arch llama alone")
+    write_tiny_model(arguments.folder, arguments.seed, words, arguments.arch, **size)

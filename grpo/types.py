@@ -4,7 +4,8 @@ Tensor and array names end in the dimensions they have, in order:
 
     P  prompts in a step            B  sequences in a micro-batch     V  vocabulary
     G  completions a prompt         T  tokens of a completion         H  hidden size
-    R  rows the model reads         N  tokens of a row                K  a teacher's likeliest tokens
+    R  rows the model reads         N  tokens of a row                L  layers with experts
+    E  experts of a layer           K  experts that a token goes to, or a teacher's likeliest tokens
 
 ``rewards_PG`` is prompts by completions; ``logps_BT`` is sequences by tokens of their completions: position ``t``
 describes the completion's token ``t`` itself (its logprob given its prompt and the tokens before it).
@@ -201,3 +202,21 @@ class Batch:
     teacher_logps_BT: torch.Tensor | None = None
     teacher_ids_BTK: torch.Tensor | None = None
     teacher_top_BTK: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What one layer's router did with N tokens: its logits for E experts, with gradient, and the K that each token
+    went to. ``sigmoid``: its scores are sigmoids of the logits (DeepSeek-V3), else a softmax."""
+
+    logits_NE: torch.Tensor
+    chosen_NK: torch.Tensor
+    sigmoid: bool
+
+    def probabilities(self) -> torch.Tensor:
+        """The scores, normalized over experts, (N,E) float32."""
+        logits_NE = self.logits_NE.float()
+        if not self.sigmoid:
+            return logits_NE.softmax(-1)
+        scores_NE = logits_NE.sigmoid()
+        return scores_NE / scores_NE.sum(-1, keepdim=True)

@@ -6,5 +6,5 @@ signature, so it works in any trainer that speaks it. ``JUDGES`` of its module s
 could be right for a row, or None. Nothing here imports ``grpo`` or torch.
 """
 
-REWARDS = ("code", "cosine", "countdown", "format", "gsm8k", "language", "math", "overlong", "repetition")
+REWARDS = ("code", "cosine", "countdown", "format", "gsm8k", "language", "math", "overlong", "repetition", "similarity")
 """Every built-in reward by name. A test holds this equal to the modules that define ``<name>_reward``."""

@@ -132,6 +132,12 @@ class AlgorithmConfig(Section):
     """Steps between two moves of the reference model."""
     ref_model_mixup_alpha: Fraction = 0.6
     """ref = alpha * policy + (1 - alpha) * ref at each move (TR-DPO); 1.0 replaces it."""
+    router_aux_loss_coef: NonNegative = 0.0
+    """Mixtures of experts: weight of the loss that evens out how many tokens each expert gets, taken within each
+    completion. TRL's default is that of the model's configuration."""
+    router_bias_update_rate: NonNegative = 0.0
+    """Mixtures whose routers have a bias (DeepSeek-V3's `e_score_correction_bias`): after each update it moves by this
+    much, up for experts below the mean load, down for those above it (0.001 in DeepSeek-V3)."""
     importance_sampling_mode: (
         Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
     ) = None

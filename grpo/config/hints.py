@@ -212,7 +212,6 @@ NOT_HERE = {
     "repetition_penalty": "not supported: it changes the sampling distribution",
     "generation_kwargs": "not supported: rollout has temperature, top_p, top_k, min_p and stop",
     "cache_implementation": "leave it out: the backend chooses",
-    "router_aux_loss_coef": "not supported: there is no router loss",
     "gamma": "leave it out: the advantage of a completion is the same at all its tokens",
     "lmbda": "with a `teacher`, stage: grpo distills on the student's own samples, stage: sft on the rows",
     "seq_kd": "sample from the teacher first, and train on its rows (stage: sft), with a `teacher` section or without",

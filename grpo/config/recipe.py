@@ -95,6 +95,12 @@ class Recipe(Section):
                 "which never moves"
             )
             problems.append(Problem(("algorithm.sync_ref_model", "model.lora"), text))
+        if self.algorithm.router_bias_update_rate > 0 and self.model.lora is not None:
+            text = (
+                "algorithm.router_bias_update_rate cannot be used with model.lora: it moves the model that adapters "
+                "are added to, and they alone would then be of no model; use algorithm.router_aux_loss_coef"
+            )
+            problems.append(Problem(("algorithm.router_bias_update_rate", "model.lora"), text))
         problems += self._optimizer_problems()
         problems += self._prompts_problems()
         problems += self._rollback_problems()

@@ -65,7 +65,7 @@ REFUSED = {
         vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg clip_cov_ratio clip_cov_lb clip_cov_ub kl_cov_ratio
         ppo_kl_coef num_iterations num_minibatches scale_rewards baseline multi_objective_aggregation pass_at_k
         mask_truncated_completions sync_ref_model ref_model_sync_steps ref_model_mixup_alpha importance_sampling_mode
-        importance_sampling_clip_max importance_sampling_clip_min""",
+        importance_sampling_clip_max importance_sampling_clip_min router_aux_loss_coef router_bias_update_rate""",
     "optimizer": "optim weight_decay adam_beta1 adam_beta2 adam_epsilon",
     "training": "prompts_per_step seed",
 }

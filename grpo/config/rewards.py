@@ -11,8 +11,8 @@ from grpo.config.base import Finite, LocalPath, Positive, Problem, Section, refu
 
 class RewardConfig(Section):
     name: str | None = None
-    """A built-in reward: `countdown`, `gsm8k`, `math`, `code` judge the answer, `format` the form, `overlong`,
-    `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
+    """A built-in reward: `countdown`, `gsm8k`, `math`, `code`, `similarity` judge the answer, `format` the form,
+    `overlong`, `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
     path: LocalPath | None = None
     """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
     weight: Finite = 1.0

@@ -75,8 +75,11 @@ def _missing(causal_lm: Any, device: torch.device) -> str | None:
 
 
 def head_size(config: Any) -> int:
-    """How many numbers a head has; 0 where layers differ in it (Gemma 4) or the configuration does not say."""
+    """How many numbers a head's queries and keys have; 0 where layers differ in it (Gemma 4) or the configuration does
+    not say."""
     try:
+        if size := getattr(config, "qk_head_dim", None):  # of DeepSeek-V3, whose head_dim is of the rope alone
+            return size
         if size := getattr(config, "head_dim", None):
             return size
     except Exception:  # transformers' own, of a setting that layers differ in
@@ -109,19 +112,22 @@ def attention(
     asked += ["dropout in attention"] * (dropout > 0)
     asked += ["attention that is not causal"] * (not getattr(module, "is_causal", True) or "is_causal" in kwargs)
     asked += ["a mask of its own"] * (attention_mask is not None and attention_mask.shape != (1, 1, 0, 0))
-    asked += ["values of another size than keys"] * (key.shape[-1] != value.shape[-1])
+    asked += ["values of a larger size than keys"] * (key.shape[-1] < value.shape[-1])
     if asked:
         raise CannotPack(f"it has {asked[0]}")
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as for scaled_dot_product_attention
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    size = value.shape[-1]
+    if size < key.shape[-1]:  # DeepSeek-V3's: zeros behind them give zeros behind what attention gives
+        value = torch.nn.functional.pad(value, (0, key.shape[-1] - size))
     if device != "cpu" and query.dtype == torch.float32:
         raise CannotPack("the flash kernels of a GPU take bfloat16 alone, and model.dtype is float32")
     if device == "cpu" and not compiled.takes(query, key, value):
-        return _under_a_mask(query, key, value, layout, scaling), None
+        return _under_a_mask(query, key, value, layout, scaling)[..., :size], None
     out_NhD = _Attention.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), layout, scaling)
-    return out_NhD[None], None
+    return out_NhD[None, ..., :size], None
 
 
 def _under_a_mask(

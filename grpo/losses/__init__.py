@@ -15,6 +15,7 @@ from grpo.losses.distillation import completed, distillation_loss, divergence_of
 from grpo.losses.entropy import EntropyControl, entropy_bonus, next_entropy_control, top_entropy_kept
 from grpo.losses.kl import kl_estimate
 from grpo.losses.registry import LOSSES, find_loss, loss
+from grpo.losses.router import balance_loss, bias_moves, expert_loads, load_metrics
 from grpo.losses.sampler import importance_metrics, importance_ratio, importance_weights, off_policy_kept
 from grpo.losses.tokens import MAX_LOG_RATIO, Counts, LossType, StepTokens, Tokens
 
@@ -26,16 +27,20 @@ __all__ = [
     "LossType",
     "StepTokens",
     "Tokens",
+    "balance_loss",
+    "bias_moves",
     "completed",
     "distillation_loss",
     "divergence_of",
     "divergence_slope",
     "entropy_bonus",
+    "expert_loads",
     "find_loss",
     "importance_metrics",
     "importance_ratio",
     "importance_weights",
     "kl_estimate",
+    "load_metrics",
     "loss",
     "next_entropy_control",
     "off_policy_kept",

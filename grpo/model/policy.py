@@ -28,6 +28,7 @@ from grpo.model.optimizer import make_optimizer
 from grpo.model.placing import assign, is_sharded, local, materialize, shard, shell, whole
 from grpo.model.processes import Collectives, average_gradients, replicas, to_rest
 from grpo.model.quantized import is_quantized, numbers, without_scales
+from grpo.model.routing import route_in_compute_type, routing_of
 from grpo.model.start import start
 from grpo.model.truncation import Truncation
 from grpo.packing import collate
@@ -79,6 +80,8 @@ class Policy:
         weights = self.compute_dtype if self.is_lora else self.weights_dtype
         self.model, self.peft_model, self.packed = start(recipe, accelerator, tokenizer, weights, self.compute_dtype)
         self.causal_lm = self.model.causal_lm
+        self.routing = routing_of(self.causal_lm, recipe.algorithm)
+        self.moves_biases = recipe.algorithm.router_bias_update_rate > 0
         self.kept = self._kept()
         self.longest_sequence = recipe.longest_sequence()
         pad = tokenizer.pad_token_id  # what pads counts nowhere, but must have an embedding
@@ -102,6 +105,7 @@ class Policy:
         # A moving reference accumulates small steps, which bfloat16 would round away.
         dtype = torch.float32 if recipe.algorithm.sync_ref_model else self.compute_dtype
         reference = LogprobLM(self._twin(dtype)).eval().requires_grad_(False)
+        route_in_compute_type(reference.causal_lm)
         if self.sharded:
             shard(reference, self.accelerator)
         materialize(reference, self.device)
@@ -218,6 +222,8 @@ class Policy:
         policy = dict(self.causal_lm.named_parameters())
         for name, parameter in self.reference.causal_lm.named_parameters():  # tied weights come once here
             local(parameter).lerp_(local(policy[name]).to(parameter.dtype), alpha)
+        for name, bias in self.moved_buffers(self.reference).items():
+            bias.lerp_(self.model.get_buffer(name), alpha)
 
     def state_stream(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """The causal LM's whole state by ``from_pretrained``'s names, LoRA adapters merged (in a copy: the policy's own
@@ -291,13 +297,22 @@ class Policy:
         return {name: whole(t) for name, t in state.items()}
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """The weights that a checkpoint holds, where they are: all, or with LoRA the adapters (the base is fixed)."""
+        """What a checkpoint holds of the model, where it is: all weights, or with LoRA the adapters (the base is
+        fixed); and routers' biases, if the run moves them."""
         named = self.model.named_parameters()
-        return {name: p.detach() for name, p in named if p.requires_grad or self.peft_model is None}
+        weights = {name: p.detach() for name, p in named if p.requires_grad or self.peft_model is None}
+        return weights | self.moved_buffers(self.model)
+
+    def moved_buffers(self, model: LogprobLM) -> dict[str, torch.Tensor]:
+        """The buffers of ``model`` (the policy, or its reference) that steps move, by name."""
+        if not self.moves_biases or self.routing is None:
+            return {}
+        moved = {f"causal_lm.{name}" for name in self.routing.biases}
+        return {name: buffer for name, buffer in model.named_buffers() if name in moved}
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of ``trained_state``, for whole tensors, which every process has."""
-        targets = dict(self.model.named_parameters())  # also those that an older version trained
+        targets = dict(self.model.named_parameters()) | self.moved_buffers(self.model)  # also what an older one trained
         for name, tensor in state.items():
             assign(targets[name], tensor)
 

@@ -26,6 +26,7 @@ from grpo.model.logprob_lm import LogprobLM
 from grpo.model.lora import add_adapters, as_if_trained, base_of
 from grpo.model.packed_check import all_cores, in_float32, why_padded
 from grpo.model.placing import fill, is_sharded, match, materialize, shard, shell
+from grpo.model.routing import route_in_compute_type
 from grpo.model.unused import described, freeze_unused
 from grpo.randomness import Stream, key
 
@@ -155,6 +156,7 @@ def _equip(
     unused = freeze_unused(LogprobLM(causal_lm), unused)
     if recipe.model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    route_in_compute_type(causal_lm)
     cannot_pack = kernels.install(
         causal_lm, device, trains=True, alone=not sharded, wanted=recipe.model.kernels, says=says
     )

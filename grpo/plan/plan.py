@@ -79,6 +79,7 @@ class Plan:
             "machine": self.machine,
             "gpus": self.gpus,
             "parameters": self.shape.parameters,
+            "active_parameters": self.shape.active_parameters,
             "peak_bytes": round(self.peak_bytes),
             "capacity_bytes": round(self.capacity),
             "fits": self.fits,

@@ -18,8 +18,7 @@ def short_lines(plan: Plan) -> Iterator[str]:
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    millions = plan.shape.parameters / 1e6
-    yield f"{f'{millions:,.0f}' if millions >= 10 else f'{millions:.2g}'} M parameters on {_machine(plan)}"
+    yield f"{_parameters(plan)} on {_machine(plan)}"
     yield ""
     yield from _memory(plan)
     yield ""
@@ -40,6 +39,15 @@ def _cost_of_run(plan: Plan) -> Iterator[str]:
         yield f"{'cost':<16}{f'${plan.dollars:.2f}':>10}   at ${plan.price:g} an hour"
     elif plan.hours is not None:
         yield f"{'cost':<16}{'?':>10}   give --price, or training.dollars_per_hour"
+
+
+def _parameters(plan: Plan) -> str:
+    every, active = (f"{count / 1e6:,.{1 if count < 10e6 else 0}f} M" for count in _counts(plan))
+    return f"{every} parameters" + (f" ({active} of them for a token)" if plan.shape.experts > 1 else "")
+
+
+def _counts(plan: Plan) -> tuple[int, int]:
+    return plan.shape.parameters, plan.shape.active_parameters
 
 
 def _machine(plan: Plan) -> str:

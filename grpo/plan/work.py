@@ -63,8 +63,8 @@ def work_of_step(recipe: Recipe, shape: Shape, lengths: Lengths, teacher: Shape 
 def _forward_flops(shape: Shape, lengths: Lengths, P: int, G: int) -> float:
     """A forward pass over a step, a prompt once for its completions. The head sees completion tokens alone."""
     p, c = lengths.prompt, lengths.completion
-    wide = shape.heads * shape.head_dim
-    attention = 4.0 * shape.layers * wide * (p * p / 2 + G * c * (p + c / 2))  # two products over the tokens before
+    seen = p * p / 2 + G * c * (p + c / 2)
+    attention = 4.0 * shape.layers * shape.attention_width * seen  # two products over the tokens before
     products = 2.0 * (shape.products_of_token * (p + G * c) + shape.embedding * G * c)
     return P * (products + attention)
 

@@ -162,6 +162,10 @@ def _teacher(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     return labels + points(ax, run, "eval/teacher_kl", c.series[1], held_out)
 
 
+def _experts(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    return noisy(ax, run, "router/max_load", c.series[4])
+
+
 def _grad_norm(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     noisy(ax, run, "grad_norm", c.series[5])
     _, values = run.series("grad_norm")
@@ -214,6 +218,7 @@ PANELS = [
         _signal,
     ),
     Panel("Distance", "To the reference model; tokens that were clipped.", ("kl",), _divergence),
+    Panel("Busiest expert", "Its load over the mean load; 1 is even.", ("router/max_load",), _experts),
     Panel("Gradient norm", "Before clipping.", ("grad_norm",), _grad_norm),
     Panel("Learning rate", "Of the optimizer.", ("learning_rate",), _learning_rate),
     Panel("Seconds per step", "By part.", ("time/",), _time),

@@ -121,6 +121,9 @@ def _tensors(recipe: Recipe, policy: Policy) -> dict[str, torch.Tensor]:
     found = {f"model.{name}": tensor for name, tensor in policy.trained_state().items()}
     if (reference := _moving_reference(recipe, policy)) is not None:
         found |= {f"reference.{name}": parameter.detach() for name, parameter in reference.named_parameters()}
+        assert policy.reference is not None
+        moved = policy.moved_buffers(policy.reference)
+        found |= {f"reference.{name.removeprefix('causal_lm.')}": buffer for name, buffer in moved.items()}
     return found
 
 

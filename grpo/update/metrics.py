@@ -32,7 +32,7 @@ def step_metrics(totals: dict[str, float], norm: float) -> dict[str, float]:
     tokens = max(totals.pop("tokens"), 1.0)
     counts = {name.removesuffix("/count"): totals.pop(name) for name in list(totals) if name.endswith("/count")}
     metrics = {"loss": totals.pop("loss"), "grad_norm": norm}
-    metrics |= {name: totals.pop(name) for name in ("policy_loss",) if name in totals}
+    metrics |= {name: totals.pop(name) for name in ("policy_loss", "aux_loss") if name in totals}
     squares = totals.pop(f"{RATIO}/squares", None)
     for name, total in totals.items():
         if name.endswith(("/min", "/max")):

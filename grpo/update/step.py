@@ -21,6 +21,7 @@ from grpo.losses import Counts, EntropyControl, find_loss, next_entropy_control
 from grpo.packing import MicroBatch, to_sequences
 from grpo.run.run import Run
 from grpo.types import Batch, Group, TrainedSequence
+from grpo.update.experts import StepExperts
 from grpo.update.forward import plan_for, precompute_logprobs, select_tokens, selects_tokens, with_sampler_as_old
 from grpo.update.loss import micro_batch_loss
 from grpo.update.metrics import combined, over_processes, step_metrics
@@ -99,7 +100,8 @@ def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: fl
     contributing = with_signal(valid, run.recipe)
     entropy_coef = _entropy_coef(run)
 
-    def attempt(max_tokens: int) -> tuple[dict[str, float], float]:
+    def attempt(max_tokens: int) -> tuple[StepExperts, dict[str, float], float]:
+        experts = StepExperts(policy, algorithm)
         plan = plan_for(policy, contributing, run.recipe.training, max_tokens)
         counts = Counts(
             tokens=sum(len(s.completion_ids) - len(s.uncounted) for s in valid),
@@ -120,11 +122,12 @@ def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: fl
                 teacher=run.recipe.teacher,
             )
 
-        return backward(run, plan[policy.accelerator.process_index], loss_of)
+        share = plan[policy.accelerator.process_index]
+        return experts, *backward(run, share, lambda batch: experts.around(loss_of, batch, counts.sequences))
 
-    totals, norm = within_memory(run, attempt)
+    experts, totals, norm = within_memory(run, attempt)
     policy.step(learning_rate)
-    metrics = step_metrics(totals, norm)
+    metrics = step_metrics(totals, norm) | experts.finish(policy.accelerator)
     if algorithm.has_entropy_bonus:
         metrics["entropy_coef"] = _move_entropy_control(run, metrics["entropy_of_bonus"])
     return metrics
@@ -132,10 +135,10 @@ def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: fl
 
 def with_signal(sequences: list[TrainedSequence], recipe: Recipe) -> list[TrainedSequence]:
     """The sequences that can change the gradient: a zero advantage contributes only through the KL penalty, the entropy
-    bonus, a teacher, or a loss type that says so."""
+    bonus, the router's loss, a teacher, or a loss type that says so."""
     algorithm = recipe.algorithm
-    regardless = algorithm.kl_in_loss or algorithm.has_entropy_bonus or find_loss(algorithm.loss_type).without_advantage
-    regardless = regardless or recipe.teacher is not None
+    regardless = algorithm.kl_in_loss or algorithm.has_entropy_bonus or algorithm.router_aux_loss_coef > 0
+    regardless = regardless or find_loss(algorithm.loss_type).without_advantage or recipe.teacher is not None
     return [s for s in sequences if s.valid and (s.advantage != 0 or regardless)]
 
 

@@ -9,6 +9,7 @@ from grpo.model.teacher import compared_with
 from grpo.packing import MicroBatch
 from grpo.run.run import Run
 from grpo.types import Batch, Example, TrainedSequence
+from grpo.update.experts import StepExperts
 from grpo.update.forward import plan_for
 from grpo.update.micro_batch_size import within_memory
 from grpo.update.step import backward
@@ -17,9 +18,9 @@ from grpo.update.step import backward
 def supervised_step(run: Run, examples: list[Example], learning_rate: float) -> dict[str, float]:
     """Imitate ``examples`` (those of all processes, the same list on each) in one optimizer step.
 
-    Returns metrics: ``loss`` and ``entropy`` in nats a token, ``grad_norm`` before clipping, and with a teacher
-    ``cross_entropy`` and ``teacher/kl``. Raises RunError on every process, before the optimizer's step, where loss or
-    gradient is not finite.
+    Returns metrics: ``loss`` and ``entropy`` in nats a token, ``grad_norm`` before clipping; with a teacher
+    ``cross_entropy`` and ``teacher/kl``, with experts what is said of their loads. Raises RunError on every process,
+    before the optimizer's step, where loss or gradient is not finite.
     """
     teacher, tokens = run.recipe.teacher, sum(len(example.completion) for example in examples)
 
@@ -31,11 +32,13 @@ def supervised_step(run: Run, examples: list[Example], learning_rate: float) -> 
         metrics |= {"cross_entropy": cross_entropy.detach() / tokens, "teacher/kl": divergence.detach() / tokens}
         return (teacher.coef * divergence + teacher.text_coef * cross_entropy) / tokens, metrics
 
-    totals, norm = within_memory(
-        run, lambda max_tokens: backward(run, micro_batches_of(run, examples, max_tokens), loss_of)
-    )
+    def attempt(max_tokens: int) -> tuple[StepExperts, dict[str, float], float]:
+        experts, share = StepExperts(run.policy, run.recipe.algorithm), micro_batches_of(run, examples, max_tokens)
+        return experts, *backward(run, share, lambda batch: experts.around(loss_of, batch, len(examples)))
+
+    experts, totals, norm = within_memory(run, attempt)
     run.policy.step(learning_rate)
-    return totals | {"grad_norm": norm}
+    return totals | experts.finish(run.accelerator) | {"grad_norm": norm}
 
 
 def sums_of(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

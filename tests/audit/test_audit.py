@@ -240,7 +240,7 @@ def test_shaping_is_what_the_recipe_says_is_shaping():
 def test_a_built_in_reward_is_what_its_module_says(monkeypatch):
     """As one that CONTRIBUTING adds: it is in no list of the audit."""
     assert {name: judged_by(name) for name in REWARDS} == {
-        **dict.fromkeys(("code", "cosine", "countdown", "gsm8k", "math"), "answer"),
+        **dict.fromkeys(("code", "cosine", "countdown", "gsm8k", "math", "similarity"), "answer"),
         **dict.fromkeys(("language", "overlong", "repetition"), "shaping"),
         "format": "form",
     }

@@ -80,8 +80,8 @@ def test_a_folder_of_that_name_is_no_recipe(said):
         ("run/recpie.yaml", "run/recpie.yaml: no such file, did you mean run/recipe.yaml?"),
         ("smok_cpu", "smok_cpu: no such file or recipe, did you mean smoke_cpu?"),
         ("recipes/Demo-CPU.yaml", "recipes/Demo-CPU.yaml: no such file or recipe, did you mean demo_cpu?"),
-        ("gsm8k", "gsm8k: no such file or recipe, did you mean gsm8k_qwen2.5-0.5b or gsm8k_qwen2.5-1.5b or "
-         "gsm8k_qwen3-1.7b?"),
+        ("gsm8k", "gsm8k: no such file or recipe, did you mean gsm8k_qwen2.5-0.5b or gsm8k_qwen2.5-0.5b_lora or "
+         "gsm8k_qwen2.5-1.5b?"),
         ("countdown_qwen2.5-05b", "countdown_qwen2.5-05b: no such file or recipe, did you mean "
          "countdown_qwen2.5-0.5b?"),
         ("zzz.yaml", "zzz.yaml: no such file or recipe; `grpo recipes` lists those that grpo ships"),

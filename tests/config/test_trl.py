@@ -122,6 +122,7 @@ VALUES: dict[str, Any] = {
     "scale_rewards": "batch",
     "vllm_mode": "server",
     "entropy_coef_max": 2.0,
+    "router_aux_loss_coef": 0.01,
     "max_steps": 12,
     "reward_weights": [0.5],
     "min_p": 0.1,

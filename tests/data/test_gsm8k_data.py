@@ -33,6 +33,10 @@ def test_rows_from_a_folder(tmp_path):
     assert rows[0].keys() == {"prompt", "answer"}  # the worked solution is gone
     assert verify(rows[1]["answer"], "<answer>$1,234</answer>").outcome is Outcome.CORRECT
     assert gsm8k.build("eval", path=str(tmp_path))["prompt"] == ["Natalia sold 9 clips?"]
+    (asked,) = gsm8k.build("eval", path=str(tmp_path), question="hashes")["prompt"]
+    assert asked.startswith("Natalia sold 9 clips? Let's think")
+    with pytest.raises(ValueError, match="question is one of plain, hashes, not 'boxed'"):
+        gsm8k.build("eval", path=str(tmp_path), question="boxed")
 
 
 def test_rows_from_shards_and_from_one_file(tmp_path):

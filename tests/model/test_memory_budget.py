@@ -45,7 +45,7 @@ def model_of(shape: Shape, device: str) -> torch.nn.Module:
     config = (Qwen3Config if shape.head_norms else Qwen2Config)(
         num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.mlp,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary, tie_word_embeddings=True,
+        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
     )  # fmt: skip
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config)
@@ -55,6 +55,7 @@ def model_of(shape: Shape, device: str) -> torch.nn.Module:
 def test_parameters_are_those_of_the_model(shape: Shape) -> None:
     model = model_of(shape, "meta")
     assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.active_parameters == shape.parameters
     head = model.get_output_embeddings()
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     assert shape.linears == sum(m.weight.numel() for m in linears)

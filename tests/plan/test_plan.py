@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Qwen3MoeConfig
 
 from grpo.config.load import load_recipe
 from grpo.errors import UserError
@@ -35,6 +35,14 @@ MOE = Qwen3MoeConfig(
 )  # fmt: skip
 
 
+V3 = DeepseekV3Config(
+    num_hidden_layers=4, first_k_dense_replace=1, hidden_size=64, intermediate_size=160, moe_intermediate_size=32,
+    num_attention_heads=4, num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16,
+    qk_rope_head_dim=8, v_head_dim=20, n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=2, vocab_size=500,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
 def planned(recipe: str, card: str, *overrides: str, gpus: int = 1, fsdp2: bool = False, **known: float) -> Plan:
     read = load_recipe(ROOT / "recipes" / f"{recipe}.yaml", list(overrides))
     given: dict[str, Any] = {"prompt": None, "completion": None, "with_signal": None} | known
@@ -42,12 +50,46 @@ def planned(recipe: str, card: str, *overrides: str, gpus: int = 1, fsdp2: bool 
     return plan_for_gpus(read, find_shape(read.model.name), CARDS[card], lengths, gpus=gpus, fsdp2=fsdp2, price=2.0)
 
 
-@pytest.mark.parametrize("config", [LLAMA, MOE], ids=["llama", "qwen3_moe"])
+@pytest.mark.parametrize("config", [LLAMA, MOE, V3], ids=["llama", "qwen3_moe", "deepseek_v3"])
 def test_a_shape_is_read_from_a_config_and_has_as_many_weights_as_the_model(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert find_shape(str(tmp_path)).parameters == sum(p.numel() for p in model.parameters())
+    shape = find_shape(str(tmp_path))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    of_token = shape.experts_of_token / shape.experts
+    assert shape.active_parameters == shape.parameters - experts * (1 - of_token)
+    heads = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name}
+    assert shape.linears == experts + sum(m.weight.numel() for m in heads.values())
+    assert sum(shape.matrices(None)) == shape.linears + shape.embedding * (1 if shape.tied else 2)
+
+
+def test_operations_of_latent_attention_and_experts_are_those_that_torch_counts() -> None:
+    """Attention of one row over all pairs: queries and keys are larger than values."""
+    shape = shape_from(V3.to_dict(), "here")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(V3, attn_implementation="eager")
+    attention = model.model.layers[1].self_attn
+    with FlopCounterMode(display=False) as counter:
+        rotary = model.model.rotary_emb(torch.zeros(1, 40, 64, device="meta"), torch.arange(40, device="meta")[None])
+        attention(torch.zeros(1, 40, 64, device="meta"), rotary, None)
+    assert shape.latent is not None
+    linears = shape.latent.linears(shape.hidden, shape.heads, shape.head_dim)
+    products = 2.0 * 40 * sum(i * o * count for i, o, count in linears)
+    assert products + 4.0 * shape.attention_width * 40 * 40 == counter.get_total_flops()
+    assert shape.kv_token == 2 * 4 * 4 * (24 + 20)
+    assert shape.kv_token_of_vllm == 2 * 4 * (16 + 8)
+
+
+def test_a_mixture_s_plan_tells_what_a_token_takes(tmp_path: Path) -> None:
+    V3.save_pretrained(tmp_path)
+    result = run("plan", "smoke_cpu", f"model.name={tmp_path}", "--gpu", "80gb")
+    shape = find_shape(str(tmp_path))
+    every, active = (f"{count / 1e6:.1f} M" for count in (shape.parameters, shape.active_parameters))
+    assert result.stdout.splitlines()[0].startswith(f"{every} parameters ({active} of them for a token) on A100")
+    found = json.loads(run("plan", "smoke_cpu", f"model.name={tmp_path}", "--gpu", "80gb", "--json").stdout)
+    assert (found["parameters"], found["active_parameters"]) == (shape.parameters, shape.active_parameters)
 
 
 def test_operations_are_those_that_torch_counts() -> None:

@@ -23,7 +23,9 @@ from grpo.errors import RunError
 from grpo.model.loading import load_tokenizer
 from grpo.model.placing import whole
 from grpo.model.policy import Policy
+from grpo.run.run import Run
 from grpo.run.session import make_accelerator
+from grpo.update.step import optimizer_step
 from tests.conftest import make_recipe
 from tests.forked import run_forked
 from tests.gradient_of_step import sequences
@@ -44,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "images": ("images", {}),
     "images with LoRA": ("images", LORA),
     "router bias": ("router bias", {}),
+    "router bias with LoRA": ("router bias", LORA),
 }
 
 
@@ -94,6 +97,18 @@ def train(root: Path, case: str, out: str) -> None:
     policy.accelerator.wait_for_everyone()
 
 
+def balances(root: Path, out: str) -> None:
+    """A step whose experts' loads are those of all processes: the same metrics and biases on every one."""
+    algorithm = {"router_bias_update_rate": 0.01, "router_aux_loss_coef": 0.1}
+    recipe = make_recipe(root / "router bias", model={"dtype": "float32"}, algorithm=algorithm)
+    policy = Policy(recipe, make_accelerator(recipe), load_tokenizer(recipe.model), [1], False)
+    assert policy.routing is not None
+    metrics = optimizer_step(Run(recipe, policy, root / out), sequences(), 1e-3)
+    biases = [bias.clone() for bias in policy.routing.biases.values()]
+    torch.save((metrics, biases), root / out / f"balance {policy.accelerator.process_index}.pt")
+    policy.accelerator.wait_for_everyone()
+
+
 def keeps_its_types(root: Path) -> None:
     """In bfloat16 a router's bias stays what it is: in copies that sample, in the reference and in final/."""
     policy = policy_of(root, "router bias", "bfloat16", {})
@@ -136,6 +151,7 @@ def main(root: Path) -> dict[str, list[int]]:
         (root / out).mkdir()
         for case in CASES:
             ended[f"{out} {case}"] = run_forked(kind, processes, train, root, case, out)
+        ended[f"{out} balance"] = run_forked(kind, processes, balances, root, out)
         ended[f"{out} types"] = run_forked(kind, processes, keeps_its_types, root)
     ended["a full disk"] = run_forked("fsdp2", 2, meets_a_full_disk, root)
     return ended

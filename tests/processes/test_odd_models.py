@@ -28,7 +28,19 @@ def ended(root: Path) -> dict[str, list[int]]:
 def test_every_part_ends_well(ended: dict[str, list[int]]) -> None:
     """What each part checks is in the script."""
     assert {part for part, statuses in ended.items() if any(statuses)} == set()
-    assert len(ended) == 3 * (len(CASES) + 1) + 1
+    assert len(ended) == 3 * (len(CASES) + 2) + 1
+
+
+def test_loads_and_biases_are_those_of_one_process(ended: dict[str, list[int]], root: Path) -> None:
+    expected, biases = torch.load(root / "ddp 1" / "balance 0.pt")
+    assert any(float(bias.abs().max()) > 0 for bias in biases)
+    for kind in ("ddp 2", "fsdp2 2"):
+        for rank in (0, 1):
+            metrics, moved = torch.load(root / kind / f"balance {rank}.pt")
+            assert all(torch.equal(a, b) for a, b in zip(moved, biases, strict=True))
+            for name, value in expected.items():
+                exact = name.startswith("router/")
+                assert metrics[name] == (value if exact else pytest.approx(value, rel=1e-3, abs=1e-5)), name
 
 
 @pytest.mark.parametrize("case", CASES)

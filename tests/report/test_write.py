@@ -131,6 +131,9 @@ def test_an_sft_run_has_its_loss(tmp_path):
     page = Page(write_report(tmp_path).read_text())
     titles = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert titles == ["Loss", "Gradient norm", "Learning rate"]
+    write_jsonl(tmp_path / "metrics.jsonl", [row | {"router/max_load": 1.5} for row in rows])
+    experts = [a["aria-label"] for tag, a in Page(write_report(tmp_path).read_text()).tags if tag == "svg"]
+    assert experts == ["Loss", "Busiest expert", "Gradient norm", "Learning rate"]
     assert page.all("big") == ["3.200 → 1.240"]
 
 

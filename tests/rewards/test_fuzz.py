@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rewards import code, cosine, countdown, gsm8k, language, math, overlong, repetition
+from rewards import code, cosine, countdown, gsm8k, language, math, overlong, repetition, similarity
 from rewards import format as format_
 from tests.rewards import attacks
 
@@ -45,6 +45,7 @@ REWARDS: dict[str, tuple[Any, dict[str, Any]]] = {  # the function and its argum
     "cosine": (cosine.cosine_reward, {**LENGTHS, "verifier": "countdown"}),
     "repetition": (repetition.repetition_reward, {"ngram_size": 3}),
     "language": (language.language_reward, {}),
+    "similarity": (similarity.similarity_reward, {}),
 }
 
 

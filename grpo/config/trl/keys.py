@@ -104,6 +104,7 @@ COMPUTED: dict[str, Any] = {
     "model_revision": "main",
     "dtype": "float32",
     "torch_dtype": None,
+    "router_aux_loss_coef": None,
     "bf16": None,
     "fp16": False,
     "attn_implementation": None,
@@ -164,7 +165,7 @@ _SFT_ROWS = (
 
 NO_PLACE = {
     **{name: NOT_HERE[name] for name in ("load_in_8bit", "use_liger_kernel", "per_device_eval_batch_size")},
-    **{name: NOT_HERE[name] for name in ("repetition_penalty", "cache_implementation", "router_aux_loss_coef")},
+    **{name: NOT_HERE[name] for name in ("repetition_penalty", "cache_implementation")},
     **{name: NOT_HERE[name] for name in ("vllm_structured_outputs_regex", "resume_from_checkpoint", "packing")},
     **{name: NOT_HERE[name] for name in ("completion_only_loss", "assistant_only_loss", "deepspeed")},
     "reward_model_name_or_path": NOT_HERE["reward_model"],

@@ -29,6 +29,9 @@ def convert_model(found: Conversion) -> None:
     if attention := found.get("attn_implementation"):
         found.put("model.attn_implementation", attention, "attn_implementation")
         found.carried.append(("attn_implementation", "model.attn_implementation"))
+    if found.get("router_aux_loss_coef") is not None:
+        found.put("algorithm.router_aux_loss_coef", found.number("router_aux_loss_coef"), "router_aux_loss_coef")
+        found.carried.append(("router_aux_loss_coef", "algorithm.router_aux_loss_coef"))
     uses_lora = found.is_on("use_peft")
     _convert_types(found, uses_lora)
     _convert_lora(found, uses_lora)
