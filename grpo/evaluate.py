@@ -158,8 +158,7 @@ def evaluate_recipe(recipe: Recipe, model: str | None = None) -> Evaluated:
     from grpo.scoring.scorer import Scorer
 
     if model is not None:
-        others = {"name": model, "lora": None, "load_in_4bit": False, "revision": None}  # those are of the recipe's own
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=others)})
+        recipe = recipe.with_model(model)
     find_backend(recipe.rollout)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)

@@ -17,6 +17,7 @@ class Stream(str, Enum):
 
     ROLLOUT = "rollout"
     EVALUATION = "evaluation"
+    SAMPLE = "sample"
     PROBE = "probe"
     DATA_ORDER = "data order"
     DATA_SPLIT = "data split"

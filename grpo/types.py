@@ -87,7 +87,8 @@ class Group:
     """A prompt with its G completions and, after scoring, their rewards.
 
     ``rewards[g]`` is the weighted sum over reward functions, or None where no function could score the completion.
-    ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts the reasons that the function gave.
+    ``rewards_by_function[name][g]`` are the parts; ``verdicts[name]`` counts the reasons that the function gave, and
+    ``said[name][g]`` is the reason for one completion (``scored`` or ``unscored`` of a function that gives none).
     ``extra_metrics`` holds what functions logged, as ``rewards/NAME/logged/METRIC``.
     ``replayed``: an earlier step's policy sampled it, so the update needs a ratio to that policy.
     """
@@ -97,6 +98,7 @@ class Group:
     rewards: list[float | None] = field(default_factory=list)
     rewards_by_function: dict[str, list[float | None]] = field(default_factory=dict)
     verdicts: dict[str, dict[str, int]] = field(default_factory=dict)
+    said: dict[str, list[str]] = field(default_factory=dict)
     extra_metrics: dict[str, list[float]] = field(default_factory=dict)
     extra_columns: dict[str, list[Any]] = field(default_factory=dict)
     replayed: bool = False

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo import __version__
-from grpo.cli import chat, checks, convert, evaluate, plan, probe, push, recipes, report, score, train
+from grpo.cli import chat, checks, convert, evaluate, plan, probe, push, recipes, report, run, sample, score, train
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import StderrHandler, output_taken
 from grpo.config.load import as_overrides
@@ -34,6 +34,9 @@ app.command("probe")(probe.probe)
 app.command("validate")(checks.validate)
 app.command("audit")(checks.audit)
 app.command("score")(score.score)
+app.command("sample")(sample.sample)
+app.command("run")(run.run)
+app.command("measure", hidden=True)(run.measure)  # a stage of a chain starts it
 app.command("report")(report.report)
 app.command("watch")(report.watch)
 app.command("compare")(report.compare)

@@ -31,12 +31,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     overrides = list(overrides)
     if written := as_overrides(overrides):
         raise UserError("\n".join(written))
-    value, origins, problems = _read(file)
-    for i, override in enumerate(overrides):
-        try:
-            _override(value, origins, Origin(OVERRIDES_FROM + i, f"override {override}"), override)
-        except ValueError as error:
-            problems.append((Origin(OVERRIDES_FROM + i, f"override {override}"), str(error)))
+    value, origins, problems = read_mapping(file, "a recipe", ("model:", "data:", "training:"))
+    problems += override_all(value, origins, overrides)
     _drop_empty_sections(value)
     problems += [(_origin(origins, path), text) for path, text in _left_out(value)]
     try:
@@ -84,7 +80,13 @@ def dump_given(recipe: Recipe) -> str:
     return dump(recipe.model_dump(exclude_defaults=True))
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Finding]]:
+def read_mapping(
+    file: Path, what: str, keys: tuple[str, str, str]
+) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Finding]]:
+    """The value of a YAML file, where each key stands in it, and what is wrong with it short of being none.
+
+    Raises UserError where it is no YAML, or no mapping: in words of ``what`` it should be, with some of its ``keys``.
+    """
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -99,12 +101,26 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin], list[Findi
     except YamlError as error:
         raise UserError(f"{file}{f':{error.line}' if error.line else ''}: {error}") from None
     if document.value is None and not document.problems:
-        raise UserError(f"{file}: the file is empty; a recipe has sections such as model:, data: and training:")
+        raise UserError(f"{file}: the file is empty; {what} has sections such as {', '.join(keys[:2])} and {keys[2]}")
     if not isinstance(document.value, dict):
-        raise UserError(f"{file}: a recipe is a mapping of sections (model:, data:, ...), got {show(document.value)}")
+        raise UserError(
+            f"{file}: {what} is a mapping of sections ({', '.join(keys[:2])}, ...), got {show(document.value)}"
+        )
     origins = {path: Origin(line, f"{file}:{line}") for path, line in document.lines.items()}
     origins[()] = Origin(0, str(file))
     return document.value, origins, [(Origin(line, f"{file}:{line}"), text) for line, text in document.problems]
+
+
+def override_all(value: dict[str, Any], origins: dict[KeyPath, Origin], overrides: Sequence[str]) -> list[Finding]:
+    """Apply ``a.b=c`` to ``value`` in order. Returns what is wrong with them."""
+    problems = []
+    for i, override in enumerate(overrides):
+        origin = Origin(OVERRIDES_FROM + i, f"override {override}")
+        try:
+            _override(value, origins, origin, override)
+        except ValueError as error:
+            problems.append((origin, str(error)))
+    return problems
 
 
 def _override(value: dict[str, Any], origins: dict[KeyPath, Origin], origin: Origin, override: str) -> None:

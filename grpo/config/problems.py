@@ -30,7 +30,7 @@ class Origin:
 Finding = tuple[Origin, str]  # a message without its place, and the place
 OVERRIDES_FROM = 1 << 40  # more lines than a recipe has
 
-_NOUNS = {
+NOUNS = {
     "int_type": "an integer",
     "int_from_float": "an integer",
     "float_type": "a number",
@@ -56,30 +56,30 @@ def problems_of(error: ValidationError, value: dict[str, Any], origins: dict[Key
     wrong: list[KeyPath] = []
     missing: list[tuple[KeyPath, str]] = []
     for detail in error.errors(include_url=False):
-        path = _value_path(detail, value)
+        path = value_path(detail, value)
         if detail["type"] == "extra_forbidden":
             for inner, message, key in _unknown(path, detail["input"]):
-                found.append((_origin(inner, origins), _with_key(inner, message, origins)))
+                found.append((origin_of(inner, origins), with_key(inner, message, origins)))
                 if key:
                     meant.add(dotted((*_without_indices(path[:-1]), key)))
         elif detail["type"] == "missing":
             missing.append((path, "missing" + _meaning(path)))
         elif detail["type"] == "value_error":
-            found += [_placed(problem, detail, value, origins) for problem in _problems_in(detail)]
+            found += [placed(problem, detail, value, origins) for problem in problems_in(detail)]
             wrong += _blamed(detail, value, wrong)
             continue
-        elif detail["type"] in _NOUNS:
-            nouns.setdefault(path, []).append(_NOUNS[detail["type"]])
+        elif detail["type"] in NOUNS:
+            nouns.setdefault(path, []).append(NOUNS[detail["type"]])
         else:
-            found.append((_origin(path, origins), _with_key(path, _bound_or_choice(path, detail), origins)))
+            found.append((origin_of(path, origins), with_key(path, bound_or_choice(path, detail), origins)))
         wrong.append(path)
     for path, expected in nouns.items():
         got = _at(value, path)
         message = f"expected {' or '.join(dict.fromkeys(expected))}, got {show(got)}{_cure(got, expected)}"
-        found.append((_origin(path, origins), _with_key(path, message, origins)))
+        found.append((origin_of(path, origins), with_key(path, message, origins)))
     for path, message in missing:
         if dotted(path) not in meant:
-            found.append((_origin(path, origins), _with_key(path, message, origins)))
+            found.append((origin_of(path, origins), with_key(path, message, origins)))
     return found + _skipped_checks(value, wrong, meant, origins)
 
 
@@ -99,11 +99,11 @@ def _skipped_checks(
             details = [d for d in error.errors(include_url=False) if d["type"] == "value_error"]
         absent = {dotted(_without_indices(path)) for path in wrong} | meant
         for detail in details:
-            section = _without_indices(_value_path(detail, value))
-            for problem in _problems_in(detail):
+            section = _without_indices(value_path(detail, value))
+            for problem in problems_in(detail):
                 keys = [dotted((*section, key)) for key in problem.keys]
                 if not any(_overlap(key, gone) for key in keys for gone in absent):
-                    found.append(_placed(problem, detail, value, origins))
+                    found.append(placed(problem, detail, value, origins))
         blamed = [path for detail in details for path in _blamed(detail, value, wrong)]
         if not blamed:
             return found
@@ -112,8 +112,8 @@ def _skipped_checks(
 
 def _blamed(detail: ErrorDetails, value: dict[str, Any], known: list[KeyPath]) -> list[KeyPath]:
     """The keys that a validator named, or else its section, but for those already ``known`` to be wrong."""
-    path = _value_path(detail, value)
-    named = [inner for problem in _problems_in(detail) for inner in _given(path, problem, value) if inner not in known]
+    path = value_path(detail, value)
+    named = [inner for problem in problems_in(detail) for inner in _given(path, problem, value) if inner not in known]
     return named or [path] * (path != () and path not in known)
 
 
@@ -139,7 +139,7 @@ def _without(value: dict[str, Any], wrong: list[KeyPath]) -> dict[str, Any]:
     return {"data": _LEAST["data"], **pruned}
 
 
-def _value_path(detail: ErrorDetails, value: Any) -> KeyPath:
+def value_path(detail: ErrorDetails, value: Any) -> KeyPath:
     """Pydantic's location without the names of union members, which are not in the file."""
     path: list[str | int] = []
     for part in detail["loc"]:
@@ -163,14 +163,14 @@ def _at(value: Any, path: KeyPath) -> Any:
     return value
 
 
-def _origin(path: KeyPath, origins: dict[KeyPath, Origin]) -> Origin:
+def origin_of(path: KeyPath, origins: dict[KeyPath, Origin]) -> Origin:
     """Where ``path`` was given, or else the nearest section around it."""
     return next(origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in origins)
 
 
-def _with_key(path: KeyPath, message: str, origins: dict[KeyPath, Origin]) -> str:
+def with_key(path: KeyPath, message: str, origins: dict[KeyPath, Origin]) -> str:
     # "override rollout.top_p=2: must be ..." names the key already.
-    return message if not path or _origin(path, origins).path == path else f"{dotted(path)}: {message}"
+    return message if not path or origin_of(path, origins).path == path else f"{dotted(path)}: {message}"
 
 
 def _without_indices(path: KeyPath) -> tuple[str, ...]:
@@ -200,18 +200,18 @@ def _meaning(path: KeyPath) -> str:
     return f". {' '.join(field.description.split())}" if field and field.description else ""
 
 
-def _problems_in(detail: ErrorDetails) -> Sequence[Problem]:
+def problems_in(detail: ErrorDetails) -> Sequence[Problem]:
     """What a validator found; a field's own validator raises a plain ValueError, which is of that field."""
     error = detail["ctx"]["error"]
     return error.problems if isinstance(error, Refused) else [Problem((), str(error))]
 
 
-def _placed(problem: Problem, detail: ErrorDetails, value: dict[str, Any], origins: dict[KeyPath, Origin]) -> Finding:
+def placed(problem: Problem, detail: ErrorDetails, value: dict[str, Any], origins: dict[KeyPath, Origin]) -> Finding:
     """A validator's problem with its place: an override of one of its keys, or else the first key that was given."""
-    path = _value_path(detail, value)
-    places = [_origin(inner, origins) for inner in _given(path, problem, value)]
+    path = value_path(detail, value)
+    places = [origin_of(inner, origins) for inner in _given(path, problem, value)]
     overridden = [place for place in places if place.order >= OVERRIDES_FROM]
-    place = max(overridden) if overridden else next(iter(places), _origin(path, origins))
+    place = max(overridden) if overridden else next(iter(places), origin_of(path, origins))
     return place, f"{dotted(path)}: {problem.text}" if path else problem.text
 
 
@@ -226,7 +226,7 @@ def _overlap(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
-def _bound_or_choice(path: KeyPath, detail: ErrorDetails) -> str:
+def bound_or_choice(path: KeyPath, detail: ErrorDetails) -> str:
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind in _BOUNDS:
         word, name = _BOUNDS[kind]

@@ -109,6 +109,11 @@ class Recipe(Section):
             if is_given and self.optimizer.optim == "paged_adamw_8bit"
         ]
 
+    def with_model(self, name: str) -> Recipe:
+        """The recipe with another model, a folder or hub id. Adapters, 4 bits and revision are of its own and go."""
+        others = {"name": name, "lora": None, "load_in_4bit": False, "revision": None}
+        return self.model_copy(update={"model": self.model.model_copy(update=others)})
+
     def with_backend(self, backend: Literal["hf", "vllm"]) -> Recipe:
         """The recipe with what ``rollout.backend: auto`` turned out to be, checked again.
 

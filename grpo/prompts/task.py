@@ -130,6 +130,10 @@ class Task:
             positions += self._epoch_order(epoch + 1)[: size - len(positions)].tolist()
         return [self.train.ids[position] for position in positions]
 
+    def first_rows(self, number: int) -> list[int]:
+        """The first rows of the first epoch."""
+        return [self.train.ids[position] for position in self._permutation(0)[:number].tolist()]
+
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation, rearranged where it begins in the middle of a step.
 

@@ -250,9 +250,9 @@ def summary(run: RunRecord, facts: dict[str, float]) -> str:
     return printable(f"{run.name}: " + ", ".join(parts) if parts else run.name)
 
 
-def themed_svg(title: str, steps: int, draw: Callable[[Axes], list[End]]) -> str:
-    """A picture of one panel, in colours that the page's style sheet sets. Its ids are unique to the title, and the
-    same at every drawing."""
+def themed_svg(title: str, steps: int, draw: Callable[[Axes], list[End]], along: str = "step") -> str:
+    """A picture of one panel, in colours that the page's style sheet sets; ``along`` names what it goes by. Its ids are
+    unique to the title, and the same at every drawing."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
         figure = Figure(figsize=(4.6, 2.6))
         figure.subplots_adjust(
@@ -261,7 +261,7 @@ def themed_svg(title: str, steps: int, draw: Callable[[Axes], list[End]]) -> str
         figure.patch.set_alpha(0.0)
         ax = figure.add_subplot()
         dress(ax, THEMED)
-        finish(ax, THEMED, steps, draw(ax))
+        finish(ax, THEMED, steps, draw(ax), along)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     markup = file.getvalue()

@@ -118,7 +118,7 @@ def dress(ax: Axes, c: Colours) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def finish(ax: Axes, c: Colours, steps: int, labels: list[End]) -> None:
+def finish(ax: Axes, c: Colours, steps: int, labels: list[End], along: str = "step") -> None:
     """Axes from 0, over the whole run in every panel alike; the labels beside the curves' ends."""
     low, high = ax.get_ylim()
     if ax.get_yscale() == "linear":
@@ -127,7 +127,7 @@ def finish(ax: Axes, c: Colours, steps: int, labels: list[End]) -> None:
     if ax.get_ylim()[1] >= 10_000:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
     _label(ax, labels)
-    ax.set_xlabel("step", color=c.muted, loc="right", labelpad=1)
+    ax.set_xlabel(along, color=c.muted, loc="right", labelpad=1)
 
 
 def _label(ax: Axes, labels: list[End]) -> None:

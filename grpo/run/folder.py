@@ -72,8 +72,7 @@ def prepare_run_folder(
     folder = Path(recipe.training.output_dir)
     if not resume:
         _refuse_used(folder)
-    _make_writable(folder)
-    holder_before = _lock(folder)
+    holder_before = lock_folder(folder, "training.output_dir")
     try:
         if not resume:
             _refuse_used(folder)  # again: a run may have used it and ended between the first look and the lock
@@ -112,7 +111,7 @@ def _refuse_used(folder: Path) -> None:
     try:
         used = [name for name in RESULTS if is_used(folder / name)]
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise _not_writable(folder, error, "training.output_dir") from error
     if used:
         free = next(name for n in itertools.count(2) if not (name := folder.with_name(f"{folder.name}-{n}")).exists())
         raise UserError(
@@ -121,23 +120,25 @@ def _refuse_used(folder: Path) -> None:
         )
 
 
-def _make_writable(folder: Path) -> None:
+def _make_writable(folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # the only reliable test: permissions say nothing to root or NFS
             pass
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise _not_writable(folder, error, key) from error
 
 
-def _not_writable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"training.output_dir: cannot write to {folder}: {error.strerror or error}")
+def _not_writable(folder: Path, error: OSError, key: str) -> UserError:
+    return UserError(f"{key}: cannot write to {folder}: {error.strerror or error}")
 
 
-def _lock(folder: Path) -> str:
-    """Lock it for this process. Returns what the file said before."""
+def lock_folder(folder: Path, key: str) -> str:
+    """Make a folder, and lock it for this process until it ends or ``release_run_folder``. Returns what the lock's file
+    said before. Raises UserError, with the recipe's ``key``, where it cannot be written or is locked."""
+    _make_writable(folder, key)
     if folder.resolve() in _held:
-        raise UserError(f"training.output_dir: this process already runs in {folder}")
+        raise UserError(f"{key}: this process already runs in {folder}")
     lock = (folder / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,8 +147,7 @@ def _lock(folder: Path) -> str:
         holder = lock.read().strip() or "another process"
         lock.close()
         raise UserError(
-            f"training.output_dir: {folder} is in use by a live run ({holder}). Wait for it, stop it, or choose "
-            "another training.output_dir."
+            f"{key}: {folder} is in use by a live run ({holder}). Wait for it, stop it, or choose another {key}."
         ) from None
     except OSError as error:
         log.warning("%s cannot be locked on this filesystem (%s): never start a second run in it", folder, error)

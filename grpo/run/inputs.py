@@ -10,16 +10,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grpo import user_code
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.model.files import hub_commits, input_files
 from grpo.prompts.task import Task
 from grpo.run.manifest import sha256
+from grpo.run.named_files import code_files, files_in_args
 
 AT_ONCE = 1000  # rows
 
@@ -29,41 +28,13 @@ def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
 
     Raises UserError where a file cannot be read.
     """
-    files = input_files(recipe.model) | _code(recipe) | _named_in_args(recipe)
+    files = input_files(recipe.model) | code_files(recipe) | files_in_args(recipe)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
         hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
     rows: dict[str, Any] = {"data: rows": task.train.rows}
     if task.held_out.rows is not task.train.rows:
         rows["data: held-out rows"] = task.held_out.rows
     return hashes | hub_commits(recipe.model) | {name: _of_rows(of) for name, of in rows.items()}
-
-
-def _code(recipe: Recipe) -> dict[str, Path]:
-    """The files of the user's rewards, loss and backend. What makes rows is not among them: the rows are."""
-    places = {f"rewards.{i}.path": reward.path for i, reward in enumerate(recipe.rewards) if reward.path}
-    places |= {"algorithm.loss_type": recipe.algorithm.loss_type, "rollout.backend": recipe.rollout.backend}
-    return {
-        f"{key}: {name}": file
-        for key, place in places.items()
-        if user_code.is_place(place)
-        for name, file in user_code.sources_of(place, key).items()
-    }
-
-
-def _named_in_args(recipe: Recipe) -> dict[str, Path]:
-    """The files that arguments of rewards name: a list of words, say, or answers."""
-    return {
-        f"rewards.{i}.args.{key}": Path(value).expanduser()
-        for i, reward in enumerate(recipe.rewards)
-        for key, value in reward.args.items()
-        if isinstance(value, str) and _is_file(value)
-    }
-
-
-def _is_file(text: str) -> bool:
-    with suppress(OSError, ValueError):  # too long for a path, or not one
-        return Path(text).expanduser().is_file()
-    return False
 
 
 def _of_file(name: str, file: Path) -> str:

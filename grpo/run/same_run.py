@@ -57,7 +57,7 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any], *, allow
     to the bit. So it is with library versions, the number of processes (and then of threads), and with changed inputs
     where they are allowed. What ``manifest`` or ``now`` does not name, as an earlier version's, is not compared.
     """
-    refused, warned = _changes(manifest, now)
+    refused, warned = changes(manifest, now)
     inputs = changed_inputs(manifest.get("inputs"), now.get("inputs"))
     problems = []
     if refused:
@@ -80,7 +80,7 @@ def check_same_run(manifest: Mapping[str, Any], now: Mapping[str, Any], *, allow
 
 def check_same_recipe(before: dict[str, Any], recipe: Recipe) -> None:
     """Raises UserError as ``check_same_run`` does, for the recipe alone; what may change passes in silence."""
-    refused, _ = _changes({"recipe": before}, {"recipe": recipe_without_secrets(recipe)})
+    refused, _ = changes({"recipe": before}, {"recipe": recipe_without_secrets(recipe)})
     if refused:
         raise UserError(
             "the folder holds another run; it differs in\n  "
@@ -89,8 +89,8 @@ def check_same_recipe(before: dict[str, Any], recipe: Recipe) -> None:
         )
 
 
-def _changes(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs and may not, and what may but rounds differently, in words."""
+def changes(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two identities and may not, and what may but rounds differently, in words."""
     shared = {key: manifest[key] for key in now.keys() & manifest.keys() if key != "inputs"}
     if "recipe" in shared:
         shared["recipe"] = _of_this_version(shared["recipe"])

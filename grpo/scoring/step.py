@@ -262,16 +262,21 @@ def _fill(
     """Put the results of every function into the group."""
     size = len(group.completions)
     not_generated = sum(completion.status is Status.ERROR for completion in group.completions)
-    group.rewards_by_function, group.verdicts, group.extra_metrics, group.extra_columns = {}, {}, {}, {}
+    group.rewards_by_function, group.verdicts, group.said = {}, {}, {}
+    group.extra_metrics, group.extra_columns = {}, {}
     for function, pieces in zip(functions, results, strict=True):
         values: list[float | None] = [None] * size
+        said = ["not_generated"] * size
         verdicts = Counter({"not_generated": not_generated})
         for piece, result in sorted(pieces, key=lambda pair: pair[0].samples):  # not in the order of arrival
             if isinstance(result, Failure):
                 verdicts[result.cause] += len(piece.samples)
+                for sample in piece.samples:
+                    said[sample] = result.cause
                 continue
-            for sample, reward in zip(piece.samples, result.rewards, strict=True):
+            for sample, reward, reason in zip(piece.samples, result.rewards, _said(result), strict=True):
                 values[sample] = reward if reward is not None and math.isfinite(reward) else None
+                said[sample] = reason
             verdicts.update(_verdicts(result))
             for metric, logged in result.metrics.items():
                 name = f"rewards/{function.spec.key}/logged/{metric}"  # no name of the trainer's begins so
@@ -281,10 +286,17 @@ def _fill(
                 for sample, entry in zip(piece.samples, entries, strict=True):
                     cells[sample] = entry
         group.rewards_by_function[function.spec.key] = values
-        group.verdicts[function.spec.key] = dict(+verdicts)
+        group.verdicts[function.spec.key], group.said[function.spec.key] = dict(+verdicts), said
     weights = [function.weight for function in functions]
     by_function = list(group.rewards_by_function.values())
     group.rewards = [_weighted(weights, [values[g] for values in by_function]) for g in range(size)]
+
+
+def _said(answer: Answer) -> list[str]:
+    """The verdict on each completion of a call, or in a word whether there is a reward."""
+    not_finite = answer.not_finite
+    verdicts = answer.verdicts or ["unscored" if reward is None else "scored" for reward in answer.rewards]
+    return ["not_finite" if i in not_finite else verdict for i, verdict in enumerate(verdicts)]
 
 
 def _verdicts(answer: Answer) -> Counter[str]:

@@ -45,6 +45,7 @@ def test_one_bad_completion_costs_one(monkeypatch, function, verdict):
         assert groups[0].rewards == [1.0, 2.0, None, 4.0]
         assert groups[0].rewards_by_function == {function: [1.0, 2.0, None, 4.0]}
         assert groups[0].verdicts[function] == {verdict: 1}
+        assert groups[0].said == {function: ["scored", "scored", verdict, "scored"]}
         assert groups[1].rewards == [1.0, 2.0]
         s.score(groups[1:], step=2)  # and the worker is there again
         assert groups[1].rewards == [1.0, 2.0]
@@ -171,6 +172,9 @@ def test_weighted_sum_leaves_out_what_could_not_be_scored():
         assert g.rewards == [10 * 34 + 0.5 + 3, 0.0, None]
         assert g.verdicts["raises"] == {"error": 1, "not_generated": 1}
         assert g.verdicts["format"] == {"correct": 1, "wrong": 1, "not_generated": 1}
+        assert g.said["raises"] == ["scored", "error", "not_generated"]
+        assert g.said["format"] == ["correct", "wrong", "not_generated"]
+        assert g.said["ints_and_none"] == ["scored", "unscored", "not_generated"]
     only = group("bad")
     with scorer(misbehaving("raises")) as s:
         s.score([only], step=1)
