@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import algorithms, staleness
+from benchmarks import algorithms, r1, staleness
 from benchmarks.common import timed
 from benchmarks.gpu import report, suite
 from benchmarks.gpu import shapes as gpu_shapes
@@ -312,3 +312,32 @@ def test_every_named_variant_is_an_override_and_another_is_refused():
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
 def test_every_benchmark_finds_what_it_imports(path):
     import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+def test_r1s_summary_has_means_over_seeds_and_says_which_orderings_hold_in_which():
+    def row(name, accuracy, form):
+        around = {"accuracy": accuracy, "accuracy_low": accuracy - 0.03, "accuracy_high": accuracy + 0.03}
+        return {"name": name, **around, "form": form, "form_low": form - 0.03, "form_high": form + 0.03} | {
+            "length": 100.0,
+            "seconds": 60.0,
+        }
+
+    kept = {"name": "sampled", "accuracy": None, "form": None, "length": None, "seconds": 20.0, "rows": 1500}
+    stages = [row("cold", 0.3, 0.5), row("rl", 0.5, 0.3), kept, row("again", 0.55, 0.4), row("rl2", 0.6, 0.4)]
+    found = r1.summary_of(
+        {
+            0: [*stages, row("zero", 0.3, 0.2)],
+            1: [*stages[:3], row("again", 0.46, 0.33), row("rl2", 0.55, 0.4), row("zero", 0.5, 0.2)],
+        }
+    )
+    assert [stage["name"] for stage in found["stages"]] == ["cold", "rl", "sampled", "again", "rl2", "zero"]
+    assert found["stages"][3]["accuracy"] == pytest.approx(0.505)
+    assert found["stages"][2]["accuracy"] is None
+    assert [row["seed"] for row in found["stages"][0]["by_seed"]] == [0, 1]
+    assert found["holds"] == {
+        "rl over cold": [0, 1],
+        "again keeps what rl found": [0],
+        "again is better formed than rl": [0],
+        "rl2 over zero": [0],
+    }
+    assert "1,500 rows kept" in r1.table(found)
