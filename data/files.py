@@ -89,6 +89,27 @@ def read_file(path: str | Path, columns: Columns) -> Rows:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def column_names(path: str | Path) -> list[str]:
+    """The columns of a file's first row; none where ``read_file`` would say what is wrong with it."""
+    file = Path(path).expanduser()
+    try:
+        if file.suffix.lower() == ".parquet":
+            import pyarrow.parquet as pq
+
+            return list(pq.read_schema(file).names)
+        with file.open(encoding="utf-8-sig") as opened:
+            first = opened.readline()
+    except (OSError, ValueError):  # pyarrow's own errors are ValueErrors
+        return []
+    if file.suffix.lower() == ".csv":
+        marked = max((next(csv.reader([first], delimiter=mark), []) for mark in ",;\t"), key=len)
+        return [name.strip() for name in marked]
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(first)
+        return list(row) if isinstance(row, dict) else []
+    return []
+
+
 def check_dataset(dataset: datasets.Dataset, source: str, columns: Columns) -> Rows:
     """Rows of a data set, whose columns have types already. Checks that columns are there and texts are sound.
 

@@ -52,7 +52,7 @@ def build(
         parts = sources.read([path])
     else:
         raise ValueError(f"path: {path} is one file, which is trained on: give eval_path too, or a folder with both")
-    return Dataset.from_list(sources.sample(sources.convert(parts, _row, skip_unsound), size, seed))
+    return Dataset.from_list(sources.sample(sources.convert(parts, row_of, skip_unsound), size, seed))
 
 
 def needs_network(path: str | None = None, **_: Any) -> bool:
@@ -60,7 +60,7 @@ def needs_network(path: str | None = None, **_: Any) -> bool:
     return path is None
 
 
-def _row(row: dict[str, Any]) -> dict[str, str]:
+def row_of(row: dict[str, Any]) -> dict[str, str]:
     question, solution = sources.text(row, "question"), sources.text(row, "answer")
     number = solution.rpartition("####")[2].strip() if "####" in solution else ""
     if not NUMBER.fullmatch(number):

@@ -71,9 +71,9 @@ def build(
             raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
     if question not in QUESTIONS:
         raise ValueError(f"question is one of {', '.join(QUESTIONS)}, not {question!r}")
-    held_out = sources.convert(_load(eval, ("test", "eval"), path, eval_path), _row, skip_unsound)
+    held_out = sources.convert(_load(eval, ("test", "eval"), path, eval_path), row_of, skip_unsound)
     if split == "train":
-        rows = sources.convert(_load(train, ("train",), path, None), _row, skip_unsound)
+        rows = sources.convert(_load(train, ("train",), path, None), row_of, skip_unsound)
         if levels is not None:
             rows = _of_levels(rows, levels)
         if max_characters is not None:
@@ -118,7 +118,7 @@ def _load(name: str, others: Sequence[str], path: str | None, eval_path: str | N
     return sources.read([path])
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
+def row_of(row: dict[str, Any]) -> dict[str, Any]:
     """Problem, answer and level, from the columns of any of the sources."""
     if isinstance(
         row.get("extra_info"), dict
@@ -170,12 +170,12 @@ def _math500(eval: str, path: str | None) -> list[dict[str, Any]]:
     if eval == "math500":
         return []
     if path is None:
-        return sources.convert(_load("math500", (), None, None), _row)
+        return sources.convert(_load("math500", (), None, None), row_of)
     try:
         found = sources.find_files(path, ("math500",))
     except ValueError:
         return []
-    return sources.convert(sources.read(found), _row)
+    return sources.convert(sources.read(found), row_of)
 
 
 def _key(row: dict[str, Any]) -> str:

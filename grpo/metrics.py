@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -73,6 +73,34 @@ def reward_metrics(groups: list[Group]) -> dict[str, float]:
     return metrics | {k: float(v) for k, v in verdicts.items()} | {k: float(np.mean(v)) for k, v in custom.items()}
 
 
+OF_SOURCE = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "frac_reward_zero_std",
+    "frac_unscored": "frac_unscored",
+    "completions/mean_length": "mean_length",
+    "completions/clipped_ratio": "clipped_ratio",
+}
+
+
+def source_metrics(groups: list[Group], judge: Callable[[str], str]) -> dict[str, float]:
+    """What the groups of each source of `data.mix` say, as ``sources/LABEL/…``; nothing without it.
+
+    ``judge`` names the reward that judges a source's completions. Of a source without a group nothing is said.
+    """
+    metrics: dict[str, float] = {}
+    for source in sorted({group.prompt.source for group in groups} - {""}):
+        of_source = [group for group in groups if group.prompt.source == source]
+        found = reward_metrics(of_source) | completion_metrics(of_source)
+        said = {short: found[name] for name, short in OF_SOURCE.items() if name in found}
+        judged = [r for group in of_source for r in group.rewards_by_function[judge(source)] if r is not None]
+        if judged:
+            said["accuracy"] = float(np.mean([r >= 1 for r in judged]))
+        said["prompts"] = float(len(of_source))
+        metrics |= {f"sources/{source}/{name}": value for name, value in said.items()}
+    return metrics
+
+
 def rollout_rows(groups: list[Group], step: int, advantages_PG: np.ndarray | None = None) -> list[dict]:
     """One JSON object per completion, for ``rollouts/``."""
     rows = []
@@ -80,6 +108,7 @@ def rollout_rows(groups: list[Group], step: int, advantages_PG: np.ndarray | Non
         for g, completion in enumerate(group.completions):
             row = {
                 "step": step,
+                **({"source": group.prompt.source} if group.prompt.source else {}),
                 "prompt_id": group.prompt.id,
                 "sample": g,
                 "prompt": group.prompt.text,

@@ -22,6 +22,7 @@ class Stream(str, Enum):
     DATA_ORDER = "data order"
     DATA_SPLIT = "data split"
     CURRICULUM = "curriculum"
+    MIX = "mix"
     ADAPTERS = "adapters"
     DROPOUT = "dropout"
 

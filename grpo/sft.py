@@ -74,17 +74,20 @@ def train_step(run: Run, examples: list[Example]) -> None:
     )
 
 
-def evaluate_and_log(run: Run, examples: list[Example]) -> None:
-    """The loss on the held-out examples, if there are any."""
-    if examples:
+def evaluate_and_log(run: Run, examples: dict[str, list[Example]]) -> None:
+    """The loss on the held-out examples, if there are any: of all, and with `data.mix` of each source."""
+    if any(examples.values()):
         with run.log.phase("evaluating"):
-            loss = held_out_loss(run, examples)
-        run.log.log(run.progress.step, {"eval/loss": loss})
+            sums = {source: held_out_sums(run, of_source) for source, of_source in examples.items() if of_source}
+        metrics = {"eval/loss": sum(loss for loss, _ in sums.values()) / sum(tokens for _, tokens in sums.values())}
+        metrics |= {f"eval/sources/{source}/loss": loss / tokens for source, (loss, tokens) in sums.items() if source}
+        run.log.log(run.progress.step, metrics)
 
 
 @torch.no_grad()
-def held_out_loss(run: Run, examples: list[Example]) -> float:
-    """Mean cross-entropy (nats a token) over the held-out completions, each process doing its share."""
+def held_out_sums(run: Run, examples: list[Example]) -> tuple[float, float]:
+    """Cross-entropy (nats) summed over the tokens of held-out completions, and how many there are, each process doing
+    its share."""
     policy = run.policy
 
     def attempt(max_tokens: int) -> torch.Tensor:
@@ -102,7 +105,7 @@ def held_out_loss(run: Run, examples: list[Example]) -> float:
     sums_2 = within_memory(run, attempt)
     policy.model.train()
     loss, tokens = policy.accelerator.reduce(sums_2, reduction="sum").tolist()
-    return loss / tokens
+    return loss, tokens
 
 
 def _my_micro_batches(run: Run, examples: list[Example], max_tokens: int) -> list[MicroBatch]:

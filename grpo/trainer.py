@@ -17,9 +17,10 @@ from grpo.audit.rows import check_rows_at_start
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend, rest
 from grpo.config import Recipe
 from grpo.errors import BackendFailed
-from grpo.evaluate import evaluate
+from grpo.evaluation.during import RunSuites, suites_of_run
+from grpo.evaluation.held_out import evaluate
 from grpo.losses import find_loss
-from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, staleness_metrics
+from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, source_metrics, staleness_metrics
 from grpo.model.optimizer import learning_rate
 from grpo.prompts.order import curriculum_metrics, prompts_of_step, updated_pass_rates
 from grpo.report.card import card_at_end
@@ -48,8 +49,11 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
-    tell_left_out(recipe.rewards, recipe.scoring.environment)
-    with Scorer(recipe.rewards, recipe.scoring, max_steps=recipe.training.max_steps) as scorer:
+    tell_left_out(recipe.functions(), recipe.scoring.environment)
+    with (
+        Scorer(recipe.functions(), recipe.scoring, max_steps=recipe.training.max_steps) as scorer,
+        suites_of_run(recipe, tokenizer, task) as suites,
+    ):
         scorer.check_columns(task.columns)
         on_main(accelerator, lambda: check_rows_at_start(recipe, task, resuming=bool(resume)))
         if not resume:
@@ -70,9 +74,11 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
             rollouts = Rollouts(recipe, task, backend, accelerator)
             rollouts.restore(run.progress.rollout_ahead, run.progress.step)
             try:
-                for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer), ahead=rollouts.state):
+                for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer, suites), ahead=rollouts.state):
                     train_step(run, rollouts, scorer)
                     live.after_step()
+                if suites.due(run):  # patience was used up by the last evaluation
+                    suites.evaluate(run, backend)
             except BackendFailed as failure:  # the policy itself is intact
                 run.save()
                 raise BackendFailed(f"{failure}\n{run.saved()}") from None
@@ -92,7 +98,7 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
         rest(rollouts.backend)
     with clock("train"):
         rewards_PG, kl_metrics = less_kl(run, rewards_array(groups), groups)
-    weights_F = [reward.weight for reward in recipe.rewards]
+    weights_F = [reward.weight for reward in recipe.functions()]
     advantages_PG = step_advantages(rewards_PG, groups, weights_F, recipe.algorithm)
     rate = learning_rate(recipe.optimizer, progress.step, recipe.training.max_steps)
     with clock("train"):
@@ -103,6 +109,7 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
 
     generated = sum(len(c.token_ids) for group in sampled for c in group.completions)
     metrics = reward_metrics(sampled) | completion_metrics(sampled) | mean_over_updates(updates)
+    metrics |= source_metrics(sampled, recipe.judged_by)
     if recipe.rollout.max_staleness:
         metrics |= staleness_metrics(sampled, progress.step)
     metrics |= learn_of_prompts(run, drawn, rows=len(task.train))
@@ -134,19 +141,23 @@ def learn_of_prompts(run: Run, drawn: Drawn, *, rows: int) -> dict[str, float]:
     metrics = drawn.metrics() if config.dynamic_sampling or config.replay_groups else {}
     if config.curriculum:
         progress.pass_rates = updated_pass_rates(
-            progress.pass_rates, drawn.sampled, recipe.judged_by(), config.curriculum_newest
+            progress.pass_rates, drawn.sampled, recipe.judged_by, config.curriculum_newest
         )
         metrics |= curriculum_metrics(progress.pass_rates, rows)
     return metrics
 
 
-def evaluate_and_log(run: Run, rollouts: Rollouts, scorer: Scorer) -> None:
-    """Accuracy on the held-out prompts, if there are any."""
+def evaluate_and_log(run: Run, rollouts: Rollouts, scorer: Scorer, suites: RunSuites) -> None:
+    """Accuracy on the held-out prompts, if there are any, and on suites where they are due."""
     prompts, step = rollouts.task.eval_prompts, run.progress.step
+    found: dict[str, float] = {}
     if prompts:
         with run.log.phase("evaluating", len(prompts)) as tell:
             found, rows = evaluate(
                 run.recipe, prompts, rollouts.backend, scorer, run.accelerator, version=step, tell=tell
             )
-        run.log.log(step, found)
         run.log.log_rollouts(step, rows, prefix="eval")
+    if suites.due(run):
+        found = found | suites.evaluate(run, rollouts.backend)
+    if found:
+        run.log.log(step, found)

@@ -45,7 +45,8 @@ class Prompt:
     draw made for it. ``prompt`` is what reward functions see (a string, or messages for chat data); ``text`` is what
     the model sees, template applied, and ``token_ids`` its encoding. ``prefill`` is the tail of ``text`` that belongs
     to the answer (``"<think>"``): verifiers that check a format put it before the completion. ``columns`` are the
-    row's other columns, handed to reward functions.
+    row's other columns, handed to reward functions. ``source`` is the label of the source of `data.mix` that it comes
+    from; empty without.
     """
 
     id: int
@@ -54,6 +55,7 @@ class Prompt:
     token_ids: list[int]
     prefill: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rewards import code_workers
 from rewards.code_compare import NAMES, Comparison, UnknownComparison
 from rewards.code_runs import Terms, run_tests
 from rewards.code_tests import BrokenTests, Tests, parse_tests
-from rewards.code_text import extract_program
+from rewards.code_text import continued_program, extract_program
 from rewards.code_workers import opened as _open
 from rewards.code_workers import programs_of as _sandbox
 from rewards.code_workers import stop
@@ -42,6 +42,7 @@ def verify(
     comparison: str = "exact",
     tolerance: float | None = None,
     packages: Sequence[str] = (),
+    continues: Sequence[str] | None = None,
 ) -> Verdict:
     """Judge one completion (text after the prompt; ``prefill`` is the prompt's tail that belongs to the answer).
 
@@ -55,7 +56,7 @@ def verify(
         UnknownComparison: there is none of that name.
     """
     terms = Terms(limits or Limits(), _comparison(comparison, tolerance), names_of(packages), partial_credit)
-    task = _read(tests, prefill + completion, status)
+    task = _read(tests, prefill, completion, status, continues)
     return task if isinstance(task, Verdict) else _judge(*task, terms)
 
 
@@ -73,6 +74,7 @@ def code_reward(
     timeout: float = 6.0,
     memory_mb: int = 1024,
     allow_unsafe: bool = False,
+    continues: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     """1 where the program passes every test, 0 where not, None where the row's own ``tests`` are broken.
@@ -80,14 +82,16 @@ def code_reward(
     TRL's signature: lists with one entry a completion. ``partial_credit`` pays the share of tests passed.
     ``comparison`` is ``exact``, ``livecodebench``, or the path of a checker (``my_checker.py``); ``tolerance`` is what
     decimals may differ by, ``packages`` what programs may import. ``timeout`` is in seconds, ``memory_mb`` a program's
-    address space, ``allow_unsafe`` runs even where nothing isolates. Raises what ``verify`` raises.
+    address space, ``allow_unsafe`` runs even where nothing isolates. With ``continues`` an answer has no block: it goes
+    on with the program that the prefill begins, up to the first of these strings (HumanEval's way for models without a
+    chat template). Raises what ``verify`` raises.
     """
     n = len(completions)
     start(allow_unsafe=allow_unsafe, packages=packages)
     how = _comparison(comparison, tolerance)
     terms = Terms(Limits(timeout, memory_mb), how, names_of(packages), partial_credit)
     tasks = [
-        _read(tests_i, prefill_i + text_of(completion), status_i)
+        _read(tests_i, prefill_i, text_of(completion), status_i, continues)
         for tests_i, completion, prefill_i, status_i in zip(
             tests, completions, prefill or [""] * n, status or ["stop"] * n, strict=True
         )
@@ -135,7 +139,9 @@ def _key(task: tuple[Tests, str]) -> tuple[int, str]:
     return id(task[0]), task[1]
 
 
-def _read(tests: Any, text: str, status: str) -> Verdict | tuple[Tests, str]:
+def _read(
+    tests: Any, prefill: str, text: str, status: str, continues: Sequence[str] | None = None
+) -> Verdict | tuple[Tests, str]:
     """Tests and program of a completion, or the verdict where there is nothing to run."""
     try:
         parsed = parse_tests(tests)
@@ -146,7 +152,9 @@ def _read(tests: Any, text: str, status: str) -> Verdict | tuple[Tests, str]:
     if status == "length":
         return Verdict(Outcome.TRUNCATED)
     try:
-        return parsed, extract_program(text, parsed.fn_name)
+        if continues is not None:
+            return parsed, continued_program(prefill, text, continues)
+        return parsed, extract_program(prefill + text, parsed.fn_name)
     except NoAnswer as why:
         return Verdict(Outcome.NO_ANSWER, str(why))
 

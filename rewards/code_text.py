@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rewards.tags import ANSWER, END_ANSWER, NoAnswer, after_thinking, single_answer
@@ -74,6 +75,19 @@ def extract_program(text: str, fn_name: str | None = None) -> str:
     if not source.strip():
         raise NoAnswer("the program is empty")
     return textwrap.dedent(source.strip("\n")).rstrip() + "\n"
+
+
+def continued_program(beginning: str, completion: str, ends: Sequence[str]) -> str:
+    """The program that a completion goes on with, up to the first of ``ends``.
+
+    Raises:
+        NoAnswer: it is longer than MAX_PROGRAM.
+    """
+    found = [place for end in ends if (place := completion.find(end)) >= 0]
+    program = beginning + completion[: min(found, default=len(completion))]
+    if len(program) > MAX_PROGRAM:
+        raise NoAnswer(f"a program of {len(program)} characters, more than {MAX_PROGRAM}")
+    return program.rstrip() + "\n"
 
 
 def _bare(text: str) -> list[Block]:

@@ -76,6 +76,8 @@ def small_run(
         "optimizer": {"learning_rate": 1e-3},
         "training": {"output_dir": str(folder), "prompts_per_step": 4, "max_steps": steps, "num_threads": 1},
     }
+    if "mix" in sections.get("data", {}):
+        base["data"] = {"max_prompt_length": 32}  # its sources say the rest
     for name, content in sections.items():
         base[name] = base.get(name, {}) | content if isinstance(content, dict) else content
     calls: list[tuple[int, list[int]]] = []

@@ -51,24 +51,36 @@ def audit_at_start(recipe: Recipe, task: Task, scorer: Scorer) -> list[str]:
     that are async (they may ask a server, at a price) or need whole groups.
     """
     start = perf_counter()
-    has_format = any(reward.name == "format" for reward in recipe.rewards)
+    functions = recipe.functions()
+    has_format = any(reward.name == "format" for reward in functions)
     tried = {
         place: _Tried(scorer.names[place], reward, kind, forms(kind, has_format))
-        for place, reward in enumerate(recipe.rewards)
+        for place, reward in enumerate(functions)
         if (kind := kind_of(reward)) not in ("format", "shaping")
         and not reward.needs_group
         and not scorer.functions[place].signature.is_async
     }
-    ids = task.train.ids
-    for row in [ids[place * len(ids) // ROWS] for place in range(ROWS)] if len(ids) > ROWS else ids:
+    for source, row in _first_rows(task):
         for place, one in tried.items():
             if perf_counter() - start > SECONDS:
                 break
+            if not one.reward.scores(source):
+                continue
             try:
                 _try_row(one, task, row, lambda groups, place=place: scorer.try_out(groups, place, PATIENCE))
             except (RunError, UserError):  # a run tells it better, with the completion that it was about
                 return []
-    return [line for place, one in tried.items() for line in _finding(f"rewards[{place}]", one)]
+    return [line for place, one in tried.items() for line in _finding(one.reward.where(place), one)]
+
+
+def _first_rows(task: Task) -> list[tuple[str, int]]:
+    """Up to ``ROWS`` rows of each source, evenly spread, with the source's label."""
+    found = []
+    for share in task.train.shares:
+        ids = share.ids
+        chosen = [ids[place * len(ids) // ROWS] for place in range(ROWS)] if len(ids) > ROWS else ids
+        found += [(share.source, row) for row in chosen]
+    return found
 
 
 def warn_of_unpaid_answers(recipe: Recipe, task: Task, scorer: Scorer) -> None:
@@ -78,7 +90,7 @@ def warn_of_unpaid_answers(recipe: Recipe, task: Task, scorer: Scorer) -> None:
 
 
 def _try_row(one: _Tried, task: Task, row: int, score: Any) -> None:
-    prompt, place = task.prompt(task.train, row), task.train.rows.place(row)
+    prompt, place = task.prompt(task.train, row), task.train.place(row)
     golds = _golds(one.kind, prompt.columns)
     if not golds:
         return

@@ -24,7 +24,8 @@ from grpo.audit.outcome import Outcome, section
 from grpo.audit.standard import Standard, kind_of, standard_of
 from grpo.config import ModelConfig, Recipe, RewardConfig
 from grpo.errors import UserError
-from grpo.prompts.rows import Part, load_parts
+from grpo.prompts.parts import Share
+from grpo.prompts.rows import load_parts
 from grpo.prompts.task import Task
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt, Status
@@ -57,23 +58,32 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
         UserError: recipe, rows or functions are unsound.
         RunError: a function broke its contract.
     """
-    if not recipe.rewards:
+    if not recipe.functions():
         raise UserError("rewards: the recipe has none to audit")
     parts = load_parts(recipe.data, recipe.training, recipe.stage)
     tokenizer = _tokenizer(recipe.model)
     task = Task(recipe.data, recipe.training, recipe.stage, tokenizer, parts)
-    sample = [_row(task, part, index) for part in (parts.train, parts.held_out) for index in spread(part.ids, rows)]
+    sample = [
+        _row(task, share, row)
+        for part in (parts.train, parts.held_out)
+        for share in part.shares
+        for row in spread(share.ids, rows)
+    ]
     tell(_header(task, rows, sample))
-    findings, telling, unknown = [], False, False
-    for index, reward in enumerate(recipe.rewards):
-        outcome = _Audit(recipe, reward, sample, tokenizer, gold).run()
-        text, found = section(f"rewards[{index}]", outcome)
-        tell(text)
-        findings += found
-        telling = telling or outcome.tells_right_from_wrong
-        unknown = unknown or outcome.gold_missing == len(sample)
-    if not telling and not unknown:
-        findings.append("no reward of the recipe pays a right answer more than a wrong one")
+    findings = []
+    for label in (source.label for source in recipe.data.sources()):
+        of_source, telling, unknown = [row for row in sample if row.prompt.source == label], False, False
+        for index, reward in enumerate(recipe.functions()):
+            if not reward.scores(label):
+                continue
+            outcome = _Audit(recipe, reward, of_source, tokenizer, gold).run()
+            text, found = section(f"{reward.where(index)} on {label}" if label else reward.where(index), outcome)
+            tell(text)
+            findings += found
+            telling = telling or outcome.tells_right_from_wrong
+            unknown = unknown or outcome.gold_missing == len(of_source)
+        if not telling and not unknown:
+            findings.append(f"no reward of {label or 'the recipe'} pays a right answer more than a wrong one")
     return findings
 
 
@@ -84,12 +94,16 @@ def spread(ids: Sequence[int], size: int) -> list[int]:
 
 def _header(task: Task, rows: int, sample: list[AuditedRow]) -> str:
     """What is audited: how many rows, with which tokenizer, behind which prefill."""
-    parts = [(len(task.train), "to train on"), (len(task.held_out), "held out")]
+    parts = [
+        (len(share), f"{what} of {share.source}" if share.source else what)
+        for part, what in ((task.train, "to train on"), (task.held_out, "held out"))
+        for share in part.shares
+    ]
     lines = ["rows      " + ", ".join(f"{min(rows, total)} of {total} {what}" for total, what in parts)]
     prefills = sorted({row.prompt.prefill for row in sample})
     if task.tokenizer is None:
         lines.append("tokenizer none on this machine: words are counted for tokens")
-        if task.data.template == "chat":
+        if any(share.data.template == "chat" for share in task.train.shares):
             lines.append("template  chat, which the tokenizer would bring: completions are judged without a prefill")
     if any(prefills):
         lines.append("prefill   " + ", ".join(map(repr, prefills)))
@@ -106,26 +120,27 @@ def _tokenizer(model: ModelConfig) -> Any:
         return None
 
 
-def _row(task: Task, part: Part, index: int) -> AuditedRow:
-    data, columns, place = task.data, dict(part.rows[index]), part.rows.place(index)
+def _row(task: Task, share: Share, row: int) -> AuditedRow:
+    data, columns = share.data, dict(share.row(row))
     others = {name: value for name, value in columns.items() if name != data.prompt_column}
     question = columns[data.prompt_column]
     plain = data.template != "chat" and isinstance(question, str)
-    text, prefill = task.render(question, place) if plain or task.tokenizer is not None else ("", "")
-    return AuditedRow(place, Prompt(index, question, text, [], prefill, others), columns)
+    text, prefill = task.render(share, question, row) if plain or task.tokenizer is not None else ("", "")
+    return AuditedRow(share.place(row), Prompt(row, question, text, [], prefill, others, share.source), columns)
 
 
 # --- one reward ------------------------------------------------------------------------------------------------------
 
 
 class _Audit:
-    """One reward over all rows."""
+    """One reward over all rows of a source."""
 
     def __init__(self, recipe: Recipe, reward: RewardConfig, rows: list[AuditedRow], tokenizer: Any, gold: str | None):
         self.recipe, self.reward, self.rows, self.tokenizer = recipe, reward, rows, tokenizer
-        self.has_format = any(other.name == "format" for other in recipe.rewards)
+        beside = [other for other in recipe.functions() if other.scores(rows[0].prompt.source)]
+        self.has_format = any(other.name == "format" for other in beside)
         self.standard: Standard = standard_of(reward)
-        kinds = [kind_of(other) for other in recipe.rewards]
+        kinds = [kind_of(other) for other in beside]
         answering = [kind for kind in kinds if kind not in ("format", "shaping")]
         own = kind_of(reward)
         # A reward for the form, or for the length, is tried with the completions of the reward for the answer.

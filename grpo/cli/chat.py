@@ -15,9 +15,9 @@ import typer
 from grpo.cli.arguments import Overrides, Trust, inside
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
-from grpo.config import Recipe
+from grpo.config import Recipe, RowsConfig
 from grpo.config.load import load_recipe
-from grpo.errors import printable
+from grpo.errors import UserError, printable
 from grpo.run.owner import check_own_code
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ def chat(
         int | None, typer.Option(min=1, help="Of an answer. Default: rollout.max_completion_length.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first answer's draws; the next has the next one.")] = 0,
+    source: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="With data.mix: whose template. Default: the first source's.")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Ask a run's final model questions, each by itself, in the prompt template that it was trained with.
@@ -52,7 +55,7 @@ def chat(
         run = run.expanduser()
         recipe = load_recipe(inside(run, "recipe.yaml", "is not a run folder"), overrides or [])
         final = inside(run, "final", "has no final model yet")
-        recipe = model_and_template(recipe)
+        recipe = model_and_template(recipe, source)
         if not trust:
             check_own_code(run, recipe)
     with exit_codes():
@@ -74,11 +77,19 @@ def chat(
             raise typer.Exit(130) from None
 
 
-def model_and_template(recipe: Recipe) -> Recipe:
-    """The recipe without what a chat does not execute: rewards, a loss, a task or a backend of the user's own."""
+def model_and_template(recipe: Recipe, label: str | None = None) -> Recipe:
+    """The recipe without what a chat does not execute: rewards, a loss, a task or a backend of the user's own. With
+    `data.mix` it has the template of the source of this label, or the first one's."""
+    sources = {source.label: source.rows for source in recipe.data.sources()}
+    if label is not None and label not in sources:
+        raise UserError(
+            f"--source: the run has no source {label!r} (there are: {', '.join(filter(None, sources)) or 'none'})"
+        )
+    chosen = sources[label] if label is not None else next(iter(sources.values()))
+    template = {key: getattr(chosen, key) for key in RowsConfig.model_fields}
     algorithm = recipe.algorithm.model_copy(update={"loss_type": "dapo"})
     rollout = recipe.rollout.model_copy(update={"backend": "hf", "vllm_python": None})
-    data = recipe.data.model_copy(update={"name": None})
+    data = recipe.data.model_copy(update=template | {"name": None, "mix": []})
     return recipe.model_copy(update={"rewards": [], "algorithm": algorithm, "rollout": rollout, "data": data})
 
 

@@ -81,7 +81,7 @@ def audit(
     """
     with exit_codes():
         resolved = read_recipe(recipe, overrides, trust)
-        if not resolved.data.hub:
+        if not any(source.rows.hub for source in resolved.data.sources()):
             os.environ["HF_HUB_OFFLINE"] = "1"  # a tokenizer is used if it is on this machine, and not downloaded
         from grpo.audit.audit import audit as audit_rewards
 
@@ -118,7 +118,7 @@ def check_offline(recipe: Recipe, unscorable: list[Unscorable] | None = None) ->
         except UserError as error:
             problems.append(str(error))
     try:
-        scorer = Scorer(recipe.rewards, recipe.scoring.model_copy(update={"workers": 1}))
+        scorer = Scorer(recipe.functions(), recipe.scoring.model_copy(update={"workers": 1}))
     except UserError as error:
         problems.append(str(error))
     try:
@@ -127,7 +127,7 @@ def check_offline(recipe: Recipe, unscorable: list[Unscorable] | None = None) ->
         if not has_tokenizer:
             source = recipe.model.tokenizer or recipe.model.name
             note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"
-        elif not recipe.data.hub:
+        elif not any(source.rows.hub for source in recipe.data.sources()):
             prepare_task(recipe)
     except UserError as error:
         problems.append(str(error))

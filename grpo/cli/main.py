@@ -13,7 +13,22 @@ from typing import Annotated, Any
 import typer
 
 from grpo import __version__
-from grpo.cli import chat, checks, convert, evaluate, plan, probe, push, recipes, report, run, sample, score, train
+from grpo.cli import (
+    chat,
+    checks,
+    convert,
+    data,
+    evaluate,
+    plan,
+    probe,
+    push,
+    recipes,
+    report,
+    run,
+    sample,
+    score,
+    train,
+)
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import StderrHandler, output_taken
 from grpo.config.load import as_overrides
@@ -43,6 +58,7 @@ app.command("compare")(report.compare)
 app.command("chat")(chat.chat)
 app.command("push")(push.push)
 app.command("convert")(convert.convert)
+app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 
 WrongUsage: type[Exception] = typer.BadParameter.__bases__[0]  # click's UsageError; typer has a click of its own

@@ -11,6 +11,7 @@ import typer
 from grpo.cli.arguments import inside, not_empty
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
+from grpo.errors import UserError
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", callback=not_empty, help="A run folder.")]
 
@@ -38,12 +39,25 @@ def watch(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Run folders.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN ...", help="Run folders; or evaluations, NAME.json, or folders of them."),
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path("compare.html"),
 ) -> None:
-    """Compare runs: means over seeds, curves, a paired test on the same held-out prompts; a table and a page."""
+    """Compare runs: means over seeds, curves, a paired test on the same held-out prompts and on the suites of both; a
+    table and a page. Or compare evaluations: the paired test of two models on the same suites."""
     with exit_codes():
         from grpo.report.compare_page import write_comparison
+        from grpo.report.compare_suites import is_evaluation, write_evaluations
 
-        for line in write_comparison([run.expanduser() for run in runs], out.expanduser()):
+        given = [run.expanduser() for run in runs]
+        kinds = [is_evaluation(path) for path in given]
+        if any(kinds) and not all(kinds):
+            mixed = given[kinds.index(False)]
+            raise UserError(
+                f"{mixed} is a run folder, and others are evaluations: give one kind ({mixed}/eval has its own)"
+            )
+        write = write_evaluations if all(kinds) else write_comparison
+        for line in write(given, out.expanduser()):
             tell(line)

@@ -71,7 +71,7 @@ def check_before_training(recipe: Recipe) -> None:
 
     check_engine(recipe.rollout)
     _, _, task = prepare_task(recipe)
-    with Scorer(recipe.rewards, recipe.scoring) as scorer:
+    with Scorer(recipe.functions(), recipe.scoring) as scorer:
         scorer.check_columns(task.columns)
         check_rows_at_start(recipe, task)
         warn_of_unpaid_answers(recipe, task, scorer)

@@ -1,20 +1,20 @@
 """The recipe's schema, and the way from a file and overrides to a ``Recipe``, without torch.
 
 Others take the sections from here, ``load_recipe`` and ``dump_recipe`` from ``load``, ``resume``, ``given`` (what is
-no default), and ``chain`` (several recipes) with ``find``, ``hints``, ``problems`` and ``yaml_text``; the command also
-takes ``trl`` (a configuration of TRL's as a recipe).
+no default), ``suites`` (the evaluation suites), and ``chain`` (several recipes) with ``find``, ``hints``, ``problems``
+and ``yaml_text``; the command also takes ``trl`` (a configuration of TRL's as a recipe).
 """
 
 from grpo.config.algorithm import AlgorithmConfig
-from grpo.config.data import DataConfig
+from grpo.config.data import DataConfig, MixConfig, RowsConfig, Source
+from grpo.config.evaluation import EvaluationConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.recipe import Recipe
+from grpo.config.rewards import RewardConfig
 from grpo.config.sections import (
-    EvaluationConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
-    RewardConfig,
     RolloutConfig,
     ScoringConfig,
     TrackingConfig,
@@ -26,13 +26,16 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "LoraConfig",
+    "MixConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PromptsConfig",
     "Recipe",
     "RewardConfig",
     "RolloutConfig",
+    "RowsConfig",
     "ScoringConfig",
+    "Source",
     "TrackingConfig",
     "TrainingConfig",
 ]

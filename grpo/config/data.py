@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from grpo.config.base import LocalPath, NonNegativeInt, PositiveInt, Problem, Section, refuse
+from grpo.config.base import LocalPath, NonNegativeInt, Positive, PositiveInt, Problem, Section, refuse
+from grpo.config.rewards import RewardConfig
+
+SOURCES = ("name", "path", "hub")
 
 
 def _iso_date(given: str) -> str:
@@ -18,7 +25,9 @@ def _iso_date(given: str) -> str:
     return given
 
 
-class DataConfig(Section):
+class RowsConfig(Section):
+    """Where the rows of one source come from, and how they become prompts."""
+
     name: LocalPath | None = None
     """A task of grpo's own by its name (`countdown`), or a function of yours: `my_task.py:build` or
     `package.module:build`. It is called as `build(split, size, seed=...)`, with `args` by name, for the splits
@@ -45,33 +54,102 @@ class DataConfig(Section):
     """Column that holds the question (a string or a list of messages)."""
     completion_column: str = "completion"
     """Column that holds the answer to imitate, with `stage: sft`."""
-    max_prompt_length: PositiveInt = 512
-    """Longest prompt in tokens."""
-    too_long: Literal["error", "drop"] = "error"
-    """What becomes of a row whose prompt (with `stage: sft`, or whose completion) is longer than its limit: an error
-    that names it, or it is left out, and how many were is said."""
     train_size: PositiveInt | None = None
     """Rows to use for training; null uses all (generated tasks: their own default)."""
     eval_size: NonNegativeInt = 256
     """At most so many held-out rows."""
     eval_path: LocalPath | None = None
     """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
-    shuffle: bool = True
-    """Draw training rows in a permutation computed from seed and epoch; false keeps the file's order."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> DataConfig:
+    def _problems(self) -> list[Problem]:
         problems = []
-        sources = ("name", "path", "hub")
-        given = [key for key in sources if getattr(self, key)]
+        given = [key for key in SOURCES if getattr(self, key)]
         if len(given) != 1:
             text = f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})"
-            problems.append(Problem(sources, text))
+            problems.append(Problem(SOURCES, text))
         if self.template != "chat":
             problems += [
                 Problem((key, "template"), f"{key} is only used with template: chat (template is {self.template})")
                 for key in ("system_prompt", "chat_template_kwargs")
                 if getattr(self, key)
             ]
-        refuse(problems)
+        return problems
+
+
+class MixConfig(RowsConfig):
+    label: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None = None
+    """The source's name in metrics and rows; null takes it from name, path or hub."""
+    weight: Positive = 1.0
+    """Its share of a step's prompts, beside the weights of the others. A step has its share of each, rounded up or
+    down."""
+    rewards: list[RewardConfig] = Field(default_factory=list)
+    """Reward functions that score the completions of this source alone, besides those of the recipe's `rewards`, which
+    score every source's."""
+
+    def called(self) -> str:
+        """The label, or what the source is called without one."""
+        place = self.name.rpartition(":")[2] if self.name else self.path or self.hub or ""
+        name = Path(place).stem if self.path else Path(place).name
+        return self.label or re.sub(r"[^\w.+-]+", "_", name)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> MixConfig:
+        refuse(self._problems())
         return self
+
+
+class DataConfig(RowsConfig):
+    mix: list[MixConfig] = Field(default_factory=list)
+    """Several sources instead of one: each with the keys of this section that say where rows come from and how they
+    become prompts, and a weight, a label and rewards of its own. Metrics and evaluation are told by source too;
+    docs/data.md."""
+    max_prompt_length: PositiveInt = 512
+    """Longest prompt in tokens."""
+    too_long: Literal["error", "drop"] = "error"
+    """What becomes of a row whose prompt (with `stage: sft`, or whose completion) is longer than its limit: an error
+    that names it, or it is left out, and how many were is said."""
+    shuffle: bool = True
+    """Draw training rows in a permutation computed from seed and epoch; false keeps the file's order."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> DataConfig:
+        refuse(self._mix_problems() if self.mix else self._problems())
+        return self
+
+    def _mix_problems(self) -> list[Problem]:
+        own = [
+            key
+            for key in RowsConfig.model_fields
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
+        ]
+        problems = [
+            Problem((key, "mix"), f"{key} is said by each source of mix, where there are several") for key in own
+        ]
+        labels = [source.called() for source in self.mix]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            problems.append(Problem(("mix",), f"two sources of mix are called {twice[0]}: give them a label each"))
+        return problems
+
+    def sources(self) -> list[Source]:
+        """Where rows come from: the sources of `mix`, or without it the one that this section names."""
+        if not self.mix:
+            return [Source("", "data", self, 1.0, [])]
+        return [
+            Source(source.called(), f"data.mix[{i}]", source, source.weight, source.rewards)
+            for i, source in enumerate(self.mix)
+        ]
+
+    def held_out(self) -> int:
+        """How many rows are held out at most, over all sources."""
+        return sum(source.rows.eval_size for source in self.sources())
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of rows: its label (empty without `mix`), its key in the recipe, and what the recipe says of it."""
+
+    label: str
+    where: str
+    rows: RowsConfig
+    weight: float
+    rewards: Sequence[RewardConfig]

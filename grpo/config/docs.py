@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic_core import PydanticUndefined
 
 from grpo.config.base import Section
-from grpo.config.hints import RENAMED, section_in, sections
+from grpo.config.hints import RENAMED, REPEATS, repeats, section_in, sections
 from grpo.config.resume import on_resume
 from grpo.config.yaml_text import dump
 
@@ -100,6 +100,8 @@ def recipe_markdown() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     for name, section in sections().items():
+        if all(repeats(name, key) for key in section.model_fields):
+            continue
         title = f"## `{name}`" if name else "## Top level"
         about = _about(name)
         parts.append("\n".join([title, "", *([about, ""] if about else []), *_table(name, section)]) + "\n")
@@ -113,6 +115,9 @@ def _about(name: str) -> str:
     if field is None:
         return ""
     note = dict.fromkeys(("rewards", "expect"), " Keys of each item:").get(name, "")
+    if name in REPEATS:
+        keys = [f"`{key}`" for key in sections()[name].model_fields if repeats(name, key)]
+        note = f" Each item has {', '.join(keys)}, as `{REPEATS[name]}` explains them, and:"
     return _one_line(field.description) + note
 
 
@@ -120,8 +125,12 @@ def _table(name: str, section: type[Section]) -> list[str]:
     schema = section.model_json_schema()
     lines = ["| key | type | default | on resume | meaning |", "|---|---|---|---|---|"]
     for key, field in section.model_fields.items():
-        if section_in(field) and section.__name__ == "Recipe":
-            kind, default = "section" if key not in ("rewards", "expect") else "list of sections", ""
+        if repeats(name, key):
+            continue
+        if section_in(field) and get_origin(field.annotation) is list:
+            kind, default = "list of sections", "" if not name else "`[]`"
+        elif section_in(field) and (section.__name__ == "Recipe" or field.default_factory is not None):
+            kind, default = "section", ""
         elif section_in(field):
             kind, default = "section or null", "`null`"
         else:

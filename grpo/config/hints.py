@@ -262,6 +262,16 @@ def sections() -> dict[str, type[Section]]:
     return found
 
 
+REPEATS = {"data.mix": "data", "data.mix.rewards": "rewards"}
+"""Sections that have keys of another one, in which they are explained."""
+
+
+def repeats(section: str, key: str) -> bool:
+    """Whether a section's key is one that another section explains."""
+    other = REPEATS.get(section)
+    return other is not None and key in sections()[other].model_fields
+
+
 def foreign(name: str) -> str | None:
     """A hint for a name of another project, ``name`` dotted as it stands in the recipe; None if it is not known."""
     parts = name.split(".")
@@ -281,7 +291,8 @@ def unknown_key(section: str, key: str) -> tuple[str, str | None]:
     here = sections()[section].model_fields
     if hint := foreign(f"{section}.{key}" if section else key):
         return f"unknown key: {hint}", None
-    homes = [name for name, model in sections().items() if key in model.model_fields]
+    homes = [name for name, model in sections().items() if key in model.model_fields and not repeats(name, key)]
+    homes = [name for name in homes if not any(name.startswith(f"{outer}.") for outer in homes if outer)]
     if homes:
         places = " or ".join(name or "the top level" for name in homes)
         return f"unknown key, {key} belongs {'at' if homes[0] == '' else 'under'} {places}", None

@@ -27,11 +27,20 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises UserError with every problem at once, one a line: ``recipe.yaml:12: rollout.top_p: ...``.
     """
-    file = find_recipe(path)
-    overrides = list(overrides)
+    mapping = read_mapping(find_recipe(path), "a recipe", ("model:", "data:", "training:"))
+    return _checked(*mapping, list(overrides))
+
+
+def recipe_of(value: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a mapping that no file holds; ``source`` says where it is from. Raises UserError as above."""
+    return _checked(value, {(): Origin(0, source)}, [], list(overrides))
+
+
+def _checked(
+    value: dict[str, Any], origins: dict[KeyPath, Origin], problems: list[Finding], overrides: list[str]
+) -> Recipe:
     if written := as_overrides(overrides):
         raise UserError("\n".join(written))
-    value, origins, problems = read_mapping(file, "a recipe", ("model:", "data:", "training:"))
     problems += override_all(value, origins, overrides)
     _drop_empty_sections(value)
     problems += [(_origin(origins, path), text) for path, text in _left_out(value)]

@@ -118,6 +118,8 @@ def _blamed(detail: ErrorDetails, value: dict[str, Any], known: list[KeyPath]) -
 
 
 _LEAST = {"data": {"name": "?"}, "model": {"name": "?"}, "training": {"output_dir": "?"}, "rewards": {"name": "?"}}
+_LEAST |= {"data.mix": {"name": "?"}, "data.mix.rewards": {"name": "?"}}
+_LISTS = ("rewards", "data.mix", "data.mix.rewards")
 
 
 def _without(value: dict[str, Any], wrong: list[KeyPath]) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def _without(value: dict[str, Any], wrong: list[KeyPath]) -> dict[str, Any]:
         if not _has(container, path[-1]):
             continue
         section = dotted(_without_indices(path))
-        if path == ("rewards",):
+        if section in _LISTS and isinstance(path[-1], str):
             container[path[-1]] = []
         elif section in sections():
             container[path[-1]] = dict(_LEAST.get(section, {}))
@@ -217,7 +219,7 @@ def placed(problem: Problem, detail: ErrorDetails, value: dict[str, Any], origin
 
 def _given(path: KeyPath, problem: Problem, value: dict[str, Any]) -> list[KeyPath]:
     """The problem's keys that were given in the section ``path``."""
-    keys = [(*path, *key.split(".")) for key in problem.keys]
+    keys = [(*path, *(int(part) if part.isdecimal() else part for part in key.split("."))) for key in problem.keys]
     return [inner for inner in keys if all(_has(_at(value, inner[:n]), inner[n]) for n in range(len(inner)))]
 
 

@@ -1,8 +1,9 @@
 """The recipe: one YAML file describes one run.
 
 This is the schema alone (pydantic v2, unknown keys refused), without torch; its sections are in ``sections.py``,
-``algorithm.py``, ``data.py``, ``health.py``, ``prompts.py`` and ``vllm.py``. ``load.py`` reads files and overrides;
-``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning is TRL's.
+``algorithm.py``, ``data.py``, ``evaluation.py``, ``health.py``, ``prompts.py``, ``rewards.py`` and ``vllm.py``.
+``load.py`` reads files and overrides; ``docs/recipe.md`` is generated from here. Names are TRL's wherever the meaning
+is TRL's.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pydantic import Field, model_validator
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.base import Problem, Section, refuse
 from grpo.config.data import DataConfig
+from grpo.config.evaluation import EvaluationConfig
 from grpo.config.expect import ExpectConfig
 from grpo.config.health import HealthConfig
 from grpo.config.prompts import PromptsConfig
+from grpo.config.rewards import RewardConfig, SourceReward
 from grpo.config.sections import (
-    EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
-    RewardConfig,
     RolloutConfig,
     ScoringConfig,
     TrackingConfig,
@@ -38,7 +39,7 @@ class Recipe(Section):
     data: DataConfig
     """Its tasks: where the rows come from and how a row becomes a prompt."""
     rewards: list[RewardConfig] = Field(default_factory=list)
-    """Reward functions; their weighted sum is the reward."""
+    """Reward functions; their weighted sum is the reward. With `data.mix` they score every source's completions."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """How completions are sampled."""
     prompts: PromptsConfig = Field(default_factory=PromptsConfig)
@@ -66,16 +67,15 @@ class Recipe(Section):
             mode = "none" if self.rollout.backend == "hf" else "token_truncate"
             self.algorithm = self.algorithm.model_copy(update={"importance_sampling_mode": mode})
         problems: list[Problem] = []
-        if self.stage == "grpo" and not self.rewards:
-            problems.append(Problem(("rewards", "stage"), "rewards: a grpo recipe needs at least one reward"))
-        if self.stage == "grpo" and self.rewards and all(r.weight == 0 for r in self.rewards):
-            problems.append(Problem(("rewards",), "rewards: every weight is 0, there is nothing to learn from"))
+        if self.stage == "grpo":
+            problems += self._reward_problems()
         functions = self.reward_names()
         if self.evaluation.reward is not None and self.evaluation.reward not in functions:
             text = (
                 f"evaluation.reward: {self.evaluation.reward} is not one of rewards ({', '.join(functions) or 'none'})"
             )
             problems.append(Problem(("evaluation.reward", "rewards"), text))
+        problems += self._suites_problems()
         if self.training.prompts_per_step % self.algorithm.num_minibatches:
             text = (
                 f"training.prompts_per_step ({self.training.prompts_per_step}) is not divisible by "
@@ -92,6 +92,36 @@ class Recipe(Section):
         problems += self._prompts_problems()
         refuse(problems)
         return self
+
+    def _suites_problems(self) -> list[Problem]:
+        """Suites that no step would evaluate."""
+        evaluation, every = self.evaluation, self.training.eval_every
+        if evaluation.suites and self.stage == "sft":
+            text = (
+                "evaluation.suites: stage sft samples nothing; evaluate its model when it is done: "
+                f"grpo eval {self.training.output_dir} --suite {','.join(evaluation.suites)}"
+            )
+            return [Problem(("evaluation.suites", "stage"), text)]
+        if evaluation.suites_every and (not every or evaluation.suites_every % every):
+            text = (
+                f"evaluation.suites_every ({evaluation.suites_every}) must be a multiple of training.eval_every "
+                f"({every}): suites are evaluated with the held-out rows"
+            )
+            return [Problem(("evaluation.suites_every", "training.eval_every"), text)]
+        return []
+
+    def _reward_problems(self) -> list[Problem]:
+        """Sources whose completions nothing scores."""
+        problems = []
+        for i, source in enumerate(self.data.sources()):
+            functions = [reward for reward in self.functions() if reward.scores(source.label)]
+            own = f"data.mix.{i}.rewards" if source.label else "rewards"
+            of = f"{source.where}.rewards ({source.label})" if source.label else "rewards"
+            if not functions:
+                problems.append(Problem(("rewards", own, "stage"), f"{of}: a grpo recipe needs at least one reward"))
+            elif all(reward.weight == 0 for reward in functions):
+                problems.append(Problem((own,), f"{of}: every weight is 0, there is nothing to learn from"))
+        return problems
 
     def _optimizer_problems(self) -> list[Problem]:
         """What bitsandbytes' paged optimizer cannot be combined with."""
@@ -152,16 +182,37 @@ class Recipe(Section):
 
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt and completion together, evaluation included."""
-        longest = max(self.rollout.max_completion_length, self.evaluation.max_completion_length or 0)
+        suites = self.evaluation.suite_sampling.max_completion_length if self.evaluation.suites else None
+        longest = max(self.rollout.max_completion_length, self.evaluation.max_completion_length or 0, suites or 0)
         return self.data.max_prompt_length + longest
 
-    def judged_by(self) -> str:
-        """The name of the reward whose value 1 counts as solved."""
-        return self.evaluation.reward or self.reward_names()[0]
+    def functions(self) -> list[RewardConfig]:
+        """All reward functions: those of `rewards`, then those of the sources of `data.mix`. Sources that say the same
+        of a reward share it."""
+        found: list[RewardConfig] = list(self.rewards)
+        own: list[tuple[RewardConfig, SourceReward]] = []
+        for source in self.data.sources():
+            for j, reward in enumerate(source.rewards):
+                alike = (of for known, of in own if known == reward and source.label not in of.sources)
+                same = next(alike, None)
+                if same is None:
+                    same = SourceReward(**reward.model_dump(), sources=[], place=f"{source.where}.rewards[{j}]")
+                    own.append((reward, same))
+                same.sources.append(source.label)
+        return found + [other for _, other in own]
+
+    def judged_by(self, source: str = "") -> str:
+        """The name of the reward whose value 1 counts as solved; of a source of `data.mix` the one that judges its
+        completions: `evaluation.reward` where it scores them, or the source's first."""
+        functions = list(zip(self.reward_names(), self.functions(), strict=True))
+        scoring = [(name, reward) for name, reward in functions if reward.scores(source)] or functions
+        named = [name for name, _ in scoring if name == self.evaluation.reward]
+        own = [name for name, reward in scoring if isinstance(reward, SourceReward)]
+        return (named or own or [name for name, _ in scoring])[0]
 
     def reward_names(self) -> list[str]:
         """The rewards' names in metrics and in `evaluation.reward`: a built-in's own, else the function's after the
         colon; the second of the same name is `name#2`."""
-        names = [reward.name or str(reward.path).rpartition(":")[2] for reward in self.rewards]
+        names = [reward.name or str(reward.path).rpartition(":")[2] for reward in self.functions()]
         uses = [names[:i].count(name) for i, name in enumerate(names)]
         return [f"{name}#{before + 1}" if before else name for name, before in zip(names, uses, strict=True)]

@@ -14,12 +14,14 @@ Meaning = Literal["free", "warns", "refused"]
 # Sections by their dotted names, the recipe's own keys under "".
 FREE = {
     "rewards": "timeout shaping",
+    "data.mix.rewards": "timeout shaping",
     "rollout": """vllm_server_base_url vllm_server_timeout vllm_start_timeout vllm_generation_timeout vllm_sync_timeout
         vllm_weight_transfer vllm_sync_dir vllm_group_host vllm_group_port vllm_gpu_memory_utilization
         vllm_enable_sleep_mode vllm_probe_tolerance vllm_python""",
     "optimizer": "offload",
     "scoring": "workers timeout memory_limit_gb environment max_failure_rate max_unscorable_rows",
-    "evaluation": "num_generations temperature max_completion_length at_start",
+    "evaluation": "num_generations temperature top_p max_completion_length at_start suites suites_every suite_sampling",
+    "evaluation.suite_sampling": "num_generations temperature top_p max_completion_length rows",
     # The learning rate may depend on max_steps: `run/run.py` says so where it does.
     "training": """output_dir max_steps max_seconds eval_every save_every save_best patience save_total_limit
         log_rollouts_every ddp_timeout peer_timeout replica_check_every dollars_per_hour
@@ -46,7 +48,10 @@ REFUSED = {
     "model": "name dtype weights load_in_4bit lora tokenizer revision trust_remote_code disable_dropout",
     "model.lora": "r lora_alpha lora_dropout target_modules",
     "data": """name path hub args template system_prompt chat_template_kwargs prompt_column completion_column
-        max_prompt_length too_long train_size eval_size eval_path shuffle chat_template_date""",
+        max_prompt_length too_long train_size eval_size eval_path shuffle chat_template_date mix""",
+    "data.mix": """name path hub args template system_prompt chat_template_kwargs prompt_column completion_column
+        train_size eval_size eval_path chat_template_date label weight rewards""",
+    "data.mix.rewards": "name path weight args needs_group",
     "rewards": "name path weight args needs_group",
     "rollout": """backend num_generations max_completion_length temperature top_p top_k min_p stop max_staleness""",
     "prompts": """dynamic_sampling max_resample replay_groups curriculum curriculum_floor curriculum_newest""",

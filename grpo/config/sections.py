@@ -1,5 +1,5 @@
 """The recipe's sections that fit on a screen each. The larger ones have files of their own: ``algorithm.py``,
-``data.py``, ``prompts.py`` and, for the vLLM part of `rollout`, ``vllm.py``.
+``data.py``, ``prompts.py``, ``rewards.py`` and, for the vLLM part of `rollout`, ``vllm.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pydantic_core import PydanticKnownError
 
 from grpo.config.base import (
     BelowOne,
-    Finite,
     Fraction,
     LocalPath,
     NonEmpty,
@@ -100,37 +99,6 @@ class ModelConfig(Section):
             text = "weights: bfloat16 needs dtype: bfloat16 (or auto, on a device with instructions for it)"
             problems.append(Problem(("weights", "dtype"), text))
         refuse(problems)
-        return self
-
-
-class RewardConfig(Section):
-    name: str | None = None
-    """A built-in reward: `countdown`, `gsm8k`, `math`, `code` judge the answer, `format` the form, `overlong`,
-    `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
-    path: LocalPath | None = None
-    """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
-    weight: Finite = 1.0
-    """Factor in the sum of rewards."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Extra keyword arguments for every call."""
-    timeout: Positive | None = None
-    """Seconds one call may take; null takes `scoring.timeout`."""
-    needs_group: bool = False
-    """The function compares completions of a group: never split it, a failure costs the whole group."""
-    shaping: bool = False
-    """With `path`: the function judges no answer but shapes (length, style, effort), so `grpo audit` asks nothing of
-    it. A built-in reward says this itself."""
-
-    @model_validator(mode="after")
-    def _one_function(self) -> RewardConfig:
-        if (self.name is None) == (self.path is None):
-            refuse([Problem(("name", "path"), "give exactly one of name, path")])
-        if self.path is not None and not all(part.strip() for part in self.path.rpartition(":")):
-            text = f"path: expected file.py:function or package.module:function, got {self.path!r}"
-            refuse([Problem(("path",), text)])
-        if self.shaping and self.path is None:
-            text = "shaping is for functions given by path: a built-in says itself what it judges"
-            refuse([Problem(("shaping", "name"), text)])
         return self
 
 
@@ -293,29 +261,6 @@ class TrainingConfig(Section):
                     )
                 ]
             )
-        return self
-
-
-class EvaluationConfig(Section):
-    num_generations: PositiveInt = 1
-    """Completions per held-out prompt; pass@1 is their mean, pass@k for k up to this."""
-    temperature: NonNegative = 1.0
-    """Sampling temperature of evaluation; 0 is greedy."""
-    max_completion_length: PositiveInt | None = None
-    """Longest completion in evaluation; null takes the rollout's."""
-    reward: str | None = None
-    """Reward whose value 1 counts as solved; null takes the first of `rewards`."""
-    at_start: bool = True
-    """Evaluate before the first step."""
-
-    @model_validator(mode="after")
-    def _greedy_once(self) -> EvaluationConfig:
-        if self.temperature == 0 and self.num_generations > 1:
-            text = (
-                f"temperature 0 is greedy: its {self.num_generations} completions would all be the same; "
-                "set num_generations to 1 or the temperature above 0"
-            )
-            refuse([Problem(("temperature", "num_generations"), text)])
         return self
 
 

@@ -24,7 +24,7 @@ from grpo.pipeline.fingerprints import digest, facts_of, hash_of, named_files
 from grpo.pipeline.stage import Making, State, command_of, inputs_of, made_by, why
 from grpo.pipeline.summary import write_summary
 from grpo.run.folder import is_running, lock_folder, release_run_folder
-from grpo.run.secrets import recipe_without_secrets
+from grpo.run.secrets import given_without_secrets
 
 log = logging.getLogger("grpo")
 
@@ -126,10 +126,10 @@ def _measure_start(plan: Plan, measure: Measure) -> None:
 
 
 def _identity(measure: Measure) -> dict[str, Any]:
-    recipe = recipe_without_secrets(measure.recipe)
+    recipe = given_without_secrets(measure.recipe)
     parts = ("data", "rewards", "rollout", "evaluation", "scoring")
     return {
-        "recipe": {name: recipe[name] for name in parts} | {"dtype": recipe["model"]["dtype"]},
+        "recipe": {name: recipe.get(name) for name in parts} | {"dtype": measure.recipe.model.dtype},
         "seeds": measure.seeds,
         "form": measure.form,
         "files": named_files(measure.recipe, model=False, rows=True, teacher=False),

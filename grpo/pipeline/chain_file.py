@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo.config import Recipe
-from grpo.config.chain import KINDS, Chain, StageConfig
+from grpo.config.base import Section
+from grpo.config.chain import KINDS, Chain, MeasureConfig, StageConfig
 from grpo.config.find import SHIPPED, find_recipe
 from grpo.config.hints import sections
 from grpo.config.load import load_recipe, override_all, read_mapping
@@ -171,7 +172,7 @@ def _problems(error: ValidationError, value: dict[str, Any], origins: dict[KeyPa
 
 def _keys(path: KeyPath) -> list[str]:
     """The keys of the section at ``path``."""
-    section = {(): Chain, ("evaluate",): Chain.model_fields["evaluate"].annotation.__args__[0]}.get(path, StageConfig)
+    section: type[Section] = Chain if not path else MeasureConfig if path == ("evaluate",) else StageConfig
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
@@ -212,7 +213,7 @@ def _stage(name: str, config: StageConfig, chain: Chain, file: Path) -> Stage:
 def _input(what: str, path: str, *, trains: bool) -> list[str]:
     """The overrides by which a recipe takes another stage's model or rows."""
     if what == "rows":
-        return ["data.name=null", "data.hub=null", f"data.path={path}", "data.args={}"]
+        return ["data.mix=[]", "data.name=null", "data.hub=null", f"data.path={path}", "data.args={}"]
     if what == "teacher":
         return ["teacher.url=null", "teacher.column=null", f"teacher.name={path}"]
     return _of_model(path) if not trains else ["model.revision=null", f"model.name={path}"]
@@ -248,14 +249,16 @@ def _wrong_recipe(stage: Stage) -> Iterator[str]:
         yield f"kind: {config.kind} needs a recipe with stage: {kind.stages[0]}; {stage.file} has {recipe.stage}"
     if config.kind == "distill" and config.teacher is None and getattr(recipe, "teacher", None) is None:
         yield f"kind: distill needs teacher: STAGE, or a recipe with a teacher section ({stage.file} has none)"
-    if config.kind in ("sample", "filter", "eval") and not recipe.rewards:
+    if config.kind in ("sample", "filter", "eval") and not recipe.functions():
         yield f"kind: {config.kind} judges by the recipe's rewards, and {stage.file} has none"
     elif config.kind == "sample":
         try:
             parse_rules(config.rules, recipe)
         except UserError as error:
             yield from (line.replace("--keep", "keep:", 1) for line in str(error).splitlines())
-    if config.kind == "eval" and not recipe.data.eval_size:
+    if config.kind == "filter" and recipe.data.mix:
+        yield "kind: filter makes one file of rows, and data.mix has several sources: filter each by a stage of its own"
+    if config.kind == "eval" and not recipe.data.held_out():
         yield "data.eval_size is 0: there is nothing to evaluate on"
     if config.pass_rate is not None:
         try:
@@ -266,10 +269,11 @@ def _wrong_recipe(stage: Stage) -> Iterator[str]:
 
 
 def _missing_files(recipe: Recipe, made: str | None = None) -> Iterator[str]:
-    for key in ("path", "eval_path"):
-        value = getattr(recipe.data, key)
-        if value and f"data.{key}" != made and not Path(value).is_file():
-            yield f"data.{key}: there is no file {value}"
+    for source in recipe.data.sources():
+        for key in ("path", "eval_path"):
+            value, where = getattr(source.rows, key), f"{source.where}.{key}"
+            if value and where != made and not Path(value).is_file():
+                yield f"{where}: there is no file {value}"
     try:
         code_files(recipe)
     except UserError as error:
@@ -283,9 +287,9 @@ def _measure(chain: Chain, file: Path) -> Measure:
     overrides = (*as_overrides(config.overrides), 'training.output_dir="unused"')
     recipe = load_recipe(recipe_file, overrides)
     problems = list(_missing_files(recipe))
-    if not recipe.data.eval_size:
+    if not recipe.data.held_out():
         problems.append("data.eval_size is 0: there is nothing to evaluate on")
-    if not recipe.rewards:
+    if not recipe.functions():
         problems.append(f"{recipe_file} has no rewards, which judge")
     if config.form is not None and config.form not in recipe.reward_names():
         problems.append(
@@ -297,14 +301,14 @@ def _measure(chain: Chain, file: Path) -> Measure:
 
 
 def _warn_of_paid_form(measure: Measure, stages: Sequence[Stage]) -> None:
-    rewards = dict(zip(measure.recipe.reward_names(), measure.recipe.rewards, strict=True))
+    rewards = dict(zip(measure.recipe.reward_names(), measure.recipe.functions(), strict=True))
     form = rewards[str(measure.form)]
     paid = [
         stage.name
         for stage in stages
         if stage.config.makes == "model"
         and stage.recipe.stage == "grpo"
-        and any((r.name, r.path) == (form.name, form.path) and r.weight for r in stage.recipe.rewards)
+        and any((r.name, r.path) == (form.name, form.path) and r.weight for r in stage.recipe.functions())
     ]
     if paid:
         log.warning(

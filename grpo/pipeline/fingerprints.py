@@ -40,11 +40,13 @@ def named_files(recipe: Recipe, *, model: bool, rows: bool, teacher: bool) -> di
     """Hashes of the files here that a recipe names, by key: code of the user's own, what rewards read, and of model,
     rows and teacher those that are the recipe's own."""
     files = code_files(recipe) | files_in_args(recipe)
-    if recipe.data.name and user_code.is_place(recipe.data.name):
-        sources = user_code.sources_of(recipe.data.name, "data.name")
-        files |= {f"data.name: {name}": file for name, file in sources.items()}
-    paths = {"data.eval_path": recipe.data.eval_path}
-    paths |= {"data.path": recipe.data.path} if rows else {}
+    paths = {}
+    for source in recipe.data.sources():
+        data, key = source.rows, f"{source.where}.name"
+        if data.name and user_code.is_place(data.name):
+            files |= {f"{key}: {name}": file for name, file in user_code.sources_of(data.name, key).items()}
+        paths[f"{source.where}.eval_path"] = data.eval_path
+        paths |= {f"{source.where}.path": data.path} if rows else {}
     paths |= {"model.name": recipe.model.name} if model else {}
     paths |= {"model.tokenizer": recipe.model.tokenizer}
     paths |= {"teacher.name": getattr(getattr(recipe, "teacher", None), "name", None)} if teacher else {}

@@ -9,7 +9,7 @@ near-tie may fall the other way.)
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.pipeline.sampled import SampleFile, header_of, of_sampling, read_header
+from grpo.prompts.parts import Part
 from grpo.prompts.task import Task
 from grpo.randomness import Stream, key
 from grpo.rollout.rollouts import share_of
@@ -55,9 +56,12 @@ class Wanted:
     part: Literal["train", "held_out"] = "train"
     chunk: int | None = None
 
+    def part_of(self, task: Task) -> Part:
+        return task.train if self.part == "train" else task.held_out
+
     def rows(self, task: Task) -> list[int]:
         """The rows, in ascending order. Raises UserError where there are fewer than asked for."""
-        part = task.train if self.part == "train" else task.held_out
+        part = self.part_of(task)
         if not part.ids:
             raise UserError("data.eval_size is 0: there are no held-out rows to sample for")
         if self.prompts is None:
@@ -83,17 +87,19 @@ class Generated(NamedTuple):
     recipe: Recipe
 
 
-def generate(recipe: Recipe, wanted: Wanted, file: Path) -> Generated:
+def generate(
+    recipe: Recipe, wanted: Wanted, file: Path, choose: Callable[[Task, list[int]], list[int]] = lambda task, rows: rows
+) -> Generated:
     """Sample and score what is wanted into ``file``, or go on with it; ``sampled.read_samples`` reads it.
 
-    Returns what it was sampled from. Every process of a launch calls it, each does its share of a chunk, the first one
-    writes.
+    ``choose`` says for which of the wanted rows of the task, in ascending order. Returns what it was sampled from.
+    Every process of a launch calls it, each does its share of a chunk, the first one writes.
 
     Raises:
         UserError: the recipe is wrong, or ``file`` holds samples of another one.
         RunError: rewards fail too often, or the disk refuses. Whole chunks stay, and the same call goes on.
     """
-    if not recipe.rewards:
+    if not recipe.functions():
         raise UserError("rewards: there are none, and nothing else judges what is sampled")
     find_backend(recipe.rollout)
     recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_staleness": 0})})
@@ -101,31 +107,49 @@ def generate(recipe: Recipe, wanted: Wanted, file: Path) -> Generated:
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
-    part, rows = task.train if wanted.part == "train" else task.held_out, wanted.rows(task)
+    rows = choose(task, wanted.rows(task))
     wanted = on_main(accelerator, lambda: wanted.of_file(file, accelerator.num_processes))
+    chunk, header = wanted.chunk or 1, on_main(accelerator, lambda: _header(recipe, accelerator, task, wanted))
     policy = None
-    with Scorer(recipe.rewards, recipe.scoring, max_steps=1) as scorer, SampleFile(file) as samples:
-        scorer.check_columns(task.columns)
-        chunk, header = wanted.chunk or 1, on_main(accelerator, lambda: _header(recipe, accelerator, task, wanted))
+    with SampleFile(file) as samples:
         done = on_main(accelerator, lambda: samples.begin(header, rows, chunk))
         if done:
             log.info("%s: %d of %d prompts are there already", file, done, len(rows))
         if done < len(rows):
-            policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
-            with closing(make_backend(recipe, policy)) as backend:
-                backend.sync(policy, 0)
-                for start in range(done, len(rows), chunk):
-                    began = perf_counter()
-                    prompts = [task.prompt(part, row) for row in rows[start : start + chunk]]
-                    groups = _sample(recipe, wanted, prompts, backend, scorer, accelerator)
-                    on_main(accelerator, partial(samples.append, groups))
-                    _tell(recipe, groups, start + len(groups), len(rows), perf_counter() - began)
+            policy = _sample_all(recipe, accelerator, tokenizer, stop_ids, task, wanted, rows, samples, done)
     leave(accelerator, policy)
     return Generated(header, task, recipe)
 
 
+def _sample_all(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: Any,
+    stop_ids: list[int],
+    task: Task,
+    wanted: Wanted,
+    rows: Sequence[int],
+    samples: SampleFile,
+    done: int,
+) -> Policy:
+    """Sample chunk by chunk from the ``done``-th prompt on. Returns what was sampled from."""
+    part, chunk = wanted.part_of(task), wanted.chunk or 1
+    with Scorer(recipe.functions(), recipe.scoring, max_steps=1) as scorer:
+        scorer.check_columns(task.columns)
+        policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
+        with closing(make_backend(recipe, policy)) as backend:
+            backend.sync(policy, 0)
+            for start in range(done, len(rows), chunk):
+                began = perf_counter()
+                prompts = [task.prompt(part, row) for row in rows[start : start + chunk]]
+                groups = _sample(recipe, wanted, prompts, backend, scorer, accelerator)
+                on_main(accelerator, partial(samples.append, groups))
+                _tell(recipe, groups, start + len(groups), len(rows), perf_counter() - began)
+    return policy
+
+
 def _header(recipe: Recipe, accelerator: Accelerator, task: Task, wanted: Wanted) -> dict[str, Any]:
-    identity = of_sampling(identity_on(recipe, accelerator, hash_inputs(recipe, task)))
+    identity = of_sampling(recipe, identity_on(recipe, accelerator, hash_inputs(recipe, task)))
     return {"wanted": asdict(wanted), **identity}
 
 
@@ -159,7 +183,8 @@ def _sample(
 
 
 def _tell(recipe: Recipe, groups: Sequence[Group], done: int, of: int, seconds: float) -> None:
-    values = [value for group in groups for value in group.rewards_by_function[recipe.judged_by()]]
+    judged = [group.rewards_by_function[recipe.judged_by(group.prompt.source)] for group in groups]
+    values = [value for of_group in judged for value in of_group]
     solved = sum(value is not None and value >= 1 for value in values) / max(len(values), 1)
     log.info(
         "%d of %d prompts sampled; of the last %d completions %.0f%% are right (%.1f s)",

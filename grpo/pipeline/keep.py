@@ -97,13 +97,14 @@ def _parse(text: str, recipe: Recipe) -> Rule:
 
 def _correct(text: str, value: str, recipe: Recipe) -> Rule:
     _no_value(value)
-    return Rule(text, partial(_pays, recipe.judged_by(), 1.0))
+    return Rule(text, lambda row, left, measures: _pays(judge_of(recipe, row), 1.0, row, left, measures))
 
 
 def _well_formed(text: str, value: str, recipe: Recipe) -> Rule:
     _no_value(value)
-    for name, reward in zip(recipe.reward_names(), recipe.rewards, strict=True):
-        if reward.name == "format":
+    labels = [source.label for source in recipe.data.sources()]
+    for name, reward in zip(recipe.reward_names(), recipe.functions(), strict=True):
+        if reward.name == "format" and all(map(reward.scores, labels)):
             return Rule(text, partial(_pays, name, 1.0))
     return _measured(text, RewardConfig(name="format"), lambda form: form.verdict == "correct")
 
@@ -121,7 +122,7 @@ def _not_repetitive(text: str, value: str, recipe: Recipe) -> Rule:
 
 def _pass_rate(text: str, value: str, recipe: Recipe) -> Rule:
     low, high = window(value)
-    return Rule(text, partial(_within, recipe.judged_by(), low, high))
+    return Rule(text, partial(_within, recipe, low, high))
 
 
 def _distinct(text: str, value: str, recipe: Recipe) -> Rule:
@@ -172,8 +173,13 @@ def pass_rate(row: Row, name: str) -> float | None:
     return sum(value >= 1 for value in scored) / len(scored) if scored else None
 
 
-def _within(name: str, low: float, high: float, row: Row, left: Sequence[int], measures: Measures) -> list[int]:
-    rate = pass_rate(row, name)
+def judge_of(recipe: Recipe, row: Row) -> str:
+    """The reward whose 1 means that a completion of this group is right."""
+    return recipe.judged_by(row.get("source", ""))
+
+
+def _within(recipe: Recipe, low: float, high: float, row: Row, left: Sequence[int], measures: Measures) -> list[int]:
+    rate = pass_rate(row, judge_of(recipe, row))
     return list(left) if rate is not None and low <= rate <= high else []
 
 

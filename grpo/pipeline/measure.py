@@ -15,7 +15,8 @@ from grpo.backends import check_engine, find_backend, make_backend, resolve_back
 from grpo.config import Recipe
 from grpo.config.load import load_recipe
 from grpo.errors import RunError, UserError
-from grpo.evaluate import accuracy_metrics, clustered_interval, evaluate
+from grpo.evaluation.held_out import evaluate
+from grpo.evaluation.statistics import accuracy_metrics, clustered_interval
 from grpo.files import write_whole
 from grpo.model.policy import Policy
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
@@ -38,7 +39,7 @@ def measure(request: Path) -> Found:
     check_engine(recipe.rollout)
     rows: list[dict[str, Any]] = []
     policy = None
-    with Scorer(recipe.rewards, recipe.scoring) as scorer:
+    with Scorer(recipe.functions(), recipe.scoring) as scorer:
         of_seeds = [recipe.model_copy(update={"training": _seeded(recipe, seed)}) for seed in asked["seeds"]]
         prepared = [prepare_task(of_seed) for of_seed in of_seeds]
         for _, _, task in prepared:
@@ -65,7 +66,7 @@ def figures_of(rows: Sequence[Mapping[str, Any]], judge: str, form: str | None) 
     groups: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["seed"], row["prompt_id"]), []).append(row)
-    scored = {place: group for place, group in groups.items() if None not in _values(group, judge)}
+    scored = {place: group for place, group in groups.items() if None not in _judged(group, judge)}
     if not scored:
         raise RunError(f"{judge} could score no completion of the held-out tasks")
     accuracy = _accuracy(scored, judge)
@@ -85,20 +86,34 @@ def figures_of(rows: Sequence[Mapping[str, Any]], judge: str, form: str | None) 
     formed = {place: group for place, group in groups.items() if form and None not in _values(group, form)}
     if formed and form:
         values_PG = np.array([_values(group, form) for group in formed.values()], dtype=float)
-        low, high = clustered_interval(values_PG, [group[0]["prompt"] for group in formed.values()])
+        low, high = _interval(values_PG, [group[0]["prompt"] for group in formed.values()])
         found |= {"form": round(float(values_PG.mean()), 6), "form_low": round(low, 6), "form_high": round(high, 6)}
         found |= {"form_by": form}
     return found
 
 
+def _interval(values_PG: np.ndarray, questions_P: Sequence[str]) -> tuple[float, float]:
+    """``clustered_interval`` of values in any range: cut to the range that they have, as that is to [0, 1]."""
+    least, width = float(values_PG.min()), float(np.ptp(values_PG))
+    if width == 0:
+        return least, least
+    low, high = clustered_interval((values_PG - least) / width, questions_P)
+    return least + width * low, least + width * high
+
+
 def _accuracy(groups: Mapping[Any, Sequence[Mapping[str, Any]]], judge: str) -> dict[str, float]:
-    solved_PG = np.array([[value >= 1 for value in _values(group, judge)] for group in groups.values()])
+    solved_PG = np.array([[value >= 1 for value in _judged(group, judge)] for group in groups.values()])
     metrics = accuracy_metrics(solved_PG, [group[0]["prompt"] for group in groups.values()])
     return {name.removeprefix("eval/"): round(value, 6) for name, value in metrics.items()}
 
 
 def _values(group: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     return [row["rewards"][name] for row in group]
+
+
+def _judged(group: Sequence[Mapping[str, Any]], judge: str) -> list[Any]:
+    """What the reward gave that judges; of a source of `data.mix` its own."""
+    return _values(group, group[0].get("judged_by", judge))
 
 
 def _seeded(recipe: Recipe, seed: int) -> Any:

@@ -23,7 +23,7 @@ from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.files import write_whole
 from grpo.pipeline.generate import Generated, Wanted, generate
-from grpo.pipeline.keep import Row, Rule, apply, pass_rate
+from grpo.pipeline.keep import Row, Rule, apply, judge_of, pass_rate
 from grpo.pipeline.sampled import model_hash, read_samples, recipe_hash
 from grpo.prompts.task import Task
 from grpo.scoring.grade import Completion, grader
@@ -72,8 +72,8 @@ def sample(recipe: Recipe, wanted: Wanted, rules: Sequence[Rule], output: Path) 
 
 def select(found: Generated, rules: Sequence[Rule], file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows that the rules keep, in the order of prompts and samples, and the report."""
-    judge, passes = found.recipe.judged_by(), _measured(rules, file, found.recipe.scoring.workers)
-    rows, counted, first = [], _Counted(rules, judge), 0
+    recipe, passes = found.recipe, _measured(rules, file, found.recipe.scoring.workers)
+    rows, counted, first = [], _Counted(rules, recipe), 0
     origin = {
         "model": model_hash(found.header),
         "recipe": recipe_hash(found.header),
@@ -84,7 +84,7 @@ def select(found: Generated, rules: Sequence[Rule], file: Path) -> tuple[list[di
         measures = {text: values[first : first + n] for text, values in passes.items()}
         after = apply(rules, group, range(n), measures)
         counted.add(group, after)
-        rows += [row_to_imitate(group, g, origin, judge) for g in after[-1]]
+        rows += [row_to_imitate(group, g, origin, judge_of(recipe, group)) for g in after[-1]]
         first += n
     return rows, {**origin, **counted.report()}
 
@@ -155,8 +155,8 @@ def _completions(file: Path) -> Iterator[Completion]:
 class _Counted:
     """What the rules left, by rule, and how many of a prompt's completions were right."""
 
-    def __init__(self, rules: Sequence[Rule], judge: str) -> None:
-        self.rules, self.judge = rules, judge
+    def __init__(self, rules: Sequence[Rule], recipe: Recipe) -> None:
+        self.rules, self.recipe = rules, recipe
         self.left = [(0, 0)] * len(rules)  # completions and prompts after each
         self.rates: list[float] = []
         self.lengths: list[int] = []
@@ -169,14 +169,15 @@ class _Counted:
         completions = group["completions"]
         self.left = [(c + len(left), p + bool(left)) for (c, p), left in zip(self.left, after, strict=True)]
         self.prompts += 1
-        rate = pass_rate(group, self.judge)
+        judge = judge_of(self.recipe, group)
+        rate = pass_rate(group, judge)
         if rate is None:
             self.unscored += 1
         else:
             self.rates.append(rate)
         self.lengths += [len(one["token_ids"]) for one in completions]
         self.kept += [len(completions[g]["token_ids"]) for g in after[-1]]
-        self.verdicts.update(one["verdicts"][self.judge] for one in completions)
+        self.verdicts.update(one["verdicts"][judge] for one in completions)
         self.statuses.update(one["status"] for one in completions)
 
     def report(self) -> dict[str, Any]:
@@ -188,7 +189,7 @@ class _Counted:
             "prompts": self.prompts,
             "completions": len(self.lengths),
             "rows": len(self.kept),
-            "judged_by": self.judge,
+            "judged_by": ", ".join(dict.fromkeys(self.recipe.judged_by(s.label) for s in self.recipe.data.sources())),
             "rules": rules,
             "pass_rate": self._pass_rates(),
             "length": {"sampled": _lengths(self.lengths), "kept": _lengths(self.kept)},

@@ -16,9 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from grpo.config import Recipe
 from grpo.errors import RunError, UserError
 from grpo.files import write_whole
 from grpo.run.same_run import changed_inputs, changes, log
+from grpo.run.secrets import given_without_secrets
 from grpo.types import Group
 
 OF_SAMPLING = ("model", "data", "rewards", "rollout", "scoring")  # sections of the recipe that a sample depends on
@@ -29,6 +31,7 @@ def sample_row(group: Group) -> dict[str, Any]:
     prompt = group.prompt
     return {
         "prompt_id": prompt.id,
+        **({"source": prompt.source} if prompt.source else {}),
         "prompt": prompt.prompt,
         "text": prompt.text,
         "prefill": prompt.prefill,
@@ -76,17 +79,22 @@ def model_hash(header: Mapping[str, Any]) -> str:
 
 
 def recipe_hash(header: Mapping[str, Any]) -> str:
-    """A hash of all of the recipe that a sample depends on, rows and code of the user's included."""
+    """A hash of all of the recipe that a sample depends on, rows and code of the user's included. Where model and rows
+    lie is not in it, what they are is (the model by ``model_hash``)."""
+    recipe = {section: dict(of) if isinstance(of, dict) else of for section, of in header["recipe"].items()}
+    for section, key in (("model", "name"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path")):
+        recipe[section].pop(key, None)
     inputs = {name: value for name, value in header["inputs"].items() if not name.startswith("model.")}
-    return _hash([header["recipe"], header["wanted"], inputs])
+    return _hash([recipe, header["wanted"], inputs])
 
 
-def of_sampling(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's identity (``run.state.identity_on``) a sample depends on."""
-    recipe = identity["recipe"]
-    kept = {name: recipe[name] for name in OF_SAMPLING}
+def of_sampling(recipe: Recipe, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's identity (``run.state.identity_on``) a sample depends on. Of the recipe it is what is no default:
+    an update that brings further keys refuses nothing."""
+    given = given_without_secrets(recipe)
+    kept = {name: given.get(name, {}) for name in OF_SAMPLING}
     rollout = {name: value for name, value in kept["rollout"].items() if name != "num_generations"}
-    return {**identity, "recipe": kept | {"rollout": rollout, "training": {"seed": recipe["training"]["seed"]}}}
+    return {**identity, "recipe": kept | {"rollout": rollout, "training": {"seed": recipe.training.seed}}}
 
 
 class SampleFile:
@@ -108,12 +116,12 @@ class SampleFile:
         except OSError as error:
             raise UserError(f"{self.file}: cannot be written: {error.strerror or error}") from error
         self._lock(self._lines)
-        if header_of(self.file).exists():
-            self._check(read_header(self.file), header)
-        elif os.fstat(self._lines.fileno()).st_size:
-            raise UserError(f"{self.file}: is there already, and has no {header_of(self.file).name}: give another file")
-        else:
+        if not os.fstat(self._lines.fileno()).st_size:  # of a process that failed before its first chunk, too
             write_whole(header_of(self.file), json.dumps(header, indent=1) + "\n")
+        elif header_of(self.file).exists():
+            self._check(read_header(self.file), header)
+        else:
+            raise UserError(f"{self.file}: is there already, and has no {header_of(self.file).name}: give another file")
         return self._cut(prompt_ids, chunk)
 
     def append(self, groups: Sequence[Group]) -> None:

@@ -1,8 +1,9 @@
 """A stage's folder: what it was made from, how far it has come, and what it has made. Nothing of torch.
 
-``stage.json`` holds a hash of everything that the stage is made from: the resolved recipe, options, and the content of
-its inputs and of the files that it names. The version of grpo is written down and not part of it: an update does not
-make a chain run again. A folder of another hash is moved aside (``NAME.previous``), never mixed with the new.
+``stage.json`` holds a hash of everything that the stage is made from: the recipe (what of it is no default), options,
+and the content of its inputs and of the files that it names. The version of grpo is written down and not part of it: an
+update does not make a chain run again. A folder of another hash is moved aside (``NAME.previous``), never mixed with
+the new.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from grpo.files import write_whole
 from grpo.pipeline.chain_file import Stage
 from grpo.pipeline.fingerprints import digest, facts_of, hash_of, named_files
 from grpo.run.same_run import differences
-from grpo.run.secrets import recipe_without_secrets
+from grpo.run.secrets import given_without_secrets
 
 STATE = "stage.json"
 FORMAT = 1
@@ -68,11 +69,11 @@ class State:
 def inputs_of(stage: Stage, made: Mapping[str, str], launch: list[str]) -> dict[str, Any]:
     """Everything that a stage is made from, as JSON values. ``made`` are the hashes of what other stages have made, by
     their names. Raises UserError where a file that the recipe names cannot be read."""
-    config, recipe = stage.config, recipe_without_secrets(stage.recipe)
+    config, recipe = stage.config, given_without_secrets(stage.recipe)
     for section, keys in NOT_HASHED.items():
         if keys is None:
             recipe.pop(section, None)
-        else:
+        elif section in recipe:
             recipe[section] = {key: value for key, value in recipe[section].items() if key not in keys}
     places = {"from": ("model", "name"), "rows": ("data", "path"), "teacher": ("teacher", "name")}
     for what, other in config.inputs.items():

@@ -47,7 +47,7 @@ def _tokens(recipe: Recipe, kept: float, lengths: Lengths) -> float:
 
 def _engine(recipe: Recipe, shape: Shape, size: int) -> dict[str, float]:
     rollout = recipe.rollout
-    rows = max(recipe.training.prompts_per_step * rollout.num_generations, recipe.data.eval_size)
+    rows = max(recipe.training.prompts_per_step * rollout.num_generations, recipe.data.held_out())
     rows = min(rows, rollout.max_batch_size)
     prompt = recipe.data.max_prompt_length
     tokens = rows * (rollout.max_completion_length + (prompt if prompt <= SHORT_PROMPT else 0)) + rows * prompt / 2

@@ -106,7 +106,7 @@ def plan_for_gpus(
     rollout = evaluation = 0.0
     if recipe.stage == "grpo":
         rollout = gpu_seconds.rollout_seconds(recipe, shape, lengths, work, card, gpus)
-        evaluated = recipe.data.eval_size * recipe.evaluation.num_generations
+        evaluated = recipe.data.held_out() * recipe.evaluation.num_generations
         evaluation = rollout * max(evaluated / work.completions, 1.0)
     update = gpu_seconds.update_seconds(shape, work, card, gpus)
     other = gpu_seconds.OTHER * (rollout + update)
@@ -136,7 +136,7 @@ def plan_for_cpu(
     rollout = evaluation = 0.0
     if recipe.stage == "grpo":
         rollout = measured.rollout(P * G, P, lengths, recipe.rollout.max_batch_size)
-        held_out, samples = recipe.data.eval_size, recipe.evaluation.num_generations
+        held_out, samples = recipe.data.held_out(), recipe.evaluation.num_generations
         evaluation = measured.rollout(held_out * samples, held_out, lengths, recipe.rollout.max_batch_size)
     update = measured.updating.at(P * lengths.with_signal)
     assumptions = [
@@ -184,7 +184,7 @@ def _of_lengths(recipe: Recipe, lengths: Lengths) -> list[str]:
 
 def _evaluations(recipe: Recipe) -> int:
     training, first = recipe.training, int(recipe.evaluation.at_start)
-    if not recipe.data.eval_size:
+    if not recipe.data.held_out():
         return 0
     if not training.eval_every:
         return first + 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 from grpo.audit.at_start import audit_at_start
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
 from grpo.config import Recipe
-from grpo.evaluate import accuracy_metrics, wilson_interval
+from grpo.evaluation.statistics import accuracy_metrics, wilson_interval
 from grpo.losses import find_loss
-from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows
+from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, source_metrics
 from grpo.model.policy import Policy
 from grpo.packing import to_sequences
 from grpo.plan.findings import Figures, Finding, findings
@@ -43,6 +43,8 @@ class Probe:
     figures: Figures
     findings: list[Finding]
     rows: list[dict[str, Any]]
+    by_source: dict[str, float] = field(default_factory=dict)
+    """What is said of each source of `data.mix`, as metrics (``source_metrics``)."""
 
     @property
     def goes(self) -> bool:
@@ -50,7 +52,8 @@ class Probe:
 
     def as_json(self) -> dict[str, Any]:
         found = [asdict(finding) for finding in self.findings]
-        return {"goes": self.goes, "findings": found} | asdict(self.figures)
+        by_source = {"by_source": self.by_source} if self.by_source else {}
+        return {"goes": self.goes, "findings": found} | asdict(self.figures) | by_source
 
 
 def probe(recipe: Recipe, prompts: int) -> Probe:
@@ -66,7 +69,7 @@ def probe(recipe: Recipe, prompts: int) -> Probe:
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
     clock = Clock()
-    with Scorer(recipe.rewards, recipe.scoring, max_steps=1) as scorer:
+    with Scorer(recipe.functions(), recipe.scoring, max_steps=1) as scorer:
         scorer.check_columns(task.columns)
         unpaid = audit_at_start(recipe, task, scorer)
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, False)
@@ -81,7 +84,8 @@ def probe(recipe: Recipe, prompts: int) -> Probe:
             groups = gather_groups(mine)
     entropy, difference = _compared(recipe, policy, groups)
     figures = _figures(recipe, groups, entropy=entropy, difference=difference, seconds=clock.total())
-    return Probe(figures, findings(figures, unpaid), rollout_rows(groups, 0))
+    by_source = source_metrics(groups, recipe.judged_by)
+    return Probe(figures, findings(figures, unpaid), rollout_rows(groups, 0), by_source)
 
 
 def _compared(recipe: Recipe, policy: Policy, groups: list[Group]) -> tuple[float, float]:
@@ -102,14 +106,14 @@ def _compared(recipe: Recipe, policy: Policy, groups: list[Group]) -> tuple[floa
 
 def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference: float, seconds: float) -> Figures:
     metrics = reward_metrics(groups) | completion_metrics(groups)
-    signal = has_signal(groups, [reward.weight for reward in recipe.rewards], recipe.algorithm)
+    signal = has_signal(groups, [reward.weight for reward in recipe.functions()], recipe.algorithm)
     low, high = wilson_interval(sum(signal), len(groups))
-    judge = recipe.judged_by()
-    values = [[value is not None and value >= 1 for value in group.rewards_by_function[judge]] for group in groups]
-    solved_PG = np.array(values)
+    judges = [recipe.judged_by(group.prompt.source) for group in groups]
+    judged = [group.rewards_by_function[judge] for group, judge in zip(groups, judges, strict=True)]
+    solved_PG = np.array([[value is not None and value >= 1 for value in values] for values in judged])
     accuracy = accuracy_metrics(solved_PG, [group.prompt.text for group in groups])
     counts = Counter[str]()
-    for group in groups:
+    for group, judge in zip(groups, judges, strict=True):
         counts.update(group.verdicts.get(judge, {}))
     completions = solved_PG.size
     return Figures(

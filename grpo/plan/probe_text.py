@@ -47,6 +47,14 @@ def figure_lines(probe: Probe) -> Iterator[str]:
         "entropy": f"{f.entropy:.3f} nats a token",
         "sampler": f"{f.sampler_difference:.2g} nats a token from the trainer",
     }
+    sources = {name.split("/")[1] for name in probe.by_source}
+    for source in sorted(sources):
+        of_source = {name.rpartition("/")[2]: v for name, v in probe.by_source.items() if name.split("/")[1] == source}
+        rows[source] = (
+            f"{of_source['prompts']:.0f} prompts, pass@1 {of_source.get('accuracy', 0):.3f}, "
+            f"{1 - of_source['frac_reward_zero_std']:.0%} of groups with a signal, "
+            f"{of_source['mean_length']:.0f} tokens"
+        )
     for name, text in rows.items():
         yield from textwrap.wrap(f"{name:<16}{text}", WIDTH, subsequent_indent=" " * 16)
 

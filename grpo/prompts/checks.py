@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import DataConfig, Recipe
+from grpo.config import DataConfig, Recipe, RowsConfig, Source
 from grpo.errors import UserError
 from grpo.prompts.completion_text import TAGS, CompletionText, special_tokens
 from grpo.prompts.lengths import longer_than, without_tokens
@@ -20,7 +21,7 @@ from grpo.prompts.templates import TemplateHangs, render
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-    from grpo.prompts.rows import Part
+    from grpo.prompts.parts import Share
     from grpo.prompts.task import Task
 
 
@@ -45,8 +46,8 @@ def check_before_loading(
     if task is not None and not errors:  # rows cannot be judged without a usable template and EOS
         limit = recipe.rollout.max_completion_length
         vocabulary = _text_config(model_config).vocab_size
-        for part in (task.train, task.held_out):
-            errors += _row_errors(task, part, limit, vocabulary)
+        for share in (*task.train.shares, *task.held_out.shares):
+            errors += _row_errors(task, share, limit, vocabulary)
     errors += [*_length_errors(recipe, model_config), *_rope_errors(recipe, model_config)]
     if errors:
         raise UserError("\n".join(errors))
@@ -118,6 +119,8 @@ def _length_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
     positions = getattr(_text_config(model_config), "max_position_embeddings", None)
     prompt, rollout = recipe.data.max_prompt_length, recipe.rollout.max_completion_length
     lengths = {"rollout": rollout, "evaluation": recipe.evaluation.max_completion_length or rollout}
+    if recipe.evaluation.suites:
+        lengths["evaluation.suite_sampling"] = recipe.evaluation.suite_sampling.max_completion_length or rollout
     for section, completion in lengths.items():
         if positions and prompt + completion > positions:
             yield (
@@ -168,6 +171,12 @@ def _rope_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
 
 def _chat_errors(data: DataConfig, tokenizer: Any, stops: list[int]) -> Iterator[str]:
     """Errors about a chat template that does not exist, or that this model was not trained with."""
+    for source in data.sources():
+        yield from _chat_errors_of(source, tokenizer, stops)
+
+
+def _chat_errors_of(source: Source, tokenizer: Any, stops: list[int]) -> Iterator[str]:
+    data, key = source.rows, f"{source.where}.template"
     if data.template != "chat":
         return
     cure = (
@@ -175,23 +184,23 @@ def _chat_errors(data: DataConfig, tokenizer: Any, stops: list[int]) -> Iterator
         "model (model.tokenizer)"
     )
     if not tokenizer.chat_template:
-        yield f"data.template: chat, but the tokenizer has no chat template. {cure}"
+        yield f"{key}: chat, but the tokenizer has no chat template. {cure}"
         return
     try:
         text = _shown(data, tokenizer, TURN)
         if any(_shown(data, tokenizer, TURN) != text for _ in range(DRAWS)):
-            yield "data.template: the tokenizer's chat template shows the same conversation differently each time"
+            yield f"{key}: the tokenizer's chat template shows the same conversation differently each time"
             return
     except TemplateHangs as error:
-        yield f"data.template: {error}"
+        yield f"{key}: {error}"
         return
     except Exception as error:  # a template is a program and may raise anything
-        yield f"data.template: the tokenizer's chat template fails: {error}"
+        yield f"{key}: the tokenizer's chat template fails: {error}"
         return
     ending = text[text.rindex(ANSWER) + len(ANSWER) :] if ANSWER in text else ""
     if not set(tokenizer.encode(ending, add_special_tokens=False)) & set(stops):
         yield (
-            f"data.template: the chat template ends an answer with {ending.strip()!r}, but the model stops on "
+            f"{key}: the chat template ends an answer with {ending.strip()!r}, but the model stops on "
             f"{', '.join(_name(tokenizer, token) for token in stops) or 'nothing'}. {cure}"
         )
 
@@ -201,32 +210,37 @@ DRAWS = 20  # renderings in which a template that draws by chance shows that it 
 TURN = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": ANSWER}]
 
 
-def _shown(data: DataConfig, tokenizer: Any, messages: list[dict[str, str]], **mode: Any) -> str:
+def _shown(data: RowsConfig, tokenizer: Any, messages: list[dict[str, str]], **mode: Any) -> str:
     return render(messages, tokenizer, data.chat_template_date, **mode, **data.chat_template_kwargs)
 
 
 def _chat_warnings(data: DataConfig, tokenizer: Any) -> Iterator[str]:
     """What a sound chat template does that may not be meant: it tells the date, or thinks for the model."""
-    if data.template != "chat":
-        return
+    for source in data.sources():
+        if source.rows.template == "chat":
+            yield from _chat_warnings_of(source, tokenizer)
+
+
+def _chat_warnings_of(source: Source, tokenizer: Any) -> Iterator[str]:
+    data, where = source.rows, source.where
     asked: list[str] = []
     question = _shown(data, tokenizer, TURN[:1], add_generation_prompt=True, asked=asked.append)
     whole = _shown(data, tokenizer, TURN)
     if asked:
         yield (
-            f"data.template: the chat template asks for today's date ({asked[0]}). It is told "
-            f"{data.chat_template_date} (data.chat_template_date), so that prompts are the same tomorrow"
+            f"{where}.template: the chat template asks for today's date ({asked[0]}). It is told "
+            f"{data.chat_template_date} ({where}.chat_template_date), so that prompts are the same tomorrow"
         )
-    kwargs = "data.chat_template_kwargs, such as {enable_thinking: true}, may turn that off"
+    kwargs = f"{where}.chat_template_kwargs, such as {{enable_thinking: true}}, may turn that off"
     if EMPTY_THINKING.search(question):
         yield (
-            "data.template: the chat template puts an empty think block before every answer: the model is not to "
+            f"{where}.template: the chat template puts an empty think block before every answer: the model is not to "
             f"think, and a reward for thinking finds none. {kwargs}"
         )
     elif EMPTY_THINKING.search(whole):
         yield (
-            "data.template: the chat template shows an answer behind an empty think block, with which neither rollouts "
-            f"nor completions to imitate begin. {kwargs}"
+            f"{where}.template: the chat template shows an answer behind an empty think block, with which neither "
+            f"rollouts nor completions to imitate begin. {kwargs}"
         )
 
 
@@ -235,21 +249,20 @@ EMPTY_THINKING = re.compile(rf"[<\[◁]\|?{THOUGHT}\s*[<\[◁]\|?(?:/\|?|end){TH
 """``<think></think>``, ``[THINK][/THINK]``, ``<|begin_of_thought|><|end_of_thought|>`` and their like."""
 
 
-def _row_errors(task: Task, part: Part, max_completion_length: int, vocabulary: int) -> Iterator[str]:
+def _row_errors(task: Task, part: Share, max_completion_length: int, vocabulary: int) -> Iterator[str]:
     """Errors about prompts (and completions to imitate) that are too long, or that a template was applied to before."""
-    data, markers = task.data, _turn_markers(task.tokenizer)
+    data, markers = part.data, _turn_markers(task.tokenizer)
+    encode = partial(task.encode, data)
     prompts: dict[int, str] = {}
     completions: dict[int, str] = {}
     marked: dict[int, str] = {}
     refused: list[str] = []
-    questions = part.rows.column(data.prompt_column)  # by column: reading rows one by one is slow
-    answers = part.rows.column(data.completion_column) if task.stage == "sft" else None
-    for row in part.ids:
-        question, place = questions[row], part.rows.place(row)
+    answers = part.values(data.completion_column) if task.stage == "sft" else None
+    for row, question in part.values(data.prompt_column).items():
         try:
-            prompts[row], prefill = task.render(question, place)
+            prompts[row], prefill = task.render(part, question, row)
             if answers is not None:
-                completions[row] = task.answer(answers[row], prefill, place)
+                completions[row] = task.answer(answers[row], prefill, part.place(row))
         except TemplateHangs as error:  # so it would for other rows, each for as long
             yield f"data: {error}"
             return
@@ -260,11 +273,11 @@ def _row_errors(task: Task, part: Part, max_completion_length: int, vocabulary: 
             marked[row] = held[0]
     if refused:
         yield f"data: {len(refused)} of {len(part)} rows can't be used, the first is {refused[0]}"
-    if empty := without_tokens(prompts, task.encode, special_tokens(task.tokenizer).values()):
-        first = part.rows.place(empty[0])
+    if empty := without_tokens(prompts, encode, special_tokens(task.tokenizer).values()):
+        first = part.place(empty[0])
         yield f"data: {len(empty)} of {len(part)} rows can't be used, the first is {first}: {NO_TOKENS}"
-    limit = data.max_prompt_length
-    if too_long := longer_than(limit, prompts, task.tokenizer, task.encode):
+    limit = task.data.max_prompt_length
+    if too_long := longer_than(limit, prompts, task.tokenizer, encode):
         yield _too_long("data.max_prompt_length", limit, "prompts", too_long, part)
     if too_long := longer_than(max_completion_length, completions, task.tokenizer, task.encode_answer):
         yield _too_long(
@@ -276,32 +289,32 @@ def _row_errors(task: Task, part: Part, max_completion_length: int, vocabulary: 
         row, marker = next(iter(marked.items()))
         yield (
             f"data.template: {len(marked)} of {len(part)} prompts already hold a template's token, {marker} (first "
-            f"{part.rows.place(row)}); template: {data.template} would wrap them once more. Take template: none for "
+            f"{part.place(row)}); template: {data.template} would wrap them once more. Take template: none for "
             f"prompts that are rendered already, or take the tokens out"
         )
 
 
 def _unknown_to_the_model(
-    task: Task, part: Part, prompts: dict[int, str], completions: dict[int, str], vocabulary: int
+    task: Task, part: Share, prompts: dict[int, str], completions: dict[int, str], vocabulary: int
 ) -> Iterator[str]:
     """An error where texts hold tokens that the model has no embedding for."""
-    encoded = [(row, task.encode(text)) for row, text in prompts.items()]
+    encoded = [(row, task.encode(part.data, text)) for row, text in prompts.items()]
     encoded += [(row, task.encode_answer(text)) for row, text in completions.items()]
     found = {row: max(ids) for row, ids in encoded if ids and max(ids) >= vocabulary}
     if found:
         row, token = next(iter(found.items()))
         yield (
             f"model.tokenizer: {len(found)} of {len(part)} rows hold tokens that the model has no embedding for, such "
-            f"as {token} ({_name(task.tokenizer, token)}) in {part.rows.place(row)}; the model has {vocabulary}. Name "
+            f"as {token} ({_name(task.tokenizer, token)}) in {part.place(row)}; the model has {vocabulary}. Name "
             "the tokenizer that belongs to the model, or enlarge the model (resize_token_embeddings) and save it"
         )
 
 
-def _too_long(key: str, limit: int, what: str, found: dict[int, int], part: Part) -> str:
+def _too_long(key: str, limit: int, what: str, found: dict[int, int], part: Share) -> str:
     row = max(found, key=lambda row: found[row])
     return (
         f"{key}: {len(found)} of {len(part)} {what} are longer than {limit} tokens; the longest has {found[row]} "
-        f"({part.rows.place(row)}). Raise it, or set data.too_long: drop to leave those rows out"
+        f"({part.place(row)}). Raise it, or set data.too_long: drop to leave those rows out"
     )
 
 

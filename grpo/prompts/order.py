@@ -7,7 +7,7 @@ steps so far drew beyond their ``prompts_per_step``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count, cycle
 from typing import TYPE_CHECKING
 
@@ -34,12 +34,18 @@ def prompts_of_step(
 
     ``extra`` is how many prompts earlier steps drew beyond ``prompts_per_step`` each. ``pass_rates`` are those of the
     rows seen so far, by row id; the curriculum alone uses them. ``ahead`` are rows asked for already, of which the step
-    makes use first: the prompts are those behind them, and the curriculum draws such rows last.
+    makes use first: the prompts are those behind them, and the curriculum draws such rows last. With `data.mix` the
+    position says from which source a prompt comes, and the curriculum which row of it.
     """
     P = task.prompts_per_step
     if config.curriculum:
-        order, taken = curriculum(config, task.train.ids, pass_rates, task.seed, step), set(ahead)
-        rows: Iterator[int] = cycle(sorted(order, key=lambda row: row in taken))
+        taken = set(ahead)
+        orders = [
+            cycle(sorted(curriculum(config, share.ids, pass_rates, task.seed, step), key=lambda row: row in taken))
+            for share in task.train.shares
+        ]
+        starts = count(step * P + extra + len(ahead), P)
+        rows: Iterator[int] = (next(orders[source]) for start in starts for source in task.sources_at(start))
     else:
         rows = (row for start in count(step * P + extra + len(ahead), P) for row in task.rows_at(start))
     return (task.prompt(task.train, row) for row in rows)
@@ -62,17 +68,18 @@ def curriculum(
 
 
 def updated_pass_rates(
-    pass_rates: Mapping[int, float], groups: Sequence[Group], function: str, newest: float
+    pass_rates: Mapping[int, float], groups: Sequence[Group], judge: Callable[[str], str], newest: float
 ) -> dict[int, float]:
     """Pass rates after a step that sampled ``groups``: rate = newest * (the group's) + (1 - newest) * (the one before).
 
-    A group's pass rate is the mean reward that ``function`` gave its scored completions, each cut to [0, 1]: for a
-    reward of 0 or 1 it is the share that solved the prompt. A prompt's first visit sets its rate. A group without any
-    scored completion changes nothing.
+    A group's pass rate is the mean reward that the function of the name ``judge(source)`` gave its scored completions,
+    each cut to [0, 1]: for a reward of 0 or 1 it is the share that solved the prompt. A prompt's first visit sets its
+    rate. A group without any scored completion changes nothing.
     """
     updated = dict(pass_rates)
     for group in groups:
-        scored = [min(max(r, 0.0), 1.0) for r in group.rewards_by_function[function] if r is not None]
+        given = group.rewards_by_function[judge(group.prompt.source)]
+        scored = [min(max(r, 0.0), 1.0) for r in given if r is not None]
         if scored:
             rate = sum(scored) / len(scored)
             before = updated.get(group.prompt.id, rate)

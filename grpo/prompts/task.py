@@ -6,16 +6,20 @@ which positions a step takes.
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grpo.config import DataConfig, Recipe, TrainingConfig
+from grpo.config import DataConfig, Recipe, RowsConfig, TrainingConfig
 from grpo.errors import UserError
 from grpo.prompts import templates
 from grpo.prompts.lengths import longer_than
-from grpo.prompts.rows import Part, Parts, check_enough, load_parts
+from grpo.prompts.mixture import Mixture
+from grpo.prompts.parts import Part, Parts, Share
+from grpo.prompts.rows import check_enough, load_parts, rows_of_step
 from grpo.randomness import Stream, permutation
 from grpo.types import Prompt
 
@@ -44,35 +48,42 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
         for what, before, after in (("to train on", task.train, train), ("held out", task.held_out, held_out))
         if len(after) < len(before)
     ]
-    try:
-        check_enough(len(train), training.prompts_per_step, train.rows)
-    except UserError as error:
-        raise UserError(f"{error} (data.too_long: drop: {'; '.join(dropped)})") from None
+    sources = data.sources()
+    weights = [source.weight for source in sources]
+    for source, share in zip(sources, train.shares, strict=True):
+        try:
+            of_step = rows_of_step(source, weights, training.prompts_per_step)
+            check_enough(len(share), of_step, share.rows, source.where)
+        except UserError as error:
+            raise UserError(f"{error} (data.too_long: drop: {'; '.join(dropped)})") from None
     return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]))
 
 
 def _drop_too_long(task: Task, part: Part, max_completion_length: int) -> Part:
     """The rows of a part that are within the limits, in their order. Rows that no template takes stay: the checks
     refuse them."""
+    return Part(tuple(_within_limits(task, share, max_completion_length) for share in part.shares))
+
+
+def _within_limits(task: Task, share: Share, max_completion_length: int) -> Share:
+    data = share.data
     prompts: dict[int, str] = {}
     answers: dict[int, str] = {}
-    questions = part.rows.column(task.data.prompt_column)  # by column: reading rows one by one is slow
-    completions = part.rows.column(task.data.completion_column) if task.stage == "sft" else None
-    for row in part.ids:
-        place = part.rows.place(row)
+    completions = share.values(data.completion_column) if task.stage == "sft" else None
+    for row, question in share.values(data.prompt_column).items():
         try:
-            prompts[row], prefill = task.render(questions[row], place)
+            prompts[row], prefill = task.render(share, question, row)
             if completions is not None:
-                answers[row] = task.answer(completions[row], prefill, place)
+                answers[row] = task.answer(completions[row], prefill, share.place(row))
         except templates.TemplateHangs:
             raise
         except UserError:
             continue
     too_long = {
-        *longer_than(task.data.max_prompt_length, prompts, task.tokenizer, task.encode),
+        *longer_than(task.data.max_prompt_length, prompts, task.tokenizer, partial(task.encode, data)),
         *longer_than(max_completion_length, answers, task.tokenizer, task.encode_answer),
     }
-    return Part(part.rows, [row for row in part.ids if row not in too_long])
+    return replace(share, ids=[row for row in share.ids if row not in too_long])
 
 
 class Task:
@@ -89,6 +100,7 @@ class Task:
         self.stage = stage
         self.tokenizer = tokenizer
         self.train, self.held_out, self.notes = parts
+        self.mixture = _mixture(data, training, self.train)
         self._latest_order = 0, self._permutation(0)
 
     def train_prompts(self, step: int) -> list[Prompt]:
@@ -96,9 +108,9 @@ class Task:
         return [self.prompt(self.train, row) for row in self.train_rows(step)]
 
     @property
-    def columns(self) -> list[str]:
-        """The columns of a prompt, by name: what reward functions get."""
-        return list(self.prompt(self.train, self.train.ids[0]).columns)
+    def columns(self) -> dict[str, list[str]]:
+        """The columns of each source's prompts, by name: what reward functions get."""
+        return {share.source: list(self.prompt(self.train, share.ids[0]).columns) for share in self.train.shares}
 
     @cached_property
     def eval_prompts(self) -> list[Prompt]:
@@ -110,9 +122,9 @@ class Task:
         return [self.example(self.train, row) for row in self.train_rows(step)]
 
     @cached_property
-    def eval_examples(self) -> list[tuple[list[int], list[int]]]:
-        """The held-out rows as supervised examples."""
-        return [self.example(self.held_out, row) for row in self.held_out.ids]
+    def eval_examples(self) -> dict[str, list[tuple[list[int], list[int]]]]:
+        """The held-out rows of each source as supervised examples."""
+        return {share.source: [self.example(self.held_out, row) for row in share.ids] for share in self.held_out.shares}
 
     # --- order
 
@@ -122,7 +134,9 @@ class Task:
 
     def rows_at(self, start: int) -> list[int]:
         """``prompts_per_step`` rows from position ``start`` on. Positions run over epochs without end; an epoch has
-        every row once."""
+        every row once. With `data.mix` it is so for each source (``mixture.py``)."""
+        if self.mixture is not None:
+            return self.mixture.rows_at(start)
         size = self.prompts_per_step
         epoch, offset = divmod(start, len(self.train))
         positions = self._epoch_order(epoch)[offset : offset + size].tolist()
@@ -130,9 +144,22 @@ class Task:
             positions += self._epoch_order(epoch + 1)[: size - len(positions)].tolist()
         return [self.train.ids[position] for position in positions]
 
+    def sources_at(self, start: int) -> list[int]:
+        """The sources, as places in the recipe, of ``prompts_per_step`` positions from ``start`` on."""
+        return self.mixture.sources_at(start) if self.mixture is not None else [0] * self.prompts_per_step
+
     def first_rows(self, number: int) -> list[int]:
-        """The first rows of the first epoch."""
+        """The first rows of the first epoch; of `data.mix` the first different ones."""
+        if self.mixture is not None:
+            return self._first_of_mixture(number)
         return [self.train.ids[position] for position in self._permutation(0)[:number].tolist()]
+
+    def _first_of_mixture(self, number: int) -> list[int]:
+        rows = (row for start in count(0, self.prompts_per_step) for row in self.rows_at(start))
+        found: dict[int, None] = {}
+        while len(found) < number:
+            found[next(rows)] = None
+        return list(found)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation, rearranged where it begins in the middle of a step.
@@ -161,20 +188,22 @@ class Task:
     # --- rows to tokens
 
     def prompt(self, part: Part, row: int) -> Prompt:
-        """A row of the part's source as a prompt. Raises UserError if the chat template refuses it, or it is empty."""
-        columns = dict(part.rows[row])
-        question = columns.pop(self.data.prompt_column)
+        """A row of the part as a prompt. Raises UserError if the chat template refuses it, or it is empty."""
+        share = part.share(row)
+        columns = dict(share.row(row))
+        question = columns.pop(share.data.prompt_column)
         if self.stage == "sft":
-            del columns[self.data.completion_column]
-        text, prefill = self.render(question, part.rows.place(row))
-        return Prompt(row, question, text, self.encode_prompt(text, part.rows.place(row)), prefill, columns)
+            del columns[share.data.completion_column]
+        text, prefill = self.render(share, question, row)
+        return Prompt(row, question, text, self.encode_prompt(share, text, row), prefill, columns, share.source)
 
     def example(self, part: Part, row: int) -> tuple[list[int], list[int]]:
         """Token ids of a row's prompt and of its completion, the latter with EOS."""
-        columns, place = part.rows[row], part.rows.place(row)
-        text, prefill = self.render(columns[self.data.prompt_column], place)
-        completion = self.answer(columns[self.data.completion_column], prefill, place)
-        return self.encode_prompt(text, place), self.encode_answer(completion)
+        share = part.share(row)
+        columns = share.row(row)
+        text, prefill = self.render(share, columns[share.data.prompt_column], row)
+        completion = self.answer(columns[share.data.completion_column], prefill, share.place(row))
+        return self.encode_prompt(share, text, row), self.encode_answer(completion)
 
     def answer(self, completion: str | list[dict[str, str]], prefill: str, place: str) -> str:
         """The text to imitate, without the prompt's prefill and without EOS. Raises UserError if it is several
@@ -185,29 +214,43 @@ class Task:
             completion = completion[0]["content"]
         return completion.removeprefix(prefill).removesuffix(self.tokenizer.eos_token)
 
-    def render(self, question: str | list[dict[str, str]], place: str) -> tuple[str, str]:
-        """The text that the model sees for a question, and the tail of that text that counts as answer.
+    def render(self, share: Share, question: str | list[dict[str, str]], row: int) -> tuple[str, str]:
+        """The text that the model sees for a row's question, and the tail of that text that counts as answer.
 
-        Raises UserError if the chat template refuses the question; ``place`` names its row.
+        Raises UserError, which names the row, if the chat template refuses the question.
         """
         try:
-            return templates.of_question(self.data, question, self.tokenizer)
+            return templates.of_question(share.data, question, self.tokenizer)
         except templates.TemplateHangs as error:
-            raise templates.TemplateHangs(f"{place}: {error}") from None
+            raise templates.TemplateHangs(f"{share.place(row)}: {error}") from None
         except ValueError as error:
-            raise UserError(f"{place}: {error}") from error
+            raise UserError(f"{share.place(row)}: {error}") from error
 
-    def encode_prompt(self, text: str, place: str) -> list[int]:
+    def encode_prompt(self, share: Share, text: str, row: int) -> list[int]:
         """``encode``, with a UserError that names the row where no token is left to begin from."""
-        token_ids = self.encode(text)
+        token_ids = self.encode(share.data, text)
         if not token_ids:
-            raise UserError(f"{place}: {NO_TOKENS}")
+            raise UserError(f"{share.place(row)}: {NO_TOKENS}")
         return token_ids
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, data: RowsConfig, text: str) -> list[int]:
         """Token ids of a prompt, as ``templates.encode`` makes them."""
-        return templates.encode(self.data, text, self.tokenizer)
+        return templates.encode(data, text, self.tokenizer)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer to imitate, with EOS."""
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+
+def _mixture(data: DataConfig, training: TrainingConfig, train: Part) -> Mixture | None:
+    """The order of rows of several sources; None where there is one source without a label."""
+    if not data.mix:
+        return None
+    return Mixture(
+        [source.label for source in data.sources()],
+        [source.weight for source in data.sources()],
+        [share.ids for share in train.shares],
+        size=training.prompts_per_step,
+        seed=training.seed,
+        shuffle=data.shuffle,
+    )

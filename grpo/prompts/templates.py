@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from grpo.config import DataConfig
+from grpo.config import RowsConfig
 from grpo.errors import UserError
 
 Message = dict[str, str]
@@ -47,7 +47,7 @@ LOOK = 0.1  # seconds between looks at both
 PLAIN_TEMPLATES = {"none": ("{question}", ""), "r1_zero": (R1_ZERO, ""), "tinyzero": (TINYZERO, "<think>")}
 
 
-def of_question(data: DataConfig, question: str | list[Message], tokenizer: Any) -> tuple[str, str]:
+def of_question(data: RowsConfig, question: str | list[Message], tokenizer: Any) -> tuple[str, str]:
     """The text that the model sees for a question by ``data.template``, and the tail of it that counts as answer.
 
     Raises ValueError and TemplateHangs, as ``chat`` does.
@@ -57,7 +57,7 @@ def of_question(data: DataConfig, question: str | list[Message], tokenizer: Any)
     return chat(question, tokenizer, data.system_prompt, data.chat_template_date, **data.chat_template_kwargs)
 
 
-def encode(data: DataConfig, text: str, tokenizer: Any) -> list[int]:
+def encode(data: RowsConfig, text: str, tokenizer: Any) -> list[int]:
     """Token ids of a prompt: with BOS once if the tokenizer adds one, and without the EOS that some add.
 
     A chat template writes its special tokens itself, and a row may; then none is added.

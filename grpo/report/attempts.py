@@ -67,7 +67,7 @@ def _value(run: RunRecord, row: Mapping[str, Any]) -> float:
     """What evaluation looks at: the recipe's evaluation reward, or the first one; nan where it is not scored. Solved
     is at least 1."""
     rewards = row.get("rewards") or {"": row.get("reward")}
-    name = run.setting("evaluation.reward")
+    name = row.get("judged_by") or run.setting("evaluation.reward")
     value = rewards[name] if name in rewards else next(iter(rewards.values()))
     return float("nan") if value is None else float(value)
 

@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 def page(folder: Path, summary: Mapping[str, Any]) -> str:
     """``summary`` is what ``summary.json`` holds; stages' folders are in ``folder``."""
     stages: Sequence[Row] = summary["stages"]
-    measured = [row for row in stages if row["accuracy"] is not None]
+    measured = [row for row in stages if row["accuracy"] is not None and row["kind"] != "eval"]  # on the same tasks
     body = f"""<header><h1>{e(folder.resolve().name)}: {len(stages)} stages</h1>
 <p>{e(_total(summary))}</p></header>
 <section class="wide">{_table(folder, stages)}<p class="note">{e(_explained(measured))}</p></section>
@@ -39,12 +39,13 @@ def _total(summary: Mapping[str, Any]) -> str:
 
 def _explained(measured: Sequence[Row]) -> str:
     if not measured:
-        return "No stage was measured: the chain has no section evaluate."
+        return "No model was measured on tasks that all share: the chain has no section evaluate."
     tasks = {row["tasks"] for row in measured if "tasks" in row}
     on = f" on {', '.join(f'{n:,}' for n in sorted(tasks))} held-out tasks" if tasks else ""
     return (
         f"Accuracy{on}, with its 95% interval over questions; length in tokens; form as the reward measures it that "
-        "evaluate.form names. Time is that of the stage's processes, over all attempts, without measuring."
+        "evaluate.form names. A stage of kind eval has tasks of its own. Time is that of the stage's processes, over "
+        "all attempts, without measuring."
     )
 
 

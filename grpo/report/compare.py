@@ -13,6 +13,7 @@ from typing import Any
 
 from grpo.config.given import given
 from grpo.errors import UserError
+from grpo.evaluation.statistics import Paired, paired_test, t_95
 from grpo.report.attempts import Attempts, attempts
 from grpo.report.markup import short
 from grpo.run.fields import COST
@@ -20,8 +21,6 @@ from grpo.run.read import RunRecord, headline, read_run
 
 # Runs that differ in these alone are seeds of one recipe.
 OF_A_SEED = {"training.seed", "training.output_dir", "tracking.run_name", "tracking.project"}
-# Two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 FACTS = {
     "accuracy before": "accuracy_before",
     "accuracy after": "accuracy_after",
@@ -68,40 +67,23 @@ class Side:
         return next(found[prompt] for found in self.answers if prompt in found)
 
 
-@dataclass(frozen=True)
-class Paired:
-    """The held-out prompts on which the other side does better and worse than the first, and the exact sign test."""
-
-    prompts: int
-    better: int
-    worse: int
-
-    @property
-    def p(self) -> float:
-        return sign_test(self.better, self.worse)
-
-    def text(self, one: str, other: str) -> str:
-        if not self.prompts:
-            return f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept."
-        said = "may be chance" if self.p > 0.05 else "is more than chance"
-        return (
-            f"{other} does better than {one} on {self.better} of {self.prompts} shared held-out prompts and worse on "
-            f"{self.worse}: p = {self.p:.2g}, which {said}."
-        )
-
-
 EXPLAINED = (
-    "The test is an exact sign test over prompts (with one run and one completion a prompt, McNemar's): prompts on "
-    "which both do equally well say nothing, and of the others each side would be ahead on half, were there no "
-    "difference. It says whether these models differ, not whether the recipes would with other seeds: for that, look "
-    "at the intervals, which are Student's t over seeds."
+    "The test is the exact sign-flip test over questions (with one run and one completion a prompt, McNemar's): were "
+    "there no difference, a question's would have either sign with the same chance. Its interval is Student's t, "
+    "clustered by question. It says whether these models differ, not whether the recipes would with other seeds: for "
+    "that, look at the intervals, which are Student's t over seeds."
 )
 
 
-def sign_test(better: int, worse: int) -> float:
-    """Two-sided exact p: twice the chance of at most min(better, worse) heads in better + worse throws of a coin."""
-    n, few = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2**n)
+def said_of(found: Paired | None, one: str, other: str, what: str = "shared held-out questions") -> str:
+    """A test's result as a sentence. ``what`` are the questions."""
+    if found is None:
+        return f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept."
+    said = "may be chance" if found.p > 0.05 else "is more than chance"
+    return (
+        f"{other} does better than {one} on {found.better} of {found.questions} {what} and worse on {found.worse}: "
+        f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}], p = {found.p:.2g}, which {said}."
+    )
 
 
 def mean_over_seeds(values: Sequence[float]) -> Mean:
@@ -109,8 +91,7 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
     n, mean = len(values), fmean(values)
     if n < 2:
         return Mean(mean, None, None)
-    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.6 / (n - 1)  # within 0.01 of the quantile
-    half = t * stdev(values) / math.sqrt(n)
+    half = t_95(n - 1) * stdev(values) / math.sqrt(n)
     return Mean(mean, mean - half, mean + half)
 
 
@@ -134,10 +115,13 @@ def compare(folders: Sequence[Path]) -> list[Side]:
     ]
 
 
-def paired(one: Side, other: Side) -> Paired:
+def paired(one: Side, other: Side) -> Paired | None:
+    """The test on the prompts that both sides have answered; None where there are none."""
     prompts = shared([one, other])
-    differences = [round(other.share(p) - one.share(p), 9) for p in prompts]
-    return Paired(len(prompts), sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    if not prompts:
+        return None
+    shares = ([side.share(prompt) for prompt in prompts] for side in (one, other))
+    return paired_test(*shares, [prompt.partition(" ")[2] for prompt in prompts])
 
 
 def shared(sides: Sequence[Side]) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from grpo.errors import UserError
 from grpo.files import write_whole
 from grpo.report.attempts import filtered
-from grpo.report.compare import EXPLAINED, FACTS, Side, compare, paired, shared
+from grpo.report.compare import EXPLAINED, FACTS, Side, compare, paired, said_of, shared
+from grpo.report.compare_suites import of_runs
 from grpo.report.markup import document, e
 
 COLOURS = 8  # of page.css
@@ -32,9 +33,12 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
         f"<tr><th>{e(side.letter)}</th><td>{e(', '.join(str(run.folder) for run in side.runs))}</td></tr>"
         for side in sides
     )
+    suites = list(of_runs([[run.folder for run in side.runs] for side in sides], [side.letter for side in sides]))
+    of_suites = "".join(f"<li>{e(line)}</li>" for line in suites)
     body = f"""<header><h1>{len(folders)} runs beside each other</h1></header>
 <section class="wide">{_table(sides)}</section>
 <section><ul class="findings">{tests}</ul><p class="note">{e(EXPLAINED)}</p></section>
+{f'<section><h2>Suites</h2><ul class="findings">{of_suites}</ul></section>' if suites else ""}
 <section><h2>Curves</h2><p class="note">Each run thin; the mean over seeds thick.</p>
 <div class="curves">{figures}</div></section>
 {_completions(sides)}
@@ -43,7 +47,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
         write_whole(out, document("runs beside each other", body))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    return [*terminal(sides), "", f"{out}"]
+    return [*terminal(sides), *([""] if suites else []), *suites, "", f"{out}"]
 
 
 def terminal(sides: Sequence[Side]) -> Iterator[str]:
@@ -72,7 +76,7 @@ def _figures(sides: Sequence[Side]) -> list[list[str]]:
 def _tests(sides: Sequence[Side]) -> list[str]:
     if len(sides) < 2:
         return ["These are seeds of one recipe: there is nothing to test."]
-    return [paired(sides[0], other).text(sides[0].letter, other.letter) for other in sides[1:]]
+    return [said_of(paired(sides[0], other), sides[0].letter, other.letter) for other in sides[1:]]
 
 
 def _table(sides: Sequence[Side]) -> str:

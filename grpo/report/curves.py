@@ -73,6 +73,23 @@ def _reward(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     return labels
 
 
+def _accuracy_by_source(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    names = [name for name in run.names("eval/sources/") if name.endswith("/accuracy")]
+    labels = []
+    for i, name in enumerate(names):
+        labels += points(ax, run, name, c.series[i % len(c.series)], name.split("/")[2])
+    share_axis(ax, max((v for name in names for v in run.series(name)[1]), default=1.0))
+    return labels
+
+
+def _reward_by_source(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    names = [name for name in run.names("sources/") if name.endswith("/reward")]
+    labels = []
+    for i, name in enumerate(names):
+        labels += noisy(ax, run, name, c.series[i % len(c.series)], name.split("/")[1])
+    return labels
+
+
 def _length(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     held_out = "held-out" if len(run.series("eval/completions/mean_length")[0]) else ""
     labels = noisy(ax, run, "completions/mean_length", c.series[0], "training" if held_out else "")
@@ -173,6 +190,8 @@ PANELS = [
     Panel("Held-out accuracy", "Share of unseen tasks solved.", ("eval/accuracy",), _accuracy),
     Panel("Loss", "Nats per completion token.", ("loss", "eval/loss"), _loss),
     Panel("Reward", "Mean over the completions of a training step.", ("reward",), _reward),
+    Panel("Accuracy by source", "Held-out tasks of each source of data.mix.", ("eval/sources/",), _accuracy_by_source),
+    Panel("Reward by source", "Of each source of data.mix, in training.", ("sources/",), _reward_by_source),
     Panel("Completion length", "Mean, in tokens.", ("completions/mean_length",), _length),
     Panel("Entropy", "Of the next token, in nats; near 0, exploration ends.", ("entropy",), _entropy),
     Panel("Verdicts", "Why completions were rewarded or not.", ("verdicts/",), _verdicts),

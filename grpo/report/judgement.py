@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
+from grpo.evaluation.statistics import Paired, paired_test
 from grpo.health.bands import Bands
 from grpo.health.watch import Change, Watch
 from grpo.report.attempts import ends
 from grpo.run.read import RunRecord, mapping
 
 Tone = Literal["good", "bad", "plain"]
-Z_95 = 1.959963984540054
 FEWEST = 10  # prompts that changed sides, for the normal interval of paired differences
 
 
@@ -54,8 +52,9 @@ def gain(run: RunRecord) -> Gain | None:
     if len(accuracy) < 2:
         return None
     before, after = float(accuracy[0]), float(accuracy[-1])
-    if half := _paired_half_width(run):
-        return Gain(before, after, after - before - half, after - before + half, "the same tasks, paired")
+    if found := _paired(run):
+        low, high = (after - before + end - found.difference for end in (found.low, found.high))
+        return Gain(before, after, low, high, "the same tasks, paired")
     lows, highs = (run.series(f"eval/accuracy_{end}")[1] for end in ("low", "high"))
     if not len(lows) == len(highs) == len(accuracy):
         return Gain(before, after, -1.0, 1.0, "no interval was logged")
@@ -65,18 +64,15 @@ def gain(run: RunRecord) -> Gain | None:
     return Gain(before, after, float(low), float(high), "from the two intervals")
 
 
-def _paired_half_width(run: RunRecord) -> float | None:
-    """z standard errors of the mean of a prompt's solved share after less before, over the held-out prompts; None with
-    few that changed. Rows with the same question are one cluster, as in ``evaluate.clustered_interval``."""
+def _paired(run: RunRecord) -> Paired | None:
+    """The last evaluation less the first on the held-out prompts of both; None with few that changed."""
     first, last = ends(run)
     prompts = [p for p in first if first[p].scored and last[p].scored]
-    changes_P = np.array([last[p].share - first[p].share for p in prompts])
-    if np.count_nonzero(changes_P) < FEWEST:
+    shares = [[evaluation[p].share for p in prompts] for evaluation in (first, last)]
+    if sum(before != after for before, after in zip(*shares, strict=True)) < FEWEST:
         return None
-    _, cluster_P = np.unique([str(first[p].row.get("prompt")) for p in prompts], return_inverse=True)
-    sums_C = np.bincount(cluster_P, weights=changes_P - changes_P.mean())
-    C = len(sums_C)
-    return Z_95 * math.sqrt(C / (C - 1) * float((sums_C**2).sum())) / len(prompts) if C > 1 else None
+    found = paired_test(*shares, [str(first[p].row.get("prompt")) for p in prompts])
+    return found if found.questions > 1 else None
 
 
 def judgement(run: RunRecord, *, running: bool = False) -> list[Finding]:

@@ -63,7 +63,7 @@ def draw_groups(
     With dynamic sampling there are up to ``max_resample`` more rounds, until ``prompts_per_step`` groups have a signal.
     Missing groups are taken from ``replay``, the last ones first, and then from those sampled without a signal.
     """
-    P, weights_F = recipe.training.prompts_per_step, [reward.weight for reward in recipe.rewards]
+    P, weights_F = recipe.training.prompts_per_step, [reward.weight for reward in recipe.functions()]
     most = 1 + (recipe.prompts.max_resample if recipe.prompts.dynamic_sampling else 0)
     scoring = scorer.start(step)
     sampled: list[Group] = []

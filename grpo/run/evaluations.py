@@ -18,23 +18,32 @@ KEPT = ("started", "command", "host", "platform", "python", "packages", "source"
 
 
 def write_evaluation(
-    folder: Path, name: str | None, recipe: Recipe, model: str, metrics: dict[str, float], rows: list[dict[str, Any]]
+    folder: Path,
+    name: str | None,
+    recipe: Recipe,
+    model: str,
+    metrics: dict[str, float],
+    rows: list[dict[str, Any]],
+    *,
+    suite: str = "",
+    facts: dict[str, Any] | None = None,
 ) -> Path:
     """Write an evaluation into ``folder`` as NAME.json and NAME.jsonl; returns the former.
 
     ``recipe`` is the one that was evaluated, ``rows`` are its completions (``metrics.rollout_rows``). Without ``name``
-    the files are called after the model. Files that exist stay: the new ones are then NAME-2. Raises RunError where
-    the disk refuses.
+    the files are called after the model; those of a ``suite`` have its name behind that, and say its ``facts`` too.
+    Files that exist stay: the new ones are then NAME-2. Raises RunError where the disk refuses.
     """
-    stem = re.sub(r"[^\w.-]+", "-", name or _called(model)).strip("-.") or "model"
+    called = f"{name or _called(model)}{f'-{suite}' if suite else ''}"
+    stem = re.sub(r"[^\w.-]+", "-", called).strip("-.") or "model"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
         free = next(n for n in names if not ((folder / f"{n}.json").exists() or (folder / f"{n}.jsonl").exists()))
         lines = [json.dumps({key: value for key, value in row.items() if key != "step"}) for row in rows]
         write_whole(folder / f"{free}.jsonl", "".join(f"{line}\n" for line in lines))
-        facts = {"model": model, "samples": f"{free}.jsonl"} | evaluation_facts(recipe, metrics, rows)
-        write_whole(folder / f"{free}.json", json.dumps(facts, indent=2) + "\n")
+        said = {"model": model, "samples": f"{free}.jsonl"} | (facts or {}) | evaluation_facts(recipe, metrics, rows)
+        write_whole(folder / f"{free}.json", json.dumps(said, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"{folder}: the evaluation can't be written: {error.strerror or error}") from error
     return folder / f"{free}.json"
@@ -45,10 +54,11 @@ def evaluation_facts(recipe: Recipe, metrics: dict[str, float], rows: list[dict[
 
     ``counts.scored_prompts`` are those without an unscored completion, over which accuracy is a mean.
     """
-    evaluation, judged_by = recipe.evaluation, recipe.judged_by()
+    evaluation = recipe.evaluation
+    judges = {source.label: recipe.judged_by(source.label) for source in recipe.data.sources()}
     prompts: dict[int, list[float | None]] = {}
     for row in rows:
-        prompts.setdefault(row["prompt_id"], []).append(row["rewards"][judged_by])
+        prompts.setdefault(row["prompt_id"], []).append(row["rewards"][judges[row.get("source", "")]])
     scored = {prompt: values for prompt, values in prompts.items() if None not in values}
     statuses = [row["status"] for row in rows]
     independent = evaluation.num_generations == 1 and len({row["prompt"] for row in rows}) == len(prompts)
@@ -67,10 +77,11 @@ def evaluation_facts(recipe: Recipe, metrics: dict[str, float], rows: list[dict[
             "solved": sum(value is not None and value >= 1 for values in scored.values() for value in values),
             "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
         },
-        "judged_by": judged_by,
+        "judged_by": judges if recipe.data.mix else judges[""],
         "sampling": {
             "num_generations": evaluation.num_generations,
             "temperature": evaluation.temperature,
+            "top_p": evaluation.top_p,
             "max_completion_length": evaluation.max_completion_length or recipe.rollout.max_completion_length,
             "stop": recipe.rollout.stop,
             "seed": recipe.training.seed,

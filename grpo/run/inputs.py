@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Recipe
+from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.files import hub_commits, input_files
 from grpo.prompts.task import Task
@@ -28,13 +28,24 @@ def hash_inputs(recipe: Recipe, task: Task) -> dict[str, str]:
 
     Raises UserError where a file cannot be read.
     """
-    files = input_files(recipe.model) | code_files(recipe) | files_in_args(recipe)
+    hashes = _of_files(input_files(recipe.model) | code_files(recipe) | files_in_args(recipe))
+    rows: dict[str, Any] = {}
+    for train, held_out in zip(task.train.shares, task.held_out.shares, strict=True):
+        of = f" of {train.source}" if train.source else ""
+        rows[f"data: rows{of}"] = train.rows
+        if held_out.rows is not train.rows:
+            rows[f"data: held-out rows{of}"] = held_out.rows
+    return hashes | hub_commits(recipe.model) | {name: rows_hash(of) for name, of in rows.items()}
+
+
+def hash_model(model: ModelConfig) -> dict[str, str]:
+    """The hashes of a model's files and its tokenizer's, or their commits on the hub. Raises UserError as above."""
+    return _of_files(input_files(model)) | hub_commits(model)
+
+
+def _of_files(files: dict[str, Path]) -> dict[str, str]:
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading leave the interpreter's lock
-        hashes = dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
-    rows: dict[str, Any] = {"data: rows": task.train.rows}
-    if task.held_out.rows is not task.train.rows:
-        rows["data: held-out rows"] = task.held_out.rows
-    return hashes | hub_commits(recipe.model) | {name: _of_rows(of) for name, of in rows.items()}
+        return dict(zip(files, pool.map(_of_file, files, files.values()), strict=True))
 
 
 def _of_file(name: str, file: Path) -> str:
@@ -44,7 +55,8 @@ def _of_file(name: str, file: Path) -> str:
         raise UserError(f"{name}: {file} cannot be read: {error.strerror or error}") from error
 
 
-def _of_rows(rows: Any) -> str:
+def rows_hash(rows: Any) -> str:
+    """A hash of rows' contents, in their order."""
     digest = hashlib.sha256()
     for row in _all(rows):
         digest.update(row_bytes(row))

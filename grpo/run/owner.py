@@ -69,14 +69,15 @@ def why_not_own(folder: Path) -> str | None:
 
 def code_of(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     """Keys of a recipe that have code executed, with their values: the user's own, a model's, or without a sandbox."""
-    for index, reward in enumerate(recipe.rewards):
+    for index, reward in enumerate(recipe.functions()):
         if reward.path:
-            yield f"rewards[{index}].path", reward.path
+            yield f"{reward.where(index)}.path", reward.path
         if reward.args.get("allow_unsafe"):
-            yield f"rewards[{index}].args.allow_unsafe", "programs of the model without a sandbox"
+            yield f"{reward.where(index)}.args.allow_unsafe", "programs of the model without a sandbox"
+    sources = recipe.data.sources()
     places = {
         "algorithm.loss_type": recipe.algorithm.loss_type,
-        "data.name": recipe.data.name,
+        **{f"{source.where}.name": source.rows.name for source in sources},
         "rollout.backend": recipe.rollout.backend,
     }
     yield from ((key, place) for key, place in places.items() if place and is_place(place))
@@ -84,7 +85,7 @@ def code_of(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     settings = {
         "model.trust_remote_code": recipe.model.trust_remote_code,
         "model.attn_implementation": attention if attention and not attention.startswith(ATTENTION) else None,
-        "data.args.trust_remote_code": recipe.data.args.get("trust_remote_code"),
+        **{f"{source.where}.args.trust_remote_code": source.rows.args.get("trust_remote_code") for source in sources},
         "rollout.vllm_python": recipe.rollout.vllm_python,
         "rollout.vllm_args": recipe.rollout.vllm_args,
     }

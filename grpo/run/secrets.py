@@ -37,6 +37,11 @@ def recipe_without_secrets(recipe: Recipe) -> dict[str, Any]:
     return without_secrets(recipe.model_dump(mode="json"))
 
 
+def given_without_secrets(recipe: Recipe) -> dict[str, Any]:
+    """What of the recipe is no default, as JSON values: a version with further keys says the same of it."""
+    return without_secrets(recipe.model_dump(mode="json", exclude_defaults=True))
+
+
 def command_without_secrets(arguments: list[str]) -> list[str]:
     """A command line with overrides (``a.b=c``) and options, for files."""
     return [scrubbed(_argument(argument)) for argument in _items(arguments)]

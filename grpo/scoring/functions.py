@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[FunctionSpec]:
     specs: list[FunctionSpec] = []
     for index, reward in enumerate(rewards):
-        where = f"rewards[{index}]"
+        where = reward.where(index)
         taken = sorted(REWARD_KEYWORDS & reward.args.keys())
         if taken:
             raise UserError(f"{where}: args.{taken[0]} is a name the trainer passes itself")
@@ -86,6 +86,20 @@ def judged_by(name: str) -> str:
     return "" if name not in REWARDS else str(getattr(import_module(f"rewards.{name}"), "JUDGES", "answer"))
 
 
+Vote = Callable[[Sequence[str], Sequence[str], Sequence[str]], list[int | None]]
+"""From completions, prefills and statuses to a number for each: equal for equal answers, None where there is none."""
+
+
+def voter(reward: RewardConfig) -> Vote | None:
+    """What tells which completions give the same answer, for a majority vote: ``votes`` of a built-in reward's module.
+    None for a reward that can't tell. It gets those of the reward's ``args`` that it takes."""
+    vote = getattr(import_module(f"rewards.{reward.name}"), "votes", None) if reward.name in REWARDS else None
+    if vote is None:
+        return None
+    accepted = inspect.signature(vote).parameters
+    return partial(vote, **{key: value for key, value in reward.args.items() if key in accepted})
+
+
 def needs_ids(spec: FunctionSpec) -> bool:
     """Whether a built-in reward cannot do without the tokens of completions."""
     asked = inspect.signature(getattr(import_module(spec.module), spec.attribute)).parameters.get("completion_ids")
@@ -102,17 +116,17 @@ def tell_left_out(rewards: Sequence[RewardConfig], keep: Sequence[str]) -> None:
         )
 
 
-def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[str, Callable[[dict[str, Any]], str | None]]]:
-    """What built-in rewards can say of a row before anything is sampled: name, and the function to ask.
+def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[RewardConfig, Callable[[dict[str, Any]], str | None]]]:
+    """What built-in rewards can say of a row before anything is sampled: the reward, and the function to ask.
 
     ``check_row(columns, …)`` of a reward's module gives the reason why no completion could be right, None where one
     could. It gets those of the reward's ``args`` that it takes.
     """
-    checks: list[tuple[str, Callable[[dict[str, Any]], str | None]]] = []
+    checks: list[tuple[RewardConfig, Callable[[dict[str, Any]], str | None]]] = []
     for index, reward in enumerate(rewards):
         if not reward.name or reward in rewards[:index]:
             continue
         if check := getattr(import_module(f"rewards.{reward.name}"), "check_row", None):
             accepted = inspect.signature(check).parameters
-            checks.append((reward.name, partial(check, **{k: v for k, v in reward.args.items() if k in accepted})))
+            checks.append((reward, partial(check, **{k: v for k, v in reward.args.items() if k in accepted})))
     return checks

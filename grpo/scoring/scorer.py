@@ -9,7 +9,7 @@ counted by its cause; too much of it ends the run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from grpo.config import RewardConfig, ScoringConfig
@@ -20,7 +20,7 @@ from grpo.types import Group
 
 
 class Scorer:
-    """The reward functions of a recipe and the processes they run in.
+    """The reward functions of a recipe (``Recipe.functions``) and the processes they run in.
 
     ``names`` are the functions' names in metrics, in the recipe's order: a built-in's own, a user function's name, made
     unique by a number. Close it, or use it as a context manager.
@@ -38,7 +38,7 @@ class Scorer:
             self._stop_own_workers()
             raise
         self.functions = [
-            ScoredFunction(spec, signature, reward.weight, reward.needs_group)
+            ScoredFunction(spec, signature, reward.weight, reward.needs_group, reward.scores)
             for spec, signature, reward in zip(specs, self._pool.signatures, rewards, strict=True)
         ]
         self.names = [spec.key for spec in specs]
@@ -49,15 +49,18 @@ class Scorer:
     def worker_pids(self) -> list[int]:
         return self._pool.pids
 
-    def check_columns(self, columns: Collection[str]) -> None:
-        """Raise UserError where a function needs a column that rows with these do not have, or where names clash."""
-        check_columns(self.functions, columns)
+    def check_columns(self, columns: Mapping[str, Collection[str]]) -> None:
+        """Raise UserError where a function needs a column that rows with these do not have, or where names clash.
+        ``columns`` are those of each source that the function may score."""
+        for source, of_source in columns.items():
+            check_columns(self.functions, of_source, source)
 
     def score(self, groups: Sequence[Group], step: int) -> None:
         """Fill ``rewards``, ``rewards_by_function``, ``verdicts``, ``extra_metrics``, ``extra_columns`` of every group.
 
         ``step`` is what functions see as ``trainer_state.global_step``. Completions that ended in ``Status.ERROR`` are
-        not handed to any function and have no reward.
+        not handed to any function and have no reward. A function that does not score the source of a group is not
+        called for it: its rewards are None, as TRL's are for rows of another task, and nothing of it is counted.
 
         Raises:
             UserError: a function needs a column that the rows do not have, or a column has a name that is taken.

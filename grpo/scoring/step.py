@@ -12,7 +12,7 @@ import math
 import pickle
 import queue
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,8 @@ class ScoredFunction:
     signature: Signature
     weight: float
     needs_group: bool
+    scores: Callable[[str], bool] = lambda source: True
+    """Whether it scores completions of a source of `data.mix`."""
 
     def __str__(self) -> str:
         return f"reward {self.spec.key!r} ({self.spec.source})"
@@ -81,22 +83,23 @@ class StepScoring:
         self._samples: list[tuple[int, ...]] = []  # of each group: the completions that were generated
         self._results: dict[tuple[int, int], list[tuple[_Piece, Answer | Failure]]] = {}  # by function and group
         self._filled = 0  # groups that a call of finish has filled in
-        self._checked: set[tuple[str, ...]] = set()
+        self._checked: set[tuple[str, tuple[str, ...]]] = set()
         self._finished: queue.SimpleQueue[tuple[list[_Piece], Future[list[Outcome]]]] = queue.SimpleQueue()
         self._outstanding = 0
 
     def add(self, group: Group) -> None:
-        columns = tuple(sorted(group.prompt.columns))
-        if columns not in self._checked:
-            check_columns(self._functions, columns)
-            self._checked.add(columns)
+        source, columns = group.prompt.source, tuple(sorted(group.prompt.columns))
+        if (source, columns) not in self._checked:
+            check_columns(self._functions, columns, source)
+            self._checked.add((source, columns))
         self._groups.append(group)
         self._rows.append(pickle.dumps((group.prompt.prompt, group.prompt.columns)))
         self._samples.append(tuple(i for i, c in enumerate(group.completions) if c.status is not Status.ERROR))
-        self._failures.completions += len(self._samples[-1])
         index = len(self._groups) - 1
         for place, function in enumerate(self._functions):
             self._results[place, index] = []
+            if function.scores(source):
+                self._failures.completions[place] += len(self._samples[-1])
             if not function.signature.is_async and place not in self._left_out:
                 self._send(self._whole(place, [index]))
 
@@ -122,7 +125,9 @@ class StepScoring:
             _fill(self._groups[index], self._functions, results_F)
 
     def _whole(self, function: int, groups: Iterable[int]) -> list[_Piece]:
-        return [_Piece(function, g, self._samples[g]) for g in groups if self._samples[g]]
+        scores = self._functions[function].scores
+        scored = (g for g in groups if self._samples[g] and scores(self._groups[g].prompt.source))
+        return [_Piece(function, g, self._samples[g]) for g in scored]
 
     def _send(self, pieces: list[_Piece]) -> None:
         """Send pieces of one function: in a job each, or, where it is async, in one job, which awaits them together."""
@@ -202,7 +207,7 @@ class _Failures:
     """The completions of a step that could not be scored, by function and cause."""
 
     def __init__(self, functions: Sequence[ScoredFunction], step: int, max_failure_rate: float) -> None:
-        self.completions = 0  # of the whole step
+        self.completions = [0] * len(functions)  # of the whole step, that each of them scores
         self._functions = functions
         self._step = step
         self._max_failure_rate = max_failure_rate
@@ -213,7 +218,7 @@ class _Failures:
         """Count a failure. Raises RunError where they are more than ``scoring.max_failure_rate`` allows."""
         self._causes[function][cause] += completions
         self._first[function] = self._first[function] or message.strip()
-        if sum(self._causes[function].values()) > self._max_failure_rate * self.completions:
+        if sum(self._causes[function].values()) > self._max_failure_rate * self.completions[function]:
             raise RunError(
                 f"{self._counted(function)}, more than scoring.max_failure_rate = {self._max_failure_rate:g} allows. "
                 f"The first: {self._first[function]}"
@@ -232,28 +237,32 @@ class _Failures:
         counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
         return (
             f"step {self._step}: {self._functions[function]} could not score {sum(causes.values())} of "
-            f"{self.completions} completions ({counts})"
+            f"{self.completions[function]} completions ({counts})"
         )
 
 
-def check_columns(functions: Sequence[ScoredFunction], columns: Collection[str]) -> None:
-    """Raise UserError where a function needs a column that rows with these do not have, or where names clash."""
+def check_columns(functions: Sequence[ScoredFunction], columns: Collection[str], source: str = "") -> None:
+    """Raise UserError where a function needs a column that rows of a source with these do not have, or where names
+    clash."""
+    of_source = f" of {source}" if source else ""
     taken = sorted(REWARD_KEYWORDS.intersection(columns))
     if taken:
         raise UserError(
-            f"data: the rows have a column {taken[0]!r}, a name under which reward functions get something "
+            f"data: the rows{of_source} have a column {taken[0]!r}, a name under which reward functions get something "
             "else from the trainer; rename or drop the column"
         )
     for function in functions:
+        if not function.scores(source):
+            continue
         missing = [name for name in function.signature.needs if name not in columns]
         if missing:
             raise UserError(
                 f"{function} needs {', '.join(missing)}: neither a column of the "
-                f"rows ({', '.join(sorted(columns)) or 'none'}) nor in its args"
+                f"rows{of_source} ({', '.join(sorted(columns)) or 'none'}) nor in its args"
             )
         twice = sorted(function.spec.args.keys() & set(columns))
         if twice:
-            raise UserError(f"reward {function.spec.key!r}: args.{twice[0]} is also a column of the rows")
+            raise UserError(f"reward {function.spec.key!r}: args.{twice[0]} is also a column of the rows{of_source}")
 
 
 def _fill(
@@ -266,8 +275,9 @@ def _fill(
     group.extra_metrics, group.extra_columns = {}, {}
     for function, pieces in zip(functions, results, strict=True):
         values: list[float | None] = [None] * size
-        said = ["not_generated"] * size
-        verdicts = Counter({"not_generated": not_generated})
+        scores = function.scores(group.prompt.source)
+        said = ["not_generated" if scores else "not_asked"] * size
+        verdicts = Counter({"not_generated": not_generated * scores})
         for piece, result in sorted(pieces, key=lambda pair: pair[0].samples):  # not in the order of arrival
             if isinstance(result, Failure):
                 verdicts[result.cause] += len(piece.samples)

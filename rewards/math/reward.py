@@ -112,6 +112,19 @@ def check_row(row: dict[str, Any]) -> str | None:
     return gold_fault(row.get("answer"))
 
 
+def same_answer(gold: str, answer: str, timeout: float) -> bool:
+    """Whether two bare answers are equal, as a row's and a completion's are."""
+    known = _gold(gold)
+    if known.form is None:
+        return False
+    try:
+        return _compared(known.form, read(answer)).outcome is Outcome.CORRECT
+    except NotExact:
+        return _ask_worker(known.piece, answer, timeout).outcome is Outcome.CORRECT
+    except Unreadable:
+        return False
+
+
 # --- one pair --------------------------------------------------------------------------------------------------------
 
 

@@ -128,23 +128,23 @@ def test_train_calls_its_stage(stand_in, stage, switches, resume):
 # --- eval, report ---
 
 
-def evaluated(metrics, recipe):
-    return SimpleNamespace(metrics=metrics, rows=[], recipe=recipe)
+def evaluated(metrics, recipe, on_result):
+    on_result(SimpleNamespace(metrics=metrics, rows=[], recipe=recipe, suite="", facts=None))
 
 
 @pytest.fixture(autouse=True)
 def _writes_no_evaluation(stand_in):
-    stand_in("run.evaluations", write_evaluation=lambda folder, name, *_: folder / f"{name or 'final'}.json")
+    stand_in("run.evaluations", write_evaluation=lambda folder, name, *_, **__: folder / f"{name or 'final'}.json")
 
 
 def test_eval_of_a_recipe_and_of_a_run(stand_in):
     called = []
 
-    def evaluate_recipe(recipe, model):
+    def evaluate_recipe(recipe, model, on_result):
         called.append((recipe.training.output_dir, recipe.evaluation.num_generations, model))
-        return evaluated({"eval/accuracy": 0.5, "eval/completions/mean_length": 98.25}, recipe)
+        evaluated({"eval/accuracy": 0.5, "eval/completions/mean_length": 98.25}, recipe, on_result)
 
-    stand_in("evaluate", evaluate_recipe=evaluate_recipe)
+    stand_in("evaluation.outside", evaluate_recipe=evaluate_recipe)
     Path("run/final").mkdir(parents=True)
     Path("run/recipe.yaml").write_text(RECIPE)
     result = run("eval", "recipe.yaml")
@@ -161,7 +161,7 @@ def test_eval_of_a_recipe_and_of_a_run(stand_in):
                                      ["train", "run/recipe.yaml"]])  # fmt: skip
 def test_a_stranger_s_run_executes_nothing_without_trust(tmp_path, stand_in, command):
     called = []
-    stand_in("evaluate", evaluate_recipe=lambda recipe, model: called.append(model) or evaluated({}, recipe))
+    stand_in("evaluation.outside", evaluate_recipe=lambda recipe, model, on_result: called.append(model))
     stand_in("trainer", train=lambda recipe, resume, **_: called.append(recipe))
     Path("run/final").mkdir(parents=True)
     Path("run/environment.json").write_text('{"host": "elsewhere"}')
@@ -215,7 +215,7 @@ def test_report(stand_in):
 def test_a_shell_variable_without_a_value_is_not_the_default(arguments, stand_in):
     """``--resume-from "$CHECKPOINT"`` would start another run, ``eval "$RUN"`` take the working directory."""
     stand_in("trainer", train=lambda *_, **__: None)
-    stand_in("evaluate", evaluate_recipe=lambda *_: {})
+    stand_in("evaluation.outside", evaluate_recipe=lambda *_, **__: None)
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert " is empty" in result.output

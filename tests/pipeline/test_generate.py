@@ -92,7 +92,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(
         return sample(recipe, wanted, prompts, *rest)
 
     monkeypatch.setattr(generate_module, "_sample", counted)
-    for size, expected in ((ends[4] + 7, [4, 2]), (ends[9], [2]), (ends[10], []), (3, [4, 4, 2])):
+    for size, expected in ((ends[6] + 7, [4, 2]), (ends[10], [])):
         chunks.clear()
         file = copied(undisturbed, tmp_path, size)
         generate(recipe_of(tiny_model), Wanted(n=3, prompts=10), file)  # the chunks are the file's
@@ -108,25 +108,31 @@ def test_the_samples_of_a_prompt_are_the_same_among_others(tiny_model: Path, und
         assert more[group["prompt_id"]]["completions"][:3] == group["completions"]
 
 
-@pytest.mark.parametrize(
-    ("sections", "wanted", "named"),
-    [
-        ({"training": {"seed": 1}}, WANTED, "training.seed: 0 -> 1"),
-        ({"rollout": {"temperature": 0.5}}, WANTED, "rollout.temperature: 1.0 -> 0.5"),
-        ({}, Wanted(n=5, prompts=10), "wanted.n: 3 -> 5"),
-        ({}, Wanted(n=3, prompts=10, chunk=5), "wanted.chunk: 4 -> 5"),
-        ({"data": {"args": {"question": "compact", "max_number": 9}}}, WANTED, "data: rows has changed"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_other_samples_are_refused(
-    tiny_model: Path, undisturbed: Path, tmp_path: Path, sections: Any, wanted: Wanted, named: str
-) -> None:
+def test_other_samples_are_refused(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """With everything that differs."""
     file = copied(undisturbed, tmp_path, 100)
+    changes = {
+        "training": {"seed": 1, "num_threads": 1},
+        "rollout": {"temperature": 0.5},
+        "data": {"args": {"question": "compact", "max_number": 9}},
+    }
     with pytest.raises(UserError, match="holds samples of something else") as refused:
-        generate(recipe_of(tiny_model, **sections), wanted, file)
-    assert named in str(refused.value)
+        generate(recipe_of(tiny_model, **changes), Wanted(n=5, prompts=10, chunk=5), file)
+    for named in (
+        *("training.seed: 0 -> 1", "rollout.temperature: absent -> 0.5", "wanted.n: 3 -> 5", "wanted.chunk: 4 -> 5"),
+        "data: rows has changed",
+    ):
+        assert named in str(refused.value)
     assert file.stat().st_size == 100
+
+
+def test_a_file_without_a_sample_is_begun_again(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A process that failed before its first chunk, because of its recipe say, binds nobody."""
+    file = copied(undisturbed, tmp_path, 0)
+    wanted, recipe = Wanted(n=1, prompts=1), recipe_of(tiny_model, rollout={"temperature": 0.5})
+    generate(recipe, wanted, file)
+    assert read_header(file)["recipe"]["rollout"]["temperature"] == 0.5
+    assert len(list(read_samples(file))) == 1
 
 
 def test_what_does_not_matter_to_a_sample_may_change(tiny_model: Path, undisturbed: Path, tmp_path: Path) -> None:

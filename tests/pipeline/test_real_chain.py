@@ -29,7 +29,7 @@ stages:
     overrides: &short
       model.name: data/tiny_base
       data: {{train_size: 16, eval_size: 0}}
-      training: {{prompts_per_step: 4, max_steps: 2, eval_every: 0, save_every: 1, num_threads: 1}}
+      training: {{prompts_per_step: 4, max_steps: 1, eval_every: 0, save_every: 1, num_threads: 1}}
   sampled:
     kind: sample
     recipe: smoke_cpu
@@ -91,7 +91,7 @@ def test_a_chain_that_is_interrupted_ends_with_the_same_bytes(tmp_path: Path, mo
     run_chain(load_chain(str(tmp_path / "undisturbed.yaml")))
 
     interrupted = load_chain(str(tmp_path / "interrupted.yaml"))
-    for moment in (3, 9, 8, 2):
+    for moment in (9, 5):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", deadly_after(moment))
             with pytest.raises(Killed):

@@ -21,6 +21,10 @@ from tests.small_runs import lines, progress, same_weights, small_run
 ON = PromptsConfig(curriculum=True)
 
 
+def judge(source: str) -> str:
+    return "right"
+
+
 def group(row: int, *rewards: float | None) -> Group:
     return Group(Prompt(row, "", "", []), [], [], {"right": list(rewards), "other": [0.0] * len(rewards)})
 
@@ -82,11 +86,14 @@ def test_a_floor_of_one_is_a_uniform_draw() -> None:
 class FakeTask:
     """Rows 0 to 9 in their order, epoch after epoch."""
 
-    train = SimpleNamespace(ids=range(10))
+    train = SimpleNamespace(shares=[SimpleNamespace(ids=range(10))])
     prompts_per_step, seed = 4, 0
 
     def rows_at(self, start: int) -> list[int]:
         return [(start + i) % 10 for i in range(4)]
+
+    def sources_at(self, start: int) -> list[int]:
+        return [0] * 4
 
     def prompt(self, part: Any, row: int) -> Prompt:
         return Prompt(row, "", "", [])
@@ -122,21 +129,21 @@ def test_rows_that_are_asked_for_already_are_behind_a_step_and_come_last_in_the_
 
 
 def test_a_pass_rate_is_the_mean_over_visits_the_newest_counting_most() -> None:
-    rates = updated_pass_rates({}, [group(1, 1, 0, 0, 0), group(2, 1, 1, 1, 1)], "right", 0.5)
+    rates = updated_pass_rates({}, [group(1, 1, 0, 0, 0), group(2, 1, 1, 1, 1)], judge, 0.5)
     assert rates == {1: 0.25, 2: 1.0}
-    rates = updated_pass_rates(rates, [group(1, 1, 1, 1, 0)], "right", 0.5)
+    rates = updated_pass_rates(rates, [group(1, 1, 1, 1, 0)], judge, 0.5)
     assert rates == {1: 0.5, 2: 1.0}
-    assert updated_pass_rates(rates, [group(2, 0, 0, 0, 0)], "right", 0.25) == {1: 0.5, 2: 0.75}
-    assert updated_pass_rates(rates, [group(2, 0, 0, 0, 0)], "right", 1.0) == {1: 0.5, 2: 0.0}
+    assert updated_pass_rates(rates, [group(2, 0, 0, 0, 0)], judge, 0.25) == {1: 0.5, 2: 0.75}
+    assert updated_pass_rates(rates, [group(2, 0, 0, 0, 0)], judge, 1.0) == {1: 0.5, 2: 0.0}
 
 
 def test_what_could_not_be_scored_is_left_out_and_partial_rewards_stay_within_0_and_1() -> None:
-    rates = updated_pass_rates({}, [group(1, 1, None, 0, None), group(2, None, None), group(3, -2, 3)], "right", 0.5)
+    rates = updated_pass_rates({}, [group(1, 1, None, 0, None), group(2, None, None), group(3, -2, 3)], judge, 0.5)
     assert rates == {1: 0.5, 3: 0.5}
 
 
 def test_a_prompt_that_came_twice_in_a_step_is_updated_twice() -> None:
-    assert updated_pass_rates({}, [group(1, 1, 1), group(1, 0, 0)], "right", 0.5) == {1: 0.5}
+    assert updated_pass_rates({}, [group(1, 1, 1), group(1, 0, 0)], judge, 0.5) == {1: 0.5}
 
 
 def test_metrics_say_how_much_was_seen() -> None:

@@ -39,7 +39,7 @@ def test_a_repeated_question_is_never_in_both_parts(tmp_path):
     task = load({"path": path, "eval_size": 5})
     held_out = [p.prompt for p in task.eval_prompts]
     assert len(set(held_out)) == 5
-    assert Counter(task.train.rows[row]["prompt"] for row in task.train.ids) == {
+    assert Counter(task.train.row(row)["prompt"] for row in task.train.ids) == {
         row["prompt"]: 3 for row in questions(12) if row["prompt"] not in held_out
     }
     assert task.notes == ["10 rows repeat a held-out question and are left out of training"]
@@ -217,7 +217,7 @@ def test_sound_rows_of_all_sorts_pass(tmp_path):
         b"\xef\xbb\xbf" + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode() + b"\n\n \n"
     )
     task = load({"path": str(path)}, prompts_per_step=3)
-    assert [task.train.rows[i] for i in range(3)] == rows
+    assert [task.train.row(i) for i in range(3)] == rows
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_csv_of_other_tongues(tmp_path, header):
     between = f"{mark} " if f"{mark} " in header else mark
     path.write_text(f"{header}\n{between.join(values)}\n", encoding="utf-8")
     task = load({"path": str(path)}, prompts_per_step=1)
-    assert dict(task.train.rows[0]) == {"prompt": f"{long}a", "answer": "3"}
+    assert dict(task.train.row(0)) == {"prompt": f"{long}a", "answer": "3"}
 
 
 def test_csv_rows(tmp_path):
@@ -261,7 +261,7 @@ def test_csv_rows(tmp_path):
         b'\xef\xbb\xbfprompt,answer,nums\r\n"how many, in\nall?",007,"[1, 2]"\r\nb,[3],[]\r\n\r\nc,,\r\nd,1.5,[4]\r\n'
     )
     task = load({"path": str(path), "shuffle": False}, prompts_per_step=4)
-    assert [dict(task.train.rows[i]) for i in range(4)] == [
+    assert [dict(task.train.row(i)) for i in range(4)] == [
         {"prompt": "how many, in\nall?", "answer": "007", "nums": [1, 2]},
         {"prompt": "b", "answer": "[3]", "nums": []},
         {"prompt": "c", "answer": None, "nums": None},
@@ -277,7 +277,7 @@ def test_csv_rows(tmp_path):
     with pytest.raises(UserError, match=rf"1 of 3 rows.*\n  {path}:7: column 'prompt' is null"):
         load({"path": str(path)})
     path.write_text(f"prompt,answer\n{'a' * 200_000},1\nb,2\n")
-    rows = load({"path": str(path), "shuffle": False}, prompts_per_step=2).train.rows
+    rows = load({"path": str(path), "shuffle": False}, prompts_per_step=2).train.shares[0].rows
     assert (rows[0]["prompt"], rows.place(1)) == ("a" * 200_000, f"{path}:3")
 
 

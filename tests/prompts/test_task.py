@@ -69,4 +69,4 @@ def test_supervised_examples(tmp_path):
 
     path = write_rows(tmp_path / "rows.jsonl", [{**rows[2], "prompt": f"{c} ?"} for c in "abcdef"])
     task = load({"path": path, "eval_size": 2}, tokenizer, stage="sft", prompts_per_step=2)
-    assert [tokenizer.convert_ids_to_tokens(c) for _, c in task.eval_examples] == [["b", "<eos>"]] * 2
+    assert [tokenizer.convert_ids_to_tokens(c) for _, c in task.eval_examples[""]] == [["b", "<eos>"]] * 2

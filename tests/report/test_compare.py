@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import UserError
-from grpo.report.compare import compare, mean_over_seeds, paired, sign_test
+from grpo.report.compare import compare, mean_over_seeds, paired, said_of
 from grpo.report.compare_page import terminal, write_comparison
 from tests.report.made_runs import Page, make_run
 
@@ -44,24 +44,22 @@ def test_an_interval_over_seeds_is_students(runs):
     assert mean_over_seeds([0.4]).low is None
 
 
-@pytest.mark.parametrize(
-    ("better", "worse", "p"),
-    [(0, 0, 1.0), (5, 0, 2 / 32), (8, 2, 2 * (1 + 10 + 45) / 1024), (3, 3, 1.0), (600, 400, 2.7e-10)],
-)
-def test_the_sign_test_is_exact(better, worse, p):
-    assert sign_test(better, worse) == sign_test(worse, better) == pytest.approx(p, rel=0.05)
-
-
 def test_the_test_is_paired_on_prompts_that_are_the_same(runs, tmp_path):
     good, bad = compare(runs)
     found = paired(good, bad)
-    solved = sum((p * 0.618) % 1 < good.means["accuracy after"].value for p in range(40))
-    assert (found.prompts, found.better, found.worse) == (40, 0, solved)
-    assert "worse on" in found.text("A", "B")
+    accuracy = good.means["accuracy after"].value
+    solved = [p for p in range(40) if (p * 0.618) % 1 < accuracy]
+    worse = len({p % 9 for p in solved})  # of 40 prompts with 9 questions
+    assert found is not None
+    assert (found.questions, found.better, found.worse) == (9, 0, worse)
+    assert found.p == pytest.approx(2 * 0.5**worse)
+    assert f"on 0 of 9 shared held-out questions and worse on {worse}: -{len(solved) / 40:.3f} [" in said_of(
+        found, "A", "B"
+    )
     other = shutil.copytree(runs[2], tmp_path / "other")
     for file in (other / "rollouts").iterdir():
         file.write_text(file.read_text().replace("numbers 6", "numbers 7"))
-    assert "share no held-out prompt" in paired(*compare([runs[0], other])).text("A", "B")
+    assert "share no held-out prompt" in said_of(paired(*compare([runs[0], other])), "A", "B")
 
 
 def test_the_page_and_the_table(runs, tmp_path):

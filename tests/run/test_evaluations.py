@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from grpo.errors import RunError
-from grpo.evaluate import accuracy_metrics
+from grpo.evaluation.statistics import accuracy_metrics
 from grpo.run.evaluations import write_evaluation
 from tests.conftest import make_recipe
 
