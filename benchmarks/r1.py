@@ -7,19 +7,20 @@ start-up and sampling and without measuring, are then R1-Zero's seconds of train
 an interruption: it goes on.
 
 Writes OUTPUT/summary.json and prints it as the last line: ``stages`` has accuracy, length, form and seconds of each,
-means over the seeds, and each seed's own with intervals; ``holds`` says in which seeds each ordering holds.
+means over the seeds, and each seed's own with intervals; ``orderings`` compares stages on the same tasks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.common import ROOT
@@ -27,14 +28,16 @@ from benchmarks.common import ROOT
 CHAIN, ZERO = "r1_tiny_cpu", "r1_zero_tiny_cpu"
 FIGURES = ("accuracy", "length", "form", "seconds")
 Row = Mapping[str, Any]
+Outcomes = Mapping[str, float]
 
-ORDERINGS = {
-    "rl over cold": lambda of: of["rl"]["accuracy_low"] > of["cold"]["accuracy_high"],
-    "again keeps what rl found": lambda of: of["again"]["accuracy_high"] >= of["rl"]["accuracy"],
-    "again is better formed than rl": lambda of: of["again"]["form_low"] > of["rl"]["form_high"],
-    "rl2 over zero": lambda of: of["rl2"]["accuracy_low"] > of["zero"]["accuracy_high"],
-}
-"""Over: the 95% intervals do not meet. Keeps: the interval does not lie below."""
+ORDERINGS = (
+    ("rl solves more than cold", "accuracy", "rl", "cold", "above"),
+    ("again solves no less than rl", "accuracy", "again", "rl", "kept"),
+    ("again is better formed than rl", "form", "again", "rl", "above"),
+    ("rl2 solves more than zero", "accuracy", "rl2", "zero", "above"),
+)
+"""What should be seen: the words, what is compared, of which two stages, and how (``holds``)."""
+REWARD_OF = {"accuracy": "countdown", "form": "form"}  # in evaluation.jsonl, 1 or 0
 
 
 def run_chain(name: str, folder: Path, seed: int, *overrides: str) -> dict[str, Any]:
@@ -58,25 +61,59 @@ def run_seed(seed: int, output: Path) -> list[dict[str, Any]]:
     return [*chain["stages"], *zero["stages"]]
 
 
-def summary_of(stages_of: Mapping[int, Sequence[Row]]) -> dict[str, Any]:
-    """Means over the seeds, stage by stage, and which orderings hold in which."""
+def difference(one: Outcomes, other: Outcomes) -> tuple[float, float, float]:
+    """Mean of one less the other over the same tasks, and its 95% interval: mean +- 1.96 standard errors.
+
+    Raises ValueError where the tasks are not the same.
+    """
+    if one.keys() != other.keys():
+        raise ValueError("the two stages were measured on different tasks")
+    differences = [value - other[task] for task, value in one.items()]
+    mean, half = fmean(differences), 1.96 * stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def holds(how: str, low: float, high: float) -> bool:
+    """``above``: the whole interval of the difference is above 0. ``kept``: not the whole of it is below 0."""
+    return low > 0 if how == "above" else high >= 0
+
+
+def outcomes(stage: Path, reward: str) -> dict[str, float]:
+    """What ``reward`` paid for each held-out task when the stage's model was measured."""
+    with (stage / "evaluation.jsonl").open(encoding="utf-8") as lines:
+        return {row["prompt"]: row["rewards"][reward] for row in map(json.loads, lines)}
+
+
+def compared(output: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Each ordering, with the difference in every seed and whether it holds there."""
+    found = []
+    for words, figure, one, other, how in ORDERINGS:
+        by_seed = []
+        for seed in seeds:
+            paid = [
+                outcomes(output / f"{'zero' if stage == 'zero' else 'chain'}_seed{seed}" / stage, REWARD_OF[figure])
+                for stage in (one, other)
+            ]
+            mean, low, high = difference(*paid)
+            rounded = {"difference": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
+            by_seed.append({"seed": seed, **rounded, "holds": holds(how, low, high)})
+        found.append({"ordering": words, "figure": figure, "by_seed": by_seed})
+    return found
+
+
+def stages_of(rows_of: Mapping[int, Sequence[Row]]) -> list[dict[str, Any]]:
+    """Means over the seeds, stage by stage, and each seed's own row."""
     stages = []
-    for rows in zip(*stages_of.values(), strict=True):
-        means = {
-            name: None if None in (values := [row[name] for row in rows]) else round(fmean(values), 4)
-            for name in FIGURES
-        }
-        by_seed = [{"seed": seed} | dict(row) for seed, row in zip(stages_of, rows, strict=True)]
+    for rows in zip(*rows_of.values(), strict=True):
+        values = {name: [row[name] for row in rows] for name in FIGURES}
+        means = {name: None if None in of_name else round(fmean(of_name), 4) for name, of_name in values.items()}
+        by_seed = [{"seed": seed, **row} for seed, row in zip(rows_of, rows, strict=True)]
         stages.append({"name": rows[0]["name"], **means, "by_seed": by_seed})
-    holds = {}
-    for name, ordering in ORDERINGS.items():
-        named = {seed: {row["name"]: row for row in rows} for seed, rows in stages_of.items()}
-        holds[name] = [seed for seed, of in named.items() if ordering(of)]
-    return {"chain": CHAIN, "seeds": list(stages_of), "stages": stages, "holds": holds}
+    return stages
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """A row a stage and seed, for a terminal and for docs/results/r1.md."""
+    """A row a stage and seed, then one an ordering and seed: for a terminal and for docs/results/r1.md."""
     lines = ["| stage | seed | accuracy | length | form | seconds |", "|---|---|---|---|---|---|"]
     for stage in summary["stages"]:
         for row in stage["by_seed"]:
@@ -90,6 +127,12 @@ def table(summary: Mapping[str, Any]) -> str:
                     f"{row['form']:.3f} [{row['form_low']:.3f}, {row['form_high']:.3f}]",
                 ]
             lines.append(f"| {' | '.join([*cells, format(row['seconds'], '.0f')])} |")
+    lines += ["", "| | seed | difference | holds |", "|---|---|---|---|"]
+    for ordering in summary["orderings"]:
+        for row in ordering["by_seed"]:
+            interval = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            what = f"{ordering['ordering']} ({ordering['figure']})"
+            lines.append(f"| {what} | {row['seed']} | {interval} | {'yes' if row['holds'] else 'no'} |")
     return "\n".join(lines)
 
 
@@ -110,7 +153,12 @@ def main() -> None:
         thread.join()
     if missing := [seed for seed in options.seeds if seed not in found]:
         sys.exit(f"seed {missing[0]} failed: its lines above say why; start again to go on from there")
-    summary = summary_of({seed: found[seed] for seed in options.seeds})
+    summary = {
+        "chain": CHAIN,
+        "seeds": options.seeds,
+        "stages": stages_of({seed: found[seed] for seed in options.seeds}),
+        "orderings": compared(options.output, options.seeds),
+    }
     (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(summary)}\n")
     print(json.dumps(summary))

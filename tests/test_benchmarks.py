@@ -314,30 +314,49 @@ def test_every_benchmark_finds_what_it_imports(path):
     import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
-def test_r1s_summary_has_means_over_seeds_and_says_which_orderings_hold_in_which():
-    def row(name, accuracy, form):
-        around = {"accuracy": accuracy, "accuracy_low": accuracy - 0.03, "accuracy_high": accuracy + 0.03}
-        return {"name": name, **around, "form": form, "form_low": form - 0.03, "form_high": form + 0.03} | {
-            "length": 100.0,
-            "seconds": 60.0,
-        }
+def test_r1s_stages_are_compared_on_the_same_tasks(tmp_path):
+    tasks = [f"{i} 1 1 = 2" for i in range(200)]
 
-    kept = {"name": "sampled", "accuracy": None, "form": None, "length": None, "seconds": 20.0, "rows": 1500}
-    stages = [row("cold", 0.3, 0.5), row("rl", 0.5, 0.3), kept, row("again", 0.55, 0.4), row("rl2", 0.6, 0.4)]
-    found = r1.summary_of(
-        {
-            0: [*stages, row("zero", 0.3, 0.2)],
-            1: [*stages[:3], row("again", 0.46, 0.33), row("rl2", 0.55, 0.4), row("zero", 0.5, 0.2)],
-        }
-    )
-    assert [stage["name"] for stage in found["stages"]] == ["cold", "rl", "sampled", "again", "rl2", "zero"]
-    assert found["stages"][3]["accuracy"] == pytest.approx(0.505)
-    assert found["stages"][2]["accuracy"] is None
-    assert [row["seed"] for row in found["stages"][0]["by_seed"]] == [0, 1]
-    assert found["holds"] == {
-        "rl over cold": [0, 1],
-        "again keeps what rl found": [0],
-        "again is better formed than rl": [0],
-        "rl2 over zero": [0],
+    def measured(seed, stage, solved, formed):
+        folder = tmp_path / f"{'zero' if stage == 'zero' else 'chain'}_seed{seed}" / stage
+        folder.mkdir(parents=True)
+        rows = [
+            {"prompt": task, "rewards": {"countdown": float(i < solved), "form": float(i >= 200 - formed)}}
+            for i, task in enumerate(tasks)
+        ]
+        (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for stage, solved, formed in (("cold", 60, 110), ("rl", 100, 60), ("again", 99, 80), ("rl2", 120, 80)):
+        measured(0, stage, solved, formed)
+        measured(1, stage, solved - 30 * (stage == "again"), 60)
+    measured(0, "zero", 50, 40)
+    measured(1, "zero", 119, 40)
+    found = {one["ordering"]: [row["holds"] for row in one["by_seed"]] for one in r1.compared(tmp_path, [0, 1])}
+    assert found == {
+        "rl solves more than cold": [True, True],
+        "again solves no less than rl": [True, False],
+        "again is better formed than rl": [True, False],
+        "rl2 solves more than zero": [True, False],
     }
-    assert "1,500 rows kept" in r1.table(found)
+    mean, low, high = r1.difference({"a": 1, "b": 1, "c": 0, "d": 0}, {"a": 0, "b": 1, "c": 0, "d": 0})
+    assert (mean, low, high) == pytest.approx((0.25, 0.25 - 1.96 * 0.25, 0.25 + 1.96 * 0.25))
+    with pytest.raises(ValueError, match="different tasks"):
+        r1.difference({"a": 1}, {"b": 1})
+
+
+def test_r1s_table_has_each_seed_and_the_mean_over_them():
+    around = {"accuracy_low": 0.1, "accuracy_high": 0.7, "form": 0.5, "form_low": 0.4, "form_high": 0.6}
+    rows = {
+        seed: [
+            {"name": "cold", "accuracy": accuracy, "length": 80.0, "seconds": 60.0, **around},
+            {"name": "sampled", "accuracy": None, "form": None, "length": None, "seconds": 20.0, "rows": 1500},
+        ]
+        for seed, accuracy in ((0, 0.3), (1, 0.5))
+    }
+    cold, sampled = r1.stages_of(rows)
+    assert cold["accuracy"] == pytest.approx(0.4)
+    assert [row["seed"] for row in cold["by_seed"]] == [0, 1]
+    assert sampled["accuracy"] is None
+    table = r1.table({"stages": [cold, sampled], "orderings": []})
+    assert "| cold | 1 | 0.500 [0.100, 0.700] | 80 | 0.500 [0.400, 0.600] | 60 |" in table
+    assert "1,500 rows kept" in table
