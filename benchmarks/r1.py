@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from benchmarks.common import ROOT
+from grpo.evaluation.statistics import Paired, paired_test
 
 CHAIN, ZERO = "r1_tiny_cpu", "r1_zero_tiny_cpu"
 FIGURES = ("accuracy", "length", "form", "seconds")
 Row = Mapping[str, Any]
-Outcomes = Mapping[str, float]
+Outcomes = Mapping[str, float]  # by task
 
 ORDERINGS = (
     ("rl solves more than cold", "accuracy", "rl", "cold", "above"),
@@ -61,21 +62,17 @@ def run_seed(seed: int, output: Path) -> list[dict[str, Any]]:
     return [*chain["stages"], *zero["stages"]]
 
 
-def difference(one: Outcomes, other: Outcomes) -> tuple[float, float, float]:
-    """Mean of one less the other over the same tasks, and its 95% interval: mean +- 1.96 standard errors.
-
-    Raises ValueError where the tasks are not the same.
-    """
+def paired(one: Outcomes, other: Outcomes) -> Paired:
+    """The one stage less the other, on the same tasks. Raises ValueError where they are not the same."""
     if one.keys() != other.keys():
         raise ValueError("the two stages were measured on different tasks")
-    differences = [value - other[task] for task, value in one.items()]
-    mean, half = fmean(differences), 1.96 * stdev(differences) / math.sqrt(len(differences))
-    return mean, mean - half, mean + half
+    tasks = list(one)
+    return paired_test([other[task] for task in tasks], [one[task] for task in tasks], tasks)
 
 
-def holds(how: str, low: float, high: float) -> bool:
+def holds(how: str, found: Paired) -> bool:
     """``above``: the whole interval of the difference is above 0. ``kept``: not the whole of it is below 0."""
-    return low > 0 if how == "above" else high >= 0
+    return found.low > 0 if how == "above" else found.high >= 0
 
 
 def outcomes(stage: Path, reward: str) -> dict[str, float]:
@@ -94,9 +91,8 @@ def compared(output: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
                 outcomes(output / f"{'zero' if stage == 'zero' else 'chain'}_seed{seed}" / stage, REWARD_OF[figure])
                 for stage in (one, other)
             ]
-            mean, low, high = difference(*paid)
-            rounded = {"difference": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
-            by_seed.append({"seed": seed, **rounded, "holds": holds(how, low, high)})
+            found_here = paired(*paid)
+            by_seed.append({"seed": seed, **asdict(found_here), "holds": holds(how, found_here)})
         found.append({"ordering": words, "figure": figure, "by_seed": by_seed})
     return found
 
@@ -127,12 +123,14 @@ def table(summary: Mapping[str, Any]) -> str:
                     f"{row['form']:.3f} [{row['form_low']:.3f}, {row['form_high']:.3f}]",
                 ]
             lines.append(f"| {' | '.join([*cells, format(row['seconds'], '.0f')])} |")
-    lines += ["", "| | seed | difference | holds |", "|---|---|---|---|"]
+    lines += ["", "| | seed | difference | p | holds |", "|---|---|---|---|---|"]
     for ordering in summary["orderings"]:
         for row in ordering["by_seed"]:
             interval = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
             what = f"{ordering['ordering']} ({ordering['figure']})"
-            lines.append(f"| {what} | {row['seed']} | {interval} | {'yes' if row['holds'] else 'no'} |")
+            lines.append(
+                f"| {what} | {row['seed']} | {interval} | {row['p']:.2g} | {'yes' if row['holds'] else 'no'} |"
+            )
     return "\n".join(lines)
 
 

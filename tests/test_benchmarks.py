@@ -338,10 +338,8 @@ def test_r1s_stages_are_compared_on_the_same_tasks(tmp_path):
         "again is better formed than rl": [True, False],
         "rl2 solves more than zero": [True, False],
     }
-    mean, low, high = r1.difference({"a": 1, "b": 1, "c": 0, "d": 0}, {"a": 0, "b": 1, "c": 0, "d": 0})
-    assert (mean, low, high) == pytest.approx((0.25, 0.25 - 1.96 * 0.25, 0.25 + 1.96 * 0.25))
     with pytest.raises(ValueError, match="different tasks"):
-        r1.difference({"a": 1}, {"b": 1})
+        r1.paired({"a": 1}, {"b": 1})
 
 
 def test_r1s_table_has_each_seed_and_the_mean_over_them():
@@ -357,6 +355,9 @@ def test_r1s_table_has_each_seed_and_the_mean_over_them():
     assert cold["accuracy"] == pytest.approx(0.4)
     assert [row["seed"] for row in cold["by_seed"]] == [0, 1]
     assert sampled["accuracy"] is None
-    table = r1.table({"stages": [cold, sampled], "orderings": []})
+    seen = {"seed": 1, "difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.001, "holds": True}
+    ordering = {"ordering": "rl2 solves more than zero", "figure": "accuracy", "by_seed": [seen]}
+    table = r1.table({"stages": [cold, sampled], "orderings": [ordering]})
+    assert "| rl2 solves more than zero (accuracy) | 1 | +0.200 [+0.100, +0.300] | 0.001 | yes |" in table
     assert "| cold | 1 | 0.500 [0.100, 0.700] | 80 | 0.500 [0.400, 0.600] | 60 |" in table
     assert "1,500 rows kept" in table
