@@ -13,7 +13,7 @@ PARITY_VENV := .venv-parity
 PARITY_STAMP := $(PARITY_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-fast test-fake-cuda test-liger test-processes test-vllm test-nodes fuzz bench gpu-suite-dry parity algorithms staleness families lint format base-model smollm2 wheel wheel-check clean
+.PHONY: help setup setup-vllm demo r1 test test-fast test-fake-cuda test-liger test-processes test-vllm test-nodes fuzz bench gpu-suite-dry parity algorithms staleness families lint format base-model smollm2 wheel wheel-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,6 +47,9 @@ demo: setup ## train the tiny model by GRPO for five minutes on the CPU and draw
 	rm -rf runs/demo
 	$(BIN)/grpo train recipes/demo_cpu.yaml training.output_dir=runs/demo
 	@$(BIN)/python -m grpo.report.summary runs/demo
+
+r1: setup ## R1's stages in miniature, two seeds, a core each, and R1-Zero's path in the same seconds (about 20 minutes)
+	$(BIN)/python -m benchmarks.r1
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import algorithms, staleness
+from benchmarks import algorithms, r1, staleness
 from benchmarks.common import timed
 from benchmarks.gpu import report, suite
 from benchmarks.gpu import shapes as gpu_shapes
@@ -312,3 +312,52 @@ def test_every_named_variant_is_an_override_and_another_is_refused():
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
 def test_every_benchmark_finds_what_it_imports(path):
     import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+def test_r1s_stages_are_compared_on_the_same_tasks(tmp_path):
+    tasks = [f"{i} 1 1 = 2" for i in range(200)]
+
+    def measured(seed, stage, solved, formed):
+        folder = tmp_path / f"{'zero' if stage == 'zero' else 'chain'}_seed{seed}" / stage
+        folder.mkdir(parents=True)
+        rows = [
+            {"prompt": task, "rewards": {"countdown": float(i < solved), "form": float(i >= 200 - formed)}}
+            for i, task in enumerate(tasks)
+        ]
+        (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for stage, solved, formed in (("cold", 60, 110), ("rl", 100, 60), ("again", 99, 80), ("rl2", 120, 80)):
+        measured(0, stage, solved, formed)
+        measured(1, stage, solved - 30 * (stage == "again"), 60)
+    measured(0, "zero", 50, 40)
+    measured(1, "zero", 119, 40)
+    found = {one["ordering"]: [row["holds"] for row in one["by_seed"]] for one in r1.compared(tmp_path, [0, 1])}
+    assert found == {
+        "rl solves more than cold": [True, True],
+        "again solves no less than rl": [True, False],
+        "again is better formed than rl": [True, False],
+        "rl2 solves more than zero": [True, False],
+    }
+    with pytest.raises(ValueError, match="different tasks"):
+        r1.paired({"a": 1}, {"b": 1})
+
+
+def test_r1s_table_has_each_seed_and_the_mean_over_them():
+    around = {"accuracy_low": 0.1, "accuracy_high": 0.7, "form": 0.5, "form_low": 0.4, "form_high": 0.6}
+    rows = {
+        seed: [
+            {"name": "cold", "accuracy": accuracy, "length": 80.0, "seconds": 60.0, **around},
+            {"name": "sampled", "accuracy": None, "form": None, "length": None, "seconds": 20.0, "rows": 1500},
+        ]
+        for seed, accuracy in ((0, 0.3), (1, 0.5))
+    }
+    cold, sampled = r1.stages_of(rows)
+    assert cold["accuracy"] == pytest.approx(0.4)
+    assert [row["seed"] for row in cold["by_seed"]] == [0, 1]
+    assert sampled["accuracy"] is None
+    seen = {"seed": 1, "difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.001, "holds": True}
+    ordering = {"ordering": "rl2 solves more than zero", "figure": "accuracy", "by_seed": [seen]}
+    table = r1.table({"stages": [cold, sampled], "orderings": [ordering]})
+    assert "| rl2 solves more than zero (accuracy) | 1 | +0.200 [+0.100, +0.300] | 0.001 | yes |" in table
+    assert "| cold | 1 | 0.500 [0.100, 0.700] | 80 | 0.500 [0.400, 0.600] | 60 |" in table
+    assert "1,500 rows kept" in table
