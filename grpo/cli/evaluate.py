@@ -85,7 +85,7 @@ def evaluate(
         try:
             resolved = _of_model(target, overrides) if alone else read_recipe(target, overrides, trust)
         except UserError:
-            if not run.exists() and runs_nearby(run.parent):  # a run that is not there, and no recipe
+            if not alone and not run.exists() and runs_nearby(run.parent):  # a run that is not there, and no recipe
                 raise UserError(no_run(run)) from None
             raise
         if is_run and not trust:
