@@ -13,6 +13,7 @@ from grpo.cli.arguments import Overrides, Trust, inside, not_empty, read_recipe
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import tell
 from grpo.config.find import shipped_recipes
+from grpo.errors import UserError
 from grpo.run.owner import check_own_code
 
 log = logging.getLogger(__name__)
@@ -50,12 +51,19 @@ def evaluate(
     """
     run = Path(recipe_or_run).expanduser()
     with exit_codes():
+        from grpo.run.read import no_run, runs_nearby
+
         if run.is_dir():
             if recipe_or_run in shipped_recipes():
                 log.info("%s is a folder here, and is taken for a run, not for the recipe of that name", run)
             recipe_or_run = str(inside(run, "recipe.yaml", "is not a run folder"))
             model = model or str(inside(run, "final", "has no final model yet; name another with --model PATH"))
-        resolved = read_recipe(recipe_or_run, overrides, trust)
+        try:
+            resolved = read_recipe(recipe_or_run, overrides, trust)
+        except UserError:
+            if not run.exists() and runs_nearby(run.parent):  # a run that is not there, and no recipe
+                raise UserError(no_run(run)) from None
+            raise
         if run.is_dir() and not trust:
             check_own_code(run, resolved)  # whatever the folder lacks
     with exit_codes(run if run.is_dir() else None):

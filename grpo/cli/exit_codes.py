@@ -1,8 +1,8 @@
 """How a command ends: what a person reads on stderr, and the exit code.
 
-0 done; 2 the recipe, the data or the command line is wrong; 143 preempted and saved; 130 Ctrl-C, saved too where it can
-be; 1 anything else, with a last line that says what to do. Under a launcher every process ends this way, and says no
-more than it has to.
+0 done; 2 the recipe, the data or the command line is wrong; 3 a probe says that a run would not learn; 143 preempted
+and saved; 130 Ctrl-C, saved too where it can be; 1 anything else, with a last line that says what to do. Under a
+launcher every process ends this way, and says no more than it has to.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,8 +51,14 @@ def plan(
         from grpo.plan.work import assumed_lengths
 
         resolved = read_recipe(recipe, overrides, trust)
+        gpu = gpu.lower()
         if gpu != "cpu" and gpu not in CARDS:
-            raise UserError(f"--gpu: {gpu} is not one of cpu, {', '.join(CARDS)}")
+            known = [f"{name} ({card.title})" for name, card in CARDS.items()]
+            raise UserError(f"--gpu: {gpu} is not one of cpu (this machine), {', '.join(known)}")
+        if gpu == "cpu" and (gpus > 1 or fsdp2):
+            raise UserError(f"{'--gpus' if gpus > 1 else '--fsdp2'}: say which with --gpu: {', '.join(CARDS)}")
+        if config and not Path(config).expanduser().exists():
+            raise UserError(f"--config: {config}: no such file")
         shape = find_shape(config or resolved.model.name)
         lengths = assumed_lengths(resolved, prompt=prompt_length, completion=length, with_signal=signal)
         if gpu == "cpu":

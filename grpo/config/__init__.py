@@ -1,7 +1,8 @@
 """The recipe's schema, and the way from a file and overrides to a ``Recipe``, without torch.
 
 Others take the sections from here, ``load_recipe`` and ``dump_recipe`` from ``load``, ``resume``, and ``given`` (what
-is no default); the command also takes ``find``, ``yaml_text`` and ``trl`` (a configuration of TRL's as a recipe).
+is no default); the command also takes ``find``, ``hints``, ``yaml_text`` and ``trl`` (a configuration of TRL's as a
+recipe).
 """
 
 from grpo.config.algorithm import AlgorithmConfig

@@ -13,6 +13,7 @@ Meaning = Literal["free", "warns", "refused"]
 
 # Sections by their dotted names, the recipe's own keys under "".
 FREE = {
+    "": "expect",
     "rewards": "timeout shaping",
     "rollout": """vllm_server_base_url vllm_server_timeout vllm_start_timeout vllm_generation_timeout vllm_sync_timeout
         vllm_weight_transfer vllm_sync_dir vllm_group_host vllm_group_port vllm_gpu_memory_utilization
@@ -42,7 +43,7 @@ WARNS = {
 # The problem, the model, the method, and what a checkpoint's state is shaped by (AdamW's own numbers are part of it).
 REFUSED = {
     "": """stage model data rewards rollout prompts algorithm optimizer scoring evaluation training health
-        expect tracking""",  # as such
+        tracking""",  # as such
     "model": "name dtype weights load_in_4bit lora tokenizer revision trust_remote_code disable_dropout",
     "model.lora": "r lora_alpha lora_dropout target_modules",
     "data": """name path hub args template system_prompt chat_template_kwargs prompt_column completion_column

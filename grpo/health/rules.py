@@ -32,8 +32,11 @@ def _no_signal(history: History) -> str | None:
 
 
 def _all_alike(history: History) -> str | None:
-    share = history.mean("completions/unique_ratio")
-    return f"{share:.0%} of a group's completions differ, over {STEPS} steps" if share <= 0.3 else None
+    """Short answers to solved tasks are alike too, but while most groups have a signal there is something to learn."""
+    share, without = history.mean("completions/unique_ratio"), history.mean("frac_reward_zero_std")
+    if not (share <= 0.3 and without >= 0.6):
+        return None
+    return f"{share:.0%} of a group's completions differ, and {without:.0%} of groups had no signal, over {STEPS} steps"
 
 
 def _never_correct(history: History) -> str | None:

@@ -18,7 +18,8 @@ def short_lines(plan: Plan) -> Iterator[str]:
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    yield f"{plan.shape.parameters / 1e6:,.0f} M parameters on {_machine(plan)}"
+    millions = plan.shape.parameters / 1e6
+    yield f"{f'{millions:,.0f}' if millions >= 10 else f'{millions:.2g}'} M parameters on {_machine(plan)}"
     yield ""
     yield from _memory(plan)
     yield ""

@@ -80,9 +80,16 @@ class Paired:
     def p(self) -> float:
         return sign_test(self.better, self.worse)
 
+    @property
+    def tone(self) -> str:
+        return "plain" if self.p > 0.05 else "good" if self.better > self.worse else "bad"
+
     def text(self, one: str, other: str) -> str:
         if not self.prompts:
-            return f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept."
+            return (
+                f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept. With one "
+                "data.args.seed in both, a task of grpo's holds out the same under every training.seed."
+            )
         said = "may be chance" if self.p > 0.05 else "is more than chance"
         return (
             f"{other} does better than {one} on {self.better} of {self.prompts} shared held-out prompts and worse on "
@@ -117,6 +124,8 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
 def compare(folders: Sequence[Path]) -> list[Side]:
     """The runs, by recipe, in the order given. Raises UserError where there are not two, or one cannot be read."""
     if len(folders) < 2:
+        for folder in folders:
+            read_run(folder)  # a folder of runs is told by their names
         raise UserError("compare takes two run folders or more: grpo compare RUN RUN ...")
     by_recipe: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = {}
     for run in map(read_run, folders):

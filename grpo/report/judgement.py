@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -107,13 +107,25 @@ def _of_accuracy(run: RunRecord) -> Iterator[Finding]:
         yield Finding("bad", f"It was best at step {steps[best]:.0f}, with {accuracy[best]:.3f}, and has lost since.")
 
 
+def expected(run: RunRecord) -> list[dict[str, Any]]:
+    """The bands of the recipe (``expect``), those that are whole."""
+    bands = run.setting("expect", [])
+    return [
+        band for band in bands if isinstance(band, dict) and {"metric", "source"} <= band.keys() and _has_ends(band)
+    ]
+
+
+def _has_ends(band: dict[str, Any]) -> bool:
+    return all(isinstance(band.get(key), int | float) for key in ("step", "low", "high"))
+
+
 def _of_bands(run: RunRecord) -> Iterator[Finding]:
-    """What the recipe expects (``expect``), and what came."""
-    expected = [mapping(band) for band in run.setting("expect", []) if isinstance(band, dict)]
-    bands = Bands([band for band in expected if {"metric", "step", "low", "high", "source"} <= band.keys()])
+    """What the recipe expects, and what came."""
+    bands = Bands(expected(run))
     for row in run.rows():
         for judged in bands.see(row):
-            yield Finding("good" if judged.on_track else "bad", f"{judged.text()}.", "expected")
+            name, _, text = judged.text().partition(" at ")
+            yield Finding("good" if judged.on_track else "bad", f"at {text}.", name)
 
 
 def _of_end(run: RunRecord, running: bool) -> Iterator[Finding]:
@@ -142,7 +154,7 @@ def _of_health(run: RunRecord) -> Iterator[Finding]:
         text = f"{when}{more}: {last.statement}. Perhaps {last.rule.cause}. {sentence(last.rule.cure)}."
         yield Finding("bad", text, last.rule.name)
     if not spans:
-        yield Finding("good", "No rule of health held.")
+        yield Finding("good", "Health: no rule saw anything wrong.")
 
 
 def health_spans(run: RunRecord, actions: dict[str, str]) -> dict[str, list[tuple[Change, Change | None]]]:

@@ -5,8 +5,9 @@ It works on finished, running and killed runs, on other machines, and needs no m
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from grpo.config.find import shipped_recipes
 from grpo.errors import UserError, first_line
 from grpo.health.history import ROLLED_BACK
+
+MOST_NAMED = 8  # runs in a message
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,10 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder. Raises UserError where it has no metrics, or where a file in it is not what it should be."""
     if not folder.is_dir():
-        raise UserError(f"no run at {folder}: " + ("it is a file" if folder.exists() else "there is no such folder"))
+        raise UserError(no_run(folder))
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
-        raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl{_runs_inside(folder)}")
+        raise UserError(f"{folder}: is not a run folder (there is no metrics.jsonl in it){runs_nearby(folder)}")
     training: dict[int, dict[str, Any]] = {}
     evaluation: dict[int, dict[str, Any]] = {}
     rollbacks: dict[int, dict[str, Any]] = {}
@@ -186,9 +190,37 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _runs_inside(folder: Path) -> str:
-    runs = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-    return f"; runs inside it: {', '.join(runs)}" if runs else ""
+def no_run(folder: Path) -> str:
+    """Why there is no run at ``folder``, which is no folder; with what may be meant."""
+    if folder.exists():
+        owner = next((parent for parent in folder.parents if _holds_run(parent)), None)
+        return f"{folder}: is a file, and not a run folder" + (f"; it is of the run {owner}" if owner else "")
+    if str(folder) in shipped_recipes():
+        return f"{folder}: is a recipe, and not a run folder; a run lies where its training.output_dir says"
+    runs = {path.name: path for path in folder.parent.glob("*") if _holds_run(path)}
+    near = difflib.get_close_matches(folder.name, runs, n=1)
+    meant = f", did you mean {runs[near[0]]}?" if near else f"; there are {_named(runs.values())}" if runs else ""
+    return f"{folder}: no such run folder{meant}"
+
+
+def runs_nearby(folder: Path) -> str:
+    """What may be meant by a folder that is no run: the run that it is a part of, or those inside of it."""
+    if _holds_run(folder):
+        return ""
+    if owner := next((parent for parent in folder.parents if _holds_run(parent)), None):
+        return f"; it is of the run {owner}"
+    runs = [path for path in folder.glob("*") if _holds_run(path)]
+    return f"; runs inside it: {_named(runs)}" if runs else ""
+
+
+def _named(runs: Iterable[Path]) -> str:
+    names = sorted(map(str, runs))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists()
 
 
 def headline(run: RunRecord) -> dict[str, float]:

@@ -130,7 +130,7 @@ def test_a_plan_reads_on_80_columns(recipe: str, card: str) -> None:
 
 
 def test_json_has_the_figures_by_name() -> None:
-    result = run("plan", "countdown_qwen2.5-3b", "--gpu", "80gb", "--price", "2.5", "--json")
+    result = run("plan", "countdown_qwen2.5-3b", "--gpu", "80GB", "--price", "2.5", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["fits"] is True
@@ -152,8 +152,11 @@ def test_a_plan_for_a_card_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--gpu", "a100"], "--gpu: a100 is not one of cpu, 24gb, 48gb"),
+        (["--gpu", "a100"], "--gpu: a100 is not one of cpu (this machine), 24gb (RTX 4090, 24 GB), 48gb (L40S, 48 GB)"),
+        (["--gpus", "8"], "--gpus: say which with --gpu: 24gb, 48gb"),
+        (["--fsdp2"], "--fsdp2: say which with --gpu: 24gb, 48gb"),
         (["--gpu", "h100", "model.name=nobody/knows"], "--config FILE"),
+        (["--gpu", "h100", "--config", "nosuch.json"], "--config: nosuch.json: no such file"),
         (["--gpu", "h100", "--config", "README.md"], "cannot be read as a model's configuration"),
     ],
 )

