@@ -140,8 +140,9 @@ def cases(folder: Path) -> dict[str, Case]:
         "all_alike": Case(
             metric("completions/unique_ratio"),
             0.3,
-            [luck, "rollout.temperature=0.01"],
+            [luck, "rollout.top_k=1"],  # which leaves no group a signal
             [luck, "rollout.temperature=0.03"],
+            beside=("no_signal",),
             most=False,
         ),
         "never_correct": Case(
@@ -178,7 +179,7 @@ def cases(folder: Path) -> dict[str, Case]:
             0.02,
             [paid("plainest"), *long_run, "optimizer.learning_rate=1e-3"],
             [luck, "rollout.temperature=0.03", "training.max_steps=11"],
-            beside=("all_alike", "cut_off"),
+            beside=("cut_off",),
             most=False,
         ),
         "cut_off": Case(
