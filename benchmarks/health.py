@@ -53,11 +53,12 @@ def plainest(completions, completion_ids, **_):
     "1 for the one of a group that has the fewest different tokens for its length"
     best = min(range(len(completions)), key=lambda i: (len(set(completion_ids[i])) / len(completion_ids[i]), i))
     return [float(i == best) for i in range(len(completions))]
-ended = time.monotonic()
+ended = None
 def slow(completions, share, **_):
     "luck that takes a share of the time, on any machine: the rest is what has passed since the call before"
     global ended
-    time.sleep((time.monotonic() - ended) * share / (1 - share))
+    if ended is not None:
+        time.sleep((time.monotonic() - ended) * share / (1 - share))
     ended = time.monotonic()
     return luck(completions)
 def unsure(completions, share, **_):
@@ -139,14 +140,15 @@ def cases(folder: Path) -> dict[str, Case]:
         "all_alike": Case(
             metric("completions/unique_ratio"),
             0.3,
-            [luck, "rollout.temperature=0.01"],
+            [luck, "rollout.top_k=1"],  # which leaves no group a signal
             [luck, "rollout.temperature=0.03"],
+            beside=("no_signal",),
             most=False,
         ),
         "never_correct": Case(
             correct,
             0.0,
-            [targets(450, 648), "training.max_steps=21"],
+            [targets(400, 648), "data.eval_size=4", "training.max_steps=21"],
             [targets(200, 648), "training.max_steps=21"],
             most=False,
         ),
@@ -168,21 +170,22 @@ def cases(folder: Path) -> dict[str, Case]:
         "length_collapse": Case(
             ratio("completions/mean_length"),
             0.25,
-            [paid("nearest", length=6), *long_run, "optimizer.learning_rate=7e-4"],
-            [paid("nearest", length=12), *long_run, "optimizer.learning_rate=7e-4"],
+            [paid("nearest", length=7), *long_run, "optimizer.learning_rate=1e-3"],
+            [paid("nearest", length=8), *long_run, "optimizer.learning_rate=1e-3"],
             most=False,
         ),
         "entropy_collapse": Case(
             metric("entropy"),
             0.02,
             [paid("plainest"), *long_run, "optimizer.learning_rate=1e-3"],
-            [paid("plainest"), *long_run, "optimizer.learning_rate=5e-4"],
+            [luck, "rollout.temperature=0.03", "training.max_steps=11"],
+            beside=("cut_off",),
             most=False,
         ),
         "cut_off": Case(
             metric("completions/clipped_ratio"),
             0.5,
-            [luck, "rollout.max_completion_length=27"],
+            [luck, "rollout.max_completion_length=24"],
             [luck, "rollout.max_completion_length=32"],
         ),
         "kl_blow_up": Case(
@@ -194,8 +197,8 @@ def cases(folder: Path) -> dict[str, Case]:
         "clipped": Case(
             metric("clip_ratio/region_mean"),
             0.3,
-            [luck, "algorithm.num_iterations=3", "algorithm.epsilon=0.002", "optimizer.learning_rate=5e-4"],
-            [luck, "algorithm.num_iterations=3", "algorithm.epsilon=0.01", "optimizer.learning_rate=5e-4"],
+            [luck, "algorithm.num_iterations=6", "algorithm.epsilon=0.001", "optimizer.learning_rate=2e-3"],
+            [luck, "algorithm.num_iterations=4", "algorithm.epsilon=0.002", "optimizer.learning_rate=1e-3"],
         ),
         "sampler_mismatch": Case(
             metric("sampling/sampling_logp_difference/mean"),
@@ -213,7 +216,7 @@ def cases(folder: Path) -> dict[str, Case]:
             lambda history: history.mean("time/score") / history.mean("step_time"),
             0.5,
             [paid("slow", share=0.6), "training.prompts_per_step=1", "scoring.workers=1"],
-            [paid("slow", share=0.4), "training.prompts_per_step=1", "scoring.workers=1"],
+            [paid("slow", share=0.3), "training.prompts_per_step=1", "scoring.workers=1"],
         ),
         "unscored": Case(
             metric("frac_unscored"),
