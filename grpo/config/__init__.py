@@ -1,8 +1,9 @@
 """The recipe's schema, and the way from a file and overrides to a ``Recipe``, without torch.
 
 Others take the sections from here, ``load_recipe`` and ``dump_recipe`` from ``load``, ``resume``, ``given`` (what is
-no default), ``suites`` (the evaluation suites), and ``chain`` (several recipes) with ``find``, ``hints``, ``problems``
-and ``yaml_text``; the command also takes ``trl`` (a configuration of TRL's as a recipe).
+no default), ``suites`` (the evaluation suites), and ``chain`` (several recipes) with ``find``, ``hints``, ``problems``,
+``yaml_text`` and ``base`` (what sections are made of); the command also takes ``trl`` (a configuration of TRL's as a
+recipe).
 """
 
 from grpo.config.algorithm import AlgorithmConfig

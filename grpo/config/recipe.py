@@ -133,7 +133,9 @@ class Recipe(Section):
             own = f"data.mix.{i}.rewards" if source.label else "rewards"
             of = f"{source.where}.rewards ({source.label})" if source.label else "rewards"
             if not functions:
-                problems.append(Problem(("rewards", own, "stage"), f"{of}: a grpo recipe needs at least one reward"))
+                problems.append(
+                    Problem(("rewards", own, "stage"), f"{of}: a grpo recipe needs at least one reward, or a teacher")
+                )
             elif all(reward.weight == 0 for reward in functions):
                 problems.append(Problem((own,), f"{of}: every weight is 0, there is nothing to learn from"))
         return problems

@@ -33,6 +33,7 @@ def test_rows_that_repeat_held_out_questions_are_said(tmp_path):
     assert "repeat" not in check_data(generated)
 
 
+@pytest.mark.slow  # starts processes of its own
 def test_a_source_of_a_mix_is_judged_by_its_own_rewards(tmp_path):
     one = write_rows(
         tmp_path / "one.jsonl", [{"prompt": f"{i} + 1", "nums": [i, 1], "target": i + 1} for i in range(9)]

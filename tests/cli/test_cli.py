@@ -67,7 +67,8 @@ def test_missing_recipe(command):
         (["train", "recipe.yaml", "--lr=1"], "grpo train: no such option: --lr; write optimizer.learning_rate=VALUE "
          "(grpo train --help)"),
         (["eval", "run", "--temperature", "0"], "grpo eval: no such option: --temperature; write "
-         "rollout.temperature=VALUE or evaluation.temperature=VALUE (grpo eval --help)"),
+         "rollout.temperature=VALUE or evaluation.temperature=VALUE or evaluation.suite_sampling.temperature=VALUE "
+         "(grpo eval --help)"),
         (["watch", "run", "--seed", "0"], "grpo watch: no such option: --seed (grpo watch --help)"),
         (["recipes", "shwo"], "grpo recipes: no such command 'shwo'. Did you mean 'show'? (grpo recipes --help)"),
         (["train", "recpie.yaml"], "recpie.yaml: no such file or recipe, did you mean recipe.yaml?"),

@@ -352,7 +352,7 @@ def test_duplicate_keys_name_both_lines(write):
 def test_missing_keys_say_what_they_are(write):
     assert problems(write("model: {}\ntraining:\n  max_steps: 3\n")) == [
         "recipe.yaml: data: missing. Its tasks: where the rows come from and how a row becomes a prompt.",
-        "recipe.yaml: rewards: a grpo recipe needs at least one reward",
+        "recipe.yaml: rewards: a grpo recipe needs at least one reward, or a teacher",
         "recipe.yaml:1: model.name: missing. Hub id, a folder that `from_pretrained` loads, another run's `final/`, or "
         "a GGUF file.",
         "recipe.yaml:2: training.output_dir: missing. Run folder: metrics, rollouts, checkpoints, the final model, the "

@@ -142,7 +142,8 @@ def test_supervised_examples_of_each_source(tmp_path: Path) -> None:
     mix = [{"path": one, "eval_size": 2}, {"path": two, "completion_column": "said", "eval_size": 3}]
     tokenizer = make_tokenizer()
     task = load({"mix": mix}, tokenizer, stage="sft", prompts_per_step=4)
-    texts = ["".join(tokenizer.convert_ids_to_tokens(answer)) for step in range(4) for _, answer in task.examples(step)]
+    examples = [example for step in range(4) for example in task.examples(step)]
+    texts = ["".join(tokenizer.convert_ids_to_tokens(example.completion)) for example in examples]
     assert texts.count("yes<eos>") == 8
     assert {source: len(examples) for source, examples in task.eval_examples.items()} == {"one": 2, "two": 3}
 

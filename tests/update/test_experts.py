@@ -12,7 +12,7 @@ import torch
 from data.tiny import write_tiny_model
 from grpo.config import AlgorithmConfig
 from grpo.sft import train_step
-from grpo.types import TrainedSequence
+from grpo.types import Example, TrainedSequence
 from grpo.update import step as step_module
 from grpo.update.experts import StepExperts
 from grpo.update.micro_batch_size import DoesNotFit
@@ -88,7 +88,7 @@ def test_the_loss_of_the_router_needs_no_advantage(tiny_moe: Path) -> None:
     batch = sequences()
     for s in batch:
         s.advantage = 0.0
-    assert not with_signal(batch, make_recipe(tiny_moe).algorithm)
+    assert not with_signal(batch, make_recipe(tiny_moe))
     step = Step(tiny_moe, batch, router_aux_loss_coef=0.1)
     assert step.metrics["grad_norm"] > 0
     assert step.metrics["policy_loss"] == 0
@@ -117,7 +117,7 @@ def test_the_supervised_stage_has_them_too(tiny_moe: Path) -> None:
     policy, logged = make_policy(tiny_moe, algorithm=settings), {}
     run = make_run(policy, algorithm=settings)
     run.log = type("Log", (), {"log": lambda self, step, metrics: logged.update(metrics)})()
-    train_step(run, [([5, 6, 7], [8, 9, 10, 11]), ([5, 6], [7, 8])])
+    train_step(run, [Example([5, 6, 7], [8, 9, 10, 11]), Example([5, 6], [7, 8])])
     assert NAMES | {"aux_loss", "router/max_bias"} <= logged.keys()
     assert logged["loss"] == pytest.approx(logged["policy_loss"] + 0.1 * logged["aux_loss"], rel=1e-5)
     assert logged["router/max_bias"] == pytest.approx(0.01)
