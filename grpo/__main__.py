@@ -19,7 +19,7 @@ def main() -> None:
             command()
     except Preempted as request:  # during imports; a command says it itself
         print(request, file=sys.stderr)
-        sys.exit(143)
+        sys.exit(request.code)
     except KeyboardInterrupt:
         sys.exit(130)
 

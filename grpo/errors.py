@@ -28,11 +28,16 @@ class RunError(Exception):
 
 
 class Preempted(BaseException):
-    """The machine is needed elsewhere (SIGTERM); the run stops, and has saved what it had. Exit 143.
+    """The machine is needed elsewhere (SIGTERM), or a person pressed Ctrl-C; the run stops, and has saved what it had.
+    Exit 143, or 130 after Ctrl-C.
 
     A signal may raise it anywhere, in a library's import too. So, like KeyboardInterrupt, it passes by what catches
     Exception.
     """
+
+    def __init__(self, text: str, code: int = 143):
+        super().__init__(text)
+        self.code = code
 
 
 class BackendFailed(RunError):

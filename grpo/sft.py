@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from grpo.audit.rows import warn_of_overlap
 from grpo.config import Recipe
 from grpo.metrics import Clock
 from grpo.model.optimizer import learning_rate
@@ -18,12 +19,8 @@ from grpo.report.write import write_report_at_end
 from grpo.run.agreement import check_drawn
 from grpo.run.run import Run, start_run
 from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
-from grpo.types import Batch, TrainedSequence
-from grpo.update.forward import plan_for
 from grpo.update.micro_batch_size import within_memory, work_through
-from grpo.update.step import backward
-
-Example = tuple[list[int], list[int]]  # token ids of prompt and completion
+from grpo.update.supervised import Example, micro_batches_of, supervised_step
 
 
 def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: bool = False) -> None:
@@ -31,47 +28,38 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     accelerator = make_accelerator(recipe)
     recipe = resolve_dtype(recipe, accelerator)
     tokenizer, stop_ids, task = prepare_task(recipe)
-    run = start_run(recipe, accelerator, tokenizer, stop_ids, task, resume, allow_changed_inputs=allow_changed_inputs)
+    if not resume:
+        on_main(accelerator, lambda: warn_of_overlap(task))
+    allowed = {"allow_changed_inputs": allow_changed_inputs}
+    run = start_run(recipe, accelerator, tokenizer, stop_ids, task, resume, card=card_at_end, **allowed)
     with run, LiveReport(run.folder, on=accelerator.is_main_process) as live:
         for step in run.steps(lambda: evaluate_and_log(run, task.eval_examples)):
             train_step(run, task.examples(step))
             live.after_step()
-    run.save_final(lambda: card_at_end(run.folder))
+    run.save_final()
     on_main(accelerator, lambda: write_report_at_end(run.folder))
     leave(accelerator, run.policy)
 
 
 def train_step(run: Run, examples: list[Example]) -> None:
     """One optimizer step on the mean cross-entropy (nats) of all completion tokens of ``examples``."""
-    policy, progress, clock = run.policy, run.progress, Clock()
+    progress, clock = run.progress, Clock()
     check_drawn(examples, f"examples for step {progress.step + 1}")
     rate = learning_rate(run.recipe.optimizer, progress.step, run.recipe.training.max_steps)
+    tokens = sum(len(completion) for _, completion in examples)
     with clock("train"):
-        tokens = sum(len(completion) for _, completion in examples)
-
-        def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            logps_BT, entropy_BT = policy.logprobs(batch, temperature=1.0)
-            return -(logps_BT * batch.mask_BT).sum() / tokens, {"entropy": (entropy_BT * batch.mask_BT).sum() / tokens}
-
-        totals, norm = within_memory(
-            run, lambda max_tokens: backward(run, _my_micro_batches(run, examples, max_tokens), loss_of)
-        )
-        policy.step(rate)
+        metrics = supervised_step(run, examples, rate)
     progress.step += 1
-    progress.num_tokens += sum(len(prompt) + len(completion) for prompt, completion in examples)
+    progress.num_tokens += tokens + sum(len(prompt) for prompt, _ in examples)
     progress.seconds += clock.total()
-    run.log.log(
-        progress.step,
-        totals
-        | {
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "num_tokens": float(progress.num_tokens),
-            "step_time": clock.total(),
-            "time/train": clock.total(),
-            "tokens_per_second": tokens / clock.total(),
-        },
-    )
+    metrics |= {
+        "learning_rate": rate,
+        "num_tokens": float(progress.num_tokens),
+        "step_time": clock.total(),
+        "time/train": clock.total(),
+        "tokens_per_second": tokens / clock.total(),
+    }
+    run.log.log(progress.step, metrics)
 
 
 def evaluate_and_log(run: Run, examples: dict[str, list[Example]]) -> None:
@@ -98,7 +86,7 @@ def held_out_sums(run: Run, examples: list[Example]) -> tuple[float, float]:
             logps_BT, _ = policy.logprobs(batch, temperature=1.0)
             sums_2.add_(torch.stack([-(logps_BT * batch.mask_BT).sum(), batch.mask_BT.sum()]).double())
 
-        work_through(policy, _my_micro_batches(run, examples, max_tokens), work)
+        work_through(policy, micro_batches_of(run, examples, max_tokens), work)
         return sums_2
 
     policy.model.eval()
@@ -106,10 +94,3 @@ def held_out_sums(run: Run, examples: list[Example]) -> tuple[float, float]:
     policy.model.train()
     loss, tokens = policy.accelerator.reduce(sums_2, reduction="sum").tolist()
     return loss, tokens
-
-
-def _my_micro_batches(run: Run, examples: list[Example], max_tokens: int) -> list[MicroBatch]:
-    sequences = [
-        TrainedSequence(prompt, completion, [0.0] * len(completion), advantage=1.0) for prompt, completion in examples
-    ]
-    return plan_for(run.policy, sequences, run.recipe.training, max_tokens)[run.accelerator.process_index]

@@ -67,14 +67,20 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
             resume,
             needs_reference=recipe.algorithm.beta > 0,
             allow_changed_inputs=allow_changed_inputs,
+            card=card_at_end,
         )
         live = LiveReport(run.folder, on=accelerator.is_main_process)
         with closing(make_backend(recipe, run.policy)) as backend, run, live:
             backend.sync(run.policy, run.progress.step)
             rollouts = Rollouts(recipe, task, backend, accelerator)
             rollouts.restore(run.progress.rollout_ahead, run.progress.step)
+
+            def anew() -> None:
+                rollouts.forget(run.progress.step)
+                backend.sync(run.policy, run.progress.step)
+
             try:
-                for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer, suites), ahead=rollouts.state):
+                for _ in run.steps(lambda: evaluate_and_log(run, rollouts, scorer, suites), rollouts.state, anew):
                     train_step(run, rollouts, scorer)
                     live.after_step()
                 if suites.due(run):  # patience was used up by the last evaluation
@@ -82,7 +88,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
             except BackendFailed as failure:  # the policy itself is intact
                 run.save()
                 raise BackendFailed(f"{failure}\n{run.saved()}") from None
-        run.save_final(lambda: card_at_end(run.folder))
+        run.save_final()
     on_main(accelerator, lambda: write_report_at_end(run.folder))
     leave(accelerator, run.policy)
 

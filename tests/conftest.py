@@ -96,6 +96,8 @@ def make_recipe(folder: Path, **sections: Any) -> Recipe:
     }
     for name, content in sections.items():
         recipe[name] = recipe.get(name, {}) | content if isinstance(content, dict) else content
+    if "mix" in recipe["data"]:
+        recipe["data"].pop("name")  # its sources say where rows are from
     return Recipe.model_validate(recipe)
 
 

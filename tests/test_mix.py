@@ -131,7 +131,8 @@ def test_exact_on_resume(
 
 
 @pytest.mark.slow
-def test_supervised_loss_by_source(tiny_model: Path, tmp_path: Path) -> None:
+def test_supervised_loss_by_source(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sft, "write_report_at_end", lambda folder: None)  # takes seconds
     mix = [
         {"path": write_rows(tmp_path / f"{name}.jsonl", rows), "eval_size": 3}
         for name, rows in (
@@ -145,8 +146,8 @@ def test_supervised_loss_by_source(tiny_model: Path, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     try:
-        recipe = make_recipe(tiny_model, stage="sft", rewards=[], data=data, training=training)
-        sft.train(recipe.model_copy())
+        rollout = {"max_completion_length": 8}
+        sft.train(make_recipe(tiny_model, stage="sft", rewards=[], data=data, rollout=rollout, training=training))
     finally:
         release_run_folder(folder)
         torch.set_num_threads(threads)

@@ -112,6 +112,12 @@ def overlap_note(train: Part, held_out: Part) -> str:
     )
 
 
+def warn_of_overlap(task: Task) -> None:
+    """Log what ``overlap_note`` says. A run goes on all the same."""
+    if note := overlap_note(task.train, task.held_out):
+        log.warning("data: %s", note)
+
+
 def _asked(part: Part) -> list[tuple[str, str]]:
     """The place and the text of every question."""
     return [
@@ -133,5 +139,5 @@ def check_rows_at_start(recipe: Recipe, task: Task, *, resuming: bool = False) -
         refuse_unscorable(recipe, found)
     for one in found:
         log.warning(one.message())
-    if not resuming and (note := overlap_note(task.train, task.held_out)):
-        log.warning("data: %s", note)
+    if not resuming:
+        warn_of_overlap(task)

@@ -50,8 +50,10 @@ def read_recipe(given: str, overrides: list[str] | None, trust: bool) -> Recipe:
 
 def inside(run: Path, name: str, complaint: str) -> Path:
     """``run/name``. Raises UserError if ``run`` is no folder, and with ``complaint`` if ``name`` is not in it."""
+    from grpo.run.read import no_run, runs_nearby  # here: it imports numpy
+
     if not run.is_dir():
-        raise UserError(f"{run}: no such run folder")
+        raise UserError(no_run(run))
     if not (run / name).exists():
-        raise UserError(f"{run}: {complaint} (there is no {name} in it)")
+        raise UserError(f"{run}: {complaint} (there is no {name} in it){runs_nearby(run)}")
     return run / name

@@ -65,11 +65,14 @@ def chat(
             names = {"final": str(final)}
             if compare:
                 names[compare] = recipe.model.name if compare == "base" else compare
-            answerers = {
-                label: Answerer(recipe, name, temperature=temperature, max_tokens=max_tokens)
-                for label, name in names.items()
-            }
-            for number, question in enumerate(questions()):
+            answerers = {}
+            for label, name in names.items():
+                try:
+                    answerers[label] = Answerer(recipe, name, temperature=temperature, max_tokens=max_tokens)
+                except UserError as error:  # it knows nothing of --compare
+                    given = f"--compare {compare}" if name == compare else "model.name"
+                    raise UserError(str(error).replace("model.name", given, 1)) from None
+            for number, question in enumerate(questions(asked_in_training(run, recipe.data.template))):
                 ask(answerers, question, seed + number)
         except KeyboardInterrupt:
             sys.stdout.write("\n")
@@ -93,11 +96,29 @@ def model_and_template(recipe: Recipe, label: str | None = None) -> Recipe:
     return recipe.model_copy(update={"rewards": [], "algorithm": algorithm, "rollout": rollout, "data": data})
 
 
-def questions() -> Iterator[str]:
+def asked_in_training(run: Path, template: str) -> str | None:
+    """A held-out question, in the form in which the model knows them. None where none was kept or it has several lines,
+    and with a chat's template, whose text is not the question's alone."""
+    from grpo.prompts.templates import PLAIN_TEMPLATES
+    from grpo.run.read import read_rollouts
+
+    files = sorted((run / "rollouts").glob("eval_*.jsonl"))
+    row = next(read_rollouts(files[-1]), None) if files else None
+    if row is None or template not in PLAIN_TEMPLATES:
+        return None
+    before, _, after = PLAIN_TEMPLATES[template][0].partition("{question}")
+    text = str(row.get("prompt", ""))
+    question = text.removeprefix(before).removesuffix(after)
+    return question if text == before + question + after and "\n" not in question else None
+
+
+def questions(example: str | None = None) -> Iterator[str]:
     """Lines of standard input that are not blank, asked for where a person types them."""
     is_typed = sys.stdin.isatty()
     if is_typed:
         tell("One question a line, each by itself. Ctrl-D ends.", err=True)
+        if example:
+            tell(f"It was asked in training: {example}", err=True)
     while True:
         if is_typed:
             tell("> ", nl=False, err=True)

@@ -74,13 +74,20 @@ def evaluate(
     run = Path(target).expanduser()
     is_run = run.is_dir() and (suite is None or (run / "recipe.yaml").exists())
     with exit_codes():
+        from grpo.run.read import no_run, runs_nearby
+
         if is_run:
             if target in shipped_recipes():
                 log.info("%s is a folder here, and is taken for a run, not for the recipe of that name", run)
             target = str(inside(run, "recipe.yaml", "is not a run folder"))
             model = model or str(inside(run, "final", "has no final model yet; name another with --model PATH"))
         alone = suite is not None and not is_run and not _is_recipe(target)
-        resolved = _of_model(target, overrides) if alone else read_recipe(target, overrides, trust)
+        try:
+            resolved = _of_model(target, overrides) if alone else read_recipe(target, overrides, trust)
+        except UserError:
+            if not alone and not run.exists() and runs_nearby(run.parent):  # a run that is not there, and no recipe
+                raise UserError(no_run(run)) from None
+            raise
         if is_run and not trust:
             check_own_code(run, resolved)  # whatever the folder lacks
         if suite is not None:
@@ -143,7 +150,7 @@ def _of_model(model: str, overrides: list[str] | None) -> Recipe:
         "rollout": {"backend": "auto"},
         "training": {"output_dir": "eval", "prompts_per_step": int(os.environ.get("WORLD_SIZE", "1"))},
     }
-    return recipe_of(value, f"model {model}", overrides)
+    return recipe_of(value, f"model {model}", overrides or [])
 
 
 def _with_suites(recipe: Recipe, given: str) -> Recipe:

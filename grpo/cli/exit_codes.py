@@ -1,7 +1,8 @@
 """How a command ends: what a person reads on stderr, and the exit code.
 
-0 done; 2 the recipe, the data or the command line is wrong; 143 preempted and saved; 130 Ctrl-C; 1 anything else, with
-a last line that says what to do. Under a launcher every process ends this way, and says no more than it has to.
+0 done; 2 the recipe, the data or the command line is wrong; 3 a probe says that a run would not learn; 143 preempted
+and saved; 130 Ctrl-C, saved too where it can be; 1 anything else, with a last line that says what to do. Under a
+launcher every process ends this way, and says no more than it has to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import typer
 
 from grpo.errors import Preempted, RunError, UserError, printable
-from grpo.run import peers
+from grpo.run import peers, stopping
 from grpo.run.closed_output import output_is_closed
 
 SECONDS_TO_SPEAK = 5.0
@@ -41,13 +42,13 @@ def exit_codes(folder: Path | None = None) -> Iterator[None]:
         raise typer.Exit(2) from None
     except Preempted as error:
         _say_once(str(error))
-        raise typer.Exit(143) from None
+        raise typer.Exit(error.code) from None
     except RunError as error:
         peers.say_ended(_first_line(error))
         _say(f"{_rank_prefix()}{error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        _say_once("stopped by Ctrl-C; what came after the last checkpoint, if there is one, is not saved")
+        _say_once(stopping.NOW)
         raise typer.Exit(130) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():  # `| head`: nobody listens

@@ -31,6 +31,7 @@ from grpo.cli import (
 )
 from grpo.cli.exit_codes import exit_codes, is_first_of_node
 from grpo.cli.terminal import StderrHandler, output_taken
+from grpo.config.hints import places
 from grpo.config.load import as_overrides
 from grpo.errors import UserError
 from grpo.user_code import import_ours
@@ -81,8 +82,18 @@ def main() -> None:
 
 def _in_one_line(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "grpo"
-    message = error.format_message().rstrip(".")
+    message = error.format_message().rstrip(".").replace("Input should be", "must be").split(", unable to parse")[0]
+    if meant := _key_meant(error):  # nearer than the options that are spelt alike
+        message = f"{error.message}; write {meant}"
     return f"{command}: {message[:1].lower()}{message[1:]} ({command} --help)"
+
+
+def _key_meant(error: Any) -> str:
+    """Of an option that does not exist, the keys of the recipe that it may mean: ``--max_steps``, ``--lr``."""
+    option, command = getattr(error, "option_name", ""), error.ctx.command if error.ctx else None
+    takes_keys = command is not None and any(parameter.name == "overrides" for parameter in command.params)
+    keys = places(option.lstrip("-").replace("-", "_")) if option and takes_keys else []
+    return " or ".join(f"{key}=VALUE" for key in keys)
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -11,12 +12,6 @@ from grpo.cli.arguments import Overrides, RecipeArgument, Trust, read_recipe
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
 from grpo.errors import UserError
-
-if TYPE_CHECKING:
-    from grpo.config import Recipe
-    from grpo.model.shape import Shape
-    from grpo.plan.plan import Plan
-    from grpo.plan.work import Lengths
 
 
 def plan(
@@ -56,12 +51,20 @@ def plan(
         from grpo.plan.work import assumed_lengths
 
         resolved = read_recipe(recipe, overrides, trust)
+        gpu = gpu.lower()
         if gpu != "cpu" and gpu not in CARDS:
-            raise UserError(f"--gpu: {gpu} is not one of cpu, {', '.join(CARDS)}")
+            known = [f"{name} ({card.title})" for name, card in CARDS.items()]
+            raise UserError(f"--gpu: {gpu} is not one of cpu (this machine), {', '.join(known)}")
+        if gpu == "cpu" and (gpus > 1 or fsdp2):
+            raise UserError(f"{'--gpus' if gpus > 1 else '--fsdp2'}: say which with --gpu: {', '.join(CARDS)}")
+        if config and not Path(config).expanduser().exists():
+            raise UserError(f"--config: {config}: no such file")
         shape = find_shape(config or resolved.model.name)
         lengths = assumed_lengths(resolved, prompt=prompt_length, completion=length, with_signal=signal)
         if gpu == "cpu":
-            found = _on_this_cpu(resolved, shape, lengths, price)
+            from grpo.plan.here import plan_on_cpu
+
+            found = plan_on_cpu(resolved, shape, lengths, price=price)
         else:
             found = plan_for_gpus(resolved, shape, CARDS[gpu], lengths, gpus=gpus, fsdp2=fsdp2, price=price)
         if as_json:
@@ -69,15 +72,3 @@ def plan(
         else:
             for line in lines(found):
                 tell(line)
-
-
-def _on_this_cpu(recipe: Recipe, shape: Shape, lengths: Lengths, price: float | None) -> Plan:
-    import torch
-
-    from grpo.model.device_memory import total_memory
-    from grpo.model.devices import compute_dtype
-    from grpo.plan.plan import plan_for_cpu
-
-    device = torch.device("cpu")
-    compute = str(compute_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    return plan_for_cpu(recipe, shape, lengths, capacity=total_memory(device), compute=compute, price=price)

@@ -23,11 +23,14 @@ def push(
 ) -> None:
     """Push a run's final model with its card to the hub. Checkpoints, logs and recipe stay here."""
     with exit_codes():
+        from grpo.run.read import no_run
+
         run = run.expanduser()
         if not run.is_dir():
-            raise UserError(f"{run}: no such run folder")
+            raise UserError(no_run(run))
         from grpo.run import push as pushing
 
+        pushing.check_repository(repository)
         files = pushing.files_to_push(run, rollouts=rollouts)
         width = max(len(file.name) for file in files)
         for file in files:

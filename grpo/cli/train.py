@@ -49,6 +49,10 @@ def train(
             tell(dump_given(resolved), nl=False)
             tell("# every other key has its default; docs/recipe.md lists them")
             return
+        if not (resume or resume_from) and os.environ.get("WORLD_SIZE", "1") == "1":
+            from grpo.run.folder import refuse_used
+
+            refuse_used(Path(resolved.training.output_dir))  # a run asks again; here it is told before torch is loaded
         if probe_first and not (resume or resume_from) and not run_probe(resolved, recipe, overrides or [], PROMPTS):
             raise typer.Exit(WILL_NOT_LEARN)
         if resolved.stage == "sft":

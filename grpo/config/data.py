@@ -61,12 +61,13 @@ class RowsConfig(Section):
     eval_path: LocalPath | None = None
     """A file of held-out rows; without it `path` and `hub` data give up `eval_size` rows chosen by the seed."""
 
-    def _problems(self) -> list[Problem]:
+    def _problems(self, *instead: str) -> list[Problem]:
+        """What does not fit together. ``instead`` are keys that might name sources in another way."""
         problems = []
         given = [key for key in SOURCES if getattr(self, key)]
         if len(given) != 1:
             text = f"give exactly one of name, path, hub (given: {', '.join(given) or 'none'})"
-            problems.append(Problem(SOURCES, text))
+            problems.append(Problem((*SOURCES, *instead), text))
         if self.template != "chat":
             problems += [
                 Problem((key, "template"), f"{key} is only used with template: chat (template is {self.template})")
@@ -113,7 +114,7 @@ class DataConfig(RowsConfig):
 
     @model_validator(mode="after")
     def _sources_fit(self) -> DataConfig:
-        refuse(self._mix_problems() if self.mix else self._problems())
+        refuse(self._mix_problems() if self.mix else self._problems("mix"))
         return self
 
     def _mix_problems(self) -> list[Problem]:

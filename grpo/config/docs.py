@@ -72,8 +72,9 @@ override rollout.num_generations=1: must be at least 2, got 1. Completions per p
 |---|---|
 | 0 | done |
 | 2 | the recipe, the data or the command line is wrong |
+| 3 | `grpo probe`, or `grpo train --probe`: a run would not learn; why, and what to do, is said |
 | 143 | preempted (SIGTERM, SIGUSR1, SIGHUP), and saved what there was: start again with `--resume` |
-| 130 | Ctrl-C |
+| 130 | Ctrl-C: once, the step is finished and saved; twice, the run ends now, and saves the last step if it can |
 | 1 | anything else; the last line says what to do; a traceback, if there is one, is in `OUTPUT_DIR/error.txt` |
 
 **What may change on `--resume`** is the column *on resume* below. A run goes on from a checkpoint with the recipe

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from grpo.config.base import Section
+from grpo.config.base import PositiveInt, Section
 
-Action = Literal["off", "warn", "stop"]
+Action = Literal["off", "warn", "rollback", "stop"]
 
 
 class HealthConfig(Section):
     no_signal: Action = "warn"
     """Nearly all groups are paid alike. `warn` says so on the screen and in the metrics, with cause and cure; `stop`
-    also ends the run, with a checkpoint and exit code 1; `off` does not look."""
+    also ends the run, with a checkpoint and exit code 1; `rollback` takes it back to its best model (needs
+    `training.save_best`): weights and the optimizer's moments are those of the best evaluation again, while steps, data
+    and draws go on; `off` does not look."""
     all_alike: Action = "warn"
     """The completions of a group are nearly all the same."""
     never_correct: Action = "warn"
@@ -39,3 +41,9 @@ class HealthConfig(Section):
     """Steps wait for reward functions longer than for all else."""
     unscored: Action = "warn"
     """More than 5% of the completions have no reward."""
+    max_rollbacks: PositiveInt = 2
+    """Rollbacks of a run at most. The next rule that asks for one stops the run."""
+
+    def rolls_back(self) -> bool:
+        """Whether any rule may take the run back to its best model."""
+        return "rollback" in self.model_dump().values()

@@ -272,6 +272,17 @@ def repeats(section: str, key: str) -> bool:
     return other is not None and key in sections()[other].model_fields
 
 
+LISTS = ("rewards", "expect")  # their keys need a number: rewards.0.weight
+
+
+def places(key: str) -> list[str]:
+    """The dotted keys that an undotted name may mean: those of that name, or what another project's name is here."""
+    named = [f"{name}.{key}" for name, model in sections().items() if name and key in model.model_fields]
+    named = [place for place in named if place.partition(".")[0] not in LISTS]
+    renamed = RENAMED.get(key, "").partition(": ")[0]
+    return named or ([renamed] if "." in renamed else [])
+
+
 def foreign(name: str) -> str | None:
     """A hint for a name of another project, ``name`` dotted as it stands in the recipe; None if it is not known."""
     parts = name.split(".")

@@ -101,7 +101,7 @@ def _skipped_checks(
         for detail in details:
             section = _without_indices(value_path(detail, value))
             for problem in problems_in(detail):
-                keys = [dotted((*section, key)) for key in problem.keys]
+                keys = [dotted((*section, *_without_indices(_path(key)))) for key in problem.keys]
                 if not any(_overlap(key, gone) for key in keys for gone in absent):
                     found.append(placed(problem, detail, value, origins))
         blamed = [path for detail in details for path in _blamed(detail, value, wrong)]
@@ -219,8 +219,13 @@ def placed(problem: Problem, detail: ErrorDetails, value: dict[str, Any], origin
 
 def _given(path: KeyPath, problem: Problem, value: dict[str, Any]) -> list[KeyPath]:
     """The problem's keys that were given in the section ``path``."""
-    keys = [(*path, *(int(part) if part.isdecimal() else part for part in key.split("."))) for key in problem.keys]
+    keys = [(*path, *_path(key)) for key in problem.keys]
     return [inner for inner in keys if all(_has(_at(value, inner[:n]), inner[n]) for n in range(len(inner)))]
+
+
+def _path(key: str) -> KeyPath:
+    """A problem's key, ``data.mix.0.rewards``, as a path."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def _overlap(key: str, other: str) -> bool:

@@ -90,6 +90,7 @@ class Recipe(Section):
             problems.append(Problem(("algorithm.sync_ref_model", "model.lora"), text))
         problems += self._optimizer_problems()
         problems += self._prompts_problems()
+        problems += self._rollback_problems()
         refuse(problems)
         return self
 
@@ -143,6 +144,23 @@ class Recipe(Section):
         """The recipe with another model, a folder or hub id. Adapters, 4 bits and revision are of its own and go."""
         others = {"name": name, "lora": None, "load_in_4bit": False, "revision": None}
         return self.model_copy(update={"model": self.model.model_copy(update=others)})
+
+    def _rollback_problems(self) -> list[Problem]:
+        """What ``health.RULE: rollback`` needs: a best model, and so evaluations before the end."""
+        rules = [name for name, action in self.health if action == "rollback"]
+        if not rules:
+            return []
+        key, training = f"health.{rules[0]}", self.training
+        asks = f"{key}: rollback goes back to the best model"
+        if training.save_best is None:
+            text = f"{asks}, so set training.save_best (eval/accuracy, or eval/loss with stage: sft)"
+            return [Problem((key, "training.save_best"), text)]
+        if not self.data.held_out():
+            return [Problem((key, "data.eval_size"), f"{asks}, and with data.eval_size: 0 nothing is evaluated")]
+        if not (self.evaluation.at_start or training.eval_every):
+            text = f"{asks}, and nothing is evaluated before the end: set training.eval_every or evaluation.at_start"
+            return [Problem((key, "training.eval_every", "evaluation.at_start"), text)]
+        return []
 
     def with_backend(self, backend: Literal["hf", "vllm"]) -> Recipe:
         """The recipe with what ``rollout.backend: auto`` turned out to be, checked again.

@@ -13,6 +13,7 @@ Meaning = Literal["free", "warns", "refused"]
 
 # Sections by their dotted names, the recipe's own keys under "".
 FREE = {
+    "": "expect",
     "rewards": "timeout shaping",
     "data.mix.rewards": "timeout shaping",
     "rollout": """vllm_server_base_url vllm_server_timeout vllm_start_timeout vllm_generation_timeout vllm_sync_timeout
@@ -27,7 +28,7 @@ FREE = {
         log_rollouts_every ddp_timeout peer_timeout replica_check_every dollars_per_hour
         num_threads""",  # threads in use are compared
     "health": """no_signal all_alike never_correct accuracy_below_start reward_without_accuracy length_collapse
-        entropy_collapse cut_off kl_blow_up clipped sampler_mismatch gradient slow_reward unscored""",
+        entropy_collapse cut_off kl_blow_up clipped sampler_mismatch gradient slow_reward unscored max_rollbacks""",
     "expect": "metric step low high source",
     "tracking": "project run_name wandb tensorboard trackio",
 }
@@ -44,7 +45,7 @@ WARNS = {
 # The problem, the model, the method, and what a checkpoint's state is shaped by (AdamW's own numbers are part of it).
 REFUSED = {
     "": """stage model data rewards rollout prompts algorithm optimizer scoring evaluation training health
-        expect tracking""",  # as such
+        tracking""",  # as such
     "model": "name dtype weights load_in_4bit lora tokenizer revision trust_remote_code disable_dropout",
     "model.lora": "r lora_alpha lora_dropout target_modules",
     "data": """name path hub args template system_prompt chat_template_kwargs prompt_column completion_column

@@ -223,7 +223,8 @@ class TrainingConfig(Section):
     """Checkpoint every so many steps, besides at the end; 0: only there."""
     save_best: Annotated[str, Field(pattern="^eval/.+")] | None = None
     """A metric of evaluation, such as `eval/accuracy`: where it is better than ever before, the model is written to
-    OUTPUT_DIR/best, as final/ is at the end. The largest is the best, or the smallest where the name ends in `loss`."""
+    OUTPUT_DIR/best, as final/ is at the end, with its model card. The largest is the best, or the smallest where the
+    name ends in `loss`."""
     patience: PositiveInt | None = None
     """End the run, as after its last step, when so many evaluations in a row were no better (needs `save_best`)."""
     save_total_limit: Annotated[int, Field(ge=2, strict=True)] = 2

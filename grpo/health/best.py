@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from grpo.errors import RunError
-from grpo.health.history import Row
+from grpo.health.history import Row, rolled_back_to
 
 
 class Best:
     """Fed with the rows of metrics.jsonl in their order. ``metric`` None keeps nothing.
 
     The largest value is the best, or the smallest where the metric's name ends in ``loss``. ``stale`` is how many
-    evaluations in a row were no better.
+    evaluations in a row were no better, since the start or since the run went back to the best.
     """
 
     def __init__(self, metric: str | None) -> None:
@@ -19,9 +19,13 @@ class Best:
         self.value: float | None = None
         self.step = 0
         self.stale = 0
+        self.rollbacks = 0
 
     def see(self, row: Row) -> None:
         """Raises RunError where an evaluation does not have the metric."""
+        if rolled_back_to(row) is not None:
+            self.stale = 0
+            self.rollbacks += 1
         if self.metric is None or not any(name.startswith("eval/") for name in row):
             return
         if self.metric not in row:

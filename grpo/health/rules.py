@@ -32,15 +32,19 @@ def _no_signal(history: History) -> str | None:
 
 
 def _all_alike(history: History) -> str | None:
-    share = history.mean("completions/unique_ratio")
-    return f"{share:.0%} of a group's completions differ, over {STEPS} steps" if share <= 0.3 else None
+    """Short answers to solved tasks are alike too, but while most groups have a signal there is something to learn."""
+    share, without = history.mean("completions/unique_ratio"), history.mean("frac_reward_zero_std")
+    if not (share <= 0.3 and without >= 0.6):
+        return None
+    return f"{share:.0%} of a group's completions differ, and {without:.0%} of groups had no signal, over {STEPS} steps"
 
 
 def _never_correct(history: History) -> str | None:
-    wrong = history.verdicts["wrong"]
-    if history.steps < 4 * STEPS or history.verdicts["correct"] or not wrong:
+    """A function that judges answers finds wrong ones alone. One that judges the form finds no wrong ones."""
+    wrong = [of["wrong"] for of in history.verdicts.values() if of["wrong"] and not of["correct"]]
+    if history.steps < 4 * STEPS or not wrong:
         return None
-    return f"{wrong:.0f} answers were found in the right form in {history.steps} steps, and none was correct"
+    return f"{wrong[0]} answers were found in the right form in {history.steps} steps, and none was correct"
 
 
 def _accuracy_below_start(history: History) -> str | None:
@@ -135,7 +139,8 @@ RULES = (
         "accuracy_below_start",
         _accuracy_below_start,
         "the policy has unlearned the task: a learning rate that is too high, or a reward that pays something else",
-        "lower optimizer.learning_rate, set algorithm.beta, or go back to an earlier checkpoint (--resume-from)",
+        "lower optimizer.learning_rate, set algorithm.beta, or go back to an earlier checkpoint (--resume-from; with "
+        "health.accuracy_below_start: rollback the run does so itself)",
     ),
     Rule(
         "reward_without_accuracy",

@@ -1,14 +1,15 @@
-"""Which rules hold after each step: when they begin, when they end, and whether the run is to stop."""
+"""Which rules hold after each step: when they begin, when they end, and what is to be done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from grpo.health.history import History, Row
+from grpo.health.history import History, Row, rolled_back_to
 from grpo.health.rules import RULES, STEPS, Rule
 
-OFF, WARN, STOP = "off", "warn", "stop"
+OFF, WARN, ROLLBACK, STOP = "off", "warn", "rollback", "stop"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,16 @@ class Change:
     def text(self) -> str:
         if self.statement is None:
             return f"health: {self.rule.name} is over"
-        return f"health: {self.rule.name}: {self.statement}. Perhaps {self.rule.cause}. {_sentence(self.rule.cure)}."
+        return f"health: {self.rule.name}: {self.statement}. Perhaps {self.rule.cause}. {sentence(self.rule.cure)}."
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the recipe wants done (STOP or ROLLBACK) where a rule holds, the rule's name and what it sees."""
+
+    action: str
+    rule: str
+    statement: str
 
 
 class Watch:
@@ -31,17 +41,20 @@ class Watch:
     ``actions`` says of each rule what it does; a rule that is not in it warns.
     """
 
-    def __init__(self, actions: Mapping[str, str] | None = None) -> None:
-        given = actions or {}
-        self.rules = [rule for rule in RULES if given.get(rule.name, WARN) != OFF]
-        self.stops = {rule.name for rule in RULES if given.get(rule.name) == STOP}
+    def __init__(self, actions: Mapping[str, Any] | None = None) -> None:
+        self.actions = actions or {}
+        self.rules = [rule for rule in RULES if self.actions.get(rule.name, WARN) != OFF]
         self.history = History(STEPS)
         self.holding: dict[str, str] = {}
 
     def see(self, row: Row) -> list[Change]:
-        """What begins and ends with this row."""
+        """What begins and ends with this row. With a rollback's, every rule ends: its window begins anew."""
         self.history.add(row)
         step, changes = int(row.get("step") or 0), []
+        if rolled_back_to(row) is not None:
+            changes = [Change(step, rule, None) for rule in self.rules if rule.name in self.holding]
+            self.holding.clear()
+            return changes
         for rule in self.rules:
             statement = rule.sees(self.history)
             if (statement is not None) != (rule.name in self.holding):
@@ -59,10 +72,12 @@ class Watch:
         """``health/RULE`` is 1 while a rule holds."""
         return {f"health/{name}": 1.0 for name in self.holding}
 
-    def reason_to_stop(self) -> str | None:
-        """What the first rule that is to stop the run sees, or None."""
-        return next((f"{name}: {text}" for name, text in self.holding.items() if name in self.stops), None)
+    def demand(self) -> Demand | None:
+        """What is to be done now, of the first rule that holds and asks for something: a stop before a rollback."""
+        asked = [Demand(str(self.actions.get(name)), name, text) for name, text in self.holding.items()]
+        return next((one for action in (STOP, ROLLBACK) for one in asked if one.action == action), None)
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def sentence(text: str) -> str:
+    """A statement that begins with a capital letter, unless a key of the recipe does."""
+    return text if "." in text.split(maxsplit=1)[0] else text[:1].upper() + text[1:]

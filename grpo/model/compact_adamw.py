@@ -184,6 +184,7 @@ class CompactAdamW(torch.optim.Optimizer):
         saved_groups = state_dict["param_groups"]
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError("the optimizer's saved state is that of another number of weights")
+        self.state.clear()  # the saved one may be of before the first step
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             group.update({name: saved[name] for name in ("lr", "betas", "eps", "weight_decay")})
             for number, parameter in zip(saved["params"], group["params"], strict=True):

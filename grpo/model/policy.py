@@ -86,6 +86,7 @@ class Policy:
         self.replicas = replicas(accelerator)
         held = [model for model in (self.model, self.reference) if model is not None]
         self.collectives = Collectives(*held) if self.sharded else None
+        self.changes = 0  # how often weights, of the policy or a moving reference, were written to
 
     def collate(self, micro_batch: list[TrainedSequence]) -> Batch:
         """The tensors that ``logprobs`` takes, on this process's device."""
@@ -186,6 +187,7 @@ class Policy:
 
     def step(self, learning_rate: float) -> None:
         """One optimizer step at this learning rate; gradients are cleared."""
+        self.changed()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -193,10 +195,15 @@ class Policy:
         torch.autograd.graph.increment_version([p for group in self.optimizer.param_groups for p in group["params"]])
         self.optimizer.zero_grad(set_to_none=True)
 
+    def changed(self) -> None:
+        """Weights are written to from here on, so they are not those of the step before."""
+        self.changes += 1
+
     @torch.no_grad()
     def mix_reference(self, alpha: float) -> None:
         """ref = alpha * policy + (1 - alpha) * ref (TR-DPO, arXiv:2404.09656)."""
         assert self.reference is not None, "the reference of a LoRA policy is its base and does not move"
+        self.changed()
         policy = dict(self.causal_lm.named_parameters())
         for name, parameter in self.reference.causal_lm.named_parameters():  # tied weights come once here
             local(parameter).lerp_(local(policy[name]).to(parameter.dtype), alpha)

@@ -19,10 +19,9 @@ from grpo.config.load import load_recipe
 from grpo.config.suites import find_suite, suite_names
 from grpo.errors import RunError, UserError
 from grpo.files import write_whole
-from grpo.prompts.overlap import COVERED, LONG, QUESTIONS, ROWS, find_overlaps, question_text
+from grpo.prompts.overlap import COVERED, LONG, QUESTIONS, ROWS, RUN, find_overlaps, question_text
 from grpo.prompts.rows import load_parts, read_questions
 from grpo.prompts.suite import load_suite, suite_questions
-from grpo.prompts.words import RUN
 from grpo.run.manifest import sha256
 
 SHOWN = 5  # rows that the screen has proofs of

@@ -2,5 +2,5 @@
 (``grpo probe``).
 
 Others take ``plan``, ``cards``, ``work`` (what a step computes) ``text`` (a plan in words),
-``probe`` and ``probe_text``.
+``here`` (a plan for this machine), ``probe`` and ``probe_text``.
 """

@@ -16,14 +16,21 @@ KEPT_AT_MOST, TOKENS_AT_MOST = (
 SHORT_PROMPT = 32  # tokens; sequences begin with a copy of a prompt up to here: kv_cache.SHORT_PROMPT
 
 
-def cpu_budget(recipe: Recipe, shape: Shape, lengths: Lengths, *, compute: str) -> Budget:
-    """``compute`` is float32 or bfloat16, as ``model.dtype`` resolves on the machine."""
+def cpu_budget(recipe: Recipe, shape: Shape, lengths: Lengths, *, compute: str, rows: float) -> Budget:
+    """``compute`` is float32 or bfloat16, as ``model.dtype`` resolves on the machine; ``rows`` are the bytes of the
+    recipe's rows."""
     size = 4 if compute == "float32" else 2
     model = recipe.model
     weights, trained, each = weights_of(recipe, shape, frozen=size)
     state = 8.0 if recipe.optimizer.optim == "adamw_torch" else 2.0
     reference = shape.parameters * size * (recipe.stage == "grpo" and recipe.algorithm.beta > 0 and not model.lora)
-    held = {"libraries": LIBRARIES, "weights": weights, "AdamW": trained * state, "reference": float(reference)}
+    held = {
+        "libraries": LIBRARIES,
+        "rows": rows,
+        "weights": weights,
+        "AdamW": trained * state,
+        "reference": float(reference),
+    }
     kept = shape.kept_token(checkpointing=model.gradient_checkpointing, size=size)
     update = held | {
         "gradients": float(trained * each),

@@ -1,4 +1,5 @@
-"""Seconds of a step on this machine's CPU: the real engine and the real update, timed for a few seconds each.
+"""Seconds of a step on this machine's CPU: the real engine and the real update, timed for a few seconds each; and the
+memory that the recipe's rows take.
 
 Lengths are made up, so that completions end where the plan assumes it and not where the model would. The model's
 weights do not change what a step costs.
@@ -6,28 +7,36 @@ weights do not change what a step costs.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import psutil
 
 from grpo.backends.base import Request, Sampling
 from grpo.backends.hf.backend import HFBackend
 from grpo.config import Recipe
+from grpo.errors import UserError, first_line
 from grpo.model.loading import load_tokenizer
 from grpo.model.policy import Policy
 from grpo.plan.work import Lengths
 from grpo.randomness import key
 from grpo.run.run import Run
-from grpo.run.session import make_accelerator
+from grpo.run.session import make_accelerator, prepare_task
 from grpo.types import Completion, Group, Prompt, Status, VersionSpan
 from grpo.update.step import update
+from grpo.update.supervised import supervised_step
+
+log = logging.getLogger("grpo")
 
 SECONDS = 5.0  # of a measurement, at least, where the work lasts so long
+REPEATS = 6  # of a shorter one
 FEW = 8  # tokens of the first, shortest rollout
 
 
@@ -53,11 +62,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Measured:
-    """``decoding``: of one step over so many sequences. ``updating``: of an update of so many groups."""
+    """``decoding``: of one step over so many sequences. ``updating``: of an update of so many groups. ``rows``: their
+    bytes."""
 
     decoding: Line
     updating: Line
     prefill: float  # of one prompt
+    rows: float
 
     def rollout(self, completions: int, prompts: int, lengths: Lengths, at_once: int) -> float:
         """Sequences end one after the other: as many steps as the longest has, and every token once."""
@@ -71,16 +82,34 @@ def measure(recipe: Recipe, lengths: Lengths) -> Measured:
     """Load the recipe's model and time it. Raises UserError where the model is not on this machine."""
     accelerator = make_accelerator(recipe)
     tokenizer = load_tokenizer(recipe.model)
+    rows = _rows(recipe)
     needs_reference = recipe.stage == "grpo" and recipe.algorithm.beta > 0
     policy = Policy(recipe, accelerator, tokenizer, [], needs_reference)  # no token ends a completion
     updating = _updating(recipe, lengths, policy)
     if recipe.stage != "grpo":
-        return Measured(Line(0.0, 0.0), updating, 0.0)
+        return Measured(Line(0.0, 0.0), updating, 0.0, rows)
     most = recipe.rollout.max_batch_size
     with closing(HFBackend(policy, max_batch_size=most, kv_cache_gb=recipe.rollout.kv_cache_gb)) as backend:
         backend.sync(policy, 0)
         decoding, prefill = _decoding(recipe, lengths, backend)
-    return Measured(decoding, updating, prefill)
+    return Measured(decoding, updating, prefill, rows)
+
+
+def _rows(recipe: Recipe) -> float:
+    """Bytes of this process's memory that the rows and the checks of them take; 0 where they are not on this machine,
+    or a hub's."""
+    if recipe.data.hub is not None:
+        return 0.0
+    process = psutil.Process()
+    before = process.memory_info().rss
+    try:
+        loaded = prepare_task(recipe)
+    except UserError as error:
+        log.warning("the memory of the rows is not in the plan: %s", first_line(error))
+        return 0.0
+    after = process.memory_info().rss
+    del loaded
+    return float(max(after - before, 0))
 
 
 def _decoding(recipe: Recipe, lengths: Lengths, backend: HFBackend) -> tuple[Line, float]:
@@ -105,21 +134,31 @@ def _decoding(recipe: Recipe, lengths: Lengths, backend: HFBackend) -> tuple[Lin
 
 
 def _updating(recipe: Recipe, lengths: Lengths, policy: Policy) -> Line:
-    """Seconds of a step's updates by groups: twice as many each time, until they last long enough."""
+    """Seconds of a step's updates by groups: twice as many each time, until they last long enough. The largest are
+    timed again where they are short: the first time of a size allocates."""
     least = recipe.algorithm.num_minibatches
     with tempfile.TemporaryDirectory() as folder:
         run = Run(recipe, policy, Path(folder))
 
         def timed(groups: int) -> tuple[int, float]:
+            if recipe.stage != "grpo":
+                examples = [(_prompt(n, lengths).token_ids, _ids(n, lengths.completion)) for n in range(groups)]
+                return groups, _timed(lambda: supervised_step(run, examples, 1e-9))
             made = [_group(number, recipe, lengths) for number in range(groups)]
             rows = np.linspace(-1, 1, len(made[0].completions))
             return groups, _timed(lambda: update(run, made, np.tile(rows, (groups, 1)), 1e-9))
+
+        def again(size: tuple[int, float]) -> tuple[int, float]:
+            times = [size[1]]
+            while len(times) < REPEATS and sum(times) < SECONDS:
+                times.append(timed(size[0])[1])
+            return size[0], median(times[1:] or times)
 
         timed(least)  # compiles, allocates
         few = many = timed(least)
         while many[0] < recipe.training.prompts_per_step and many[1] < SECONDS:
             few, many = many, timed(min(2 * many[0], recipe.training.prompts_per_step))
-        return Line.through(few, many)
+        return Line.through(again(few), again(many))
 
 
 def _ids(number: int, tokens: float) -> list[int]:
@@ -132,7 +171,7 @@ def _prompt(number: int, lengths: Lengths) -> Prompt:
 
 def _group(number: int, recipe: Recipe, lengths: Lengths) -> Group:
     completions = []
-    for sample in range(recipe.rollout.num_generations if recipe.stage == "grpo" else 1):
+    for sample in range(recipe.rollout.num_generations):
         ids = _ids(number + sample, lengths.completion)
         completions.append(Completion(ids, [-1.0] * len(ids), Status.STOP, "", [VersionSpan(0, len(ids), 0)]))
     return Group(_prompt(number, lengths), completions, rewards=[0.0] * len(completions))

@@ -16,6 +16,7 @@ from grpo.plan import gpu_seconds
 from grpo.plan.cards import Card
 from grpo.plan.work import Lengths, work_of_step
 
+KEPT = 2  # states of the best models: run.rollback.KEPT
 USABLE = 0.95  # of a card: the allocator's pieces do not fit together without a gap
 BudgetOf = Callable[[Recipe], Budget]
 
@@ -147,7 +148,7 @@ def plan_for_cpu(
         recipe,
         shape,
         lengths,
-        lambda changed: cpu_budget(changed, shape, lengths, compute=compute),
+        lambda changed: cpu_budget(changed, shape, lengths, compute=compute, rows=measured.rows),
         machine=f"this CPU, {compute}",
         gpus=0,
         capacity=capacity,
@@ -192,13 +193,15 @@ def _evaluations(recipe: Recipe) -> int:
 
 
 def disk_bytes(recipe: Recipe, shape: Shape) -> float:
-    """Checkpoints (one more than are kept, while the newest is written) and ``final/``. Rollouts and metrics are small
-    beside them."""
+    """Checkpoints (one more than are kept, while the newest is written) and ``final/``, ``best/`` where it is kept, and
+    what a rollback needs. Rollouts and metrics are small beside them."""
     _, trained, each = weights_of(recipe, shape)
     state = 8.0 if recipe.optimizer.optim == "adamw_torch" else 2.0
     checkpoint = trained * (each + state + 2.0 * (recipe.model.weights == "bfloat16"))
     final = shape.parameters * (2.0 if recipe.model.dtype == "bfloat16" else 4.0)
-    return (recipe.training.save_total_limit + 1) * checkpoint + final
+    models = 1 + (recipe.training.save_best is not None)
+    states = KEPT if recipe.health.rolls_back() else 0
+    return (recipe.training.save_total_limit + 1 + states) * checkpoint + models * final
 
 
 # --- what would make it fit -------------------------------------------------------------------------------------------

@@ -17,12 +17,16 @@ import numpy as np
 from grpo.audit.at_start import audit_at_start
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
 from grpo.config import Recipe
+from grpo.errors import UserError, first_line
 from grpo.evaluation.statistics import accuracy_metrics, wilson_interval
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, source_metrics
 from grpo.model.policy import Policy
 from grpo.packing import to_sequences
 from grpo.plan.findings import Figures, Finding, findings
+from grpo.plan.here import plan_here
+from grpo.plan.plan import Plan
+from grpo.plan.work import assumed_lengths
 from grpo.prompts.order import prompts_of_step
 from grpo.rollout.groups import has_signal
 from grpo.rollout.rollouts import Rollouts
@@ -38,11 +42,14 @@ COMPARED = 64  # completions whose log-probabilities the trainer computes too
 
 @dataclass
 class Probe:
-    """``rows`` are the completions, as ``rollouts/`` has them; the same on every process."""
+    """``rows`` are the completions, as ``rollouts/`` has them; the same on every process. ``plan`` is of a run with
+    these lengths on this machine; where there is none, ``no_plan`` says why."""
 
     figures: Figures
     findings: list[Finding]
     rows: list[dict[str, Any]]
+    plan: Plan | None = None
+    no_plan: str = ""
     by_source: dict[str, float] = field(default_factory=dict)
     """What is said of each source of `data.mix`, as metrics (``source_metrics``)."""
 
@@ -52,20 +59,34 @@ class Probe:
 
     def as_json(self) -> dict[str, Any]:
         found = [asdict(finding) for finding in self.findings]
+        planned = {"plan": self.plan and self.plan.as_json(), "no_plan": self.no_plan}
         by_source = {"by_source": self.by_source} if self.by_source else {}
-        return {"goes": self.goes, "findings": found} | asdict(self.figures) | by_source
+        return {"goes": self.goes, "findings": found} | asdict(self.figures) | by_source | planned
 
 
 def probe(recipe: Recipe, prompts: int) -> Probe:
+    """``sampled``, and what a run with these lengths takes on this machine."""
+    found, resolved = sampled(recipe, prompts)
+    figures = found.figures
+    given = {"prompt": figures.mean_prompt, "completion": figures.mean_length, "with_signal": figures.with_signal}
+    try:
+        found.plan = plan_here(resolved, assumed_lengths(resolved, **given))
+    except UserError as error:
+        found.no_plan = first_line(error)
+    return found
+
+
+def sampled(recipe: Recipe, prompts: int) -> tuple[Probe, Recipe]:
     """Sample and score ``prompts`` groups, or one of each row where there are fewer. Nothing is trained or written.
 
-    Raises UserError as a run would: every mistake that a run finds before its first step is found here.
+    Returns also the recipe with what `auto` is here. Raises UserError as a run would: every mistake that a run finds
+    before its first step is found here.
     """
     find_loss(recipe.algorithm.loss_type)
     find_backend(recipe.rollout)
-    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_staleness": 0})})
     accelerator = make_accelerator(recipe)
-    recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
+    resolved = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
+    recipe = resolved.model_copy(update={"rollout": resolved.rollout.model_copy(update={"max_staleness": 0})})
     check_engine(recipe.rollout)
     tokenizer, stop_ids, task = prepare_task(recipe)
     clock = Clock()
@@ -85,7 +106,8 @@ def probe(recipe: Recipe, prompts: int) -> Probe:
     entropy, difference = _compared(recipe, policy, groups)
     figures = _figures(recipe, groups, entropy=entropy, difference=difference, seconds=clock.total())
     by_source = source_metrics(groups, recipe.judged_by)
-    return Probe(figures, findings(figures, unpaid), rollout_rows(groups, 0), by_source)
+    found = Probe(figures, findings(figures, unpaid), rollout_rows(groups, 0), by_source=by_source)
+    return found, resolved
 
 
 def _compared(recipe: Recipe, policy: Policy, groups: list[Group]) -> tuple[float, float]:

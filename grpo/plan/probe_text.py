@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from grpo.plan.probe import Probe
+from grpo.plan.text import short_lines
+from grpo.report.markup import completion, document, e, in_words, table
 
 WIDTH = 80
 SHOWN = 8  # completions on the page
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
-    "pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:.6rem;border:1px solid #8886}"
-)
 
 
 def lines(probe: Probe, next_step: str) -> Iterator[str]:
-    """``next_step`` is the command that says what a run with these lengths takes."""
+    """``next_step`` is the command that says more of what a run with these lengths takes."""
     yield from figure_lines(probe)
     yield ""
     if probe.goes:
-        yield "Go: nothing speaks against it."
+        yield f"Go: {verdict(probe)}."
     for finding in probe.findings:
         yield from _wrapped(f"{finding.name}: {finding.text}.", "")
         yield from _wrapped(f"{finding.cure}.", "  ")
     yield ""
-    yield "What a run with these lengths takes:"
+    yield from plan_lines(probe)
+    yield "In full, and for other machines (--gpu):"
     yield f"  {next_step}"
 
 
+def verdict(probe: Probe) -> str:
+    """Of a probe that goes."""
+    if probe.plan is not None and not probe.plan.fits:
+        return "on a machine with more memory; nothing else speaks against it"
+    return "nothing speaks against it"
+
+
+def plan_lines(probe: Probe) -> Iterator[str]:
+    yield "A run with these lengths and this share of groups:"
+    if probe.plan is None:
+        yield from _wrapped(f"nothing is known here of what it takes: {probe.no_plan}.", "  ")
+        return
+    for line in short_lines(probe.plan):
+        yield from textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ", drop_whitespace=False)
+
+
 def figure_lines(probe: Probe) -> Iterator[str]:
-    f = probe.figures
-    yield f"{f.groups} prompts, {f.completions} completions, {f.seconds:.1f} s to sample and score"
+    yield _sampled(probe)
     yield ""
-    share = f"{f.with_signal:.0%} of groups [{f.signal_low:.0%}, {f.signal_high:.0%}]"
-    rows = {
-        "with a signal": share,
+    for name, text in figures(probe).items():
+        yield from textwrap.wrap(f"{name:<16}{text}", WIDTH, subsequent_indent=" " * 16)
+
+
+def figures(probe: Probe) -> dict[str, str]:
+    """Each figure's name and its text."""
+    f = probe.figures
+    return {
+        "with a signal": f"{f.with_signal:.0%} of groups [{f.signal_low:.0%}, {f.signal_high:.0%}]",
         "pass@1": f"{f.accuracy:.3f} [{f.accuracy_low:.3f}, {f.accuracy_high:.3f}]",
         f"pass@{f.completions // max(f.groups, 1)}": f"{f.pass_at_G:.3f}",
         "reward": f"{f.reward:.3f}" + (f", {f.unscored:.0%} without one" if f.unscored else ""),
@@ -46,39 +65,60 @@ def figure_lines(probe: Probe) -> Iterator[str]:
         "different": f"{f.unique:.0%} of a group's completions",
         "entropy": f"{f.entropy:.3f} nats a token",
         "sampler": f"{f.sampler_difference:.2g} nats a token from the trainer",
+        **dict(_by_source(probe)),
     }
-    sources = {name.split("/")[1] for name in probe.by_source}
-    for source in sorted(sources):
-        of_source = {name.rpartition("/")[2]: v for name, v in probe.by_source.items() if name.split("/")[1] == source}
-        rows[source] = (
-            f"{of_source['prompts']:.0f} prompts, pass@1 {of_source.get('accuracy', 0):.3f}, "
-            f"{1 - of_source['frac_reward_zero_std']:.0%} of groups with a signal, "
-            f"{of_source['mean_length']:.0f} tokens"
-        )
-    for name, text in rows.items():
-        yield from textwrap.wrap(f"{name:<16}{text}", WIDTH, subsequent_indent=" " * 16)
+
+
+def _by_source(probe: Probe) -> Iterator[tuple[str, str]]:
+    for source in sorted({name.split("/")[1] for name in probe.by_source}):
+        of = {name.rpartition("/")[2]: v for name, v in probe.by_source.items() if name.split("/")[1] == source}
+        signal = 1 - of["frac_reward_zero_std"]
+        said = f"{of['prompts']:.0f} prompts, pass@1 {of.get('accuracy', 0):.3f}, {signal:.0%} of groups with a signal"
+        yield source, f"{said}, {of['mean_length']:.0f} tokens"
+
+
+def _sampled(probe: Probe) -> str:
+    f = probe.figures
+    return f"{f.groups} prompts, {f.completions} completions, {f.seconds:.1f} s to sample and score"
 
 
 def page(probe: Probe, title: str) -> str:
-    """A self-contained page: figures, findings, and some completions, the best paid and the worst first."""
-    text = "\n".join(figure_lines(probe))
-    verdict = "".join(
-        f"<p><b>{html.escape(one.name)}</b>: {html.escape(one.text)}. <i>{html.escape(one.cure)}.</i></p>"
+    """A page of the look of a run's report: the verdict, what speaks against a run, figures, and some completions, the
+    best paid and the worst."""
+    found = "".join(
+        f'<li class="bad"><b>{e(one.name)}</b> {in_words(f"{one.text}. {one.cure[:1].upper()}{one.cure[1:]}.")}</li>'
         for one in probe.findings
     )
+    goes = verdict(probe)
+    said = found or f'<li class="good">{e(goes[:1].upper() + goes[1:])}.</li>'
     ordered = sorted(probe.rows, key=lambda row: -(row["reward"] if row["reward"] is not None else float("-inf")))
-    shown = ordered[: SHOWN // 2] + ordered[len(ordered) - SHOWN // 2 :] if len(ordered) > SHOWN else ordered
-    return (
-        f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<pre>{html.escape(text)}</pre>{verdict or '<p><b>Go</b>: nothing speaks against it.</p>'}"
-        f"<h2>Completions, best and worst paid</h2>{''.join(map(_completion, shown))}"
-    )
+    best, worst = _of_each_prompt(ordered)[: SHOWN // 2], _of_each_prompt(ordered[::-1])[: SHOWN // 2]
+    shown = best + [row for row in reversed(worst) if not any(row is other for other in best)]
+    body = f"""<header><h1>{e(title)}</h1><p>{e(_sampled(probe))}</p></header>
+<section class="lead alone"><div><h2>Will it learn?</h2><p class="big">{"Go" if probe.goes else "Not yet"}</p>
+<ul class="findings">{said}</ul></div></section>
+<section><h2>Figures</h2>{table(figures(probe).items())}</section>
+<section><h2>What a run takes</h2><pre>{e(chr(10).join(plan_lines(probe)))}</pre></section>
+<section class="prompts" style="--columns: 1"><h2>Completions, the best paid and the worst</h2>
+{"".join(map(_completion, shown))}</section>"""
+    return document(title, body)
+
+
+def _of_each_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first row of each prompt, in their order."""
+    return list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
 
 
 def _completion(row: dict[str, Any]) -> str:
-    said = f"reward {row['reward']}, {row['num_tokens']} tokens, ended by {row['status']}"
-    return f"<p>{html.escape(said)}</p><pre>{html.escape(row['prompt'])}<b>{html.escape(row['completion'])}</b></pre>"
+    reward = row["reward"]
+    tone = "unknown" if reward is None else "good" if reward >= 1 else "bad"
+    said = "unscored" if reward is None else f"reward {reward:g}"
+    notes = f"{row['num_tokens']} tokens" + (" · cut off" if row["status"] == "length" else "")
+    return (
+        f'<article><pre class="prompt">{e(row["prompt"])}</pre><div class="cells"><div class="cell {tone}">'
+        f'<p class="note"><span class="verdict">{e(said)}</span> {e(notes)}</p>'
+        f"<pre>{completion(str(row['completion']))}</pre></div></div></article>"
+    )
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

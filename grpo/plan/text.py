@@ -10,11 +10,29 @@ from grpo.plan.plan import Plan
 WIDTH = 80
 
 
+def short_lines(plan: Plan) -> Iterator[str]:
+    """Its figures and whether it fits, without the parts of memory and what was assumed."""
+    yield f"{'memory':<16}{_size(plan.peak_bytes):>10}   of {_size(plan.capacity)}, {_machine(plan)}"
+    yield from _cost_of_run(plan)
+    yield from _verdict(plan)
+
+
 def lines(plan: Plan) -> Iterator[str]:
-    yield f"{plan.shape.parameters / 1e6:,.0f} M parameters on {_machine(plan)}"
+    millions = plan.shape.parameters / 1e6
+    yield f"{f'{millions:,.0f}' if millions >= 10 else f'{millions:.2g}'} M parameters on {_machine(plan)}"
     yield ""
     yield from _memory(plan)
     yield ""
+    yield from _cost_of_run(plan)
+    yield ""
+    yield "Assumed:"
+    for text in plan.assumptions:
+        yield from textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    yield ""
+    yield from _verdict(plan)
+
+
+def _cost_of_run(plan: Plan) -> Iterator[str]:
     yield f"{'disk':<16}{_size(plan.disk):>10}"
     if plan.seconds is not None:
         yield from _time(plan)
@@ -22,12 +40,6 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"{'cost':<16}{f'${plan.dollars:.2f}':>10}   at ${plan.price:g} an hour"
     elif plan.hours is not None:
         yield f"{'cost':<16}{'?':>10}   give --price, or training.dollars_per_hour"
-    yield ""
-    yield "Assumed:"
-    for text in plan.assumptions:
-        yield from textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
-    yield ""
-    yield from _verdict(plan)
 
 
 def _machine(plan: Plan) -> str:

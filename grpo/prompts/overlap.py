@@ -28,6 +28,7 @@ import numpy as np
 from grpo.prompts.words import RUN, Texts, Vocabulary, among, counted, is_number, run_hashes
 
 LONG = 13  # words in a row that are proof by themselves
+KINDS = ("exact", f"{LONG} words", f"{RUN} words", "same words")
 COVERED = 0.5  # of a question, by runs of RUN words
 TELLING = 2  # numbers, and words that are in few texts, that the same words must hold
 ROWS = {"least": 10, "share": 0.001}  # in more of them than this stands what is a template's
@@ -72,13 +73,18 @@ def find_overlaps(rows: Sequence[str], questions: Sequence[str]) -> Overlaps:
     runs = _Runs(ours, theirs)
     for one in [*runs.found(), *_same_words(ours, theirs)]:
         before = best.get(one.row)
-        if before is None or (before.how != "exact" and one.covers > before.covers):
+        if before is None or _weight(one) > _weight(before):
             best[one.row] = one
     result.found = [overlap for text in sorted(best) for overlap in _of_rows(best[text], ours, theirs)]
     result.found.sort(key=lambda one: one.row)
     result.by_template = sum(len(ours.rows_of[text]) for text in runs.by_template - best.keys())
     result.templates = runs.templates()
     return result
+
+
+def _weight(one: Overlap) -> tuple[int, float]:
+    """How much an overlap says: first what kind it is, then how much of the question it is."""
+    return -KINDS.index(one.how), one.covers
 
 
 def find_duplicates(texts: Sequence[str]) -> list[Overlap]:
@@ -205,9 +211,9 @@ class _Runs:
         start, end = max(runs, key=lambda run: run[1] - run[0])
         share = float(covered.mean())
         if end - start >= LONG:
-            how = f"{LONG} words"
+            how = KINDS[1]
         elif share >= COVERED:
-            how = f"{RUN} words"
+            how = KINDS[2]
         else:
             return None
         return Overlap(text, question, how, " ".join(self.theirs.words(question, start, end)), share)
@@ -270,7 +276,8 @@ def _same(ours: Texts, theirs: Texts, text: int, question: int, rare: np.ndarray
     telling = [word for word in shared if word.isdecimal() or rare[vocabulary.ids[word]]]
     if len(telling) < TELLING or not _numbers_stay(mine, other):
         return None
-    return Overlap(text, question, "same words", " ".join(other), 1 - len(gone) / len(other))
+    words = " ".join(word for word in other if word not in gone)
+    return Overlap(text, question, "same words", words, 1 - len(gone) / len(other))
 
 
 def _surplus(some: list[str], others: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ _POWERS = str.maketrans(
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
 )
 _OPERATORS = "-+*/=<>^"
-_WORD = re.compile(r"\d+|[^\W\d_]+|[-+*/=<>^](?=\s*(?:[-+]?\d|\(|[^\W\d_]\b))")
+_WORD = re.compile(r"\d+|[^\W\d_]+|[-+*/=<>^](?=\s*(?:[-+]?\d|[({]|[^\W\d_]\b))")
 _LATEX = [
     (re.compile(r"\\(?:cdot|times|ast)(?![a-z])"), "*"),
     (re.compile(r"\\div(?![a-z])"), "/"),
@@ -40,7 +40,7 @@ def words(text: str) -> list[str]:
     """The words of a text as they are compared: of letters or of digits, and signs that stand before a number, a
     bracket or a variable. Without case, punctuation and spacing, also LaTeX's."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.translate(_POWERS))
+        text = unicodedata.normalize("NFKC", text.translate(_POWERS)).replace("\u2044", "/")  # of \u00bd
         text = _CJK.sub(r" \g<0> ", text)  # these are written without spaces
     text = text.casefold()
     if "\\" in text or "$" in text or "~" in text:

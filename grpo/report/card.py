@@ -29,18 +29,19 @@ PRIVATE = {"training": ("output_dir",), "rollout": ("vllm_python", "vllm_sync_di
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "vllm")
 
 
-def card_at_end(run: Path) -> str | None:
-    """``model_card`` of a run that has reached its end. Where it can't be made, a line in the log and None: the model
-    is there."""
+def card_at_end(model: Path) -> str | None:
+    """``model_card`` of a folder that a run is writing, its ``final/`` or ``best/``. Where it can't be made, a line in
+    the log and None: the model is there."""
     try:
-        return model_card(run)
+        return model_card(model.parent, best=model.name == "best")
     except Exception as error:  # a mistake of ours must not cost the model
-        log.warning("final/ has no model card: %s", first_line(error))
+        log.warning("%s has no model card: %s", model, first_line(error))
         return None
 
 
-def model_card(run: Path) -> str:
-    """The card of a run folder's model, as Markdown with YAML front matter.
+def model_card(run: Path, *, best: bool = False) -> str:
+    """The card of a run folder's model as it is now, as Markdown with YAML front matter. ``best``: it is the best so
+    far.
 
     Raises UserError where the folder has no metrics, or a file in it is not what a run writes.
     """
@@ -52,6 +53,7 @@ def model_card(run: Path) -> str:
         f"---\n{dump(front_matter(record))}---\n",
         f"# {_plain(record.name)}\n",
         _what(record, is_grpo),
+        _best(record) if best else "",
         _accuracy(record, facts),
         _length(record, facts),
         f"## Recipe\n\nKeys that differ from grpo's defaults:\n\n```yaml\n{given}```\n",
@@ -123,6 +125,11 @@ def _what(record: RunRecord, is_grpo: bool) -> str:
         named = [f"`{_code(n)}` x {reward.get('weight', 1.0):g}" for n, reward in zip(names, rewards, strict=True)]
         lines.append(f"- Rewards: {', '.join(named)}")
     return "\n".join(lines) + "\n"
+
+
+def _best(record: RunRecord) -> str:
+    metric = _code(str(record.setting("training.save_best", "")))
+    return f"It is the run's best model by `{metric}`, that of step {record.steps}; the run went on after it.\n"
 
 
 def _accuracy(record: RunRecord, facts: dict[str, float]) -> str:

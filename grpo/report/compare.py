@@ -78,12 +78,20 @@ EXPLAINED = (
 def said_of(found: Paired | None, one: str, other: str, what: str = "shared held-out questions") -> str:
     """A test's result as a sentence. ``what`` are the questions."""
     if found is None:
-        return f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept."
+        return (
+            f"{other} and {one}: no test, for they share no held-out prompt whose completions were kept. With one "
+            "data.args.seed in both, a task of grpo's holds out the same under every training.seed."
+        )
     said = "may be chance" if found.p > 0.05 else "is more than chance"
     return (
         f"{other} does better than {one} on {found.better} of {found.questions} {what} and worse on {found.worse}: "
         f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}], p = {found.p:.2g}, which {said}."
     )
+
+
+def tone_of(found: Paired | None) -> str:
+    """Whether the other side is better or worse, as a colour of the page."""
+    return "plain" if found is None or found.p > 0.05 else "good" if found.better > found.worse else "bad"
 
 
 def mean_over_seeds(values: Sequence[float]) -> Mean:
@@ -98,6 +106,8 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
 def compare(folders: Sequence[Path]) -> list[Side]:
     """The runs, by recipe, in the order given. Raises UserError where there are not two, or one cannot be read."""
     if len(folders) < 2:
+        for folder in folders:
+            read_run(folder)  # a folder of runs is told by their names
         raise UserError("compare takes two run folders or more: grpo compare RUN RUN ...")
     by_recipe: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = {}
     for run in map(read_run, folders):
@@ -120,8 +130,8 @@ def paired(one: Side, other: Side) -> Paired | None:
     prompts = shared([one, other])
     if not prompts:
         return None
-    shares = ([side.share(prompt) for prompt in prompts] for side in (one, other))
-    return paired_test(*shares, [prompt.partition(" ")[2] for prompt in prompts])
+    ours, theirs = ([side.share(prompt) for prompt in prompts] for side in (one, other))
+    return paired_test(ours, theirs, [prompt.partition(" ")[2] for prompt in prompts])
 
 
 def shared(sides: Sequence[Side]) -> list[str]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from grpo.errors import UserError
 from grpo.files import write_whole
 from grpo.report.attempts import filtered
-from grpo.report.compare import EXPLAINED, FACTS, Side, compare, paired, said_of, shared
+from grpo.report.compare import EXPLAINED, FACTS, Side, compare, paired, said_of, shared, tone_of
 from grpo.report.compare_suites import of_runs
 from grpo.report.markup import document, e
 
 COLOURS = 8  # of page.css
+WIDTH = 80  # of what is written to a terminal
 MOST = 4  # sides whose completions stand beside each other
 
 
@@ -28,7 +29,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
     figures = "".join(
         f"<figure><figcaption><b>{e(title)}</b></figcaption>{svg}</figure>" for title, svg in curves(sides)
     )
-    tests = "".join(f"<li>{e(line)}</li>" for line in _tests(sides))
+    tests = "".join(f'<li class="{tone}">{e(line)}</li>' for tone, line in _tests(sides))
     runs = "".join(
         f"<tr><th>{e(side.letter)}</th><td>{e(', '.join(str(run.folder) for run in side.runs))}</td></tr>"
         for side in sides
@@ -51,17 +52,33 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
 
 
 def terminal(sides: Sequence[Side]) -> Iterator[str]:
-    """A line for each figure and a column for each side, headed by its letter; what the letters stand for is first."""
+    """A line for each figure and a column for each side, headed by its letter; what the letters stand for is first.
+    Sides that do not fit beside the others come below them."""
     for side in sides:
-        yield f"{side.letter}  {side.label}"
+        yield from textwrap.wrap(f"{side.letter}  {side.label}", WIDTH, subsequent_indent="   ")
     yield ""
     rows = [["", *(side.letter for side in sides)], *_figures(sides)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(sides) + 1)]
-    for row in rows:
-        yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-    yield ""
-    yield from _tests(sides)
-    yield from textwrap.wrap(EXPLAINED, 80)
+    for block in _blocks(widths):
+        for row in rows:
+            yield "  ".join(row[i].ljust(widths[i]) for i in (0, *block)).rstrip()
+        yield ""
+    for _, text in _tests(sides):
+        yield from textwrap.wrap(text, WIDTH)
+    yield from textwrap.wrap(EXPLAINED, WIDTH)
+
+
+def _blocks(widths: Sequence[int]) -> list[list[int]]:
+    """The columns behind the first, those together that fit beside it."""
+    blocks: list[list[int]] = []
+    taken = WIDTH
+    for i, width in enumerate(widths[1:], start=1):
+        if taken + 2 + width > WIDTH:
+            blocks.append([])
+            taken = widths[0]
+        blocks[-1].append(i)
+        taken += 2 + width
+    return blocks
 
 
 def _figures(sides: Sequence[Side]) -> list[list[str]]:
@@ -73,14 +90,19 @@ def _figures(sides: Sequence[Side]) -> list[list[str]]:
     ]
 
 
-def _tests(sides: Sequence[Side]) -> list[str]:
+def _tests(sides: Sequence[Side]) -> list[tuple[str, str]]:
+    """Of each side against the first: whether it is better or worse, as a colour, and the test in words."""
     if len(sides) < 2:
-        return ["These are seeds of one recipe: there is nothing to test."]
-    return [said_of(paired(sides[0], other), sides[0].letter, other.letter) for other in sides[1:]]
+        return [("plain", "These are seeds of one recipe: there is nothing to test.")]
+    found = [(paired(sides[0], other), other.letter) for other in sides[1:]]
+    return [(tone_of(one), said_of(one, sides[0].letter, letter)) for one, letter in found]
 
 
 def _table(sides: Sequence[Side]) -> str:
-    head = "".join(f'<th class="side">{_letter(i, side)} {e(side.label)}</th>' for i, side in enumerate(sides))
+    head = "".join(
+        f'<th class="side">{_letter(i, side)} {e(side.label).replace("=", "=<wbr>")}</th>'
+        for i, side in enumerate(sides)
+    )
     rows = "".join(
         f"<tr><th>{e(name)}</th>{''.join(f'<td>{e(text)}</td>' for text in texts)}</tr>"
         for name, *texts in _figures(sides)
@@ -95,7 +117,7 @@ def _letter(i: int, side: Side) -> str:
 
 def _completions(sides: Sequence[Side]) -> str:
     """What the sides answered at the end to prompts that all of them held out, where they differ first."""
-    sides = sides[:MOST]
+    sides = [side for side in sides if side is sides[0] or shared([sides[0], side])][:MOST]
     prompts = shared(sides)
     if not prompts or len(sides) < 2:
         return ""

@@ -114,8 +114,8 @@ def _paired(one: list[Evaluation], other: list[Evaluation], *, same_rows: bool) 
     common = sorted(shares[0].keys() & shares[1].keys())
     if not common:
         return None
-    means = ([fmean(side[key]) for key in common] for side in shares)
-    return paired_test(*means, [texts[key] for key in common])
+    ours, theirs = ([fmean(side[key]) for key in common] for side in shares)
+    return paired_test(ours, theirs, [texts[key] for key in common])
 
 
 # --- what the command line gives -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -20,10 +20,14 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from grpo.errors import printable
 from grpo.report.drawing import LIGHT, STYLE, THEMED, Colours, End, dress, finish, noisy, points, stack
+from grpo.report.judgement import expected
 from grpo.report.smoothing import smooth, thinned
 
 if TYPE_CHECKING:
     from grpo.run.read import RunRecord
+
+
+BARS = "Grey bars: what the recipe expects."
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,11 @@ def _accuracy(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
     _, high = run.series("eval/accuracy_high")
     if len(low) == len(high) == len(steps):
         ax.fill_between(steps, low, high, color=c.series[0], alpha=0.16, linewidth=0)
+    bands = [band["high"] for band in expected(run) if band["metric"] == "eval/accuracy"]
     passes = [name for name in run.names("eval/pass@") if name != "eval/pass@1"][-1:]
     labels = [label for name in passes for label in points(ax, run, name, c.series[3], name[5:])]
     ax.plot(steps, accuracy, "o-", color=c.series[0], markersize=4.5, clip_on=False)
-    top = max([*accuracy, *high, *(v for name in passes for v in run.series(name)[1])], default=1.0)
+    top = max([*accuracy, *high, *bands, *(v for name in passes for v in run.series(name)[1])], default=1.0)
     share_axis(ax, top)
     # The first label stands where the curve does not go.
     below = accuracy[-1] > accuracy[0] > 0.12 * ax.get_ylim()[1]
@@ -212,12 +217,28 @@ PANELS = [
 def panels(run: RunRecord) -> list[Panel]:
     """The panels that this run has numbers for. A GRPO loss and a constant learning rate say nothing."""
     names = run.names()
+    bands = {band["metric"].removeprefix("eval/") for band in expected(run)}
     hidden = {"Loss", "Learning rate", "Tokens per second"} if "reward" in names else set()
     return [
-        panel
+        replace(panel, caption=f"{panel.caption} {BARS}") if bands & _measures(panel) else panel
         for panel in PANELS
         if panel.title not in hidden and any(len(run.series(n)[0]) for n in names if n.startswith(panel.needs))
     ]
+
+
+def _measures(panel: Panel) -> set[str]:
+    """What a band of ``expect`` can be drawn over, in training and evaluation alike."""
+    return {name.removeprefix("eval/") for name in panel.needs}
+
+
+def draw(panel: Panel, ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    """The panel's curves, over bars where the recipe expects them; a line down where the run went back to its best."""
+    for band in expected(run):
+        if band["step"] <= run.steps and band["metric"].removeprefix("eval/") in _measures(panel):
+            ax.vlines(band["step"], band["low"], band["high"], color=c.muted, alpha=0.4, linewidth=6, clip_on=False)
+    for row in run.rollbacks:
+        ax.axvline(row["step"], color=c.muted, linestyle="--", linewidth=1.0)
+    return panel.draw(ax, run, c)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +258,7 @@ def curves_png(run: RunRecord, facts: dict[str, float]) -> bytes:
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for panel, ax in zip(shown, axes, strict=False):  # panels first, so that zip takes no axes that stay unused
             dress(ax, LIGHT)
-            finish(ax, LIGHT, run.steps, panel.draw(ax, run, LIGHT))
+            finish(ax, LIGHT, run.steps, draw(panel, ax, run, LIGHT))
             ax.set_title(panel.title, loc="left", fontweight="bold", color=LIGHT.ink, fontsize=10)
         for ax in list(axes):
             ax.remove()
@@ -250,7 +271,7 @@ def curves_svg(run: RunRecord) -> list[tuple[Panel, str]]:
     """Each panel as SVG markup to put into a page that defines ``--ink --muted --grid --paper --series-0…``."""
 
     def themed(panel: Panel) -> str:
-        return themed_svg(panel.title, run.steps, lambda ax: panel.draw(ax, run, THEMED))
+        return themed_svg(panel.title, run.steps, lambda ax: draw(panel, ax, run, THEMED))
 
     return [(panel, themed(panel)) for panel in panels(run)]
 

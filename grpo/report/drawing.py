@@ -122,7 +122,13 @@ def finish(ax: Axes, c: Colours, steps: int, labels: list[End], along: str = "st
     """Axes from 0, over the whole run in every panel alike; the labels beside the curves' ends."""
     low, high = ax.get_ylim()
     if ax.get_yscale() == "linear":
-        ax.set_ylim(min(0.0, low if low < -0.06 * high else 0.0), high if high > 0 else 1.0)
+        least, most = ax.dataLim.intervaly
+        low = low if least < 0 and low < -0.06 * high else 0.0
+        high = (
+            1.0 if least == most == 0 and high < 1 else high if high > 0 else 1.0
+        )  # a curve that is 0 lies at the foot
+        marks = ax.yaxis.get_major_locator().tick_values(low, high)
+        ax.set_ylim(low, next((mark for mark in marks if mark >= high * (1 - 1e-9)), high))  # ends at a mark
     ax.set_xlim(0, max(1, steps))
     if ax.get_ylim()[1] >= 10_000:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))

@@ -6,11 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from grpo.evaluation.statistics import Paired, paired_test
 from grpo.health.bands import Bands
-from grpo.health.watch import Change, Watch
+from grpo.health.history import ROLLED_BACK
+from grpo.health.rules import RULES
+from grpo.health.watch import Change, Watch, sentence
 from grpo.report.attempts import ends
 from grpo.run.read import RunRecord, mapping
 
@@ -68,16 +70,16 @@ def _paired(run: RunRecord) -> Paired | None:
     """The last evaluation less the first on the held-out prompts of both; None with few that changed."""
     first, last = ends(run)
     prompts = [p for p in first if first[p].scored and last[p].scored]
-    shares = [[evaluation[p].share for p in prompts] for evaluation in (first, last)]
-    if sum(before != after for before, after in zip(*shares, strict=True)) < FEWEST:
+    before, after = ([evaluation[p].share for p in prompts] for evaluation in (first, last))
+    if sum(a != b for a, b in zip(before, after, strict=True)) < FEWEST:
         return None
-    found = paired_test(*shares, [str(first[p].row.get("prompt")) for p in prompts])
+    found = paired_test(before, after, [str(first[p].row.get("prompt")) for p in prompts])
     return found if found.questions > 1 else None
 
 
 def judgement(run: RunRecord, *, running: bool = False) -> list[Finding]:
     """Findings, the most important first."""
-    return [*_of_accuracy(run), *_of_bands(run), *_of_end(run, running), *_of_health(run)]
+    return [*_of_accuracy(run), *_of_bands(run), *_of_end(run, running), *_of_rollbacks(run), *_of_health(run)]
 
 
 def _of_accuracy(run: RunRecord) -> Iterator[Finding]:
@@ -101,13 +103,25 @@ def _of_accuracy(run: RunRecord) -> Iterator[Finding]:
         yield Finding("bad", f"It was best at step {steps[best]:.0f}, with {accuracy[best]:.3f}, and has lost since.")
 
 
+def expected(run: RunRecord) -> list[dict[str, Any]]:
+    """The bands of the recipe (``expect``), those that are whole."""
+    bands = run.setting("expect", [])
+    return [
+        band for band in bands if isinstance(band, dict) and {"metric", "source"} <= band.keys() and _has_ends(band)
+    ]
+
+
+def _has_ends(band: dict[str, Any]) -> bool:
+    return all(isinstance(band.get(key), int | float) for key in ("step", "low", "high"))
+
+
 def _of_bands(run: RunRecord) -> Iterator[Finding]:
-    """What the recipe expects (``expect``), and what came."""
-    expected = [mapping(band) for band in run.setting("expect", []) if isinstance(band, dict)]
-    bands = Bands([band for band in expected if {"metric", "step", "low", "high", "source"} <= band.keys()])
-    for row in sorted([*run.training, *run.evaluation], key=lambda row: row["step"]):
+    """What the recipe expects, and what came."""
+    bands = Bands(expected(run))
+    for row in run.rows():
         for judged in bands.see(row):
-            yield Finding("good" if judged.on_track else "bad", f"{judged.text()}.", "expected")
+            name, _, text = judged.text().partition(" at ")
+            yield Finding("good" if judged.on_track else "bad", f"at {text}.", name)
 
 
 def _of_end(run: RunRecord, running: bool) -> Iterator[Finding]:
@@ -118,6 +132,14 @@ def _of_end(run: RunRecord, running: bool) -> Iterator[Finding]:
         yield Finding("plain", f"It ended, or is, at step {run.steps} of {total:.0f}, and has no final model.")
 
 
+def _of_rollbacks(run: RunRecord) -> Iterator[Finding]:
+    for row in run.rollbacks:
+        rules = [rule.name for rule in RULES if row.get(f"rollback/{rule.name}")]
+        text = f"After step {row['step']} it went back to its best model, of step {row[ROLLED_BACK]:.0f}"
+        why = f"because of {' and '.join(rules) or 'a rule of health'} (a dashed line in the curves)"
+        yield Finding("bad", f"{text}, {why}.", "rollback")
+
+
 def _of_health(run: RunRecord) -> Iterator[Finding]:
     actions = {name: action for name, action in mapping(run.setting("health")).items() if isinstance(action, str)}
     spans = health_spans(run, actions)
@@ -125,17 +147,16 @@ def _of_health(run: RunRecord) -> Iterator[Finding]:
         last = changes[-1][0]
         when = ", ".join(_span(begun.step, None if ended is None else ended.step) for begun, ended in changes[:5])
         more = f" and {len(changes) - 5} times more" if len(changes) > 5 else ""
-        text = f"{when}{more}: {last.statement}. Perhaps {last.rule.cause}. {last.rule.cure[:1].upper()}"
-        yield Finding("bad", f"{text}{last.rule.cure[1:]}.", last.rule.name)
+        text = f"{when}{more}: {last.statement}. Perhaps {last.rule.cause}. {sentence(last.rule.cure)}."
+        yield Finding("bad", text, last.rule.name)
     if not spans:
-        yield Finding("good", "No rule of health held.")
+        yield Finding("good", "Health: no rule saw anything wrong.")
 
 
 def health_spans(run: RunRecord, actions: dict[str, str]) -> dict[str, list[tuple[Change, Change | None]]]:
     """By rule, when it began to hold and when that ended (None: it held to the end)."""
-    rows = sorted([*run.training, *run.evaluation], key=lambda row: (row["step"], "eval/accuracy" in row))
     spans: dict[str, list[tuple[Change, Change | None]]] = defaultdict(list)
-    for change in Watch(actions).see_all(rows):
+    for change in Watch(actions).see_all(run.rows()):
         if change.statement is None:
             spans[change.rule.name][-1] = (spans[change.rule.name][-1][0], change)
         else:

@@ -40,6 +40,11 @@ def e(value: Any) -> str:
     return html.escape(printable(str(value).translate(_CONTROL)))
 
 
+def in_words(text: str) -> str:
+    """Escaped, with what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", e(text))
+
+
 def short(value: Any, most: int = 80) -> str:
     text = str(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from grpo.config.given import given
 from grpo.report.attempts import side_by_side
 from grpo.report.judgement import Gain, gain, judgement
-from grpo.report.markup import document, e, large, short, table
-from grpo.run.fields import COST, duration
+from grpo.report.markup import document, e, in_words, large, short, table
+from grpo.run.fields import COST, dollars, duration
 from grpo.run.read import mapping
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _headline(facts: Mapping[str, float], found: Gain | None) -> str:
             f'<p class="gain {found.tone}"><b>{found.difference:+.3f}</b> '
             f"<span>95% interval [{low:+.3f}, {high:+.3f}], {e(found.how)}</span></p>"
         )
-        return f"{_big('Held-out accuracy', found.before, found.after)}{change}"
+        return f"{_big('Held-out accuracy', found.before, found.after, found.tone)}{change}"
     if "accuracy_before" in facts:
         return _big("Held-out accuracy", facts["accuracy_before"], facts["accuracy_after"])
     for title, name in (("Training reward", "reward"), ("Loss", "loss")):
@@ -72,16 +72,15 @@ def _headline(facts: Mapping[str, float], found: Gain | None) -> str:
     return ""
 
 
-def _big(title: str, before: float, after: float) -> str:
-    return f'<h2>{e(title)}</h2><p class="big">{before:.3f} → {after:.3f}</p>'
+def _big(title: str, before: float, after: float, tone: str = "plain") -> str:
+    return f'<div class="{tone}"><h2>{e(title)}</h2><p class="big">{before:.3f} → {after:.3f}</p></div>'
 
 
 def _findings(run: RunRecord, running: bool) -> str:
-    items = "".join(
-        f'<li class="{finding.tone}">{f"<b>{e(finding.name)}</b> " if finding.name else ""}{e(finding.text)}</li>'
-        for finding in judgement(run, running=running)
-    )
-    return f'<ul class="findings">{items}</ul>'
+    found = judgement(run, running=running)
+    names = [f"<b>{e(one.name)}</b> " if one.name else "" for one in found]
+    items = [f'<li class="{one.tone}">{name}{in_words(one.text)}</li>' for name, one in zip(names, found, strict=True)]
+    return f'<ul class="findings">{"".join(items)}</ul>'
 
 
 def _cards(facts: Mapping[str, float]) -> str:
@@ -97,7 +96,7 @@ def _cards(facts: Mapping[str, float]) -> str:
         cards.append(_card("Training time", duration(facts["seconds"]), ", ".join(notes)))
     if COST in facts:
         steps = facts.get("cost_usd")
-        note = "by wall-clock time" + (f", ${steps:,.2f} of it in steps" if steps is not None else "")
+        note = "by wall-clock time" + (f", {dollars(steps)} of it in steps" if steps is not None else "")
         cards.append(_card("Cost", f"${facts[COST]:,.2f}", note))
     elif "cost_usd" in facts:
         cards.append(_card("Cost", f"${facts['cost_usd']:,.2f}", "of the steps alone"))

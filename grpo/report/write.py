@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,17 +72,20 @@ def ending(folder: Path) -> Iterator[str]:
     """What a run has achieved and cost, where report and model are, and what to do next; a line each."""
     run = read_run(folder)
     yield f"done: {folder}"
-    yield f"  result  {', '.join([f'{run.steps} steps', *_achieved(run)])}"
+    result = ", ".join([f"{run.steps} steps", *_achieved(run)])
+    yield from textwrap.wrap(result, 80, initial_indent="  result  ", subsequent_indent=" " * 10)
     report, final, name = folder / "report.html", folder / "final", shlex.quote(str(folder))
     if report.exists():
         yield f"  report  {report}"
     if final.exists():
         yield f"  model   {final}"
+    if (best := folder / "best").exists():
+        yield f"  best    {best}, by {run.setting('training.save_best', 'an evaluation')}"
     if run.setting("stage") == "sft":
         yield f"  next    grpo train RECIPE model.name={shlex.quote(str(final))}"
     else:
         yield f"  next    grpo eval {name}"
-    yield f"          grpo report {name}"
+        yield f"          grpo chat {name}"
 
 
 def _achieved(run: RunRecord) -> Iterator[str]:

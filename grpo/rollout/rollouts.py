@@ -114,6 +114,11 @@ class Rollouts:
                 flight.groups = [Group(prompts[i], completions[i * G : (i + 1) * G]) for i in self._share(flight)]
             self.queue.append(flight)
 
+    def forget(self, step: int) -> None:
+        """Let what is in the queue end, and drop it: ``step`` asks anew. Every process must call this."""
+        self._by_place(list(self.queue), step, lambda _: None)
+        self.queue.clear()
+
     def _fill(self, step: int, prompts: Iterator[Prompt]) -> None:
         """Ask for what the following steps need, as far ahead as they may be.
 

@@ -71,11 +71,11 @@ def prepare_run_folder(
     check_installed(recipe.tracking)
     folder = Path(recipe.training.output_dir)
     if not resume:
-        _refuse_used(folder)
+        refuse_used(folder)
     holder_before = lock_folder(folder, "training.output_dir")
     try:
         if not resume:
-            _refuse_used(folder)  # again: a run may have used it and ended between the first look and the lock
+            refuse_used(folder)  # again: a run may have used it and ended between the first look and the lock
         if check is not None:
             check(folder)
         _record(folder, recipe, inputs, started=bool(resume) and any(folder.glob("checkpoints/step_*")))
@@ -104,7 +104,9 @@ def is_running(folder: Path) -> bool:
         return False
 
 
-def _refuse_used(folder: Path) -> None:
+def refuse_used(folder: Path) -> None:
+    """Raises UserError where a run has left something in the folder. It changes nothing."""
+
     def is_used(path: Path) -> bool:
         return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
 

@@ -22,7 +22,8 @@ from grpo.errors import RunError
 from grpo.files import write_whole
 from grpo.health.bands import Bands
 from grpo.health.best import Best
-from grpo.health.watch import Watch
+from grpo.health.history import ROLLED_BACK, rolled_back_to
+from grpo.health.watch import Demand, Watch
 from grpo.run.fields import COST
 from grpo.run.read import read_jsonl
 from grpo.run.screen import Tell, open_display
@@ -98,7 +99,8 @@ class RunLog:
         except OSError as error:
             raise RunError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror or error}") from error
         self._trackers.log(step, {name: value for name, value in plain.items() if value is not None})
-        self._display.log(step, plain)
+        if rolled_back_to(row) is None:
+            self._display.log(step, plain)
         for change in changes:
             log.log(logging.INFO if change.statement is None else logging.WARNING, "step %d: %s", step, change.text())
 
@@ -110,9 +112,18 @@ class RunLog:
         done."""
         return self._display.phase(text, total)
 
-    def reason_to_stop(self) -> str | None:
-        """What a rule of health sees that the recipe stops for, or None."""
-        return self._watch.reason_to_stop()
+    def demand(self) -> Demand | None:
+        """What the recipe wants done where a rule of health holds."""
+        return self._watch.demand()
+
+    def roll_back(self, step: int, rule: str, most: int) -> None:
+        """Record that the run went back to its best model after ``step``, because a rule of health held."""
+        best, count = self.best, self.best.rollbacks + 1
+        log.warning(
+            "step %d: back to the best model (step %d, %s %.4f), rollback %d of %d: health.%s. Steps and data go on",
+            *(step, best.step, best.metric, best.value, count, most, rule),
+        )
+        self.log(step, {ROLLED_BACK: float(best.step), "rollback/count": float(count), f"rollback/{rule}": 1.0})
 
     def log_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]], prefix: str = "step") -> Path:
         """Write ``rollouts/{prefix}_{step:06d}.jsonl``, one row a line, whole or not at all. Returns its path."""
@@ -124,6 +135,11 @@ class RunLog:
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
         return path
+
+    @property
+    def size(self) -> int:
+        """Bytes of ``metrics.jsonl`` so far, on the disk or not."""
+        return self._file.tell()
 
     @property
     def offset(self) -> int:

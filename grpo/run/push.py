@@ -66,6 +66,17 @@ def _holds_secret(file: Pushed) -> bool:
     return scrubbed(text) != text
 
 
+def check_repository(repository: str) -> None:
+    """Raises UserError where this can be no repository's name on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{repository}: no name of a repository: {first_line(error)}") from None
+
+
 def push(files: Sequence[Pushed], repository: str, *, private: bool, api: Any = None) -> str:
     """Send files to a hub's repository in one commit, which makes it if there is none; returns its address.
 
@@ -74,8 +85,9 @@ def push(files: Sequence[Pushed], repository: str, *, private: bool, api: Any = 
     one that is not; RunError where the hub refuses or can't be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
+    check_repository(repository)
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
     if api is None and get_token() is None:
@@ -93,8 +105,6 @@ def push(files: Sequence[Pushed], repository: str, *, private: bool, api: Any = 
         api.create_commit(url.repo_id, operations, commit_message="Model trained by grpo-train")
     except UserError:
         raise
-    except HFValidationError as error:
-        raise UserError(f"{repository}: no name of a repository: {first_line(error)}") from None
     except Exception as error:  # a hub fails in many ways; all are told in one line
         raise RunError(f"{repository}: not pushed: {scrubbed(first_line(error))}") from error
     return str(url)

@@ -5,16 +5,21 @@ It works on finished, running and killed runs, on other machines, and needs no m
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from grpo.config.find import shipped_recipes
 from grpo.errors import UserError, first_line
+from grpo.health.history import ROLLED_BACK
+
+MOST_NAMED = 8  # runs in a message
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,14 @@ class RunRecord:
     recipe: dict[str, Any]
     recipe_text: str
     environment: dict[str, Any]
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    """Lines that say when the run went back to its best model (``rollback.py``)."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines as the run wrote them: a step, what it was evaluated to, and whether the run then went back."""
+        parts = (self.training, self.evaluation, self.rollbacks)
+        placed = [(row["step"], place, row) for place, part in enumerate(parts) for row in part]
+        return [row for _, _, row in sorted(placed, key=lambda one: one[:2])]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one metric, where it was logged and finite."""
@@ -69,16 +82,18 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder. Raises UserError where it has no metrics, or where a file in it is not what it should be."""
     if not folder.is_dir():
-        raise UserError(f"no run at {folder}: " + ("it is a file" if folder.exists() else "there is no such folder"))
+        raise UserError(no_run(folder))
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
-        raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl{_runs_inside(folder)}")
+        raise UserError(f"{folder}: is not a run folder (there is no metrics.jsonl in it){runs_nearby(folder)}")
     training: dict[int, dict[str, Any]] = {}
     evaluation: dict[int, dict[str, Any]] = {}
+    rollbacks: dict[int, dict[str, Any]] = {}
     for number, row in _numbered(metrics):
         if wrong := [name for name, value in row.items() if not _is_number(value)]:
             raise UserError(f"{metrics}:{number}: {wrong[0]} is {_brief(row[wrong[0]])}, and not a number")
         kind = evaluation if any(name.startswith("eval/") for name in row) else training
+        kind = rollbacks if ROLLED_BACK in row else kind
         kind[row["step"]] = row  # of lines with the same step (a copied log, an older resume) the last counts
     if not training and not evaluation:
         raise UserError(f"{metrics} is empty: the run has not finished its first step")
@@ -101,6 +116,7 @@ def read_run(folder: Path) -> RunRecord:
         recipe=recipe,
         recipe_text=recipe_text,
         environment=environment,
+        rollbacks=[rollbacks[step] for step in sorted(rollbacks)],
     )
 
 
@@ -174,9 +190,37 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _runs_inside(folder: Path) -> str:
-    runs = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-    return f"; runs inside it: {', '.join(runs)}" if runs else ""
+def no_run(folder: Path) -> str:
+    """Why there is no run at ``folder``, which is no folder; with what may be meant."""
+    if folder.exists():
+        owner = next((parent for parent in folder.parents if _holds_run(parent)), None)
+        return f"{folder}: is a file, and not a run folder" + (f"; it is of the run {owner}" if owner else "")
+    if str(folder) in shipped_recipes():
+        return f"{folder}: is a recipe, and not a run folder; a run lies where its training.output_dir says"
+    runs = {path.name: path for path in folder.parent.glob("*") if _holds_run(path)}
+    near = difflib.get_close_matches(folder.name, runs, n=1)
+    meant = f", did you mean {runs[near[0]]}?" if near else f"; there are {_named(runs.values())}" if runs else ""
+    return f"{folder}: no such run folder{meant}"
+
+
+def runs_nearby(folder: Path) -> str:
+    """What may be meant by a folder that is no run: the run that it is a part of, or those inside of it."""
+    if _holds_run(folder):
+        return ""
+    if owner := next((parent for parent in folder.parents if _holds_run(parent)), None):
+        return f"; it is of the run {owner}"
+    runs = [path for path in folder.glob("*") if _holds_run(path)]
+    return f"; runs inside it: {_named(runs)}" if runs else ""
+
+
+def _named(runs: Iterable[Path]) -> str:
+    names = sorted(map(str, runs))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists()
 
 
 def headline(run: RunRecord) -> dict[str, float]:

@@ -154,13 +154,12 @@ class LiveBar:
     def _lines(self) -> Text:
         width = self.console.width
         count = f"step {self.step}/{self.total}"
-        health = sorted(name.removeprefix("health/") for name in self.metrics if name.startswith("health/"))
-        parts = [(self.doing, "cyan"), (" ".join(["health:", *health]) if health else "", "bold red")]
-        rest = [f"eta {self.eta.text()}", *self._cost(), *self.accuracy, *texts([SPEED], self.metrics)]
-        parts += [(text, "") for text in rest]
-        parts = [part for part in parts if part[0]]
         bar = max(0, min(BAR, max(10, width // 5), width - len(count) - 1))
-        kept = fitting([text for text, _ in parts], width - len(count) - 1 - bar - len(BETWEEN))
+        room = width - len(count) - 1 - bar - len(BETWEEN)
+        rest = [f"eta {self.eta.text()}", *self._cost(), *self.accuracy, *texts([SPEED], self.metrics)]
+        parts = [(self.doing, "cyan"), (self._health(room, rest[0]), "bold red"), *((text, "") for text in rest)]
+        parts = [part for part in parts if part[0]]
+        kept = fitting([text for text, _ in parts], room)
         lines = Text(count, style="bold", no_wrap=True, overflow="crop", end="")
         lines.append(" ").append_text(self._bar(bar))
         for text, style in parts[: len(kept)]:
@@ -168,6 +167,15 @@ class LiveBar:
         shown = [s for s in training_fields(self.metrics) if s.key not in (COST, SPEED.key)]
         numbers = BETWEEN.join(fitting(texts(shown, self.metrics), width))
         return lines.append(f"\n{numbers}", style="not bold")
+
+    def _health(self, room: int, eta: str) -> str:
+        """The rules that hold: by name, or their number where with names the time left would not fit beside them."""
+        names = sorted(name.removeprefix("health/") for name in self.metrics if name.startswith("health/"))
+        if not names:
+            return ""
+        text = " ".join(["health:", *names])
+        beside = [part for part in (self.doing, text, eta) if part]
+        return text if fitting(beside, room) == beside else f"health: {len(names)} rule{'s' * (len(names) > 1)}"
 
     def _bar(self, width: int) -> Text:
         full, empty = ("━", "─") if (self.console.encoding or "").startswith("utf") else ("#", ".")
@@ -181,6 +189,8 @@ class LiveBar:
             return []
         whole = spent + self.price * self.eta.seconds / 3600
         share = (self.metrics.get("cost_usd") or 0.0) / spent if spent else 0.0
+        if whole < 0.01:  # nobody cares
+            return []
         return [f"{dollars(spent)} of {dollars(whole)}"] + ([f"{share:.0%} in steps"] if share else [])
 
 

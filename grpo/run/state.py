@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("grpo")
 
+BEST = "best"  # in checkpoints/: the states of the best models (``rollback.py``)
+
 
 @dataclass
 class Progress:
@@ -62,6 +64,8 @@ class Progress:
     """Pass rates of the rows seen so far, by row id, for the curriculum."""
     replay: list[dict[str, Any]] = field(default_factory=list)
     """Groups with signal from earlier steps, oldest first."""
+    unfinished: bool = False
+    """The step is made, and what follows it (evaluation, rules of health) is to be done once more."""
 
 
 def identity(recipe: Recipe, policy: Policy, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -76,10 +80,17 @@ def identity_on(recipe: Recipe, accelerator: Accelerator, inputs: Mapping[str, s
 def save_state(
     folder: Path, recipe: Recipe, policy: Policy, progress: Progress, inputs: Mapping[str, str] | None = None
 ) -> None:
-    """Write checkpoints/step_N. Called by all processes. The first one writes; where weights are sharded, each writes
-    its own part. ``inputs`` are the hashes of what the run is made from (``inputs.py``)."""
-    root, states = folder / "checkpoints", {"progress": asdict(progress)}
-    manifest, keep = identity(recipe, policy, inputs or None), recipe.training.save_total_limit
+    """Write checkpoints/step_N of a run's folder, as ``write_state`` does."""
+    root = folder / "checkpoints"
+    write_state(root, recipe, policy, progress, inputs, keep=recipe.training.save_total_limit)
+
+
+def write_state(
+    root: Path, recipe: Recipe, policy: Policy, progress: Progress, inputs: Mapping[str, str] | None, *, keep: int
+) -> None:
+    """Write ``root``/step_N. Called by all processes. The first one writes; where weights are sharded, each writes its
+    own part. ``inputs`` are the hashes of what the run is made from (``inputs.py``)."""
+    states, manifest = {"progress": asdict(progress)}, identity(recipe, policy, inputs or None)
     if policy.sharded:
         aside = on_main(policy.accelerator, lambda: begin(root, progress.step))
         try:
@@ -119,9 +130,28 @@ def _moments(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress:
-    """Load a checkpoint, which was verified and is this run's, into the policy; every process reads its part."""
+    """Load a checkpoint, which was verified and is this run's, into the policy; every process reads its part. What is
+    newer is set aside; without a checkpoint, what an interrupted start has left of best models."""
+    root = Path(recipe.training.output_dir) / "checkpoints"
     if path is None:
+        if policy.accelerator.is_main_process:
+            set_aside_newer(root / BEST, -1)
         return Progress()
+    checkpoint = load_state(path, recipe, policy)
+    if policy.accelerator.is_main_process:
+        for folder in (root, root / BEST):
+            set_aside_newer(folder, checkpoint.step)
+        log.info("resuming from %s", path)
+    progress = Progress(**checkpoint.states["progress"])
+    if checkpoint.manifest["recipe"]["training"]["micro_batch_tokens"] != recipe.training.micro_batch_tokens:
+        progress.micro_batch_limit = None  # a recipe that asks for another size gets it
+    return progress
+
+
+def load_state(path: Path, recipe: Recipe, policy: Policy) -> Checkpoint:
+    """Weights, moments and a moving reference of a checkpoint, which was verified, into the policy. Called by all
+    processes; each reads its part. Returns what else the checkpoint holds."""
+    policy.changed()
     # Else each process of a machine would hold all of it in the host's memory, to keep a part, or a copy on its device.
     checkpoint = load_checkpoint(path, lazily=policy.sharded or policy.device.type != "cpu")
     if checkpoint.shards is None:
@@ -129,13 +159,7 @@ def restore_state(path: Path | None, recipe: Recipe, policy: Policy) -> Progress
     else:
         _restore_shards(checkpoint.shards, recipe, policy)
     policy.accelerator.wait_for_everyone()
-    if policy.accelerator.is_main_process:
-        set_aside_newer(Path(recipe.training.output_dir) / "checkpoints", checkpoint.step)
-        log.info("resuming from %s", path)
-    progress = Progress(**checkpoint.states["progress"])
-    if checkpoint.manifest["recipe"]["training"]["micro_batch_tokens"] != recipe.training.micro_batch_tokens:
-        progress.micro_batch_limit = None  # a recipe that asks for another size gets it
-    return progress
+    return checkpoint
 
 
 def _restore_whole(checkpoint: Checkpoint, policy: Policy) -> None:

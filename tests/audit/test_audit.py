@@ -368,3 +368,24 @@ def test_command_as_a_process(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "rewards[0] countdown  (rewards.countdown.countdown_reward)" in done.stdout
     assert done.stdout.splitlines()[-1] == "OK demo_cpu: nothing was found"
+
+
+def test_each_reward_of_a_mix_is_audited_on_its_sources() -> None:
+    write("nums.jsonl", [{"prompt": f"{i} and 40", "nums": [i, 40], "target": i + 40} for i in range(6)])
+    mix = [
+        {"path": "sums.jsonl", "eval_size": 0, "rewards": [{"path": "mine.py:always"}]},
+        {"path": "nums.jsonl", "eval_size": 0, "rewards": [{"name": "countdown"}, {"name": "format", "weight": 0.1}]},
+    ]
+    told: list[str] = []
+    content = {
+        "model": {"name": "no/such"},
+        "data": {"mix": mix},
+        "training": {"output_dir": "x", "prompts_per_step": 4},
+    }
+    findings = audit(Recipe.model_validate(content), 4, tell=told.append)
+    assert findings == ["no reward of sums pays a right answer more than a wrong one"]
+    assert [text.partition("  ")[0] for text in told[1:]] == [
+        "data.mix[0].rewards[0] on sums always",
+        "data.mix[1].rewards[0] on nums countdown",
+        "data.mix[1].rewards[1] on nums format",
+    ]

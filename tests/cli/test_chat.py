@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from grpo.cli import chat
 from grpo.cli.chat import DIM, RESET, Shown
+from grpo.prompts.templates import PLAIN_TEMPLATES
 from tests.cli.conftest import ROOT, run
 
 RUN = """\
@@ -97,6 +99,23 @@ def test_a_line_in_is_an_answer_out_and_another_model_answers_beside(a_run: Path
 
 
 @pytest.mark.slow
+def test_a_person_is_told_how_the_model_was_asked(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    assert chat.asked_in_training(tmp_path, "none") is None
+    for template, (text, _) in PLAIN_TEMPLATES.items():
+        row = {"prompt": text.format(question="6 3 9 = 27")}
+        (tmp_path / "rollouts/eval_000000.jsonl").write_text(json.dumps({"step": 0, **row}) + "\n")
+        assert chat.asked_in_training(tmp_path, template) == "6 3 9 = 27"
+    assert chat.asked_in_training(tmp_path, "chat") is None
+
+
+def test_a_model_to_compare_with_that_is_not_there_is_named_as_it_was_given(a_run: Path) -> None:
+    result = run("chat", "run", "--compare", "./nosuch")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("--compare ./nosuch: ")
+
+
+@pytest.mark.slow  # imports torch in a process of its own
 def test_ctrl_c_ends_in_one_line(a_run: Path) -> None:
     script = (
         "import os, signal, sys, grpo.cli.answer as a\n"

@@ -62,6 +62,13 @@ def test_missing_recipe(command):
         (["trane", "x"], "grpo: no such command 'trane'. Did you mean 'train'? (grpo --help)"),
         (["train", "recipe.yaml", "--resum"], "grpo train: no such option: --resum (Possible options: --resume, "
          "--resume-from) (grpo train --help)"),
+        (["train", "recipe.yaml", "--max_steps", "3"], "grpo train: no such option: --max_steps; write "
+         "training.max_steps=VALUE (grpo train --help)"),
+        (["train", "recipe.yaml", "--lr=1"], "grpo train: no such option: --lr; write optimizer.learning_rate=VALUE "
+         "(grpo train --help)"),
+        (["eval", "run", "--temperature", "0"], "grpo eval: no such option: --temperature; write "
+         "rollout.temperature=VALUE or evaluation.temperature=VALUE (grpo eval --help)"),
+        (["watch", "run", "--seed", "0"], "grpo watch: no such option: --seed (grpo watch --help)"),
         (["recipes", "shwo"], "grpo recipes: no such command 'shwo'. Did you mean 'show'? (grpo recipes --help)"),
         (["train", "recpie.yaml"], "recpie.yaml: no such file or recipe, did you mean recipe.yaml?"),
         (["eval", "rollout.top_k=1"], "rollout.top_k=1: no recipe given, only an override; the recipe comes first"),
@@ -123,6 +130,19 @@ def test_train_calls_its_stage(stand_in, stage, switches, resume):
     assert result.exit_code == 0, result.output
     recipe = load_recipe("recipe.yaml", [f"stage={stage}", "rollout.top_k=5"])
     assert called == [({"grpo": "trainer", "sft": "sft"}[stage], recipe, resume)]
+
+
+def test_a_used_folder_is_refused_before_anything_is_loaded(stand_in):
+    called = []
+    stand_in("trainer", train=lambda *given, **_: called.append(given))
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text("{}\n")
+    for switches in ([], ["--probe"]):
+        result = run("train", "recipe.yaml", *switches)
+        assert result.exit_code == 2
+        assert "already holds a run (metrics.jsonl)" in result.stderr
+    assert run("train", "recipe.yaml", "--resume").exit_code == 0
+    assert len(called) == 1
 
 
 # --- eval, report ---
@@ -187,6 +207,12 @@ def test_a_stranger_s_run_executes_nothing_without_trust(tmp_path, stand_in, com
         assert len(called) == 1
         own = run(*command, "rewards=[{name: countdown}]")
         assert own.exit_code == 0, "an override replaces the stranger's code"
+
+
+def test_eval_of_a_run_that_is_not_there():
+    Path("runs/smoke").mkdir(parents=True)
+    Path("runs/smoke/metrics.jsonl").touch()
+    assert run("eval", "runs/smok").stderr == "runs/smok: no such run folder, did you mean runs/smoke?\n"
 
 
 def test_eval_of_a_run_that_has_no_model_yet():

@@ -96,7 +96,7 @@ def test_what_is_dumped_loads_back(tmp_path: Path) -> None:
         ({}, ["data.mix.0.weight=0"], "must be above 0"),
         ({}, ["data.mix.0.tempalte=chat"], "did you mean template?"),
         ({}, ["data.mix.0.rewards.0.wieght=1"], "did you mean weight?"),
-        ({}, ["data.mix.0.max_prompt_length=9"], "unknown key, max_prompt_length belongs under data"),
+        ({}, ["data.mix.0.max_prompt_length=9"], "`max_prompt_length` is `data.max_prompt_length` here"),
         ({}, ["data.mix.0.rewards=[]", "rewards=[]"], "data.mix[0].rewards (countdown): a grpo recipe needs at least"),
         ({}, ["data.mix.0.rewards.0.weight=0", "rewards=[]"], "data.mix[0].rewards (countdown): every weight is 0"),
         ({}, ["evaluation.reward=gsm8k"], "gsm8k is not one of rewards (language, countdown, math, format, math#2)"),

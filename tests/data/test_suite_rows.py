@@ -192,13 +192,13 @@ def test_humaneval_of_the_package_with_and_without_a_chat_template(workers: None
     assert suite.bare is not None
     (bare,) = suite_rows.ask(first, suite.form, suite.bare.question, 0)
     solution = rows[0]["canonical_solution"]
-    begun = f"```python\n{bare['prompt']}{solution}\n```\n"
+    begun = f"```python\n{bare['prompt']}\n{solution}\n```\n"
     assert verify_code(chat["tests"], begun, prefill="Below is:\n").outcome is Outcome.CORRECT
     how = {"prefill": bare["prompt"], "continues": suite.bare.stop}
-    assert verify_code(bare["tests"], f"{solution}\ndef more(): 1 +", **how).outcome is Outcome.CORRECT
-    assert verify_code(bare["tests"], f"    return False\nprint({solution!r})", **how).outcome is Outcome.WRONG
-    assert verify_code(bare["tests"], solution, **how, status="length").outcome is Outcome.TRUNCATED
-    assert verify_code(bare["tests"], "    return (\nprint(1)", **how).outcome is Outcome.UNPARSEABLE
+    assert verify_code(bare["tests"], f"\n{solution}\ndef more(): 1 +", **how).outcome is Outcome.CORRECT
+    assert verify_code(bare["tests"], f"\n    return False\nprint({solution!r})", **how).outcome is Outcome.WRONG
+    assert verify_code(bare["tests"], f"\n{solution}", **how, status="length").outcome is Outcome.TRUNCATED
+    assert verify_code(bare["tests"], "\n    return (\nprint(1)", **how).outcome is Outcome.UNPARSEABLE
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ def test_the_best_is_the_largest_or_the_smallest_loss() -> None:
     assert (best.value, best.step, best.stale) == (1.0, 1, 1)
 
 
+def test_patience_begins_anew_where_the_run_went_back() -> None:
+    best = evaluations("eval/accuracy", 0.4, 0.3, 0.2)
+    best.see({"step": 2, "rollback/to_step": 0.0})
+    assert (best.value, best.step, best.stale, best.rollbacks) == (0.4, 0, 0, 1)
+
+
 def test_a_metric_that_evaluation_does_not_have_is_named() -> None:
     with pytest.raises(RunError, match=r"training.save_best: eval/acuracy is not among .*\(eval/accuracy\)"):
         Best("eval/acuracy").see({"step": 0, "eval/accuracy": 0.2})
@@ -87,4 +93,8 @@ def test_a_run_keeps_its_best_model_and_ends_when_it_gets_no_better(
     assert (folder / f"checkpoints/step_{last:06d}").is_dir()
     assert (folder / "final").is_dir()
     assert (folder / "best").is_dir() == (best > 0)
+    if best:
+        card = (folder / "best/README.md").read_text()
+        assert f"the run's best model by `eval/completions/mean_length`, that of step {best};" in card
+        assert f"| after (step {best}) |" in card
     assert "off track at step 1: eval/accuracy" in caplog.text

@@ -7,7 +7,7 @@ import pytest
 from grpo.config.health import HealthConfig
 from grpo.health.history import FIRST, LAST, Row
 from grpo.health.rules import RULES, STEPS
-from grpo.health.watch import Watch
+from grpo.health.watch import Demand, Watch, sentence
 
 HEALTHY: dict[str, float] = {
     "reward": 0.4,
@@ -49,13 +49,22 @@ def never(correct: float, count: int = 4 * STEPS) -> list[dict[str, float]]:
     return steps(count, verdicts__countdown__correct=correct)
 
 
+def test_a_form_that_is_found_is_no_correct_answer() -> None:
+    rows = steps(4 * STEPS, verdicts__countdown__correct=0.0, verdicts__format__correct=30.0)
+    assert "never_correct" in held(rows)
+    assert "never_correct" not in held(steps(4 * STEPS, verdicts__format__correct=30.0))
+
+
 def falling(reward: float, accuracy: float) -> list[dict[str, float]]:
     return [evaluation(0.5), *steps(2 * STEPS), evaluation(0.6), *steps(STEPS, reward=reward), evaluation(accuracy)]
 
 
 FAILING: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
     "no_signal": (steps(STEPS, frac_reward_zero_std=0.97), steps(STEPS, frac_reward_zero_std=0.93)),
-    "all_alike": (steps(STEPS, completions__unique_ratio=0.2), steps(STEPS, completions__unique_ratio=0.4)),
+    "all_alike": (
+        steps(STEPS, completions__unique_ratio=0.2, frac_reward_zero_std=0.65),
+        steps(STEPS, completions__unique_ratio=0.4, frac_reward_zero_std=0.65),
+    ),
     "never_correct": (never(0.0), [*never(0.0), *never(1.0, 1)][-4 * STEPS :]),
     "accuracy_below_start": (
         [evaluation(0.5), *steps(3), evaluation(0.4)],
@@ -88,7 +97,7 @@ def held(rows: list[dict[str, float]]) -> set[str]:
 
 def test_every_rule_has_a_key_of_the_recipe_and_a_case() -> None:
     names = [rule.name for rule in RULES]
-    assert names == list(HealthConfig.model_fields)
+    assert [*names, "max_rollbacks"] == list(HealthConfig.model_fields)
     assert names == list(FAILING)
 
 
@@ -130,14 +139,55 @@ def test_a_rule_begins_once_and_ends_once() -> None:
 
 def test_what_a_rule_does_is_the_recipes_choice() -> None:
     rows = numbered(steps(STEPS, kl=3.0, frac_unscored=0.2))
-    watch = Watch({"kl_blow_up": "off", "unscored": "stop"})
+    watch = Watch({"kl_blow_up": "off", "unscored": "stop", "max_rollbacks": 2})
     watch.see_all(rows)
     assert set(watch.holding) == {"unscored"}
     assert watch.metrics() == {"health/unscored": 1.0}
-    assert (watch.reason_to_stop() or "").startswith("unscored: 20% of completions")
-    warned = Watch()
-    warned.see_all(rows)
-    assert warned.reason_to_stop() is None
+    assert watch.demand() == Demand("stop", "unscored", "20% of completions have no reward, over 5 steps")
+    for actions, demanded in (
+        ({}, None),
+        ({"kl_blow_up": "rollback"}, ("rollback", "kl_blow_up")),
+        ({"kl_blow_up": "rollback", "unscored": "stop"}, ("stop", "unscored")),
+    ):
+        other = Watch(actions)
+        other.see_all(rows)
+        found = other.demand()
+        assert (found and (found.action, found.rule)) == demanded
+
+
+ROLLBACK: Row = {"step": 8.0, "rollback/to_step": 2.0, "rollback/count": 1.0, "rollback/kl_blow_up": 1.0}
+
+
+def test_a_rollback_ends_every_rule_and_what_was_before_it_counts_no_more() -> None:
+    watch = Watch({"kl_blow_up": "rollback"})
+    rows = numbered([evaluation(0.6), *steps(2), evaluation(0.6), *steps(STEPS, kl=9.0), evaluation(0.1)])
+    watch.see_all(rows)
+    assert set(watch.holding) == {"kl_blow_up", "accuracy_below_start"}
+    ended = watch.see(ROLLBACK)
+    assert {(change.rule.name, change.statement) for change in ended} == {
+        ("kl_blow_up", None),
+        ("accuracy_below_start", None),
+    }
+    assert watch.demand() is None
+    assert watch.see_all(steps(STEPS - 1, kl=9.0)) == []
+    assert [change.rule.name for change in watch.see_all(steps(1, kl=9.0))] == ["kl_blow_up"]
+
+
+def test_answers_of_before_a_rollback_are_not_counted_as_wrong_after_it() -> None:
+    watch = Watch()
+    watch.see_all(numbered(never(0.0)))
+    assert "never_correct" in watch.holding
+    watch.see(ROLLBACK)
+    watch.see_all(never(0.0, 4 * STEPS - 1))
+    assert not watch.holding
+    watch.see_all(never(0.0, 1))
+    assert "never_correct" in watch.holding
+
+
+def test_the_start_is_remembered_through_a_rollback() -> None:
+    watch = Watch()
+    watch.see_all([*numbered(steps(STEPS)), ROLLBACK, *steps(2 * STEPS, completions__mean_length=10.0)])
+    assert "length_collapse" in watch.holding
 
 
 def test_memory_is_bounded_and_the_start_is_not_forgotten() -> None:
@@ -154,3 +204,13 @@ def test_cause_and_cure_are_sentences(rule) -> None:
     for text in (rule.cause, rule.cure):
         assert not text.endswith("."), "the message adds it"
         assert len(text) > 20
+
+
+def test_a_key_of_the_recipe_keeps_its_small_letter_at_the_beginning_of_a_sentence() -> None:
+    assert sentence("lower optimizer.learning_rate") == "Lower optimizer.learning_rate"
+    assert sentence("optimizer.max_grad_norm clips it") == "optimizer.max_grad_norm clips it"
+
+
+def test_short_answers_that_are_alike_and_still_teach_are_no_failure() -> None:
+    """One liners at step 37: 0.19 of a group's completions differ, and 0.47 of the groups have no signal."""
+    assert not held(steps(STEPS, completions__unique_ratio=0.19, frac_reward_zero_std=0.47))

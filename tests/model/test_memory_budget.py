@@ -29,7 +29,8 @@ from grpo.model.memory_budget import (
 from grpo.model.optimizer import make_optimizer
 from grpo.model.shape import QWEN, Shape, shape_of
 from grpo.packing import collate
-from grpo.plan import cpu_memory
+from grpo.plan import cpu_memory, plan
+from grpo.run import rollback
 from grpo.types import TrainedSequence
 from grpo.update import micro_batch_size
 from tests.conftest import make_recipe
@@ -107,6 +108,7 @@ def test_sizes_that_are_written_down_twice_agree() -> None:
     assert (AUTOMATIC_SHARE, FEWEST_TOKENS) == (micro_batch_size.SHARE, micro_batch_size.SMALLEST)
     assert LARGEST["accelerator"][0] == MOST_TOKENS
     assert LARGEST["cpu"] == (cpu_memory.TOKENS_AT_MOST, cpu_memory.KEPT_AT_MOST)
+    assert rollback.KEPT == plan.KEPT
     assert SIZES["cpu"].chunk == SIZES["cpu"].kept == cpu_memory.LOGIT_CHUNK
     assert kv_cache.SHORT_PROMPT == cpu_memory.SHORT_PROMPT
     chunk, tile, kept = SIZES["accelerator"]

@@ -38,8 +38,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 def rows_file(folder: Path) -> str:
     rows = [{"prompt": f"{i} + {i + 3} = ", "nums": [i, i + 3], "target": 2 * i + 3} for i in range(1, 25)]
     rows += [
-        {"prompt": "4 + 7  =", "nums": [4, 7], "target": 12},  # 25: row 4 again, with another answer
-        {"prompt": "1 + 1 = ", "nums": [1, 1], "target": 99},  # 26: nothing gives that
+        {"prompt": "4 + 7  =", "nums": [4, 7], "target": 28},  # 25: row 4 again, with another answer
+        {"prompt": "1 + 1 = ", "nums": [], "target": 99},  # 26: nothing gives that
         {"prompt": "5 + 5 + " * 12 + "5 = ", "nums": [5, 5], "target": 10},  # 27: too long
     ]
     return write_rows(folder / "rows.jsonl", rows)
@@ -106,7 +106,7 @@ def test_each_source_of_a_mix_has_its_own_file_and_judge(tiny_model: Path, tmp_p
         {"path": one, "eval_size": 0, "rewards": [LUCK]},
         {"path": two, "eval_size": 0, "rewards": [always], "prompt_column": "question"},
     ]
-    data = {"name": None, "mix": mix, "max_prompt_length": 16}
+    data = {"mix": mix, "max_prompt_length": 16}
     output = tmp_path / "left.jsonl"
     report = filter_rows(recipe_of(tiny_model, one, data=data, rewards=[]), Window(1.0, 1.0, n=2), output)
     assert report["by_source"]["two"] == {"rows": 6, "kept": 6}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from grpo.config.load import load_recipe
 from grpo.errors import UserError
 from grpo.model.memory_budget import budget
 from grpo.model.shape import Shape, find_shape, shape_from, shape_of
-from grpo.plan.cards import CARDS
+from grpo.plan.cards import CARDS, sheet_for
 from grpo.plan.cpu_seconds import Line
 from grpo.plan.plan import Plan, plan_for_gpus
 from grpo.plan.text import WIDTH, lines
@@ -129,7 +130,7 @@ def test_a_plan_reads_on_80_columns(recipe: str, card: str) -> None:
 
 
 def test_json_has_the_figures_by_name() -> None:
-    result = run("plan", "countdown_qwen2.5-3b", "--gpu", "80gb", "--price", "2.5", "--json")
+    result = run("plan", "countdown_qwen2.5-3b", "--gpu", "80GB", "--price", "2.5", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["fits"] is True
@@ -151,8 +152,11 @@ def test_a_plan_for_a_card_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--gpu", "a100"], "--gpu: a100 is not one of cpu, 24gb, 48gb"),
+        (["--gpu", "a100"], "--gpu: a100 is not one of cpu (this machine), 24gb (RTX 4090, 24 GB), 48gb (L40S, 48 GB)"),
+        (["--gpus", "8"], "--gpus: say which with --gpu: 24gb, 48gb"),
+        (["--fsdp2"], "--fsdp2: say which with --gpu: 24gb, 48gb"),
         (["--gpu", "h100", "model.name=nobody/knows"], "--config FILE"),
+        (["--gpu", "h100", "--config", "nosuch.json"], "--config: nosuch.json: no such file"),
         (["--gpu", "h100", "--config", "README.md"], "cannot be read as a model's configuration"),
     ],
 )
@@ -177,6 +181,24 @@ def test_a_plan_for_this_cpu_times_the_real_work() -> None:
     assert found["seconds"]["rollout"] > 0
     assert found["seconds"]["update"] > 0
     assert 0.4e9 < found["peak_bytes"] < 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "like"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.0e9, "h100"),
+        ("NVIDIA A100-SXM4-40GB", 42.3e9, "80gb"),
+        ("NVIDIA GeForce RTX 4090", 25.4e9, "24gb"),
+        ("NVIDIA GeForce RTX 3090", 25.7e9, "24gb"),
+        ("NVIDIA RTX 6000 Ada Generation", 50.9e9, "48gb"),
+        ("Tesla T4", 15.6e9, None),
+    ],
+)
+def test_a_device_is_planned_for_by_the_sheet_of_its_name_or_of_a_smaller_card(
+    name: str, memory: float, like: str | None
+) -> None:
+    found = sheet_for(name, memory)
+    assert found == (None if like is None else replace(CARDS[like], title=name, bytes=memory))
 
 
 def test_the_table_of_shapes_needs_no_file() -> None:

@@ -14,6 +14,7 @@ from grpo.plan.probe import Probe
 from grpo.plan.probe_text import WIDTH, lines, page
 from tests.cli.conftest import run
 from tests.launching import ROOT
+from tests.plan.test_plan import planned
 
 HEALTHY = Figures(
     groups=64, completions=512, with_signal=0.6, signal_low=0.48, signal_high=0.71, answer_signal=0.5, accuracy=0.2,
@@ -73,6 +74,23 @@ def test_the_text_fits_80_columns_and_the_page_runs_nothing_of_a_completion() ->
     assert "<script>" not in page(probe, "a<b")
 
 
+def test_what_a_run_takes_is_said_in_text_page_and_json() -> None:
+    probe = Probe(HEALTHY, [], [], planned("countdown_qwen2.5-3b", "80gb"))
+    text, shown, found = "\n".join(lines(probe, "grpo plan x")), page(probe, "x"), probe.as_json()["plan"]
+    for said in ("memory", "a step", "the run", "It fits: ", "A100, 80 GB"):
+        assert said in text
+        assert said in shown
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert found["fits"] is True
+    assert found["step_seconds"] > 0
+    too_large = Probe(HEALTHY, [], [], planned("countdown_qwen2.5-3b", "24gb"))
+    assert "n a machine with more memory" in page(too_large, "x")
+    unknown = Probe(HEALTHY, [], [], no_plan="its kind is <not> known")
+    assert "what it takes: its kind is <not> known." in " ".join("\n".join(lines(unknown, "grpo plan x")).split())
+    assert "is &lt;not&gt; known" in page(unknown, "x")
+    assert unknown.as_json()["plan"] is None
+
+
 SMALL = ["--prompts", "8", "training.num_threads=1", "rollout.max_completion_length=48", "data.eval_size=8"]
 
 
@@ -86,6 +104,11 @@ def test_a_recipe_that_learns_goes_and_says_what_it_found(tmp_path: Path) -> Non
     assert 0 < found["with_signal"] <= 1
     assert found["sampler_difference"] < 1e-4
     assert "grpo plan smoke_cpu" in result.stdout
+    assert found["plan"]["lengths"]["completion"] == pytest.approx(found["mean_length"])
+    assert found["plan"]["lengths"]["with_signal"] == found["with_signal"]
+    assert found["plan"]["step_seconds"] > 0
+    assert found["plan"]["hours"] > 0
+    assert "It fits: " in result.stdout
     assert (tmp_path / "run/probe.html").exists()
 
 

@@ -216,13 +216,15 @@ def write_as_before(root: Path, run: str) -> None:
     policy.accelerator.wait_for_everyone()
 
 
-def train(root: Path, run: str, steps: int, resume: bool, save_every: int = 1, **model: Any) -> None:
-    """A whole run of the trainer."""
+def train(
+    root: Path, run: str, steps: int, resume: bool, save_every: int = 1, back: bool = False, **model: Any
+) -> None:
+    """A whole run of the trainer; ``back``: one that goes back to its start after the fifth step."""
     trainer.write_report_at_end = lambda folder: None  # takes seconds
     recipe = make_recipe(
         root / "model",
         model=model,
-        data={"args": {"question": "compact"}, "train_size": 24, "eval_size": 0, "max_prompt_length": 32},
+        data={"args": {"question": "compact"}, "train_size": 24, "eval_size": 4 * back, "max_prompt_length": 32},
         rewards=[{"path": f"{ROOT}/tests/rewards_for_tests.py:length_divides_by_eight"}],
         rollout={"num_generations": 4, "max_completion_length": 6},
         algorithm={} if model else MOVING | {"ref_model_sync_steps": 1},
@@ -234,7 +236,9 @@ def train(root: Path, run: str, steps: int, resume: bool, save_every: int = 1, *
             "max_steps": steps,
             "save_every": save_every,
             "replica_check_every": 2,
+            "save_best": "eval/accuracy" if back else None,
         },
+        health={"cut_off": "rollback"} if back else {},
     )
     trainer.train(recipe, resume)
 
@@ -389,6 +393,11 @@ def main(root: Path) -> dict[str, list[int]]:
         "stopped, goes on as two replicas": run_forked("ddp", 2, command, root, copy_of(root, "replicas"), "--resume"),
         "stopped, goes on as four": run_forked("fsdp2", 4, command, root, copy_of(root, "four"), "--resume"),
         "resumed": run_forked("fsdp2", 2, train, root, "stopped", 3, True),
+        "one goes back": run_forked("ddp", 1, train, root, "back alone", 7, False, 0, True),
+        "two replicas go back": run_forked("ddp", 2, train, root, "back as replicas", 7, False, 0, True),
+        "two shards go back": run_forked("fsdp2", 2, train, root, "back", 7, False, 0, True),
+        "two shards go back and stop": run_forked("fsdp2", 2, train, root, "back, stopped", 6, False, 0, True),
+        "two shards go on from there": run_forked("fsdp2", 2, train, root, "back, stopped", 7, True, 0, True),
         "replicas drift": run_forked("ddp", 2, drift, root, {}),
         "replicas with LoRA drift": run_forked("ddp", 2, drift, root, LORA),
         "four replicas drift": run_forked("ddp", 4, drift, root, {}),

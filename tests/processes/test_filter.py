@@ -22,7 +22,8 @@ def command(model: Path, folder: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     recipe = {
         "model": {"name": str(model), "dtype": "float32"},
-        "data": {"name": "countdown", "args": {"question": "compact"}, "train_size": 160, "eval_size": 4},
+        "data": {"name": "countdown", "args": {"question": "compact"}, "train_size": 160, "eval_size": 4}
+        | {"max_prompt_length": 32},
         "rewards": [{"path": f"{ROOT}/tests/rewards_for_tests.py:length_divides_by_eight"}],
         "rollout": {"max_completion_length": 48},
         "scoring": {"workers": 1},

@@ -31,7 +31,7 @@ def test_every_part_ends_well_but_for_the_killed_one(ended: dict[str, list[int]]
     """What each part checks is in the script."""
     assert {part for part, statuses in ended.items() if any(statuses)} == {"killed", "asked to stop at the start"}
     assert ended["killed"] == [1, -9]
-    assert len(ended) == 41
+    assert len(ended) == 46
 
 
 def test_a_process_that_is_asked_to_stop_while_the_run_starts_ends_all_as_preempted(
@@ -47,6 +47,17 @@ def test_a_resumed_run_of_two_shards_is_the_whole_run_to_the_bit(ended: dict[str
     assert same_weights(root / "stopped", root / "run")
     shards = {path.name for path in (root / "run/checkpoints/step_000003/shards").iterdir()}
     assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+def test_processes_go_back_to_the_best_model_together_and_a_resumed_run_has_gone_back(
+    ended: dict[str, list[int]], root: Path
+) -> None:
+    assert lines(root / "back, stopped") == lines(root / "back")
+    assert same_weights(root / "back, stopped", root / "back")
+    for name in ("back", "back as replicas"):
+        assert [row["step"] for row in lines(root / name) if row.get("rollback/to_step") == 0] == [5]
+        for one, other in zip(lines(root / "back alone"), lines(root / name), strict=True):
+            assert one == pytest.approx(other, rel=2e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "processes"), [("one goes on", 1), ("replicas", 2), ("four", 4)])

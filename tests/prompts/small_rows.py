@@ -45,7 +45,7 @@ def recipe(data: dict, stage: str = "grpo", prompts_per_step: int = 4, seed: int
         {
             "stage": stage,
             "model": {"name": "somewhere"},
-            "data": {"eval_size": 0, **data},
+            "data": data if "mix" in data else {"eval_size": 0, **data},
             "rewards": [{"name": "countdown"}],
             "training": {"output_dir": "runs/x", "prompts_per_step": prompts_per_step, "seed": seed},
             **sections,

@@ -8,7 +8,7 @@ import random
 from html.parser import HTMLParser
 from pathlib import Path
 
-VOID = {"meta", "input", "br", "img", "link", "hr"}
+VOID = {"meta", "input", "br", "img", "link", "hr", "wbr"}
 HOSTILE = '<script>alert("x")</script><think>6 * 3 = 18</think> <answer>6 * 3</answer> & \x00 \x1b[31m</pre>'
 
 

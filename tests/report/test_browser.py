@@ -13,11 +13,15 @@ from typing import Any
 import aiohttp
 import pytest
 
+from grpo.plan.findings import Finding
+from grpo.plan.probe import Probe
+from grpo.plan.probe_text import page as page_of_probe
 from grpo.report.compare_page import write_comparison
 from grpo.report.curves import curves_svg
 from grpo.report.page import page
 from grpo.run.read import headline, read_run
-from tests.report.made_runs import make_run
+from tests.plan.test_probe import HEALTHY
+from tests.report.made_runs import HOSTILE, make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
@@ -65,6 +69,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     runs = [make_run(folder / f"run{i}", steps=40, every=20, tasks=30, collapsed=bool(i)) for i in (0, 1)]
     (runs[1] / "recipe.yaml").write_text((runs[0] / "recipe.yaml").read_text() + "optimizer: {learning_rate: 0.1}\n")
     write_comparison(runs, folder / "compare.html")
+    with (runs[0] / "recipe.yaml").open("a") as recipe:
+        recipe.write("expect: [{metric: eval/accuracy, step: 40, low: 0.3, high: 0.5, source: three seeds}]\n")
     for run in runs:
         record = read_run(run)
         (run / "report.html").write_text(page(record, headline(record), curves_svg(record)))
@@ -102,14 +108,27 @@ async def looks(port: int, file: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_nothing_overflows_and_all_can_be_read(port: int, pages: list[Path], which: int) -> None:
-    *whole, pressed = asyncio.run(looks(port, pages[which]))
+def can_be_read(whole: list[dict[str, Any]]) -> None:
     for found in whole:
         assert found["width"] == found["wanted"]
         assert not found["sticks"]
         assert not found["cut"]
         assert found["contrast"] >= 4.5, found["worst"]
         assert found["dark"] == (found["theme"] == "dark")
-        assert found["articles"]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nothing_overflows_and_all_can_be_read(port: int, pages: list[Path], which: int) -> None:
+    *whole, pressed = asyncio.run(looks(port, pages[which]))
+    can_be_read(whole)
+    assert all(found["articles"] for found in whole)
     assert set(pressed["articles"]) <= {"gained"} < set(whole[0]["articles"]) | {"gained"}
+
+
+def test_a_probe_has_the_look_of_a_report(port: int, tmp_path: Path) -> None:
+    row = {"prompt": "x" * 300, "completion": HOSTILE, "num_tokens": 9, "status": "length"}
+    found = [Finding("all_cut", "90% are cut off", "raise rollout.max_completion_length")]
+    rows = [row | {"reward": reward} for reward in (None, 0.0, 1.0)]
+    (tmp_path / "probe.html").write_text(page_of_probe(Probe(HEALTHY, found, rows), "Probe of demo_cpu"))
+    *whole, _ = asyncio.run(looks(port, tmp_path / "probe.html"))
+    can_be_read(whole)

@@ -119,8 +119,19 @@ def test_a_hostile_name_stays_text(tmp_path: Path) -> None:
 
 
 def test_a_card_that_cannot_be_made_costs_a_line_and_no_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert card_at_end(tmp_path) is None
-    assert "final/ has no model card" in caplog.text
+    assert card_at_end(tmp_path / "final") is None
+    assert "final has no model card" in caplog.text
+
+
+def test_the_card_of_the_best_model_says_by_what_and_of_which_step_it_is(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "x", training=RECIPE["training"] | {"save_best": "eval/accuracy"})
+    best, final = card_at_end(run / "best"), card_at_end(run / "final")
+    says = "the run's best model by `eval/accuracy`, that of step 20; the run went on after it"
+    assert best
+    assert final
+    assert says in best
+    assert says not in final
+    assert best.replace(f"It is {says}.\n\n", "") == final
 
 
 @pytest.mark.parametrize(

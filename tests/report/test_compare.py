@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,19 @@ def test_seeds_of_one_recipe_have_nothing_to_test(runs):
     assert "These are seeds of one recipe: there is nothing to test." in list(terminal(compare(runs[:2])))
 
 
+def test_many_sides_fit_80_columns_with_every_figure(runs):
+    (one, other) = compare(runs)
+    sides = [replace(side, letter=letter) for side, letter in zip([one, other] * 3, "ABCDEF", strict=True)]
+    lines = list(terminal(sides))
+    assert max(map(len, lines)) <= 80
+    for name in ("accuracy after", "gain"):
+        figures = [figure for line in lines if line.startswith(name) for figure in re.split(r"  +", line)[1:]]
+        assert figures == [side.means[name].text() for side in sides]
+
+
 def test_one_run_is_no_comparison(runs, tmp_path):
+    with pytest.raises(UserError, match="runs inside it: "):
+        write_comparison([runs[0].parent], tmp_path / "compare.html")
     with pytest.raises(UserError, match="two run folders or more"):
         write_comparison(runs[:1], tmp_path / "compare.html")
     with pytest.raises(UserError, match="cannot write"):

@@ -43,4 +43,4 @@ def test_a_live_report_that_cannot_be_drawn_says_so_once(tmp_path, caplog):
         live.after_step()
         assert not live.on
     assert "report.html is not rewritten during the run: " in caplog.text
-    assert "it has no metrics.jsonl" in caplog.text
+    assert "there is no metrics.jsonl in it" in caplog.text

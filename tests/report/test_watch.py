@@ -16,7 +16,8 @@ from rich.console import Console
 from grpo.errors import UserError
 from grpo.report import watch as watching
 from grpo.report.braille import nice, plot
-from grpo.report.watch import watch
+from grpo.report.watch import picture, watch
+from grpo.run.read import read_run
 from tests.report.made_runs import HOSTILE, make_run, write_jsonl
 
 
@@ -47,11 +48,23 @@ def test_curves_and_newest_completions_fit_into_the_terminal(run, width):
     assert "#0  reward 0" in text
 
 
-def test_a_rule_that_holds_is_told_in_one_line_that_fits(tmp_path):
+def test_a_rule_that_holds_is_told_whole(tmp_path):
     make_run(tmp_path / "run", steps=20, every=10, tasks=2, collapsed=True)
-    lines = shown(tmp_path / "run", 50).splitlines()
-    assert "health: no_signal: 100% of groups had no signal over 5 steps"[:50] in lines
-    assert max(map(len, lines)) <= 50
+    text = shown(tmp_path / "run", 50)
+    said = " ".join(text.split())
+    assert "health: no_signal: 100% of groups had no signal over 5 steps (mean reward" in said
+    assert max(map(len, text.splitlines())) <= 50
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 40), (120, 30), (40, 30)])
+def test_a_low_terminal_gets_what_matters_in_its_lines(run, width, height):
+    console = Console(width=width, height=height, file=io.StringIO())
+    lines = picture(read_run(run), console, height).plain.split("\n")
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    assert all(any(title in line for line in lines) for title in ("held-out accuracy", "reward", "length", "entropy"))
+    if width >= 72:
+        assert all(any(line.startswith(f"#{i}  reward") for line in lines) for i in range(3))
 
 
 def test_no_completion_steers_the_terminal(run):
@@ -85,7 +98,7 @@ def test_it_ends_when_the_run_ends(run, monkeypatch):
 
 
 def test_a_folder_that_holds_no_run_is_named(tmp_path):
-    with pytest.raises(UserError, match="no run at"):
+    with pytest.raises(UserError, match="no such run folder"):
         shown(tmp_path / "none", 80)
     with pytest.raises(UserError, match="not a run folder"):
         shown(tmp_path, 80, terminal=True, once=False)

@@ -12,12 +12,13 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from grpo.errors import UserError
 from grpo.report.attempts import KINDS, PROMPTS_A_KIND, side_by_side
-from grpo.report.curves import panels, summary
-from grpo.report.drawing import LIGHT, apart, finish
+from grpo.report.curves import BARS, draw, panels, summary
+from grpo.report.drawing import LIGHT, apart, dress, finish
 from grpo.report.judgement import gain, judgement
 from grpo.report.markup import common_prefix, completion, marked
 from grpo.report.write import ending, write_report, write_report_at_end
@@ -142,7 +143,7 @@ def test_the_gain_leads_with_its_interval_and_the_judgement_in_words(run, page):
     assert f"{found.difference:+.3f}" in page.all("b")
     good = "".join(page.all("good"))
     assert f"Held-out accuracy rose from 0.160 to {found.after:.3f}" in good
-    assert "No rule of health held" in good
+    assert "no rule saw anything wrong" in good
     assert not page.all("bad")
 
 
@@ -153,6 +154,24 @@ def test_only_what_the_recipe_says_beside_the_defaults_is_listed(run, page):
     assert "rewards.0.name" in names
     assert "training.seed" not in names  # which the recipe gives, and which is the default
     assert "training: {output_dir: runs/demo" in (run / "report.html").read_text()  # the whole, to fold out
+
+
+def test_an_axis_ends_at_a_mark_and_a_curve_of_zeros_lies_at_its_foot():
+    for values, expected in (
+        ([0.0, 34.5], (0, 40)),
+        ([0.0, 0.208], (0, 0.25)),
+        ([0.0, 0.0], (0, 1)),
+        ([-4.0, 3.2], None),
+    ):
+        ax = Figure().add_subplot()
+        dress(ax, LIGHT)
+        ax.plot([0, 5], values)
+        finish(ax, LIGHT, 5, [])
+        low, high = ax.get_ylim()
+        if expected:
+            assert (low, high) == pytest.approx(expected)
+        assert low <= min(values)
+        assert high >= max(values)
 
 
 @pytest.mark.slow
@@ -213,7 +232,7 @@ def test_the_end_says_where_everything_is_and_what_comes_next(tmp_path, monkeypa
         "  report  my run/report.html",
         "  model   my run/final",
         "  next    grpo eval 'my run'",
-        "          grpo report 'my run'",
+        "          grpo chat 'my run'",
     ]
 
 
@@ -336,11 +355,34 @@ def small(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("small") / "run", steps=2, every=1, tasks=2)
 
 
+def test_what_a_recipe_expects_is_drawn_and_never_outside_of_the_axes(tmp_path):
+    run = make_run(tmp_path / "run", steps=4, every=2, tasks=2)
+    bands = [
+        {"metric": "eval/accuracy", "step": 4, "low": 0.6, "high": 0.8, "source": "three seeds"},
+        {"metric": "completions/mean_length", "step": 2, "low": 50, "high": 70, "source": "three seeds"},
+        {"metric": "reward", "step": 9, "low": 0, "high": 1, "source": "not there yet"},
+    ]
+    with (run / "recipe.yaml").open("a") as recipe:
+        recipe.write(f"expect: {json.dumps(bands)}\n")
+    record = read_run(run)
+    drawn = {}
+    for panel in panels(record):
+        ax = Figure().add_subplot()
+        finish(ax, LIGHT, record.steps, draw(panel, ax, record, LIGHT))
+        bars = [c.get_segments()[0].tolist() for c in ax.collections if isinstance(c, LineCollection)]
+        if bars:
+            drawn[panel.title] = bars
+            assert max(top for (_, _), (_, top) in bars) <= ax.get_ylim()[1]
+            assert panel.caption.endswith(BARS)
+    assert drawn == {"Held-out accuracy": [[[4, 0.6], [4, 0.8]]], "Completion length": [[[2, 50], [2, 70]]]}
+
+
 def test_what_a_recipe_expects_is_judged_in_words(tmp_path):
     run = make_run(tmp_path / "run", steps=4, every=2, tasks=2)
     recipe = (run / "recipe.yaml").read_text()
     band = "{{metric: eval/accuracy, step: 4, low: {}, high: {}, source: three seeds}}"
     for low, high, tone in ((0.3, 0.6, "good"), (0.8, 0.9, "bad")):
         (run / "recipe.yaml").write_text(f"{recipe}\nexpect: [{band.format(low, high)}, {{metric: broken}}]\n")
-        (found,) = [finding for finding in judgement(read_run(run)) if finding.name == "expected"]
-        assert (found.tone, "track at step 4: eval/accuracy 0.4" in found.text) == (tone, True)
+        (found,) = [finding for finding in judgement(read_run(run)) if finding.name.endswith(" track")]
+        assert (found.tone, found.name) == (tone, "on track" if tone == "good" else "off track")
+        assert found.text.startswith("at step 4: eval/accuracy 0.4")

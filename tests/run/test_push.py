@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
 from grpo.cli.main import app
@@ -112,7 +112,7 @@ def test_a_run_without_a_model_and_a_hub_that_refuses_are_one_line(a_run: Path) 
     with pytest.raises(RunError, match=r"^x: not pushed: no route$"):
         push(files, "x", private=True, api=Hub(fails=ConnectionError("no route\nmore")))
     with pytest.raises(UserError, match="no name of a repository"):
-        push(files, "a/b/c", private=True, api=Hub(fails=HFValidationError("bad")))
+        push(files, "a/b/c", private=True, api=Hub())
     (a_run / "final/config.json").unlink()
     with pytest.raises(UserError, match="has no final model yet"):
         files_to_push(a_run, rollouts=False)
@@ -125,6 +125,9 @@ def test_a_dry_run_lists_and_sends_nothing(a_run: Path, monkeypatch: pytest.Monk
     assert [line.split()[0] for line in result.stdout.splitlines()] == MODEL
     assert result.stdout.splitlines()[-1].endswith("  7 bytes")
     assert result.stderr == "4 files, 13 bytes would go to me/x (private); nothing was sent\n"
+    misnamed = CliRunner().invoke(app, ["push", str(a_run), "me/my model", "--dry-run"])
+    assert (misnamed.exit_code, misnamed.stdout) == (2, "")
+    assert "me/my model: no name of a repository" in misnamed.stderr
 
 
 def test_nobody_logged_in_is_said(a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

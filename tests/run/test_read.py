@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,24 @@ def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match=r"no such run folder$"):
         read_run(tmp_path / "nowhere")
-    write(tmp_path / "runs" / "a", {"step": 1})
-    with pytest.raises(UserError, match="it is a file"):
-        read_run(tmp_path / "runs" / "a" / "metrics.jsonl")
-    with pytest.raises(UserError, match=r"has no metrics\.jsonl; runs inside it: a"):
+    write(tmp_path / "runs" / "smoke", {"step": 1})
+    (tmp_path / "runs" / "smoke" / "final").mkdir()
+    (tmp_path / "runs" / "not_a_run").mkdir()
+    run = re.escape(str(tmp_path / "runs" / "smoke"))
+    with pytest.raises(UserError, match=f"no such run folder, did you mean {run}\\?$"):
+        read_run(tmp_path / "runs" / "smok")
+    with pytest.raises(UserError, match=f"no such run folder; there are {run}$"):
+        read_run(tmp_path / "runs" / "demo")
+    with pytest.raises(UserError, match=f"is a file, and not a run folder; it is of the run {run}$"):
+        read_run(tmp_path / "runs" / "smoke" / "metrics.jsonl")
+    with pytest.raises(UserError, match=f"no metrics\\.jsonl in it\\); it is of the run {run}$"):
+        read_run(tmp_path / "runs" / "smoke" / "final")
+    with pytest.raises(UserError, match=f"no metrics\\.jsonl in it\\); runs inside it: {run}$"):
         read_run(tmp_path / "runs")
+    with pytest.raises(UserError, match="smoke_cpu: is a recipe, and not a run folder; a run lies where"):
+        read_run(Path("smoke_cpu"))
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="is empty: the run has not finished its first step"):
         read_run(tmp_path)

@@ -94,6 +94,20 @@ def test_a_terminal_of_any_width_shows_the_step_count_and_a_bar_first_and_wraps_
         assert "eval at step 0/200: accuracy 0.381 [0.340, 0.424]  pass@4 0.602  length 99  cut 2%" in lines
 
 
+def test_what_fails_takes_no_place_from_the_time_left_nor_cents_from_what_matters():
+    display, _ = on_terminal(80, price=0.01)
+    holding = {f"health/{name}": 1.0 for name in ("accuracy_below_start", "cut_off", "no_signal")}
+    display.log(10, STEP | holding | {COST: 0.001})
+    with display.phase("evaluating", 512) as tell:
+        tell(120)
+        during = display._lines().plain.split("\n")[0]
+    after = display._lines().plain.split("\n")[0]
+    display.close()
+    assert "evaluating 120/512  health: 3 rules  eta" in during
+    assert "health: 3 rules  eta" in after
+    assert "$" not in after
+
+
 def test_a_terminal_without_unicode_gets_a_bar_of_its_letters():
     display, file = on_terminal(80, encoding="ascii")
     display.log(50, STEP)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 
@@ -40,6 +41,44 @@ def test_before_and_after_the_steps_it_is_raised_at_once_and_within_them_it_wait
         with pytest.raises(Preempted, match="after the last step, which is saved"):
             ask(number)
     assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_within_the_steps_waits_once_and_is_said_and_raises_the_second_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with stopping.listening(), pytest.raises(KeyboardInterrupt):
+        ask(signal.SIGINT)  # before the first step
+    with stopping.listening(), caplog.at_level("WARNING", "grpo"):
+        stopping.wait_for_steps()
+        ask(signal.SIGINT)
+        assert stopping.asked()
+        assert stopping.code() == 130
+        deadline = time.monotonic() + 5
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)  # another thread says it
+        assert caplog.messages == [stopping.PRESSED]
+        with pytest.raises(KeyboardInterrupt):
+            ask(signal.SIGINT)
+        stopping.wait_for_steps()  # the run saves what it can
+        with pytest.raises(KeyboardInterrupt):
+            ask(signal.SIGINT)
+    with stopping.listening():
+        stopping.wait_for_steps()
+        ask(signal.SIGTERM)
+        ask(signal.SIGINT)
+        assert stopping.code() == 143, "the first request counts"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_is_ignored_or_another_s_stays_so() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (signal.SIG_IGN, lambda *_: None):
+            signal.signal(signal.SIGINT, handler)
+            with stopping.listening():
+                assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_under_nohup_the_end_of_the_terminal_is_no_request_but_what_a_batch_script_ignores_is() -> None:
@@ -98,7 +137,12 @@ SCRIPT = """
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         time.sleep(0.5)
         print("not asked" if not stopping.asked() else "asked", flush=True)
-        threading.Timer(0.3, lambda: os.kill(os.getpid(), int(sys.argv[1]))).start()
+        number, moments = int(sys.argv[1]), [0.3]
+        if sys.argv[2] == "within the steps":
+            stopping.wait_for_steps()
+            moments = [0.3, 0.6]
+        for moment in moments:
+            threading.Timer(moment, lambda: os.kill(os.getpid(), number)).start()
         mutex = ctypes.create_string_buffer(64)
         for _ in range(2):
             ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second time for ever; no signal interrupts it
@@ -106,10 +150,17 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGINT, 130)])
-def test_a_main_thread_that_waits_in_c_code_is_ended_and_a_forks_signals_are_its_own(number, code) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "when", "says"),
+    [
+        (signal.SIGUSR1, 143, "before", "asked to stop before the first step"),
+        (signal.SIGINT, 130, "before", "asked to stop before the first step"),
+        (signal.SIGINT, 130, "within the steps", "press it again to end now\nstopped by Ctrl-C"),
+    ],
+)
+def test_a_main_thread_that_waits_in_c_code_is_ended_and_a_forks_signals_are_its_own(number, code, when, says) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(int(number))],
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(int(number)), when],
         env=environment(),
         capture_output=True,
         text=True,
@@ -117,4 +168,4 @@ def test_a_main_thread_that_waits_in_c_code_is_ended_and_a_forks_signals_are_its
         check=False,
     )
     assert (done.returncode, done.stdout) == (code, "not asked\n"), done.stderr
-    assert "asked to stop before the first step" in done.stderr
+    assert says in done.stderr
