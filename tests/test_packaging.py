@@ -19,7 +19,7 @@ import grpo
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = {
-    "grpo": ("*.py", "*.css", "*.cpp", "*.h"),
+    "grpo": ("*.py", "*.css", "*.cpp", "*.h", "*.yaml"),
     "rewards": ("*.py",),
     "data": ("*.py", "tiny_base/*"),
     "recipes": ("*.py", "*.yaml"),

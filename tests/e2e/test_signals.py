@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_resume import command, start
 from tests.launching import ROOT, environment
+from tests.resuming import command, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

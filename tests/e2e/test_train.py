@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.test_resume import command
 from tests.launching import run_python
+from tests.resuming import command
 
 pytestmark = pytest.mark.timeout(600)  # several launches each, on machines of any speed
 

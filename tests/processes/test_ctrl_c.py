@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_resume import command, lines, weights
 from tests.launching import environment, run_python
+from tests.resuming import command, lines, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SHORT = ("training.max_steps=12", "training.save_every=0")

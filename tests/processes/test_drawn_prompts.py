@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_resume import ALL_OF_IT, command, kill_after, lines, start, weights
 from tests.launching import run_python
+from tests.resuming import ALL_OF_IT, command, kill_after, lines, start, weights
 
 pytestmark = pytest.mark.timeout(600)
 

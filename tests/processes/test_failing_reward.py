@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_resume import command, lines, weights
 from tests.launching import ROOT, run_python
+from tests.resuming import command, lines, weights
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.test_resume import ALL_OF_IT, command, lines
 from tests.e2e.test_train import SHORT
 from tests.launching import DDP, FSDP2, launch, run_python
+from tests.resuming import ALL_OF_IT, command, lines
 
 pytestmark = pytest.mark.timeout(600)  # several launches each, on machines of any speed
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_resume import command
 from tests.launching import ROOT
 from tests.network import launch, network
+from tests.resuming import command
 
 
 @pytest.mark.slow

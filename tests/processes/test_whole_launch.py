@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from rewards.processes import children_of
-from tests.e2e.test_resume import command
 from tests.launching import DDP, environment, free_port
+from tests.resuming import command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.test_resume import command, lines, size, weights
 from tests.launching import DDP, FSDP2, run_python
 from tests.network import Node, launch, network
+from tests.resuming import command, lines, size, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
