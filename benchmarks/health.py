@@ -148,8 +148,15 @@ def cases(folder: Path) -> dict[str, Case]:
         "never_correct": Case(
             correct,
             0.0,
-            [targets(400, 648), "data.eval_size=4", "training.max_steps=21"],
+            [
+                targets(400, 648),
+                "data.eval_size=4",
+                "training.prompts_per_step=4",
+                "rollout.temperature=0.3",
+                "training.max_steps=21",
+            ],
             [targets(200, 648), "training.max_steps=21"],
+            beside=("no_signal",),
             most=False,
         ),
         "accuracy_below_start": Case(
@@ -172,6 +179,7 @@ def cases(folder: Path) -> dict[str, Case]:
             0.25,
             [paid("nearest", length=7), *long_run, "optimizer.learning_rate=1e-3"],
             [paid("nearest", length=8), *long_run, "optimizer.learning_rate=1e-3"],
+            beside=("entropy_collapse",),
             most=False,
         ),
         "entropy_collapse": Case(
@@ -197,7 +205,7 @@ def cases(folder: Path) -> dict[str, Case]:
         "clipped": Case(
             metric("clip_ratio/region_mean"),
             0.3,
-            [luck, "algorithm.num_iterations=6", "algorithm.epsilon=0.001", "optimizer.learning_rate=2e-3"],
+            [luck, "algorithm.num_iterations=8", "algorithm.epsilon=0.001", "optimizer.learning_rate=3e-3"],
             [luck, "algorithm.num_iterations=4", "algorithm.epsilon=0.002", "optimizer.learning_rate=1e-3"],
         ),
         "sampler_mismatch": Case(
@@ -216,7 +224,7 @@ def cases(folder: Path) -> dict[str, Case]:
             lambda history: history.mean("time/score") / history.mean("step_time"),
             0.5,
             [paid("slow", share=0.6), "training.prompts_per_step=1", "scoring.workers=1"],
-            [paid("slow", share=0.3), "training.prompts_per_step=1", "scoring.workers=1"],
+            [paid("slow", share=0.15), "training.prompts_per_step=1", "scoring.workers=1"],
         ),
         "unscored": Case(
             metric("frac_unscored"),
