@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,12 +53,20 @@ def test_a_resumed_run_of_two_shards_is_the_whole_run_to_the_bit(ended: dict[str
 def test_processes_go_back_to_the_best_model_together_and_a_resumed_run_has_gone_back(
     ended: dict[str, list[int]], root: Path
 ) -> None:
-    assert lines(root / "back, stopped") == lines(root / "back")
+    at_its_end = [row for row in lines(root / "back, stopped") if row["step"] == 6 and "eval/accuracy" in row]
+    assert len(at_its_end) == 1  # it was to have six steps, and a run evaluates its last model
+    assert [row for row in lines(root / "back, stopped") if row not in at_its_end] == lines(root / "back")
     assert same_weights(root / "back, stopped", root / "back")
     for name in ("back", "back as replicas"):
         assert [row["step"] for row in lines(root / name) if row.get("rollback/to_step") == 0] == [5]
-        for one, other in zip(lines(root / "back alone"), lines(root / name), strict=True):
+        # Before that, Adam turns a first gradient that is rounding alone (no signal, no KL yet) into whole steps.
+        for one, other in zip(since_it_went_back(root / "back alone"), since_it_went_back(root / name), strict=True):
             assert one == pytest.approx(other, rel=2e-3, abs=1e-5)
+
+
+def since_it_went_back(run: Path) -> list[dict[str, Any]]:
+    rows = lines(run)
+    return rows[next(i for i, row in enumerate(rows) if "rollback/to_step" in row) :]
 
 
 @pytest.mark.parametrize(("name", "processes"), [("one goes on", 1), ("replicas", 2), ("four", 4)])
