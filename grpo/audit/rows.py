@@ -98,7 +98,7 @@ LEAST_ROWS = 50  # to train on, before their templates are known
 
 def overlap_note(train: Part, held_out: Part) -> str:
     """A sentence where rows to train on repeat held-out questions in other words than the very same, which are left out
-    anyway; empty where none does. It takes about 4 s for 100,000 rows."""
+    anyway; empty where none does."""
     rows, questions = _asked(train), _asked(held_out)
     found = find_overlaps([text for _, text in rows], [text for _, text in questions]).found
     found = [one for one in found if one.how == "exact" or len(train) >= LEAST_ROWS]
