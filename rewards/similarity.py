@@ -66,5 +66,5 @@ def similarity_reward(
 
 def check_row(row: dict[str, Any]) -> str | None:
     """Why no completion could be right for the row, or None."""
-    gold = row.get("answer")
-    return None if isinstance(gold, str) and gold.strip() else f"answer must be a text, got {gold!r:.40}"
+    verdict = verify(row.get("answer"), "")
+    return verdict.detail if verdict.outcome is Outcome.GOLD_UNPARSEABLE else None

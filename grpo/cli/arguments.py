@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,26 @@ def not_empty(given: str | None) -> str | None:
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", callback=not_empty, help=RECIPE_HELP, show_default=False)
 ]
+
+OtherModel = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", callback=not_empty, help="Folder or hub id. Default: the recipe's model.name."),
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option(min=1, help="Prompts sampled at once; what a killed process loses. Default: 1024 completions."),
+]
+
+
+def rows_file(output: Path, inputs: Iterable[str | None]) -> Path:
+    """Where rows are written. Raises UserError where they can't go there, or would go over what they are made from."""
+    output = output.expanduser()
+    if output.suffix != ".jsonl" or output.is_dir():
+        raise UserError(f"--output {output}: rows go into a file that ends in .jsonl")
+    for given in filter(None, inputs):
+        if output.exists() and Path(given).expanduser().exists() and output.samefile(Path(given).expanduser()):
+            raise UserError(f"--output {output}: is what the rows are read from; give another file")
+    return output
 
 
 def read_recipe(given: str, overrides: list[str] | None, trust: bool) -> Recipe:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, RecipeArgument, Trust, not_empty, read_recipe
+from grpo.cli.arguments import Chunk, OtherModel, Overrides, RecipeArgument, Trust, not_empty, read_recipe, rows_file
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
 from grpo.errors import UserError
@@ -51,8 +51,7 @@ def decontaminate(
         names = [*(against or []), *(more or [])]
         if not names:
             raise UserError("--against EVALUATION: name at least one file of questions, suite or recipe")
-        target = output.expanduser() if output else Path(rows).expanduser().with_suffix(".clean.jsonl")
-        _check_output(target, [rows, *names])
+        target = rows_file(output or Path(rows).with_suffix(".clean.jsonl"), [rows, *names])
         from grpo.pipeline import decontaminate as room
 
         report = room.decontaminate(rows, names, target, column)
@@ -75,14 +74,8 @@ def filter_rows(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Completions a row, by which its pass rate is measured.")] = 8,
     output: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Where the rows go.")] = Path("filtered.jsonl"),
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", callback=not_empty, help="Folder or hub id. Default: the recipe's model.name."),
-    ] = None,
-    chunk: Annotated[
-        int | None,
-        typer.Option(min=1, help="Prompts sampled at once; what a killed process loses. Default: 1024 completions."),
-    ] = None,
+    model: OtherModel = None,
+    chunk: Chunk = None,
     trust: Trust = False,
 ) -> None:
     """Keep a recipe's training rows that a model solves sometimes, and that are sound and no doubles.
@@ -95,8 +88,7 @@ def filter_rows(
 
         resolved = read_recipe(recipe, overrides, trust)
         resolved = resolved.with_model(model) if model else resolved
-        output = output.expanduser()
-        _check_output(output, [source.rows.path for source in resolved.data.sources()])
+        output = rows_file(output, [source.rows.path for source in resolved.data.sources()])
         from grpo.pipeline import filter as room
 
         wanted = None
@@ -109,12 +101,3 @@ def filter_rows(
         report = room.filter_rows(resolved, wanted, output)
         for line in room.lines(report, output) if report else ():
             tell(line)
-
-
-def _check_output(output: Path, inputs: list[str | None]) -> None:
-    """Raise UserError where rows can't go there, or would go over what they are made from."""
-    if output.suffix != ".jsonl" or output.is_dir():
-        raise UserError(f"--output {output}: rows go into a file that ends in .jsonl")
-    for given in filter(None, inputs):
-        if output.exists() and Path(given).expanduser().exists() and output.samefile(Path(given).expanduser()):
-            raise UserError(f"--output {output}: is what the rows are read from; give another file")

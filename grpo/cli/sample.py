@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.arguments import Overrides, RecipeArgument, Trust, not_empty, read_recipe
+from grpo.cli.arguments import Chunk, OtherModel, Overrides, RecipeArgument, Trust, not_empty, read_recipe, rows_file
 from grpo.cli.exit_codes import exit_codes
 from grpo.cli.terminal import tell
-from grpo.errors import UserError
 
 
 def sample(
@@ -30,14 +29,8 @@ def sample(
     prompts: Annotated[
         int | None, typer.Option(min=1, help="Rows to sample for, in the recipe's order. Default: all to train on.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", callback=not_empty, help="Folder or hub id. Default: the recipe's model.name."),
-    ] = None,
-    chunk: Annotated[
-        int | None,
-        typer.Option(min=1, help="Prompts sampled at once; what a killed process loses. Default: 1024 completions."),
-    ] = None,
+    model: OtherModel = None,
+    chunk: Chunk = None,
     trust: Trust = False,
 ) -> None:
     """Sample n completions of each training task, score them, and keep some as rows for stage: sft.
@@ -51,9 +44,7 @@ def sample(
         resolved = read_recipe(recipe, overrides, trust)
         resolved = resolved.with_model(model) if model else resolved
         rules = parse_rules(keep.split(","), resolved)
-        output = output.expanduser()
-        if output.suffix != ".jsonl" or output.is_dir():
-            raise UserError(f"--output {output}: rows go into a file that ends in .jsonl")
+        output = rows_file(output, [source.rows.path for source in resolved.data.sources()])
         from grpo.pipeline.generate import Wanted
         from grpo.pipeline.sample import lines
         from grpo.pipeline.sample import sample as sample_and_keep

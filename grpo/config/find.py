@@ -1,4 +1,4 @@
-"""Which file RECIPE means on a command line: a file, or the name of a recipe that grpo ships.
+"""Which file RECIPE means on a command line: a file, or the name of a recipe that grpo ships; and where a model is.
 
 A file wins over a name. With ``.yaml`` or without, with ``recipes/`` in front or without, a name is the same.
 """
@@ -17,6 +17,14 @@ MOST_GUESSES = 3
 LIST_THEM = "; `grpo recipes` lists those that grpo ships"
 
 log = logging.getLogger(__name__)
+
+
+def locate(name: str) -> str:
+    """A model's ``name``, or, if the working directory lacks one that ships with grpo (``data/tiny_base``), its path
+    there; with ``~`` as the home folder."""
+    name = os.path.expanduser(name)
+    shipped = Path(__file__).parents[2] / name
+    return str(shipped) if not Path(name).exists() and name.startswith("data/") and shipped.exists() else name
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from grpo.config import ModelConfig
-from grpo.model.loading import locate
+from grpo.config.find import locate
 
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import re
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from grpo.config import ModelConfig
+from grpo.config.find import locate
 from grpo.errors import UserError, first_line, printable
 from grpo.model.gguf import load_gguf, whole
 from grpo.model.quantized import quantization_config, settle
@@ -39,14 +39,6 @@ class PlainText(logging.Formatter):
 transformers_logging.disable_progress_bar()  # a loading bar would fill the screen, in a log of one line per step
 for _handler in logging.getLogger("transformers").handlers:
     _handler.setFormatter(PlainText("[transformers] %(message)s"))
-
-
-def locate(name: str) -> str:
-    """``name``, or, if the working directory lacks one that ships with grpo (``data/tiny_base``), its path there; with
-    ``~`` as the home folder."""
-    name = os.path.expanduser(name)
-    shipped = Path(__file__).parents[2] / name
-    return str(shipped) if not Path(name).exists() and name.startswith("data/") and shipped.exists() else name
 
 
 def _source(name: str, model: ModelConfig) -> tuple[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo.config.find import locate
 from grpo.errors import UserError
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral", "deepseek_v3")
@@ -164,7 +165,7 @@ def find_shape(name: str, *, key: str = "model.name", option: str = "--config") 
 
     Raises UserError where neither is at hand, or where the model is not Llama-shaped.
     """
-    file = Path(name)
+    file = Path(locate(name))
     file = file / "config.json" if file.is_dir() else file
     if file.is_file():
         try:

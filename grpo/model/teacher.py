@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -252,11 +254,12 @@ def _sent(
     return causal_lm
 
 
-class _as_teacher:
+@contextmanager
+def _as_teacher() -> Iterator[None]:
     """Within it, what is wrong with a model is said of the teacher: messages of loaders begin with ``model.``."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError) and str(error).startswith("model."):
-            raise UserError(f"teacher.{str(error).removeprefix('model.')}") from error
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith("model."):
+            raise
+        raise UserError(f"teacher.{str(error).removeprefix('model.')}") from error

@@ -129,3 +129,14 @@ def test_mistakes(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["data", "filter", "smoke_cpu", *arguments])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize("command", [["sample"], ["data", "filter"]])
+def test_rows_never_go_over_those_that_they_are_made_from(command: list[str], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 + 2 = ", "answer": "3"}])
+    before = Path(rows).read_bytes()
+    data = f"data={{path: {rows}, eval_size: 0}}"
+    result = CliRunner().invoke(app, [*command, "smoke_cpu", data, "--output", str(rows)])
+    assert result.exit_code == 2
+    assert f"--output {rows}: is what the rows are read from" in result.output
+    assert Path(rows).read_bytes() == before

@@ -246,3 +246,8 @@ def test_a_device_is_planned_for_by_the_sheet_of_its_name_or_of_a_smaller_card(
 def test_the_table_of_shapes_needs_no_file() -> None:
     assert find_shape("Qwen/Qwen2.5-3B") == shape_of("qwen2.5-3b")
     assert isinstance(shape_of("Qwen/Qwen3-1.7B-Base"), Shape)
+
+
+def test_a_model_that_grpo_ships_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_shape("data/tiny_base").layers == 4
