@@ -48,7 +48,7 @@ demo: setup ## train the tiny model by GRPO for five minutes on the CPU and draw
 	$(BIN)/grpo train recipes/demo_cpu.yaml training.output_dir=runs/demo
 	@$(BIN)/python -m grpo.report.summary runs/demo
 
-r1: setup ## R1's stages in miniature, two seeds, a core each, and R1-Zero's path in the same seconds (about 20 minutes)
+r1: setup ## R1's stages in miniature, two seeds, a core each, and R1-Zero's path in the same seconds (19 minutes)
 	$(BIN)/python -m benchmarks.r1
 
 test: setup ## run the tests
