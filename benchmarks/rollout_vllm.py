@@ -18,7 +18,8 @@ import aiohttp
 
 from benchmarks.common import ROOT
 from grpo.backends.base import Request, Sampling
-from grpo.backends.vllm.api import Server, generate_payload
+from grpo.backends.vllm.api import Server
+from grpo.backends.vllm.completions import generate_payload
 
 CACHE = 2_000_000_000  # bytes of keys and values
 START = 240.0  # seconds
