@@ -35,7 +35,9 @@ class Status(str, Enum):
 
     STOP = "stop"  # an end-of-sequence token or a stop string
     LENGTH = "length"  # max_completion_length was reached first
-    ERROR = "error"  # the backend gave up on it; it has no reward
+    ERROR = "error"  # the backend, or its environment, gave up on it; it has no reward
+    ENVIRONMENT = "environment"  # the environment ended the episode
+    TURNS = "turns"  # environment.max_turns was reached first
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,53 @@ class VersionSpan:
     version: int
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model wrote, and what came of it. ``error`` is its kind, empty where the tool returned."""
+
+    name: str
+    arguments: str
+    result: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the model: tokens ``[start, end)`` of the completion are its own.
+
+    All tokens of an episode that are in no turn are the environment's: those before the first turn, and those between
+    the end of a turn and the start of the next. ``ended`` says why the turn ended: ``stop`` (a token or string that
+    ends turns), ``tool_call``, ``length`` (``environment.max_turn_length``, or what was left of the episode's).
+    ``reward`` is what the environment paid for this turn alone; None where it pays by the episode.
+    """
+
+    start: int
+    end: int
+    ended: str
+    reward: float | None = None
+    calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass
+class Episode:
+    """What an environment made of a completion. ``reward`` is what it paid in the end, None where it pays nothing or
+    failed. ``failure`` is the cause of a failure (``timeout``, ``crashed``, ``memory``, ``error``), ``message`` its
+    words."""
+
+    turns: list[Turn]
+    reward: float | None = None
+    failure: str = ""
+    message: str = ""
+
+
 @dataclass
 class Completion:
     """One sampled answer: its tokens (a final end-of-sequence token included) and how they came about.
 
     ``sampler_logprobs[i]`` is the log-probability of ``token_ids[i]`` under the distribution it was actually drawn
     from: after temperature and after top-k/top-p/min-p truncation (renormalized); nan where an engine could not say.
-    ``text`` has special tokens removed.
+    ``text`` has special tokens removed. With an environment it is what the model wrote, turn after turn, and
+    ``episode`` says which tokens are its own; the environment's have a log-probability of 0.0 that nothing reads.
     Both sequences are the backend's lists, or arrays of numbers where the completion has come from another process.
     """
 
@@ -83,6 +125,21 @@ class Completion:
     status: Status
     text: str
     versions: list[VersionSpan]
+    episode: Episode | None = None
+
+    @property
+    def num_model_tokens(self) -> int:
+        """Tokens that the model wrote."""
+        if self.episode is None:
+            return len(self.token_ids)
+        return sum(turn.end - turn.start for turn in self.episode.turns)
+
+    def environment_places(self) -> tuple[int, ...]:
+        """Places of the tokens that the environment wrote, ascending."""
+        if self.episode is None:
+            return ()
+        own = {place for turn in self.episode.turns for place in range(turn.start, turn.end)}
+        return tuple(place for place in range(len(self.token_ids)) if place not in own)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,6 +50,41 @@ OnGroup = Callable[[int, list[Completion]], None]
 requests go on. A backend that cannot tell need not call it."""
 
 
+Place = tuple[int, int]
+"""A completion's request and sample, both by their places."""
+
+
+class Turns(Protocol):
+    """What answers the model between its turns (``grpo.environments``).
+
+    A turn ends at a stop token, at one of ``Sampling.stop`` or ``stop``, or at a limit: ``max_turn_length`` of the
+    turn's tokens, or ``Sampling.max_completion_length`` of all tokens of the episode that the model drew. Stop strings
+    are looked for in the turn's own tokens alone.
+    """
+
+    stop: Sequence[str]
+    max_turn_length: int | None
+    max_environment_tokens: int
+    """Most tokens that it adds to one episode, all replies together. A cache has room for them."""
+    overlap_steps: int
+    """For the hf backend: how many decoding steps others make at least, and twice as many at most, before they wait for
+    a reply. Counted in steps and not in seconds, because who is decoded together decides how numbers are rounded, and a
+    resumed run must round alike."""
+
+    def answer(
+        self, place: Place, token_ids: Sequence[int], start: int, ended: str, *, last: bool
+    ) -> Future[list[int] | None]:
+        """A turn of ``place`` is over: ``token_ids`` are all of the completion's so far, those from ``start`` on are
+        the turn's. ``ended``: ``stop`` or ``length``. Returns at once, whatever the thread that calls it.
+        ``token_ids`` grows when the future has its result.
+
+        The future gives the token ids that follow, after which the model goes on, or None where the episode is over. It
+        always ends, within the environment's time limit, and never raises but for RunError. ``last``: the episode's
+        limit is used up, so None will come.
+        """
+        ...
+
+
 class Backend(Protocol):
     """A rollout backend. One instance a process; every process generates for its own share of the prompts.
 
@@ -57,9 +93,17 @@ class Backend(Protocol):
     """
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        version: int,
+        on_group: OnGroup | None = None,
+        turns: Turns | None = None,
     ) -> list[list[Completion]]:
         """One completion for each key, in the order of requests and keys, sampled from policy ``version``.
+
+        With ``turns`` a completion is an episode: turns of the model and, between them, what ``turns`` answers. Its
+        ``episode`` stays None; who gave ``turns`` fills it in.
 
         Raises:
             RunError: the backend holds another version. The message names both.
@@ -86,8 +130,9 @@ class OverlappingBackend(Backend, Protocol):
     ``generate`` may be called meanwhile, for an evaluation, and so may ``sync``.
     """
 
-    def submit(self, requests: list[Request], sampling: Sampling, version: int) -> Any:
-        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes."""
+    def submit(self, requests: list[Request], sampling: Sampling, version: int, turns: Turns | None = None) -> Any:
+        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes. ``turns`` as in
+        ``generate``; it is asked until the completions are collected."""
         ...
 
     def collect(self, flight: Any, on_group: OnGroup | None = None) -> list[list[Completion]]:

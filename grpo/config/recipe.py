@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.base import Problem, Section, refuse
 from grpo.config.data import DataConfig
+from grpo.config.environment import EnvironmentConfig
 from grpo.config.evaluation import EvaluationConfig
 from grpo.config.expect import ExpectConfig
 from grpo.config.health import HealthConfig
@@ -42,6 +43,9 @@ class Recipe(Section):
     rewards: list[RewardConfig] = Field(default_factory=list)
     """Reward functions; their weighted sum is the reward. With `data.mix` they score every source's completions. With a
     `teacher` there may be none, or all of weight 0: these are measured and not learned from."""
+    environment: EnvironmentConfig | None = None
+    """Tools and turns: what answers the model within a completion. Without `rewards` the environment's own is the
+    reward; beside others it is `{name: environment}` in their list."""
     teacher: TeacherConfig | None = None
     """Distillation: a model whose distributions the trained one learns, beside the rewards or alone."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -73,7 +77,9 @@ class Recipe(Section):
         if self.teacher is not None and self.teacher.divergence is None:
             usual = "reverse_kl" if self.stage == "grpo" else "forward_kl"
             self.teacher = self.teacher.model_copy(update={"divergence": usual})
-        problems: list[Problem] = []
+        if self.environment is not None and not (self.rewards or self.data.mix or self.teacher):
+            self.rewards = [RewardConfig(name="environment")]
+        problems: list[Problem] = self._environment_problems()
         if self.stage == "grpo" and self.teacher is None:
             problems += self._reward_problems()
         functions = self.reward_names()
@@ -107,6 +113,20 @@ class Recipe(Section):
         problems += self._teacher_problems()
         refuse(problems)
         return self
+
+    def _environment_problems(self) -> list[Problem]:
+        """An environment where nothing is sampled, or a reward of an environment that there is none of."""
+        if self.environment is not None:
+            text = "environment: stage sft samples nothing, so there is nothing to answer; leave it out"
+            return [Problem(("environment", "stage"), text)] if self.stage == "sft" else []
+        return [
+            Problem(
+                (reward.where(i), "environment"),
+                f"{reward.where(i)}: environment is what an environment pays, and the recipe has no environment",
+            )
+            for i, reward in enumerate(self.functions())
+            if reward.name == "environment"
+        ]
 
     def _suites_problems(self) -> list[Problem]:
         """Suites that no step would evaluate."""
@@ -244,7 +264,8 @@ class Recipe(Section):
         """Tokens of the longest prompt and completion together, evaluation included."""
         suites = self.evaluation.suite_sampling.max_completion_length if self.evaluation.suites else None
         longest = max(self.rollout.max_completion_length, self.evaluation.max_completion_length or 0, suites or 0)
-        return self.data.max_prompt_length + longest
+        answers = self.environment.max_environment_tokens if self.environment is not None else 0
+        return self.data.max_prompt_length + longest + answers
 
     def functions(self) -> list[RewardConfig]:
         """All reward functions: those of `rewards`, then those of the sources of `data.mix`. Sources that say the same

@@ -15,6 +15,7 @@ Meaning = Literal["free", "warns", "refused"]
 FREE = {
     "": "expect",
     "rewards": "timeout shaping",
+    "environment": "timeout memory_limit_gb",
     "teacher": "url timeout",
     "data.mix.rewards": "timeout shaping",
     "rollout": """vllm_server_base_url vllm_server_timeout vllm_start_timeout vllm_generation_timeout vllm_sync_timeout
@@ -37,6 +38,7 @@ FREE = {
 # memory, where the engine is.
 WARNS = {
     "model": "attn_implementation kernels gradient_checkpointing",
+    "environment": "overlap_steps",
     "rollout": """max_batch_size kv_cache_gb vllm_mode vllm_max_model_length vllm_tensor_parallel_size vllm_dtype
         vllm_lora_sync vllm_args""",
     "optimizer": "learning_rate max_grad_norm lr_scheduler_type lr_min_ratio warmup_steps",
@@ -45,8 +47,8 @@ WARNS = {
 }
 # The problem, the model, the method, and what a checkpoint's state is shaped by (AdamW's own numbers are part of it).
 REFUSED = {
-    "": """stage model data rewards teacher rollout prompts algorithm optimizer scoring evaluation training health
-        tracking""",  # as such
+    "": """stage model data rewards environment teacher rollout prompts algorithm optimizer scoring evaluation training
+        health tracking""",  # as such
     "model": "name dtype weights load_in_4bit lora tokenizer revision trust_remote_code disable_dropout",
     "model.lora": "r lora_alpha lora_dropout target_modules",
     "data": """name path hub args template system_prompt chat_template_kwargs prompt_column completion_column
@@ -55,6 +57,7 @@ REFUSED = {
         train_size eval_size eval_path chat_template_date label weight rewards""",
     "data.mix.rewards": "name path weight args needs_group",
     "rewards": "name path weight args needs_group",
+    "environment": "name path tools args max_turns max_turn_length max_observation_length tool_format",
     "teacher": """name column coef text_coef divergence jsd_beta whole_sequence top_k dtype tokenizer revision
         trust_remote_code""",
     "rollout": """backend num_generations max_completion_length temperature top_p top_k min_p stop max_staleness""",
