@@ -107,12 +107,14 @@ class Turn:
 class Episode:
     """What an environment made of a completion. ``reward`` is what it paid in the end (what it paid for turns comes on
     top), None where it pays nothing or failed. ``failure`` is the cause of a failure (``timeout``, ``crashed``,
-    ``memory``, ``error``), ``message`` its words."""
+    ``memory``, ``error``), ``message`` its words. ``opening`` is the text of the environment's tokens before the first
+    turn."""
 
     turns: list[Turn]
     reward: float | None = None
     failure: str = ""
     message: str = ""
+    opening: str = ""
 
     def returns(self) -> list[float]:
         """What each turn led to: the rewards of the turns from it on, and the last one's, together."""
