@@ -43,7 +43,7 @@ def test_a_completion_without_turns_is_its_text() -> None:
     ("row", "notes"),
     [
         (EPISODE, ["2 turns", "2 calls, 1 failed", "out of turns"]),
-        ({"turns": [{"role": "assistant", "text": "5"}], "status": "environment"}, ["1 turn", "ended by the environment"]),
+        ({"turns": [{"role": "assistant"}], "status": "environment"}, ["1 turn", "ended by the environment"]),
         ({"turns": [], "status": "error", "failure": "timeout"}, ["0 turns", "failed: timeout"]),
     ],
 )  # fmt: skip

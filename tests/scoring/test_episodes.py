@@ -141,12 +141,13 @@ def test_a_users_function_sees_what_trl_shows_it(tmp_path: Path, prompt: Any) ->
 def test_what_an_environment_says_is_never_paid() -> None:
     """A tool that writes the answer does not answer for the model; for prompts of text and of messages."""
     columns = {"answer": "#### 42", "nums": [6, 7], "target": 42}
-    leaks = with_tool("<answer>6 * 7</answer>\n#### 42")
-    answers = with_tool("42", "<answer>6 * 7</answer>"), with_tool("42", "#### 42")
+    right = ("<answer>6 * 7</answer>", "<answer>42</answer>")
+    leaks, answers = [with_tool(text) for text in right], [with_tool("42", text) for text in right]
     with scorer(RewardConfig(name="countdown"), RewardConfig(name="gsm8k")) as s:
-        made = [group(leaks, *answers, prompt=prompt, **columns) for prompt in ("6 times 7?", CHAT)]
+        made = [group(*leaks, *answers, prompt=prompt, **columns) for prompt in ("6 times 7?", CHAT)]
         s.score(made, step=1)
-    assert [one.rewards_by_function for one in made] == [{"countdown": [0.0, 1.0, 0.0], "gsm8k": [0.0, 0.0, 1.0]}] * 2
+    for one in made:
+        assert one.rewards_by_function == {"countdown": [0.0, 0.0, 1.0, 0.0], "gsm8k": [0.0, 0.0, 0.0, 1.0]}
 
 
 def test_lengths_that_rewards_judge_are_the_models() -> None:
