@@ -28,7 +28,8 @@ def test_each_turn_stands_apart_and_calls_are_folded() -> None:
     assert not any("open" in attributes for tag, attributes in read.tags if tag == "details")
     heads = read.all("summary")
     assert heads[0].startswith('calculator(expression="<script>alert')
-    assert heads[0].endswith("… → 3.141592653589793.141592653589793.141592653589793.1415926535…"[-20:])
+    assert "…) → 3.14159" in heads[0]
+    assert heads[0].endswith("…")
     assert heads[1].endswith("failed: malformed")
     assert read.all("note") == ["turn 1 · 12 tokens · reward 0.1", "turn 2 · 5 tokens · cut off · advantage -0.50"]
     assert "<script>" not in said(EPISODE)
