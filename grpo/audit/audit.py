@@ -61,7 +61,7 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
     """
     if not recipe.functions():
         raise UserError("rewards: the recipe has none to audit")
-    parts = load_parts(recipe.data, recipe.training, recipe.stage)
+    parts = load_parts(recipe.data, recipe.training, recipe.stage, environment=recipe.environment is not None)
     tokenizer = _tokenizer(recipe.model)
     task = Task(recipe.data, recipe.training, recipe.stage, tokenizer, parts)
     sample = [

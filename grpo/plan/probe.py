@@ -19,6 +19,7 @@ from grpo.backends import check_engine, find_backend, make_backend, resolve_back
 from grpo.config import Recipe
 from grpo.environments.prepared import prepared
 from grpo.errors import UserError, first_line
+from grpo.evaluation.held_out import question
 from grpo.evaluation.statistics import accuracy_metrics, wilson_interval
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, source_metrics
@@ -138,7 +139,7 @@ def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference:
     judges = [recipe.judged_by(group.prompt.source) for group in groups]
     judged = [group.rewards_by_function[judge] for group, judge in zip(groups, judges, strict=True)]
     solved_PG = np.array([[value is not None and value >= 1 for value in values] for values in judged])
-    accuracy = accuracy_metrics(solved_PG, [group.prompt.text for group in groups])
+    accuracy = accuracy_metrics(solved_PG, [question(group) for group in groups])
     counts = Counter[str]()
     for group, judge in zip(groups, judges, strict=True):
         counts.update(group.verdicts.get(judge, {}))

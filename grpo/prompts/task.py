@@ -40,7 +40,8 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tools: Sequenc
     """
     data, training = recipe.data, recipe.training
     column = recipe.teacher.column if recipe.teacher is not None else None
-    task = Task(data, training, recipe.stage, tokenizer, load_parts(data, training, recipe.stage), column, tools)
+    parts = load_parts(data, training, recipe.stage, environment=recipe.environment is not None)
+    task = Task(data, training, recipe.stage, tokenizer, parts, column, tools)
     if data.too_long == "error":
         return task
     train, held_out = (
