@@ -11,6 +11,7 @@ tokenizer's template writes between two messages of the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from grpo.config import RowsConfig
@@ -32,7 +33,7 @@ class Piece(NamedTuple):
 def pieces(
     data: RowsConfig, question: str | list[Message], completion: Sequence[Message], tokenizer: Any
 ) -> list[Piece]:
-    """The parts of a completion in their order; the model's and the others' take turns, from the model's to the model's.
+    """The parts of a completion in their order; the model's and the others' take turns, the model's are first and last.
 
     Raises ValueError where the messages are in another order, or the chat template refuses them or shows earlier ones
     otherwise once others follow; TemplateHangs where it does not end.
@@ -40,7 +41,7 @@ def pieces(
     own = [message["role"] == "assistant" for message in completion]
     if not own[0] or not own[-1]:
         raise ValueError("a completion of several messages begins and ends with the assistant's")
-    if any(one and other for one, other in zip(own, own[1:], strict=False)):
+    if any(one and other for one, other in pairwise(own)):
         raise ValueError("a completion has two messages of the assistant in a row: join them")
     if data.template == "chat" or not isinstance(question, str):
         return _by_chat_template(data, question, completion, tokenizer)

@@ -221,7 +221,12 @@ class Task:
         return Example(prompt, completion, taught, others)
 
     def answer(
-        self, share: Share, question: Any, completion: str | list[dict[str, str]], prefill: str, row: int
+        self,
+        share: Share,
+        question: str | list[templates.Message],
+        completion: str | list[dict[str, str]],
+        prefill: str,
+        row: int,
     ) -> str:
         """The text to imitate, without the prompt's prefill and without the last EOS; of several messages, with what
         stands between the model's. Raises UserError, which names the row, if that cannot be said."""
@@ -230,7 +235,12 @@ class Task:
         return "".join(piece.text + eos if piece.own else piece.text for piece in found).removesuffix(eos)
 
     def _pieces(
-        self, share: Share, question: Any, completion: str | list[dict[str, str]], prefill: str, row: int
+        self,
+        share: Share,
+        question: str | list[templates.Message],
+        completion: str | list[dict[str, str]],
+        prefill: str,
+        row: int,
     ) -> list[spoken.Piece]:
         if not isinstance(completion, str) and len(completion) > 1:
             try:
