@@ -36,11 +36,6 @@ CONTEXT = 512
 WIDTH, LAYERS, WIDTH_OF_HEAD = 128, 4, 32
 TASKS_WITH_WORDS = ("word_sums", "one_liners", "calculator_traces", "number_guess")
 """Modules of data/ whose WORDS a tokenizer may have too."""
-    "word_sums",
-    "one_liners",
-    "calculator_traces",
-    "number_guess",
-)  # modules of data/ whose WORDS a tokenizer may have too
 
 
 def build_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:

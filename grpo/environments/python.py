@@ -39,7 +39,7 @@ class Python:
         self.session = None
 
     def python(self, code: str) -> str:
-        """Run Python code. You get what it prints, and the value of its last line. Variables are kept for the next call.
+        """Run Python code. You get what it prints and the value of its last line. Variables are kept for the next call.
 
         Args:
             code: The code to run.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Question = str | list[dict[str, str]]
 NO_TOKENS = "the prompt is empty: the tokenizer makes no token of it, or special tokens alone"
 
 
