@@ -15,7 +15,7 @@ from rewards.verdict import Outcome, Verdict
 SHOWN = 3  # failed tests that an answer spells out
 
 
-class Tests:
+class WithTests:
     """One tool, ``run_tests``, for rows with a column ``tests`` as the reward ``code`` reads it.
 
     The first ``public`` tests of a row may be run (one is always left hidden), and the answer says of the failed ones

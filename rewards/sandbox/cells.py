@@ -1,7 +1,8 @@
 """Pieces of code one after the other, which share their variables, as a notebook's cells do. In the sandbox's child.
 
 A piece prints, and where its last statement is an expression its value is shown. What comes of it is one line of JSON:
-``output`` and ``error``, the latter empty where nothing was raised. ``exit()`` is an exception like others.
+``output`` and ``error``, the latter empty where nothing was raised, with the piece's number, counted from 1. ``exit()``
+is an exception like others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run(line: bytes, namespace: dict[str, Any], number: int, most: int) -> str:
                 kept.write(f"{value!r}\n")
         except BaseException as why:
             error = _told(why)[-most:]
-    return json.dumps({"output": kept.getvalue(), "error": error, "left_out": kept.left_out})
+    return json.dumps({"number": number, "output": kept.getvalue(), "error": error, "left_out": kept.left_out})
 
 
 def _value(code: str, name: str, namespace: dict[str, Any]) -> Any:

@@ -36,6 +36,8 @@ class Session:
         self.sandbox, self.limits, self.max_calls = sandbox, limits, max_calls
         self._held = ExitStack()
         self._run: Run | None = None
+        self._number = 0  # of the session's latest piece of code
+        self._why = ""
 
     def run(self, code: str) -> Said:
         """Run a piece of code. Raises SandboxUnavailable where no session can be started."""
@@ -45,14 +47,16 @@ class Session:
         self._run.max_output = 24 * self.limits.max_output + 4096
         self._run.go_on(self.limits.seconds)
         self._run.send(json.dumps(code).encode() + b"\n")
-        line = self._run.line()
-        if line is not None:
-            self._run.hold()
-            return _read(line)
+        self._number += 1
+        while (line := self._run.line()) is not None:
+            if (said := _read(line, self._number)) is not None:
+                self._run.hold()
+                return said
         self.close()
         return Said("", ended=self._why)
 
     def _started(self) -> Run:
+        self._number = 0
         seconds = self.limits.seconds * self.max_calls
         limits = Limits(seconds, self.limits.memory_mb, self.limits.max_output)
         return self._held.enter_context(self.sandbox.run(Request("session", "", str(self.limits.max_output)), limits))
@@ -64,16 +68,16 @@ class Session:
         if run is not None:
             self._why = _why(run, self.limits)
 
-    _why = ""
 
-
-def _read(line: bytes) -> Said:
-    """What a line says. It may be the program's own, and say anything: all of it is only text."""
+def _read(line: bytes, number: int) -> Said | None:
+    """What a line says of the piece of this number; None where it is no answer to that. It may be the program's own,
+    and say anything: all of it is only text."""
     try:
         said = json.loads(line)
-        return Said(str(said["output"]), str(said["error"]), int(said["left_out"]))
+        answers = said["number"] == number
+        return Said(str(said["output"]), str(said["error"]), int(said["left_out"])) if answers else None
     except (ValueError, KeyError, TypeError, RecursionError):
-        return Said(line[:1000].decode("utf-8", "replace"))
+        return None
 
 
 def _why(run: Run, limits: Limits) -> str:
