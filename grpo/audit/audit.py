@@ -22,7 +22,7 @@ from typing import Any
 from grpo.audit.cases import GOLD, Case, Form, cases, forms, gold_answer
 from grpo.audit.outcome import Outcome, section
 from grpo.audit.standard import Standard, kind_of, standard_of
-from grpo.config import ModelConfig, Recipe, RewardConfig
+from grpo.config import ENVIRONMENT, ModelConfig, Recipe, RewardConfig
 from grpo.errors import UserError
 from grpo.prompts.parts import Share
 from grpo.prompts.rows import load_parts
@@ -31,6 +31,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt, Status
 
 PROBED = 20  # rows on which a user's function is tried with every usual form
+PLAYED = "{where}: environment\n  what an environment pays is found by playing it: no text alone is paid"
 PATIENCE = 2  # a cheat is left out once a function could not score it this many times
 
 
@@ -75,6 +76,10 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
         of_source, telling, unknown = [row for row in sample if row.prompt.source == label], False, False
         for index, reward in enumerate(recipe.functions()):
             if not reward.scores(label):
+                continue
+            if reward.name == ENVIRONMENT:
+                tell(PLAYED.format(where=reward.where(index)))
+                unknown = True
                 continue
             outcome = _Audit(recipe, reward, of_source, tokenizer, gold).run()
             text, found = section(f"{reward.where(index)} on {label}" if label else reward.where(index), outcome)

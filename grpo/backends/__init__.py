@@ -137,7 +137,8 @@ def make_backend(recipe: Recipe, policy: Policy) -> Backend:
         raise ValueError(f"make_backend: rollout.backend is {rollout.backend}; resolve_backend comes first")
     from grpo.backends.hf.backend import HFBackend
 
-    return HFBackend(policy, max_batch_size=rollout.max_batch_size, kv_cache_gb=rollout.kv_cache_gb)
+    turns = recipe.environment is not None
+    return HFBackend(policy, max_batch_size=rollout.max_batch_size, kv_cache_gb=rollout.kv_cache_gb, turns=turns)
 
 
 def rest(backend: Backend) -> None:

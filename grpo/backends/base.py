@@ -128,8 +128,9 @@ class OverlappingBackend(Backend, Protocol):
     ``generate`` may be called meanwhile, for an evaluation, and so may ``sync``.
     """
 
-    def submit(self, requests: list[Request], sampling: Sampling, version: int) -> Any:
-        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes."""
+    def submit(self, requests: list[Request], sampling: Sampling, version: int, turns: Turns | None = None) -> Any:
+        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes. ``turns`` are
+        those of ``generate``."""
         ...
 
     def collect(self, flight: Any, on_group: OnGroup | None = None) -> list[list[Completion]]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from grpo.config import Recipe
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.files import write_whole
 from grpo.pipeline.generate import Generated, Wanted, generate
 from grpo.pipeline.keep import Row, Rule, apply, judge_of, pass_rate
@@ -47,9 +47,14 @@ def sample(recipe: Recipe, wanted: Wanted, rules: Sequence[Rule], output: Path) 
     Other rules over the same samples sample nothing again.
 
     Raises:
-        UserError: as ``generate``.
+        UserError: as ``generate``, and where the recipe has an environment.
         RunError: nothing is left to imitate; the report says after which rule.
     """
+    if recipe.environment is not None:
+        raise UserError(
+            "environment: an episode of several turns is no row to imitate, which has one completion and nothing that "
+            "was said to it meanwhile; leave the section out, or choose prompts with grpo data filter"
+        )
     found = generate(recipe, wanted, samples_of(output))
     if os.environ.get("RANK", "0") != "0":
         return None

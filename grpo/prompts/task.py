@@ -6,10 +6,11 @@ which positions a step takes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,14 +33,15 @@ Question = str | list[dict[str, str]]
 NO_TOKENS = "the prompt is empty: the tokenizer makes no token of it, or special tokens alone"
 
 
-def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Load and check the rows of a recipe, and part them; with ``data.too_long: drop``, without those too long.
+def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] = ()) -> Task:
+    """Load and check the rows of a recipe, and part them; with ``data.too_long: drop``, without those too long. Chat
+    templates show ``tools`` in the prompts.
 
     Raises UserError where they are unsound or too few.
     """
     data, training = recipe.data, recipe.training
     column = recipe.teacher.column if recipe.teacher is not None else None
-    task = Task(data, training, recipe.stage, tokenizer, load_parts(data, training, recipe.stage), column)
+    task = Task(data, training, recipe.stage, tokenizer, load_parts(data, training, recipe.stage), column, tools)
     if data.too_long == "error":
         return task
     train, held_out = (
@@ -59,7 +61,7 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
             check_enough(len(share), of_step, share.rows, source.where)
         except UserError as error:
             raise UserError(f"{error} (data.too_long: drop: {'; '.join(dropped)})") from None
-    return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]), column)
+    return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]), column, tools)
 
 
 def _drop_too_long(task: Task, part: Part, max_completion_length: int) -> Part:
@@ -103,8 +105,10 @@ class Task:
         tokenizer: PreTrainedTokenizerBase,
         parts: Parts,
         teacher_column: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ):
         self.data = data
+        self.tools = list(tools)
         self.teacher_column = teacher_column
         self.prompts_per_step, self.seed = training.prompts_per_step, training.seed
         self.stage = stage
@@ -263,7 +267,7 @@ class Task:
         Raises UserError, which names the row, if the chat template refuses the question.
         """
         try:
-            return templates.of_question(share.data, question, self.tokenizer)
+            return templates.of_question(share.data, question, self.tokenizer, self.tools)
         except templates.TemplateHangs as error:
             raise templates.TemplateHangs(f"{share.place(row)}: {error}") from None
         except ValueError as error:

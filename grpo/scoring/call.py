@@ -30,7 +30,8 @@ OWN_FOLDER = str(Path(__file__).parent)  # frames of its files say nothing to a 
 
 @dataclass(frozen=True)
 class FunctionSpec:
-    """Where a reward function is (``module``: a dotted name or, of the user's own, a file) and how to call it."""
+    """Where a reward function is (``module``: a dotted name or, of the user's own, a file; empty for what an
+    environment paid) and how to call it."""
 
     key: str  # its name in metrics
     source: str  # as the recipe has it
@@ -39,6 +40,12 @@ class FunctionSpec:
     args: dict[str, Any] = field(default_factory=dict)
     timeout: float = 10.0
     builtin: bool = False
+    where: str = "rewards"  # its key in the recipe
+
+    @property
+    def is_paid(self) -> bool:
+        """Is it what the environment paid? Then there is nothing to call."""
+        return not self.module
 
 
 class LoadError(Exception):

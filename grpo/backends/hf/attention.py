@@ -1,4 +1,5 @@
-"""Attention for decoding: the one query of each sequence against the keys of its prompt and of its completion.
+"""Attention for decoding: the one query of each sequence against the keys of its prompt and of its completion, and the
+several queries of one that an environment has answered (``extension.py``).
 
 Models call it through transformers' attention interface, where it is registered by a name of its own. Keys and values
 are in a ``DecodeCache``, so transformers' cache is not used. Prompt and completion are attended to apart and merged by
@@ -20,13 +21,14 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.backends.hf import flash
 from grpo.backends.hf.kv_cache import DecodeCache, Layer
-from grpo.backends.hf.step import PromptGroups, Step
+from grpo.backends.hf.step import Extension, PromptGroups, Step
 from grpo.errors import RunError, UserError
 
 log = logging.getLogger("grpo")
@@ -90,15 +92,21 @@ def _attention(
     if routed.cache.prefill is not None:
         routed.cache.file_away(index, key, value)
         return _own(routed, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    layer, step = routed.cache.append(index, key, value), routed.cache.step
-    assert step is not None
     if attention_mask is not None and attention_mask.shape != (1, 1, 0, 0):  # LogprobLM.no_mask's
         raise RunError(f"{type(module).__name__} makes masks of its own")
     special = _chunk_of(module) or any(kwargs.get(name) is not None for name in SPECIAL)
-    if routed.implementation in PLAIN and not special:
+    plain = routed.implementation in PLAIN and not special
+    step = routed.cache.extension or routed.cache.step
+    assert step is not None
+    layer = routed.cache.append(index, key, value)
+    if plain and isinstance(step, Step):
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         return decode_attention(query[:, :, 0], layer, step, scale)[:, None], None
     keys, values, mask = _spread(layer, step, kwargs.get("sliding_window"), _chunk_of(module), query.dtype)
+    if plain:  # a flash kernel of the model's own takes no mask
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        out = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
     return _own(routed, module)(module, query, keys, values, mask, scaling=scaling, **kwargs)
 
 
@@ -189,27 +197,30 @@ def _flash_on_cpu() -> Any:
 
 
 def _spread(
-    layer: Layer, step: Step, sliding_window: int | None, chunk: int | None, dtype: torch.dtype
+    layer: Layer, step: Step | Extension, sliding_window: int | None, chunk: int | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values (B, kv heads, P + C, D) of prompt and completion together, and the mask to add to scores.
+    """Keys and values (B, kv heads, P + C, D) of prompt and completion together, and the mask (B, 1, T, P + C) to add
+    to the scores of T new tokens, which is 1 in a decoding step.
 
-    This is a copy. The model's own attention needs it where it has a window, chunks, soft-capping or sinks.
+    This is a copy. An extension needs it, and the model's own attention where it has a window, chunks, soft-capping or
+    sinks.
     """
-    B, C, prompts = len(step.sequences_B), step.sequence_tokens, step.prompts
-    keys, values = layer.sequence_keys[:B, :, :C], layer.sequence_values[:B, :, :C]
-    at_B1, device = step.positions_B[:, None], keys.device
+    B, C, prompts = len(step.written_BT), step.sequence_tokens, step.prompts
+    keys, values = layer.sequence_keys[step.rows, :, :C], layer.sequence_values[step.rows, :, :C]
+    at_BT1, device = step.positions_BT[..., None], keys.device
     positions_BK = torch.arange(C, device=device)[None].expand(B, C)
-    exists_BK = positions_BK <= step.written_B[:, None]
+    exists_BTK = positions_BK[:, None] <= step.written_BT[..., None]
     if prompts is not None:
-        P = prompts.longest
+        P, T = prompts.longest, exists_BTK.shape[1]
         keys = torch.cat([layer.prompt_keys[prompts.prompt_B, :, :P], keys], dim=2)
         values = torch.cat([layer.prompt_values[prompts.prompt_B, :, :P], values], dim=2)
         in_prompt_BP = torch.arange(P, device=device)[None].expand(B, P)
         positions_BK = torch.cat([in_prompt_BP, prompts.lengths_B[:, None] + positions_BK], dim=1)
-        exists_BK = torch.cat([in_prompt_BP < prompts.lengths_B[:, None], exists_BK], dim=1)
+        in_prompt_BTP = (in_prompt_BP < prompts.lengths_B[:, None])[:, None].expand(B, T, P)
+        exists_BTK = torch.cat([in_prompt_BTP, exists_BTK], dim=2)
     if sliding_window:
-        exists_BK = exists_BK & (positions_BK > at_B1 - sliding_window)
+        exists_BTK = exists_BTK & (positions_BK[:, None] > at_BT1 - sliding_window)
     if chunk:
-        exists_BK = exists_BK & (positions_BK // chunk == at_B1 // chunk)
-    mask = torch.zeros(exists_BK.shape, dtype=dtype, device=device).masked_fill_(~exists_BK, torch.finfo(dtype).min)
-    return keys, values, mask[:, None, None, :]
+        exists_BTK = exists_BTK & (positions_BK[:, None] // chunk == at_BT1 // chunk)
+    mask = torch.zeros(exists_BTK.shape, dtype=dtype, device=device).masked_fill_(~exists_BTK, torch.finfo(dtype).min)
+    return keys, values, mask[:, None]

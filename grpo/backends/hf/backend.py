@@ -1,7 +1,8 @@
 """Rollouts with transformers, in the training process, from the trainer's own weights.
 
 ``engine.py`` schedules, ``budget.py`` divides the memory, ``kv_cache.py`` holds keys and values, ``attention.py`` reads
-them, ``draw.py`` draws tokens, ``stop_strings.py`` ends completions. A decoding step is one compiled call on a CPU
+them, ``draw.py`` draws tokens, ``sequence.py`` and ``stop_strings.py`` end completions and turns, ``extension.py``
+computes what an environment answers. A decoding step is one compiled call on a CPU
 (``step_compiled.py``, for the models that it knows) and one CUDA graph on a GPU (``step_graph.py``, ``flash.py``).
 Models with recurrent layers are sampled through transformers' own caches (``own_cache.py``).
 A completion depends on its key and the weights alone: its uniform numbers never depend on the batch, and logits do so
@@ -19,16 +20,17 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from grpo.backends.base import OnGroup, Request, Sampling
+from grpo.backends.base import OnGroup, Request, Sampling, Turns
 from grpo.backends.hf import flash
 from grpo.backends.hf.attention import PLAIN, implementation_of
 from grpo.backends.hf.budget import Budget
 from grpo.backends.hf.check import Around, cache_bytes, check_attention, check_decoding
 from grpo.backends.hf.draw import Distribution
-from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, drawing, step_through_transformers
+from grpo.backends.hf.engine import Engine, NextLogits, drawing, step_through_transformers
 from grpo.backends.hf.few_row_linear import packed_linears
 from grpo.backends.hf.kv_cache import DecodeCache, Shape
 from grpo.backends.hf.own_cache import OwnCache, OwnCacheEngine, check_own_cache, keeps_state
+from grpo.backends.hf.sequence import SampledSequence
 from grpo.backends.hf.step_compiled import DecodeStep
 from grpo.backends.hf.step_compiled import why_not as why_not_compiled
 from grpo.backends.hf.step_graph import GraphStep, cuda_capture
@@ -94,19 +96,20 @@ class HFBackend:
 
     A copy takes no memory between rollouts, unless weights are sharded or CUDA graphs read it. ``max_batch_size``
     bounds the completions decoded at once. ``kv_cache_gb`` bounds their keys and values; None is a quarter of the
-    device's memory, divided among the processes that share it.
+    device's memory, divided among the processes that share it. ``turns``: an environment will answer, so that too is
+    tried at start.
 
     Raises:
         UserError: the model does not attend through transformers' attention interface, or decodes to other logits than
             its own forward pass has.
     """
 
-    def __init__(self, policy: Policy, *, max_batch_size: int, kv_cache_gb: float | None = None):
+    def __init__(self, policy: Policy, *, max_batch_size: int, kv_cache_gb: float | None = None, turns: bool = False):
         self.tokenizer = policy.tokenizer
         self.stop_token_ids = frozenset(policy.stop_token_ids)
         self.completion_text = CompletionText(policy.tokenizer, policy.stop_token_ids)
         self.stop_strings: dict[tuple[str, ...], StopStrings] = {}
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.checks_turns = max_batch_size, turns
         self.device = policy.device
         self.version = -1
         self.kept: tuple[DecodeCache, NextLogits] | None = None  # a cache that rollouts share, and what reads it
@@ -154,7 +157,12 @@ class HFBackend:
             vars(self).pop(name, None)
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        version: int,
+        on_group: OnGroup | None = None,
+        turns: Turns | None = None,
     ) -> list[list[Completion]]:
         if version != self.version:
             raise RunError(f"rollout asked for policy version {version}, the hf backend holds version {self.version}")
@@ -168,29 +176,31 @@ class HFBackend:
             return [done[request][sample] for sample in range(len(requests[request].keys))]
 
         with self._weights(), self._sampling_mode(), self._around(self.make_step)():
-            for sequence in self._engine(requests, sampling).run():
+            for sequence in self._engine(requests, sampling, turns).run():
                 request = sequence.request
                 done[request][sequence.sample] = self._completion(sequence)
                 if on_group is not None and len(done[request]) == len(requests[request].keys):
                     on_group(request, group(request))
         return [group(request) for request in range(len(requests))]
 
-    def _engine(self, requests: list[Request], sampling: Sampling) -> Engine | OwnCacheEngine:
-        wanted = tuple(sampling.stop)
-        stop = self.stop_strings.setdefault(wanted, StopStrings(self.tokenizer, sampling.stop))
+    def _engine(self, requests: list[Request], sampling: Sampling, turns: Turns | None) -> Engine | OwnCacheEngine:
+        wanted = tuple(sampling.stop) if turns is None else (*sampling.stop, *turns.stop)
+        stop = self.stop_strings.setdefault(wanted, StopStrings(self.tokenizer, list(wanted)))
+        longest = sampling.max_completion_length + (turns.max_environment_tokens if turns is not None else 0)
 
         def ended(key: int, tokens: list[int]) -> bool:
             return self._ended(key, tokens, stop)
 
         if self.own_cache is not None:
-            longest = max(len(r.prompt.token_ids) for r in requests) + sampling.max_completion_length
-            most = min(self.max_batch_size, self.own_cache.fitting(self.cache_budget, longest))
+            tokens = max(len(r.prompt.token_ids) for r in requests) + longest
+            most = min(self.max_batch_size, self.own_cache.fitting(self.cache_budget, tokens))
+            pads, device = self.own_cache.pads, self.device
             return OwnCacheEngine(
-                self.logprob_lm, requests, sampling, ended, most=most, pads=self.own_cache.pads, device=self.device
+                self.logprob_lm, requests, sampling, ended, most=most, pads=pads, device=device, turns=turns
             )
         budget = Budget.of(
             requests,
-            sampling.max_completion_length,
+            longest,
             self.max_batch_size,
             self.cache_tokens,
             prompt_step=1 if self.device.type == "cpu" else PROMPT_STEP,
@@ -206,6 +216,7 @@ class HFBackend:
             budget=budget,
             cache=cache,
             next_tokens=by_graph or drawing(step, distribution),
+            turns=turns,
         )
 
     def _cache_and_step(self, shape: Shape) -> tuple[DecodeCache, NextLogits]:
@@ -246,7 +257,7 @@ class HFBackend:
 
     def _check(self, make_step: Callable[[LogprobLM], NextLogits]) -> None:
         step, around = make_step(self.logprob_lm), self._around(make_step)
-        check_decoding(self.logprob_lm, self.device, step, *self.rows, around)
+        check_decoding(self.logprob_lm, self.device, step, *self.rows, around, turns=self.checks_turns)
 
     def _around(self, make_step: Callable[[LogprobLM], NextLogits]) -> Around:
         """What a rollout's passes run within."""

@@ -26,7 +26,8 @@ class Budget:
     def of(
         cls, requests: list[Request], longest_completion: int, max_sequences: int, tokens: int, *, prompt_step: int = 1
     ) -> Budget:
-        """Prompts get room for a multiple of ``prompt_step`` tokens.
+        """``longest_completion`` includes what an environment may add. Prompts get room for a multiple of
+        ``prompt_step`` tokens.
 
         Raises UserError where ``tokens`` do not hold one prompt and one sequence.
         """
@@ -43,7 +44,8 @@ class Budget:
         if requests and prompts * prompt_tokens + sequence_tokens > tokens:
             raise UserError(
                 f"rollout.kv_cache_gb holds {tokens} tokens, not a prompt of {prompt_tokens} and a completion of "
-                f"{longest_completion}; raise it, or lower rollout.max_completion_length"
+                f"{longest_completion}; raise it, or lower rollout.max_completion_length (with an environment also its "
+                "max_turns and max_observation_length, which the completion's length includes)"
             )
         return cls(tokens, prompts, prompt_tokens, sequences, sequence_tokens, G)
 

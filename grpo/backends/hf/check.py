@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from grpo.backends.hf.attention import decoding_into, implementation_of
 from grpo.backends.hf.engine import NextLogits
+from grpo.backends.hf.extension import extend
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape
 from grpo.errors import UserError, first_line
 from grpo.model.logprob_lm import LogprobLM
@@ -25,6 +26,7 @@ PROMPT_OF = (0, 1, 0, 2, 1)  # of each sequence
 # More than needed: a graph computes all.
 ROOM = Shape(prompts=5, prompt_tokens=40, sequences=6, sequence_tokens=80, group_size=3)
 STEPS = 4
+EXTENDED_BY = (3, 1, 5, 2, 4)  # tokens, of each sequence: answers of an environment, before the last step
 NO_LIMIT = 1 << 30
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # share of the logits' range
 
@@ -63,23 +65,31 @@ def check_decoding(
     beyond: int = 0,
     longest: int = NO_LIMIT,
     around: Around = nullcontext,
+    *,
+    turns: bool = False,
 ) -> None:
     """Compare the engine's logits with the model's own on a few made-up tokens, and on a row of ``beyond`` tokens,
-    which passes the model's windows. None is longer than ``longest``. The engine decodes within ``around``.
+    which passes the model's windows. None is longer than ``longest``. The engine decodes within ``around``. With
+    ``turns``, sequences also get several tokens at once, as an environment's answers come.
 
     Raises:
         UserError: they differ.
     """
-    lengths = prompt_lengths(PROMPT_LENGTHS, beyond, longest)
+    answers = EXTENDED_BY if turns else (0,) * len(PROMPT_OF)
+    lengths = prompt_lengths(PROMPT_LENGTHS, beyond, longest - max(answers))
     ids = made_up_ids(model, device, lengths)
     cache = DecodeCache(replace(ROOM, prompt_tokens=max(lengths)), device)
     difference, size = 0.0, 0.0
     with around(), decoding_into(model.causal_lm, cache), known_failures(model):
         _prefill(model, cache, ids, lengths)
-        decoded = [step(_tokens_at(ids, t, lengths), cache).clone() for t in range(STEPS)]
-    for place in range(len(PROMPT_OF)):
-        row = _ids_of(ids, place, lengths)[None]
-        own = model.causal_lm(input_ids=row, use_cache=False).logits[0, -STEPS:].float()
+        decoded = [step(_tokens_at(ids, t, lengths), cache).clone() for t in range(STEPS - 1)]
+        if turns:
+            decoded.append(_extend(model, cache, ids, lengths))
+        decoded.append(step(_tokens_at(ids, STEPS - 1, lengths, answers), cache).clone())
+    for place, prompt in enumerate(PROMPT_OF):
+        end = lengths[prompt] + STEPS + answers[place]
+        kept = [*range(end - answers[place] - STEPS, end - answers[place] - 1), *([end - 2] if turns else []), end - 1]
+        own = model.causal_lm(input_ids=ids[place, :end][None], use_cache=False).logits[0, kept].float()
         ours = torch.stack([logits_BV[place] for logits_BV in decoded]).float()
         difference = max(difference, float((ours - own).abs().max()))
         size = max(size, float(own.max() - own.min()))
@@ -124,15 +134,11 @@ def prompt_lengths(lengths: tuple[int, ...], beyond: int, longest: int) -> tuple
 def made_up_ids(model: LogprobLM, device: torch.device, lengths: tuple[int, ...] = PROMPT_LENGTHS) -> torch.Tensor:
     """Tokens (sequences, at least longest prompt + STEPS). Sequences of one prompt begin with the same."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
-    width = max(64, max(lengths) + STEPS)
+    width = max(64, max(lengths) + STEPS + max(EXTENDED_BY))
     ids = torch.arange(len(PROMPT_OF) * width, device=device).view(len(PROMPT_OF), width) * 7 % (vocab - 1)
     for place, prompt in enumerate(PROMPT_OF):
         ids[place, : lengths[prompt]] = ids[PROMPT_OF.index(prompt), : lengths[prompt]]
     return ids
-
-
-def _ids_of(ids: torch.Tensor, place: int, lengths: tuple[int, ...]) -> torch.Tensor:
-    return ids[place, : lengths[PROMPT_OF[place]] + STEPS]
 
 
 def _prefill(model: LogprobLM, cache: DecodeCache, ids: torch.Tensor, lengths: tuple[int, ...]) -> None:
@@ -143,6 +149,16 @@ def _prefill(model: LogprobLM, cache: DecodeCache, ids: torch.Tensor, lengths: t
     cache.begin_sequences([cache.add_sequence(prompt) for prompt in PROMPT_OF])  # with a copy of a short prompt
 
 
-def _tokens_at(ids: torch.Tensor, t: int, lengths: tuple[int, ...]) -> torch.Tensor:
-    """The t-th tokens (sequences,) behind the prompts."""
-    return torch.stack([ids[place, lengths[prompt] + t] for place, prompt in enumerate(PROMPT_OF)])
+def _tokens_at(
+    ids: torch.Tensor, t: int, lengths: tuple[int, ...], answers: tuple[int, ...] = (0,) * len(PROMPT_OF)
+) -> torch.Tensor:
+    """The t-th tokens (sequences,) behind the prompts and ``answers``."""
+    places = enumerate(zip(PROMPT_OF, answers, strict=True))
+    return torch.stack([ids[place, lengths[prompt] + more + t] for place, (prompt, more) in places])
+
+
+def _extend(model: LogprobLM, cache: DecodeCache, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    """The logits (sequences,V) behind the answers of all sequences, which came behind all steps but the last."""
+    starts = [lengths[prompt] + STEPS - 1 for prompt in PROMPT_OF]
+    tokens = [ids[p, start : start + EXTENDED_BY[p]].tolist() for p, start in enumerate(starts)]
+    return extend(model, cache, list(range(len(starts))), tokens).clone()

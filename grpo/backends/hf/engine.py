@@ -4,23 +4,29 @@ The completions of a prompt share its keys and values, which are computed once. 
 at once, and the next in the queue takes it. Where the cache does not hold every sequence at full length, sequences
 start with less room. When one outgrows its room, the youngest are preempted: they go back to the queue, and are
 computed again up to where they were.
+
+With an environment a completion is an episode of turns. At the end of a turn the environment is asked, and the sequence
+is parked: it keeps its keys and values and is not decoded. It comes back after a number of decoding steps, or when
+nothing else runs, and never by the clock: who is decoded together decides how numbers are rounded. The engine then
+waits for the answer, whose tokens are computed in one forward pass (``extension.py``). Sequences come back together,
+because such a pass costs much for a few tokens.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from grpo.backends.base import Request, Sampling
+from grpo.backends.base import Request, Sampling, Turns
 from grpo.backends.hf.attention import decoding_into
 from grpo.backends.hf.budget import Budget
 from grpo.backends.hf.draw import Distribution
+from grpo.backends.hf.extension import MOST_SCORES, extend
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape, remove_entries
-from grpo.errors import RunError
+from grpo.backends.hf.sequence import Ends, SampledSequence
 from grpo.model.logprob_lm import LogprobLM
 from grpo.randomness import uniforms
 
@@ -53,30 +59,12 @@ def step_through_transformers(model: LogprobLM, tokens_B: torch.Tensor, cache: D
     return model.head(hidden_B1H[:, 0])
 
 
-@dataclass(eq=False)
-class SampledSequence:
-    """A completion that is being sampled: which one of which request, the key of its draws, and its tokens so far."""
-
-    request: int
-    sample: int
-    key: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False
-
-    def add(self, token: int, logprob: float) -> None:
-        """Raises RunError where the token was drawn from nan."""
-        if logprob != logprob:
-            raise RunError("the model's logits are nan: its weights or the compute type's range are at fault")
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-
-
 class Engine:
     """Samples the completions of one rollout. ``run()`` yields each as it ends.
 
-    ``ended(key, tokens)`` says whether a completion is over. ``budget`` bounds the sequences and their keys and values;
-    ``cache`` is empty and holds the budget's first shape.
+    ``ended(key, tokens)`` says whether a completion, or a turn of it, is over. ``budget`` bounds the sequences and
+    their keys and values; ``cache`` is empty and holds the budget's first shape. ``turns`` is what answers between
+    turns.
     """
 
     def __init__(
@@ -89,37 +77,45 @@ class Engine:
         budget: Budget,
         cache: DecodeCache,
         next_tokens: NextTokens,
+        turns: Turns | None = None,
     ):
-        self.model, self.requests, self.sampling, self.ended = model, requests, sampling, ended
+        self.model, self.requests, self.turns, self.ends = model, requests, turns, Ends(sampling, ended, turns)
         self.budget, self.cache, self.next_tokens, self.device = budget, cache, next_tokens, cache.device
         self.distribution = Distribution.of(sampling)
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
         self.waiting = deque(SampledSequence(i, g, key) for i in by_length for g, key in enumerate(requests[i].keys))
         self.running: list[SampledSequence] = []  # by their place in the cache
+        self.parked: list[SampledSequence] = []  # the same of those that wait for an answer
+        self.over: list[SampledSequence] = []  # episodes that turned out to be over when they were preempted
         self.prompts: list[int] = []  # requests whose prompts the cache holds, by slot
         self.first_logits: dict[int, torch.Tensor] = {}  # (V,) behind the prompt of a request with sequences to start
         self.preemptions = 0
+        self.steps = 0  # of decoding
 
     def run(self) -> Iterator[SampledSequence]:
         with decoding_into(self.model.causal_lm, self.cache):
-            while self.waiting or self.running:
+            while self.waiting or self.running or self.parked:
                 if self.waiting:
                     yield from self._finish(self._schedule())
+                if due := self._due():
+                    yield from self._come_back(due)
                 if self.running:
                     yield from self._finish(self._decode())
+                while self.over:
+                    yield self.over.pop()
 
     def _schedule(self) -> list[int]:
         """Fill free places from the queue and draw first tokens. Returns the places of sequences that end with theirs.
 
         Preempted sequences get their keys and values back.
         """
-        head = self.cache.shape.head_tokens
-        longest = max([self.cache.longest, *(head + len(sequence.tokens) for sequence in self.waiting)])
-        if 4 * longest < self.cache.shape.sequence_tokens:
+        while self._longest() > self._room():  # of a preempted sequence that got an answer since
+            self._make_longer()
+        if 4 * self._longest() < self._room():
             self._resize(self.budget.shorter(self.cache.shape))
         fresh: list[SampledSequence] = []
         prefill: list[tuple[int, SampledSequence | None]] = []  # a request's prompt, or all of a preempted sequence
-        while self.waiting and len(self.running) < self.cache.shape.sequences:
+        while self.waiting and len(self.running) + len(self.parked) < self.cache.shape.sequences:
             sequence = self.waiting[0]
             if sequence.request not in self.prompts:
                 if len(self.prompts) == self.cache.shape.prompts:
@@ -178,10 +174,10 @@ class Engine:
 
     def _decode(self) -> list[int]:
         """Draw a burst of tokens for every running sequence. Returns the places of those that end."""
-        if self.cache.longest == self.cache.shape.sequence_tokens:
+        if self.cache.longest_held == self._room():
             self._make_longer()
         burst = BURST.get(self.device.type, BURST_ELSEWHERE)
-        burst = min(burst, self.cache.shape.sequence_tokens - self.cache.longest)
+        burst = min(burst, self._room() - self.cache.longest)
         uniforms_BK = self._uniforms(self.running, burst)
         tokens_B = torch.tensor([sequence.tokens[-1] for sequence in self.running], device=self.device)
         drawn, logps = [], []
@@ -189,6 +185,7 @@ class Engine:
             tokens_B, logps_B = self.next_tokens(tokens_B, uniforms_BK[:, k], self.cache)
             drawn.append(tokens_B)
             logps.append(logps_B)
+        self.steps += burst
         return self._extend(range(len(self.running)), torch.stack(drawn, 1), torch.stack(logps, 1))
 
     def _uniforms(self, sequences: list[SampledSequence], count: int) -> torch.Tensor:
@@ -197,34 +194,108 @@ class Engine:
         return torch.from_numpy(uniforms([sequence.key for sequence in sequences], positions_BK)).to(self.device)
 
     def _extend(self, places: Iterable[int], drawn_BK: torch.Tensor, logps_BK: torch.Tensor) -> list[int]:
-        """Add the drawn tokens, up to a sequence's end. Returns the places of sequences that end."""
+        """Add the drawn tokens, up to the end of a sequence or its turn. Returns the places of those that end."""
         over = []
         for place, tokens, logps in zip(places, drawn_BK.tolist(), logps_BK.tolist(), strict=True):
             sequence = self.running[place]
             for token, logp in zip(tokens, logps, strict=True):
                 sequence.add(token, logp)
-                sequence.stopped = self.ended(sequence.key, sequence.tokens)
-                if sequence.stopped or len(sequence.tokens) == self.sampling.max_completion_length:
+                if self.ends.over(sequence):
                     over.append(place)
                     break
         return over
 
     def _finish(self, places: list[int]) -> list[SampledSequence]:
-        """Free the places of sequences that ended. The prompt of the next in the queue stays."""
-        return self._remove(places, {sequence.request for sequence in list(self.waiting)[:1]}) if places else []
+        """Free the places of sequences that ended. The prompt of the next in the queue stays. With an environment their
+        turns ended: it is asked, and they are parked."""
+        if not places:
+            return []
+        if self.turns is None:
+            return self._remove([self.running[place] for place in places], self._next_request())
+        asked = [self.running[place] for place in places]
+        for sequence in asked:
+            self.ends.ask(sequence, self.steps)
+        self.cache.park(places, [len(sequence.tokens) - 1 for sequence in asked])
+        self.parked += asked
+        remove_entries(self.running, places)
+        return []
 
-    def _preempt(self, places: list[int]) -> None:
-        """Put running sequences back at the queue's head, in the reverse order of ``places``."""
-        back = self._remove(places, set())
-        self.waiting.extendleft(back)
-        self.preemptions += len(back)
+    def _due(self) -> list[SampledSequence]:
+        """Parked sequences whose answers are to be taken now, whether they have come or not.
 
-    def _remove(self, places: list[int], kept_requests: set[int]) -> list[SampledSequence]:
-        """Take sequences out of the cache, then prompts that no running sequence and none of ``kept_requests`` has."""
-        removed = [self.running[place] for place in places]
+        Each waits for ``overlap_steps`` decoding steps at least, and for twice as many at most, so that several come
+        back together.
+        """
+        if self.turns is None or not self.running:
+            return list(self.parked)
+        steps, asked_at = self.turns.overlap_steps, [sequence.asked_at for sequence in self.parked]
+        if not asked_at or self.steps - min(asked_at) < 2 * steps:
+            return []
+        return [sequence for sequence in self.parked if self.steps - sequence.asked_at >= steps]
+
+    def _come_back(self, due: list[SampledSequence]) -> list[SampledSequence]:
+        """Parked sequences get their answers and run again, and draw the first token of their next turns. Returns those
+        whose episodes are over."""
+        over = [sequence for sequence in due if not self.ends.receive(sequence)]
+        finished = self._remove(over, self._next_request()) if over else []
+        head = self.cache.shape.head_tokens
+        while max((head + len(s.tokens) for s in due if s in self.parked), default=0) > self._room():
+            self._make_longer()  # which may preempt some of them
+        back = [sequence for sequence in due if sequence in self.parked]
+        if back:
+            parked = [self.parked.index(sequence) for sequence in back]
+            self.cache.unpark(parked)
+            remove_entries(self.parked, parked)
+            self.running += back
+        return finished + self._finish([place for batch in self._to_extend(back) for place in self._answer(batch)])
+
+    def _to_extend(self, back: list[SampledSequence]) -> Iterator[list[int]]:
+        """The places of sequences that came back, the last that run, in batches for one forward pass each."""
+        seen = max(self.cache.prompt_lengths, default=0) + self._room()
+        places = range(len(self.running) - len(back), len(self.running))
+        yield from _batches(places, lambda place: len(self._new(place)), max(1, MOST_SCORES // seen))
+
+    def _new(self, place: int) -> list[int]:
+        """The tokens of a running sequence that the cache does not hold."""
+        return self.running[place].tokens[self.cache.held(place) :]
+
+    def _answer(self, places: list[int]) -> list[int]:
+        """Compute answers and draw the tokens behind them. Returns the places of sequences whose turns end with it."""
+        logits_BV = extend(self.model, self.cache, places, [self._new(place) for place in places])
+        uniforms_B = self._uniforms([self.running[place] for place in places], 1)[:, 0]
+        drawn_B, logps_B = self.distribution.draw(logits_BV, uniforms_B)
+        return self._extend(places, drawn_B[:, None], logps_B[:, None])
+
+    def _room(self) -> int:
+        """Tokens that the cache has room for in a sequence."""
+        return self.cache.shape.sequence_tokens
+
+    def _longest(self) -> int:
+        """Tokens of the longest sequence, running, parked or in the queue."""
+        head = self.cache.shape.head_tokens
+        return max([self.cache.longest_held, *(head + len(sequence.tokens) for sequence in self.waiting)])
+
+    def _next_request(self) -> set[int]:
+        return {sequence.request for sequence in list(self.waiting)[:1]}
+
+    def _preempt(self, preempted: list[SampledSequence]) -> None:
+        """Put sequences back at the queue's head, in reverse order. Those that wait for an answer wait for it here."""
+        self._remove(preempted, set())
+        self.preemptions += len(preempted)
+        over = [s for s in preempted if s.reply is not None and not self.ends.receive(s)]
+        self.over += over
+        self.waiting.extendleft(sequence for sequence in preempted if sequence not in over)
+
+    def _remove(self, removed: list[SampledSequence], kept_requests: set[int]) -> list[SampledSequence]:
+        """Take sequences out of the cache, then prompts that no other sequence and none of ``kept_requests`` has."""
+        gone = set(removed)
+        places = [place for place, sequence in enumerate(self.running) if sequence in gone]
+        parked = [place for place, sequence in enumerate(self.parked) if sequence in gone]
         self.cache.remove_sequences(places)
         remove_entries(self.running, places)
-        needed = kept_requests | {sequence.request for sequence in self.running}
+        self.cache.remove_parked(parked)
+        remove_entries(self.parked, parked)
+        needed = kept_requests | {sequence.request for sequence in (*self.running, *self.parked)}
         unused = [slot for slot, request in enumerate(self.prompts) if request not in needed]
         self.cache.remove_prompts(unused)
         remove_entries(self.prompts, unused)
@@ -233,10 +304,10 @@ class Engine:
     def _make_longer(self) -> None:
         """More room for each sequence. Where fewer then fit, preempt the youngest."""
         shape = self.budget.longer(self.cache.shape)
-        surplus = len(self.running) - shape.sequences
-        if surplus > 0:
-            youngest = sorted(range(len(self.running)), key=lambda place: (len(self.running[place].tokens), -place))
-            self._preempt(youngest[:surplus])
+        held = [*self.running, *self.parked]
+        if (surplus := len(held) - shape.sequences) > 0:
+            youngest = sorted(range(len(held)), key=lambda place: (len(held[place].tokens), -place))
+            self._preempt([held[place] for place in youngest[:surplus]])
         self._resize(shape)
 
     def _resize(self, shape: Shape) -> None:
@@ -244,11 +315,11 @@ class Engine:
             self.cache.resize_sequences(shape)
 
 
-def _batches(sequences: list, length: Callable) -> Iterator[list]:
-    """Batches of at most ``PREFILL_TOKENS`` padded tokens, sequences of like length together."""
+def _batches(sequences: Iterable, length: Callable, most: int = PREFILL_TOKENS) -> Iterator[list]:
+    """Batches of at most ``most`` padded tokens, sequences of like length together."""
     batch: list = []
     for sequence in sorted(sequences, key=length):
-        if batch and (len(batch) + 1) * length(sequence) > PREFILL_TOKENS:
+        if batch and (len(batch) + 1) * length(sequence) > most:
             yield batch
             batch = []
         batch.append(sequence)

@@ -3,7 +3,8 @@
 A *sequence* is a prompt and one completion of it. The cache holds each prompt once, and for every sequence the tokens
 of its completion. Where prompts are short, every sequence holds a copy of its prompt too: one longer read is then
 cheaper than two. Running sequences are always the first in their buffers, so attention reads a view and never a copy.
-Where one ends, the last one moves into its place. Buffers are allocated once, with a bound.
+Where one ends, the last one moves into its place. A sequence that waits for an environment's answer is parked: it keeps
+its keys and values at the buffers' end, where no step computes it. Buffers are allocated once, with a bound.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import astuple, dataclass, field
 
 import torch
 
-from grpo.backends.hf.step import PromptGroups, Step
+from grpo.backends.hf.step import Extension, PromptGroups, Step
 
 CLEARED_AT_ONCE = 64  # tokens of every sequence
 SHORT_PROMPT = 32  # tokens; up to here sequences begin with a copy of their prompt
+OF_SEQUENCES, OF_PROMPTS = ("sequence_keys", "sequence_values"), ("prompt_keys", "prompt_values")  # of a layer
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,15 @@ class Layer:
         self.sequence_keys[:, :, start:end] = 0
         self.sequence_values[:, :, start:end] = 0
 
-    def resize_sequences(self, shape: Shape, kept: int, length: int) -> None:
-        for name in ("sequence_keys", "sequence_values"):
+    def resize_sequences(self, shape: Shape, kept: int, parked: int, length: int) -> None:
+        """Keeps the first ``length`` tokens of the first ``kept`` sequences and of the last ``parked``."""
+        for name in OF_SEQUENCES:
             old = getattr(self, name)
             new = old.new_empty(shape.sequences, old.shape[1], shape.sequence_tokens, old.shape[3])
             new[:kept, :, :length] = old[:kept, :, :length]
             new[kept:, :, :length] = 0
+            if parked:
+                new[-parked:, :, :length] = old[-parked:, :, :length]
             setattr(self, name, new)
 
 
@@ -107,7 +112,8 @@ class DecodeCache:
     """The buffers of every layer, and which sequences and prompts they hold.
 
     Attention layers (``attention.py``) call ``file_away`` during a prefill, which lasts from ``begin_prefill`` to the
-    end of the forward pass. They call ``append`` during a decoding step, which ``begin_step`` opens.
+    end of the forward pass. They call ``append`` during a decoding step, which ``begin_step`` opens, and during an
+    extension, which lasts from ``begin_extension`` to the end of the forward pass.
     """
 
     def __init__(self, shape: Shape, device: torch.device):
@@ -117,18 +123,28 @@ class DecodeCache:
         self.prompt_lengths: list[int] = []  # by slot
         self.prompt_of: list[int] = []  # the slot of each sequence's prompt
         self.lengths: list[int] = []  # the tokens each sequence holds
+        self.parked_prompt_of: list[int] = []  # the same of those that are parked, the first at the buffers' very end
+        self.parked_lengths: list[int] = []
         self.cleared = 0  # tokens of every sequence whose memory was written; memory is not touched before it is needed
         self.prefill: Prefill | None = None
         self.step: Step | None = None
+        self.extension: Extension | None = None
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest running sequence."""
         return max(self.lengths, default=0)
+
+    @property
+    def longest_held(self) -> int:
+        """Tokens of the longest sequence, running or parked."""
+        return max(self.longest, *self.parked_lengths, 0)
 
     def empty(self) -> None:
         """Forget all prompts and sequences. The buffers stay, for another rollout."""
         self.prompt_lengths, self.prompt_of, self.lengths = [], [], []
-        self.prefill = self.step = None
+        self.parked_prompt_of, self.parked_lengths = [], []
+        self.prefill = self.step = self.extension = None
 
     def add_prompt(self, length: int) -> int:
         """Its slot."""
@@ -138,21 +154,66 @@ class DecodeCache:
     def add_sequence(self, prompt: int, length: int = 0) -> int:
         """The place of a new sequence, whose completion has ``length`` tokens."""
         self.prompt_of.append(prompt)
-        self.lengths.append(length + (self.prompt_lengths[prompt] if self.shape.head_tokens else 0))
+        self.lengths.append(length + self._copied(prompt))
         return len(self.lengths) - 1
+
+    def _copied(self, prompt: int) -> int:
+        """The tokens of its prompt that a sequence begins with."""
+        return self.prompt_lengths[prompt] if self.shape.head_tokens else 0
+
+    def held(self, place: int) -> int:
+        """The tokens of its completion that a running sequence holds."""
+        return self.lengths[place] - self._copied(self.prompt_of[place])
 
     def remove_sequences(self, places: Collection[int]) -> None:
         """Others move into their places, as ``remove_entries`` does it with a list."""
-        self._move(moves_into_gaps(len(self.lengths), places), self.longest, "sequence_keys", "sequence_values")
+        self._move(moves_into_gaps(len(self.lengths), places), self.longest, *OF_SEQUENCES)
         remove_entries(self.prompt_of, places)
         remove_entries(self.lengths, places)
+
+    def park(self, places: list[int], lengths: list[int]) -> None:
+        """Running sequences leave the others and keep their keys and values, of the first ``lengths`` tokens of their
+        completions. Places of the others change as in ``remove_sequences``. There must be no more sequences, running
+        and parked, than the shape has."""
+        away = [(place, self._parked_at(len(self.parked_lengths) + i)) for i, place in enumerate(places)]
+        self._move([*away, *moves_into_gaps(len(self.lengths), places)], self.longest, *OF_SEQUENCES)
+        prompts = [self.prompt_of[place] for place in places]
+        self.parked_prompt_of += prompts
+        self.parked_lengths += [self._copied(p) + length for p, length in zip(prompts, lengths, strict=True)]
+        remove_entries(self.prompt_of, places)
+        remove_entries(self.lengths, places)
+
+    def unpark(self, parked: list[int]) -> None:
+        """Parked sequences run again, behind those that do, in this order."""
+        back = [(self._parked_at(p), len(self.lengths) + i) for i, p in enumerate(parked)]
+        self._move([*back, *self._parked_moves(parked)], self.longest_held, *OF_SEQUENCES)
+        self.prompt_of += [self.parked_prompt_of[p] for p in parked]
+        self.lengths += [self.parked_lengths[p] for p in parked]
+        self._forget_parked(parked)
+
+    def remove_parked(self, parked: list[int]) -> None:
+        """As ``remove_sequences``, of those that are parked."""
+        self._move(self._parked_moves(parked), self.longest_held, *OF_SEQUENCES)
+        self._forget_parked(parked)
+
+    def _forget_parked(self, parked: list[int]) -> None:
+        remove_entries(self.parked_prompt_of, parked)
+        remove_entries(self.parked_lengths, parked)
+
+    def _parked_at(self, parked: int) -> int:
+        return self.shape.sequences - 1 - parked
+
+    def _parked_moves(self, gone: list[int]) -> list[tuple[int, int]]:
+        moves = moves_into_gaps(len(self.parked_lengths), gone)
+        return [(self._parked_at(source), self._parked_at(target)) for source, target in moves]
 
     def remove_prompts(self, slots: Collection[int]) -> None:
         """The same for prompts, which must have no sequence left."""
         moves = moves_into_gaps(len(self.prompt_lengths), slots)
-        self._move(moves, max(self.prompt_lengths, default=0), "prompt_keys", "prompt_values")
+        self._move(moves, max(self.prompt_lengths, default=0), *OF_PROMPTS)
         new_slot = dict(moves)
         self.prompt_of = [new_slot.get(slot, slot) for slot in self.prompt_of]
+        self.parked_prompt_of = [new_slot.get(slot, slot) for slot in self.parked_prompt_of]
         remove_entries(self.prompt_lengths, slots)
 
     def _move(self, moves: list[tuple[int, int]], length: int, *names: str) -> None:
@@ -165,11 +226,11 @@ class DecodeCache:
                 buffer[target] = buffer[source]
 
     def resize_sequences(self, shape: Shape) -> None:
-        """Other numbers of sequences and of tokens a sequence. What running sequences wrote is kept."""
+        """Other numbers of sequences and of tokens a sequence. What sequences wrote is kept."""
         self.shape = shape
-        self.cleared = self.longest
+        self.cleared = self.longest_held
         for layer in self.layers.values():
-            layer.resize_sequences(shape, len(self.lengths), self.longest)
+            layer.resize_sequences(shape, len(self.lengths), len(self.parked_lengths), self.longest_held)
 
     def begin_prefill(self, prefill: Prefill) -> None:
         """Before a forward pass over prompts. Preempted sequences that are part of it have been added."""
@@ -205,11 +266,24 @@ class DecodeCache:
 
     def begin_step(self) -> Step:
         """Before a forward pass over one token of every sequence."""
-        apart = self.shape.head_tokens == 0
-        prompts = PromptGroups.of(self.prompt_lengths, self.prompt_of, self.device) if apart else None
-        self.step = Step.of(self.lengths, prompts, self.device)
+        self.step = Step.of(self.lengths, self._groups(self.prompt_of), self.device)
         self.grow()
         return self.step
+
+    def begin_extension(self, places: list[int], new: list[int]) -> Extension:
+        """Before a forward pass over ``new`` tokens of the running sequences at ``places``. ``extension`` is to be None
+        again behind it."""
+        held = [self.lengths[place] for place in places]
+        groups = self._groups([self.prompt_of[place] for place in places])
+        self.extension = Extension.of(places, held, new, groups, self.device)
+        self.clear_to(self.extension.sequence_tokens)
+        for place, count in zip(places, new, strict=True):
+            self.lengths[place] += count
+        return self.extension
+
+    def _groups(self, prompt_of: list[int]) -> PromptGroups | None:
+        """Sequences by their prompts; None where they begin with a copy."""
+        return None if self.shape.head_tokens else PromptGroups.of(self.prompt_lengths, prompt_of, self.device)
 
     def grow(self) -> None:
         """Every sequence is about to write a token."""
@@ -225,7 +299,9 @@ class DecodeCache:
             self.cleared = end
 
     def append(self, index: int, key: torch.Tensor, value: torch.Tensor) -> Layer:
-        """Write the step's token of every sequence (B, kv heads, 1, D) into layer ``index``."""
+        """Write the step's token of every sequence (B, kv heads, 1, D), or an extension's, into layer ``index``."""
+        if self.extension is not None:
+            return self._append_several(self.layers[index], self.extension, key, value)
         assert self.step is not None
         layer, step = self.layers[index], self.step
         if step.of_one_length:  # a slice, which costs a fifth of an index
@@ -234,6 +310,12 @@ class DecodeCache:
         else:
             layer.sequence_keys[step.sequences_B, :, step.written_B] = key[:, :, 0]
             layer.sequence_values[step.sequences_B, :, step.written_B] = value[:, :, 0]
+        return layer
+
+    def _append_several(self, layer: Layer, new: Extension, key: torch.Tensor, value: torch.Tensor) -> Layer:
+        for name, tensor in zip(OF_SEQUENCES, (key, value), strict=True):
+            buffer = getattr(layer, name)
+            buffer[new.places_N, :, new.written_N] = tensor[new.row_N, :, new.token_N].to(buffer.dtype)
         return layer
 
 

@@ -6,6 +6,7 @@ have ended are dropped when they are a quarter of the batch. vLLM is many times 
 
 Padding must not enter a state. transformers masks it, but a layer with a bias lets it in all the same. At start
 ``check_own_cache`` compares padded and unpadded prompts; where they differ, only prompts of equal length share a batch.
+With an environment every turn begins with rows that are computed anew (``OwnCacheEngine``).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo.backends.base import Request, Sampling
+from grpo.backends.base import Request, Sampling, Turns
 from grpo.backends.hf import check
 from grpo.backends.hf.draw import Distribution
-from grpo.backends.hf.engine import SampledSequence
+from grpo.backends.hf.sequence import Ends, SampledSequence
 from grpo.errors import UserError
 from grpo.model.logprob_lm import ATTENTION, LogprobLM
 from grpo.randomness import uniforms
@@ -162,7 +163,13 @@ def check_own_cache(
 
 
 class OwnCacheEngine:
-    """Samples the completions of one rollout. ``run()`` yields each as it ends; ``ended`` as the ``Engine``'s."""
+    """Samples the completions of one rollout. ``run()`` yields each as it ends; ``ended`` and ``turns`` as the
+    ``Engine``'s.
+
+    With an environment it goes turn by turn: when all sequences have ended their turns, the answers are taken, and
+    prompts, turns and answers are computed again for the next. A state cannot be cut back to where a turn ended, and
+    most of these layers take one token at a time once they have one.
+    """
 
     def __init__(
         self,
@@ -174,39 +181,60 @@ class OwnCacheEngine:
         most: int,
         pads: bool,
         device: torch.device,
+        turns: Turns | None = None,
     ):
-        self.model, self.requests, self.sampling, self.ended = model, requests, sampling, ended
+        self.model, self.requests, self.ends = model, requests, Ends(sampling, ended, turns)
         self.most, self.pads, self.device = most, pads, device
         self.distribution = Distribution.of(sampling)
 
     def run(self) -> Iterator[SampledSequence]:
-        for batch in self._batches():
-            yield from self._decode(batch)
+        wanted = [
+            SampledSequence(r, g, key) for r, request in enumerate(self.requests) for g, key in enumerate(request.keys)
+        ]
+        while wanted:
+            asked = []
+            for sequence in (sequence for batch in self._batches(wanted) for sequence in self._decode(batch)):
+                if self.ends.turns is None:
+                    yield sequence
+                    continue
+                self.ends.ask(sequence)
+                asked.append(sequence)
+            wanted = []
+            for sequence in asked:
+                if self.ends.receive(sequence):
+                    wanted.append(sequence)
+                else:
+                    yield sequence
 
-    def _batches(self) -> Iterator[list[SampledSequence]]:
-        """Sequences of like prompts together; of equally long ones, if prompts may not be padded."""
+    def _ids(self, sequence: SampledSequence) -> list[int]:
+        return self.requests[sequence.request].prompt.token_ids + sequence.tokens
+
+    def _batches(self, wanted: list[SampledSequence]) -> Iterator[list[SampledSequence]]:
+        """Sequences of like length together; of equal length, if prompts may not be padded."""
         batch: list[SampledSequence] = []
         length = 0
-        for request in sorted(range(len(self.requests)), key=lambda r: len(self.requests[r].prompt.token_ids)):
-            tokens = len(self.requests[request].prompt.token_ids)
-            for sample, key in enumerate(self.requests[request].keys):
-                if batch and (len(batch) == self.most or (tokens != length and not self.pads)):
-                    yield batch
-                    batch = []
-                batch.append(SampledSequence(request, sample, key))
-                length = tokens
+        for sequence in sorted(wanted, key=lambda s: len(self._ids(s))):
+            tokens = len(self._ids(sequence))
+            if batch and (len(batch) == self.most or (tokens != length and not self.pads)):
+                yield batch
+                batch = []
+            batch.append(sequence)
+            length = tokens
         if batch:
             yield batch
 
     def _decode(self, batch: list[SampledSequence]) -> Iterator[SampledSequence]:
-        prompts = list(dict.fromkeys(sequence.request for sequence in batch))
-        rows = Rows(self.model, [self.requests[r].prompt.token_ids for r in prompts], self.device)
-        rows.take([prompts.index(sequence.request) for sequence in batch])
+        """Sequences as they, or their turns, end."""
+        history = [(sequence.request, *sequence.tokens) for sequence in batch]
+        different = list(dict.fromkeys(history))
+        ids = [self._ids(batch[history.index(one)]) for one in different]
+        rows = Rows(self.model, ids, self.device)
+        rows.take([different.index(one) for one in history])
         running: list[SampledSequence | None] = list(batch)  # by row; None has ended
         tokens_B = self._draw(rows, batch)
         while True:
             for row, sequence in enumerate(running):
-                if sequence is not None and self._over(sequence):
+                if sequence is not None and self.ends.over(sequence):
                     running[row] = None
                     yield sequence
             left = [row for row, sequence in enumerate(running) if sequence is not None]
@@ -228,7 +256,3 @@ class OwnCacheEngine:
             if sequence is not None:
                 sequence.add(token, logp)
         return tokens_B
-
-    def _over(self, sequence: SampledSequence) -> bool:
-        sequence.stopped = self.ended(sequence.key, sequence.tokens)
-        return sequence.stopped or len(sequence.tokens) == self.sampling.max_completion_length

@@ -1,4 +1,5 @@
-"""What attention needs to know of one decoding step, in which every running sequence gets one more token."""
+"""What attention needs to know of one decoding step, in which every running sequence gets one more token, and of an
+extension, in which some get several."""
 
 from __future__ import annotations
 
@@ -27,6 +28,19 @@ class Step:
     prompts: PromptGroups | None
     lengths: Lengths | None = None
 
+    @property
+    def rows(self) -> slice:
+        """Of the buffers: running sequences are the first."""
+        return slice(len(self.sequences_B))
+
+    @property
+    def written_BT(self) -> torch.Tensor:
+        return self.written_B[:, None]
+
+    @property
+    def positions_BT(self) -> torch.Tensor:
+        return self.positions_B[:, None]
+
     @classmethod
     def of(cls, lengths: list[int], prompts: PromptGroups | None, device: torch.device) -> Step:
         """``lengths`` are the tokens that each sequence has written."""
@@ -40,6 +54,46 @@ class Step:
             of_one_length=of_one_length,
             mask_BC=None if of_one_length else mask_after(written_B + 1, C),
             prompts=prompts,
+        )
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A pass over several new tokens of B sequences, T at most, the same for every layer. Rows are padded behind.
+
+    ``places_N``, ``written_N``, ``row_N`` and ``token_N`` say of each new token to which sequence it belongs, how many
+    tokens that held before, and where among the B x T it stands.
+    """
+
+    rows: torch.Tensor  # of the buffers (B,)
+    written_BT: torch.Tensor  # tokens each sequence held before; padding has the last token's
+    positions_BT: torch.Tensor  # counted from the prompt's first
+    sequence_tokens: int  # to attend over: the longest sequence's, the new tokens included
+    prompts: PromptGroups | None
+    places_N: torch.Tensor
+    written_N: torch.Tensor
+    row_N: torch.Tensor
+    token_N: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, places: list[int], held: list[int], new: list[int], prompts: PromptGroups | None, device: torch.device
+    ) -> Extension:
+        """Sequences at ``places`` that hold ``held`` tokens get ``new`` more."""
+        places_B, held_B, new_B = (torch.tensor(numbers, device=device) for numbers in (places, held, new))
+        tokens_T = torch.arange(max(new), device=device)
+        written_BT = held_B[:, None] + torch.minimum(tokens_T[None], new_B[:, None] - 1)
+        row_N, token_N = (tokens_T[None] < new_B[:, None]).nonzero(as_tuple=True)
+        return cls(
+            rows=places_B,
+            written_BT=written_BT,
+            positions_BT=written_BT if prompts is None else prompts.lengths_B[:, None] + written_BT,
+            sequence_tokens=max(h + n for h, n in zip(held, new, strict=True)),
+            prompts=prompts,
+            places_N=places_B[row_N],
+            written_N=written_BT[row_N, token_N],
+            row_N=row_N,
+            token_N=token_N,
         )
 
 

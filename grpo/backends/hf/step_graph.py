@@ -133,7 +133,7 @@ class GraphStep:
             self._tell(size)
         cache.clear_to(cache.longest + 1 if self.by_length else size.sequence_tokens)
         cache.grow()
-        self.told = self._state(size)  # a graph adds 1 to ``written`` itself
+        self.told = self._state(size)  # a graph adds to ``written`` itself
         self.inputs["tokens"][: len(tokens_B)].copy_(tokens_B)
         wanted = size, distribution
         if wanted not in self.replays and wanted in self.seen:
@@ -155,6 +155,7 @@ class GraphStep:
         self.replays, self.seen, self.told, self.outputs = {}, set(), None, {}
         sequences, prompts = cache.shape.sequences, cache.shape.prompts
         sizes = {"tokens": sequences, "written": sequences, "prompt_of": sequences, "place": sequences}
+        sizes |= {"adds": sequences}  # 1 where a sequence runs
         sizes |= {"prompt_lengths": prompts, "sequence_at": prompts * sequences}
         self.inputs = {n: torch.zeros(size, dtype=torch.int64, device=cache.device) for n, size in sizes.items()}
         self.inputs["sequences"] = torch.arange(sequences, device=cache.device)
@@ -162,13 +163,18 @@ class GraphStep:
 
     def _state(self, size: Size) -> Any:
         assert self.cache is not None
-        return size, list(self.cache.lengths), list(self.cache.prompt_of), list(self.cache.prompt_lengths)
+        cache = self.cache
+        held = cache.lengths, cache.prompt_of, cache.prompt_lengths, cache.parked_lengths
+        return size, *(list(numbers) for numbers in held)
 
     def _tell(self, size: Size) -> None:
-        """Write into the inputs which sequences run. Places beyond them are empty sequences of prompt 0."""
+        """Write into the inputs which sequences run. Places beyond them are sequences of prompt 0 that stay as they
+        are: what a step writes there stands behind what parked ones hold, and is never read."""
         cache = self.cache
         assert cache is not None
-        given = {"written": cache.lengths}
+        running, beyond = len(cache.lengths), cache.shape.sequences - len(cache.lengths) - len(cache.parked_lengths)
+        written = [*cache.lengths, *[0] * beyond, *reversed(cache.parked_lengths)]
+        given = {"written": written, "adds": [1] * running}
         if size.prompts:
             places, sequence_at = PromptGroups.arrange(cache.prompt_of, size.prompts, size.group_size)
             given |= {"prompt_of": cache.prompt_of, "place": places, "sequence_at": sequence_at}
@@ -195,7 +201,7 @@ class GraphStep:
             drawn_S, logps_S = distribution.draw(logits_SV, inputs["uniforms"][: size.sequences])
             self._put("drawn", drawn_S)
             self._put("logps", logps_S)
-        written_S += 1
+        written_S += inputs["adds"][: size.sequences]
 
     def _step_of(self, size: Size) -> Step:
         """What attention needs, as tensors that follow from the inputs."""

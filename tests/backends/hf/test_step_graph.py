@@ -15,8 +15,9 @@ from grpo.backends.hf import flash, kv_cache
 from grpo.backends.hf.budget import Budget
 from grpo.backends.hf.check import check_decoding
 from grpo.backends.hf.draw import Distribution
-from grpo.backends.hf.engine import Engine, NextLogits, SampledSequence, drawing, step_through_transformers
+from grpo.backends.hf.engine import Engine, NextLogits, drawing, step_through_transformers
 from grpo.backends.hf.kv_cache import DecodeCache, Shape
+from grpo.backends.hf.sequence import SampledSequence
 from grpo.backends.hf.step_graph import GraphStep, Size
 from grpo.errors import UserError
 from grpo.model.logprob_lm import LogprobLM
