@@ -219,11 +219,11 @@ class Task:
         question, answer = columns[share.data.prompt_column], columns[share.data.completion_column]
         text, prefill = self.render(share, question, row)
         prompt = self.encode_prompt(share, text, row)
-        completion, others = spoken.tokens(self._pieces(share, question, answer, prefill, row), self.tokenizer)
+        completion, environment = spoken.tokens(self._pieces(share, question, answer, prefill, row), self.tokenizer)
         if self.teacher_column is None:
-            return Example(prompt, completion, others=others)
+            return Example(prompt, completion, environment=environment)
         taught = read_teacher(columns, self.teacher_column, prompt, completion, len(self.tokenizer), place)
-        return Example(prompt, completion, taught, others)
+        return Example(prompt, completion, taught, environment)
 
     def answer(
         self,

@@ -52,7 +52,12 @@ def micro_batches_of(run: Run, examples: list[Example], max_tokens: int) -> list
     """This process's share of the examples, in micro-batches."""
     sequences = [
         TrainedSequence(
-            e.prompt, e.completion, [0.0] * len(e.completion), advantage=1.0, teacher=e.teacher, uncounted=e.others
+            e.prompt,
+            e.completion,
+            [0.0] * len(e.completion),
+            advantage=1.0,
+            teacher=e.teacher,
+            environment=e.environment,
         )
         for e in examples
     ]
