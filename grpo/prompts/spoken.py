@@ -21,13 +21,16 @@ from grpo.prompts.templates import Message
 PLAIN = {"tool": "\n<tool_response>\n{content}\n</tool_response>\n"}
 """What stands around a message that is not the model's, by its role, where no chat template writes it."""
 PLAIN_OF_OTHERS = "\n{content}\n"
+CLOSING = ("</tool_call>", "\n```\n")
+"""With these a turn of the model's ends there, as it does in an episode; other turns end with EOS."""
 
 
 class Piece(NamedTuple):
-    """A part of a completion: its text, without the token that ends the model's, and whether the model wrote it."""
+    """A part of a completion: its text, whether the model wrote it, and whether EOS stands behind it."""
 
     text: str
     own: bool
+    eos: bool
 
 
 def pieces(
@@ -48,10 +51,12 @@ def pieces(
     found: list[Piece] = []
     for message in completion:
         if message["role"] == "assistant":
-            found.append(Piece(message["content"].removesuffix(tokenizer.eos_token), own=True))
+            said = message["content"].removesuffix(tokenizer.eos_token)
+            found.append(Piece(said, True, eos=message is completion[-1] or not said.endswith(CLOSING)))
             continue
         text = PLAIN.get(message["role"], PLAIN_OF_OTHERS).replace("{content}", message["content"])
-        found.append(Piece(text, own=False) if found[-1].own else Piece(found.pop().text + text, own=False))
+        before = "" if found[-1].own else found.pop().text
+        found.append(Piece(before + text, own=False, eos=False))
     return found
 
 
@@ -72,11 +77,11 @@ def _by_chat_template(
         added = _added(data, shown, messages, tokenizer, not own)
         shown += added
         if own:  # the token that ends it is the model's; what the template writes behind it is not
-            text, _, rest = added.partition(tokenizer.eos_token)
-            found.append(Piece(text if rest or text != added else added.rstrip(), own=True))
-            behind = rest
+            text, ended, behind = added.partition(tokenizer.eos_token)
+            last = place + 1 == len(completion)
+            found.append(Piece(text if ended else text.rstrip(), own=True, eos=bool(ended) or last))
         else:
-            found.append(Piece(behind + added, own=False))
+            found.append(Piece(behind + added, own=False, eos=False))
     return found
 
 
@@ -100,14 +105,14 @@ def _added(data: RowsConfig, shown: str, messages: list[Message], tokenizer: Any
 
 
 def tokens(found: Sequence[Piece], tokenizer: Any) -> tuple[list[int], tuple[int, ...]]:
-    """Token ids of a completion's parts, with EOS behind each of the model's; and the places of the others' tokens."""
+    """Token ids of a completion's parts; and the places of those that are not the model's."""
     ids: list[int] = []
     others: list[int] = []
     for piece in found:
         start = len(ids)
         ids += tokenizer.encode(piece.text, add_special_tokens=False)
-        if piece.own:
+        if piece.eos:
             ids.append(tokenizer.eos_token_id)
-        else:
+        if not piece.own:
             others += range(start, len(ids))
     return ids, tuple(others)

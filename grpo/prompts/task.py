@@ -237,7 +237,7 @@ class Task:
         stands between the model's. Raises UserError, which names the row, if that cannot be said."""
         found = self._pieces(share, question, completion, prefill, row)
         eos = self.tokenizer.eos_token
-        return "".join(piece.text + eos if piece.own else piece.text for piece in found).removesuffix(eos)
+        return "".join(piece.text + eos * piece.eos for piece in found).removesuffix(eos)
 
     def _pieces(
         self,
@@ -255,7 +255,7 @@ class Task:
             except ValueError as error:
                 raise UserError(f"{share.place(row)}: {error}") from error
         text = completion if isinstance(completion, str) else completion[0]["content"]
-        return [spoken.Piece(self.one_answer(text, prefill), own=True)]
+        return [spoken.Piece(self.one_answer(text, prefill), own=True, eos=True)]
 
     def one_answer(self, text: str, prefill: str) -> str:
         """An answer of one message to imitate, without the prompt's prefill and without EOS."""

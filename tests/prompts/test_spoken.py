@@ -20,9 +20,9 @@ def test_each_message_of_the_model_ends_as_it_ends_it_and_the_rest_is_the_enviro
     tokenizer = make_tokenizer()
     pieces = spoken.pieces(PLAIN, "q", [CALL, RESULT, {"role": "user", "content": "go on"}, ANSWER], tokenizer)
     assert pieces == [
-        Piece("call", own=True),
-        Piece("\n<tool_response>\n42\n</tool_response>\n\ngo on\n", own=False),
-        Piece("so 42", own=True),
+        Piece("call", own=True, eos=True),
+        Piece("\n<tool_response>\n42\n</tool_response>\n\ngo on\n", own=False, eos=False),
+        Piece("so 42", own=True, eos=True),
     ]
     ids, environment = spoken.tokens(pieces, tokenizer)
     own = [tokenizer.decode([t]) for place, t in enumerate(ids) if place not in environment]
@@ -33,9 +33,9 @@ def test_each_message_of_the_model_ends_as_it_ends_it_and_the_rest_is_the_enviro
 def test_with_a_chat_template_the_environment_says_what_the_template_writes_between():
     tokenizer = make_tokenizer(chat=CHAT, eos="<|end|>")
     assert spoken.pieces(CHATTED, "q", [CALL, RESULT, ANSWER], tokenizer) == [
-        Piece(" call", own=True),
-        Piece("<|start|>tool : 42<|end|><|start|>assistant :", own=False),
-        Piece(" so 42", own=True),
+        Piece(" call", own=True, eos=True),
+        Piece("<|start|>tool : 42<|end|><|start|>assistant :", own=False, eos=False),
+        Piece(" so 42", own=True, eos=True),
     ]
 
 
@@ -44,6 +44,13 @@ def test_a_template_that_ends_turns_by_another_token_keeps_it_with_the_model():
     pieces = spoken.pieces(CHATTED, "q", [CALL, RESULT, ANSWER], tokenizer)
     assert [piece.own for piece in pieces] == [True, False, True]
     assert "".join(piece.text for piece in pieces).startswith(" call")
+
+
+def test_a_call_in_plain_text_ends_its_turn_by_itself():
+    call = {"role": "assistant", "content": "<tool_call> call </tool_call>"}
+    pieces = spoken.pieces(PLAIN, "q", [call, RESULT, call, RESULT, ANSWER], make_tokenizer())
+    assert [piece.eos for piece in pieces] == [False, False, False, False, True]
+    assert spoken.pieces(PLAIN, "q", [CALL, RESULT, call], make_tokenizer())[-1].eos
 
 
 @pytest.mark.parametrize(
