@@ -23,7 +23,7 @@ import socket
 import sys
 from typing import Any
 
-from rewards.processes import die_with_parent
+from rewards.processes import die_with_parent, volunteer_for_death
 from rewards.sandbox import confine, kernel, prelude, program
 from rewards.sandbox.packages import PackageRefused, Packages
 
@@ -46,7 +46,7 @@ def main(control_fd: int, parent_pid: int, level: str, packages: Packages) -> No
         importlib.import_module(module)
     null = os.open(os.devnull, os.O_RDWR)
     try:
-        _volunteer_for_death()
+        volunteer_for_death()
         tasks = MAX_THREADS + (_tasks_of_user() if level in ("landlock", "unsafe") else 0)
         _shut_in(level, packages)
         filter_ = b"" if level == "unsafe" else kernel.seccomp_program()
@@ -101,12 +101,6 @@ def _import(names: tuple[str, ...]) -> None:
             cure = " (packages must name what a package imports, too)" if isinstance(why, ImportError) else ""
             said = f"{type(why).__name__}: {why}"[:500]
             raise PackageRefused(f"packages: {name} cannot be imported in the sandbox: {said}{cure}") from None
-
-
-def _volunteer_for_death() -> None:
-    """If memory runs out, the kernel shall kill this process and its children, not the trainer."""
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
 
 
 def _tasks_of_user() -> int:
