@@ -107,3 +107,10 @@ def first_tests(tests: RowTests, number: int) -> RowTests | None:
         return None
     kept = min(number, len(tests.inputs) - 1)
     return replace(tests, inputs=tests.inputs[:kept], outputs=tests.outputs[:kept]) if kept > 0 else None
+
+
+def play(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of one who has the row's ``solution`` (a program, or a list of them), for the audit."""
+    found = row.get("solution") or row.get("canonical_solution") or row.get("solutions") or []
+    programs = [found] if isinstance(found, str) else list(found)
+    return [{"name": "run_tests", "arguments": {"code": str(program)}} for program in programs[:1]]
