@@ -42,7 +42,7 @@ class About:
 
 
 class Loaded:
-    """The imported code of a spec. Raises UserError where it cannot be imported; every place is named with its cause."""
+    """The imported code of a spec. Raises UserError where it cannot be imported: every place, with its cause."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec

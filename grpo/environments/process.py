@@ -1,6 +1,7 @@
-"""The process of one episode: an environment of its own, and the calls that the trainer asks for. Standard library only.
+"""The process of one episode: an environment of its own, and the calls that the trainer asks for.
 
-It is forked from the zygote, which has imported the user's code. It may be killed at any moment, and is.
+Standard library only. It is forked from the zygote, which has imported the user's code. It may be killed at any moment,
+and is.
 """
 
 from __future__ import annotations

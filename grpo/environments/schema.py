@@ -25,7 +25,9 @@ TYPES: dict[Any, dict[str, Any]] = {
     dict: {"type": "object"},
     Any: {},
 }
-SECTIONS = re.compile(r"^[ \t]*(Args|Arguments|Parameters|Returns|Raises|Yields|Example|Examples|Note|Notes):[ \t]*$", re.M)
+SECTIONS = re.compile(
+    r"^[ \t]*(Args|Arguments|Parameters|Returns|Raises|Yields|Example|Examples|Note|Notes):[ \t]*$", re.M
+)
 ARGUMENT = re.compile(r"^(\s*)(\w+)\s*(?:\([^)]*\))?:\s*(.*)$")
 CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
 

@@ -32,6 +32,7 @@ CLOSING = 2.0  # seconds in which one that is over may tidy up
 WATCH = 0.25  # seconds between looks at what long calls have started
 MAX_PROCESSES = 64  # that an episode may have at once
 MAX_MESSAGE = 1 << 17
+UNTOLD = "the episode's process"  # the message of a failure until it is known how the process ended
 
 
 class EpisodeFailed(Exception):
@@ -234,7 +235,7 @@ class Warden:
             self._deafen(living)
             living.deadline = time.monotonic() + ENDING
             if living.failure is None and not living.closing:
-                self._fail(living, EpisodeFailed("crashed", "the episode's process"), dump=False)
+                self._fail(living, EpisodeFailed("crashed", UNTOLD), dump=False)
             return
         living.received += data
         try:
@@ -324,10 +325,8 @@ class Warden:
         self._deafen(living)
         living.channel.close()
         living.deadline = None
-        if living.failure is None:
-            living.failure = EpisodeFailed("crashed", f"the episode's process {how}\n{stacks}".strip())
-        elif living.failure.cause == "crashed" and str(living.failure) == "the episode's process":
-            living.failure = EpisodeFailed("crashed", f"the episode's process {how}\n{stacks}".strip())
+        if living.failure is None or str(living.failure) == UNTOLD:
+            living.failure = EpisodeFailed("crashed", f"{UNTOLD} {how}\n{stacks}".strip())
         elif living.failure.cause == "timeout":
             living.failure = EpisodeFailed("timeout", f"{living.failure}\n{stacks}".strip())
         self._settle(living)
@@ -337,7 +336,7 @@ class Warden:
     def _watched(self) -> list[Living]:
         """Episodes whose call takes long."""
         early = time.monotonic() - WATCH
-        return [l for l in self._living.values() if l.calls and l.failure is None and l.guard and l.began < early]
+        return [w for w in self._living.values() if w.calls and w.failure is None and w.guard and w.began < early]
 
     def _look_at_clock(self) -> None:
         now = time.monotonic()

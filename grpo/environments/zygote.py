@@ -55,7 +55,10 @@ def serve(control_fd: int, parent_pid: int) -> None:
     control = socket.socket(fileno=control_fd)
     spec, memory_bytes = pickle.loads(control.recv(MAX_MESSAGE))
     output = _catch_output()
-    for module in ("numpy.random", "asyncio"):  # numpy, since its draws are seeded in every episode; both are slow to import
+    for module in (
+        "numpy.random",
+        "asyncio",
+    ):  # numpy, since its draws are seeded in every episode; both are slow to import
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     try:

@@ -86,7 +86,7 @@ class Ways:
     @staticmethod
     def hang_in_c() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        (10**10000000) % 7  # noqa: B018 - holds the interpreter
+        (10**10000000) % 7  # holds the interpreter
 
     @staticmethod
     def raises() -> None:
