@@ -34,7 +34,7 @@ def measure(request: Path) -> Found:
     """
     asked, began = json.loads(request.read_bytes()), perf_counter()
     recipe = load_recipe(asked["recipe"], asked["overrides"])
-    find_backend(recipe.rollout)
+    find_backend(recipe)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)

@@ -84,7 +84,7 @@ def sampled(recipe: Recipe, prompts: int) -> tuple[Probe, Recipe]:
     before its first step is found here.
     """
     find_loss(recipe.algorithm.loss_type)
-    find_backend(recipe.rollout)
+    find_backend(recipe)
     accelerator = make_accelerator(recipe)
     resolved = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     recipe = resolved.model_copy(update={"rollout": resolved.rollout.model_copy(update={"max_staleness": 0})})
