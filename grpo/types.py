@@ -262,6 +262,11 @@ class TrainedSequence:
         environment = set(self.environment)
         return [place for place in every if place not in environment]
 
+    def counted_places(self) -> list[int]:
+        """Those of them that count."""
+        uncounted = set(self.uncounted)
+        return [place for place in self.model_places() if place not in uncounted]
+
     @property
     def has_advantage(self) -> bool:
         """Is an advantage of it other than 0?"""

@@ -51,9 +51,11 @@ def _tokens(recipe: Recipe, kept: float, lengths: Lengths) -> float:
         found = 1 << (int(min(TOKENS_AT_MOST, KEPT_AT_MOST / kept)).bit_length() - 1)
     completions = recipe.rollout.num_generations if recipe.stage == "grpo" else 1
     minibatches = recipe.algorithm.num_minibatches if recipe.stage == "grpo" else 1
-    of_step = recipe.training.prompts_per_step * (
-        lengths.prompt + completions * (lengths.completion + lengths.environment)
-    ) / minibatches
+    of_step = (
+        recipe.training.prompts_per_step
+        * (lengths.prompt + completions * (lengths.completion + lengths.environment))
+        / minibatches
+    )
     return min(found, of_step)
 
 

@@ -70,6 +70,7 @@ def probe(recipe: Recipe, prompts: int) -> Probe:
     found, resolved = sampled(recipe, prompts)
     figures = found.figures
     given = {"prompt": figures.mean_prompt, "completion": figures.mean_length, "with_signal": figures.with_signal}
+    given |= {"environment": figures.mean_environment}
     try:
         found.plan = plan_here(resolved, assumed_lengths(resolved, **given))
     except UserError as error:
@@ -163,4 +164,5 @@ def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference:
         sampler_difference=difference,
         verdicts={name: count / completions for name, count in counts.most_common()},
         seconds=seconds,
+        mean_environment=float(np.mean([len(c.token_ids) - c.num_model_tokens for g in groups for c in g.completions])),
     )
