@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
@@ -41,8 +40,8 @@ def audit_environment(recipe: Recipe, rows: Sequence[Row], tell: Callable[[str],
     chosen = [rows[i * len(rows) // ROWS] for i in range(ROWS)] if len(rows) > ROWS else list(rows)
     script = _script(config.name, config.path)
     results: dict[str, list[Played]] = {name: [] for name in (KNOWING, *CHEATS)}
-    with ExitStack() as stack:
-        worlds = stack.enter_context(Worlds(spec_of(config), timeout=config.timeout, memory_gb=config.memory_limit_gb, keep=recipe.scoring.environment))
+    limits = {"timeout": config.timeout, "memory_gb": config.memory_limit_gb}
+    with Worlds(spec_of(config), **limits, keep=recipe.scoring.environment) as worlds:
         for number, (place, row) in enumerate(chosen):
             plays: dict[str, Sequence[Turn]] = dict(cheats(worlds.about, number, config.max_turns))
             if script is not None:
@@ -108,7 +107,9 @@ def _mean(episodes: list[Played]) -> float | None:
 def _told(episodes: list[Played]) -> str:
     paid = [episode.paid for episode in episodes if episode.paid is not None]
     failed = Counter(episode.failure for episode in episodes if episode.failure)
-    told = f"is paid {min(paid):g} to {max(paid):g}, {sum(paid) / len(paid):.3g} on average" if paid else "is paid nothing"
+    told = "is paid nothing"
+    if paid:
+        told = f"is paid {min(paid):g} to {max(paid):g}, {sum(paid) / len(paid):.3g} on average"
     return told + "".join(f"; fails in {number} rows ({cause})" for cause, number in failed.items())
 
 

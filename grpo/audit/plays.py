@@ -17,7 +17,7 @@ from grpo.environments.worlds import Worlds
 
 KNOWING, IDLE, BABBLING, LOOPING = "the script", "idle play", "babbling", "looping"
 CHEATS = (IDLE, BABBLING, LOOPING)
-WORDS = "let me see maybe the answer is what about then so we try again and think of it good now yes no".split()
+WORDS = "let me see maybe the answer is what about then so we try again and think of it good now yes no"
 
 Turn = str | dict[str, Any]
 
@@ -36,7 +36,7 @@ def cheats(about: About, row: int, max_turns: int) -> dict[str, list[Turn]]:
     """The turns of players who do not try, for a row. They depend on the row's number alone."""
     draw = random.Random(f"audit/{row}")
     if about.game:
-        babble = [" ".join(draw.choices([*WORDS, str(draw.randint(0, 99))], k=12)) for _ in range(max_turns)]
+        babble = [" ".join(draw.choices([*WORDS.split(), str(draw.randint(0, 99))], k=12)) for _ in range(max_turns)]
         return {IDLE: [""] * max_turns, BABBLING: list(babble), LOOPING: [str(draw.randint(1, 9))] * max_turns}
     schemas = [tool["function"] for tool in about.tools]
     babbled = [_call(draw.choice(schemas), lambda kind: _drawn(kind, draw)) for _ in range(max_turns)]
@@ -65,7 +65,7 @@ def _drawn(kind: dict[str, Any], draw: random.Random) -> Any:
     name = kind.get("type")
     if name == "integer":
         return draw.randint(0, 99)
-    return " ".join(draw.choices(WORDS, k=6)) if name in ("string", None) else _same(kind)
+    return " ".join(draw.choices(WORDS.split(), k=6)) if name in ("string", None) else _same(kind)
 
 
 def played(worlds: Worlds, row: dict[str, Any], turns: Sequence[Turn], seed: int) -> Played:
