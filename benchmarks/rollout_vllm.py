@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import aiohttp
 
 from benchmarks.common import ROOT
 from grpo.backends.base import Request, Sampling
-from grpo.backends.vllm.api import Server, generate_payload
+from grpo.backends.vllm.api import Server
+from grpo.backends.vllm.completions import generate_payload
 
 CACHE = 2_000_000_000  # bytes of keys and values
 START = 240.0  # seconds
@@ -29,10 +30,25 @@ def vllm_server(
     options: Any, threads: int, folder: Path, eos: int
 ) -> Iterator[Callable[[list[Request], int], list[int]]]:
     """Yields a function that samples completions and returns their lengths. Between calls, the server is stopped."""
+    with started(options, threads, folder, longest=256 + options.length) as (url, going):
+
+        def way(requests: list[Request], length: int) -> list[int]:
+            with going():
+                return asyncio.run(_sample(url, requests, length, eos))
+
+        yield way
+
+
+@contextmanager
+def started(
+    options: Any, threads: int, folder: Path, *, longest: int
+) -> Iterator[tuple[str, Callable[[], AbstractContextManager[None]]]]:
+    """Yields a server's URL, and within what it runs; outside of that it is stopped. ``longest``: prompt and completion
+    together, in tokens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = [f"--port={port}", f"--dtype={options.dtype}", f"--max-model-len={256 + options.length}"]
+    arguments = [f"--port={port}", f"--dtype={options.dtype}", f"--max-model-len={longest}"]
     arguments += [f"--kv-cache-memory-bytes={CACHE}"]
     process = subprocess.Popen(
         [str(ROOT / "launch/vllm_serve.sh"), options.model, *arguments, *options.vllm_args],
@@ -47,17 +63,18 @@ def vllm_server(
         start_new_session=True,
     )
 
-    def way(requests: list[Request], length: int) -> list[int]:
+    @contextmanager
+    def going() -> Iterator[None]:
         os.killpg(process.pid, signal.SIGCONT)
         try:
-            return asyncio.run(_sample(f"http://127.0.0.1:{port}", requests, length, eos))
+            yield
         finally:
             os.killpg(process.pid, signal.SIGSTOP)
 
     try:
         _wait_until_up(process, port, folder / f"vllm_{threads}.log")
         os.killpg(process.pid, signal.SIGSTOP)
-        yield way
+        yield f"http://127.0.0.1:{port}", going
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

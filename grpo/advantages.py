@@ -27,7 +27,8 @@ def step_advantages(
         return normalize_then_sum(rewards_by_function(groups), weights_F)
     how = {"scale_rewards": algorithm.scale_rewards, "baseline": algorithm.baseline}
     if algorithm.credit == "turn":
-        return turn_advantages(*turn_returns(groups, *weights_F), **how)
+        returns_PGU, there_PGU = turn_returns(groups, *weights_F)
+        return turn_advantages(returns_PGU, there_PGU, **how)
     if algorithm.pass_at_k is not None:
         return pass_at_k_advantages(rewards_PG, algorithm.pass_at_k, **how)
     return group_advantages(rewards_PG, **how)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from time import perf_counter
@@ -169,6 +169,13 @@ def rollout_rows(groups: list[Group], step: int, advantages: np.ndarray | None =
                 row["advantage"] = float(advantages[p, g])
             rows.append(row | episode_row(completion, of_turns))
     return rows
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """What a row of a rollout file asks, to tell questions apart: outcomes of the same question are not independent.
+    Where an environment makes the task, each row of the data is a question of its own."""
+    asked = str(row.get("prompt"))
+    return f"{asked} #{row.get('prompt_id')}" if "turns" in row else asked
 
 
 def episode_row(completion: Completion, advantages: Sequence[float] | None = None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     Where rows, model or the user's code have changed since the checkpoint, UserError, unless ``allow_changed_inputs``.
     """
     find_loss(recipe.algorithm.loss_type)  # user's own code: its mistakes are found before any waiting
-    find_backend(recipe.rollout)
+    find_backend(recipe)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)

@@ -184,11 +184,20 @@ class TeacherSays:
 
 
 class Example(NamedTuple):
-    """A supervised example: token ids of a prompt and of the completion to imitate, the latter with its EOS."""
+    """A supervised example: token ids of a prompt and of the completion to imitate, the latter with its EOS.
+
+    ``environment`` are the places of tokens in the completion that the model reads and does not imitate: what tools or
+    an environment said between its messages."""
 
     prompt: list[int]
     completion: list[int]
     teacher: TeacherSays | None = None
+    environment: tuple[int, ...] = ()
+
+    @property
+    def num_model_tokens(self) -> int:
+        """Tokens to imitate."""
+        return len(self.completion) - len(self.environment)
 
 
 @dataclass
@@ -252,6 +261,11 @@ class TrainedSequence:
             return every
         environment = set(self.environment)
         return [place for place in every if place not in environment]
+
+    def counted_places(self) -> list[int]:
+        """Those of them that count."""
+        uncounted = set(self.uncounted)
+        return [place for place in self.model_places() if place not in uncounted]
 
     @property
     def has_advantage(self) -> bool:

@@ -1,4 +1,4 @@
-"""``grpo audit``: tries a recipe's rewards on its own rows, before a policy finds their holes.
+"""``grpo audit``: tries a recipe's rewards and its environment on its own rows, before a policy finds their holes.
 
 Each row gives a completion with the right answer, which must be paid, and some thirty cheats, which must not be paid
 (``cases.py`` makes them). They are scored like rollouts, in the same processes. The audit needs no weights, and it
@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from grpo.audit.cases import GOLD, Case, Form, cases, forms, gold_answer
+from grpo.audit.environment import audit_environment
 from grpo.audit.outcome import Outcome, section
 from grpo.audit.standard import Standard, kind_of, standard_of
 from grpo.config import ENVIRONMENT, ModelConfig, Recipe, RewardConfig
@@ -31,7 +32,6 @@ from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Prompt, Status
 
 PROBED = 20  # rows on which a user's function is tried with every usual form
-PLAYED = "{where}: environment\n  what an environment pays is found by playing it: no text alone is paid"
 PATIENCE = 2  # a cheat is left out once a function could not score it this many times
 
 
@@ -61,7 +61,7 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
     """
     if not recipe.functions():
         raise UserError("rewards: the recipe has none to audit")
-    parts = load_parts(recipe.data, recipe.training, recipe.stage)
+    parts = load_parts(recipe.data, recipe.training, recipe.stage, environment=recipe.environment is not None)
     tokenizer = _tokenizer(recipe.model)
     task = Task(recipe.data, recipe.training, recipe.stage, tokenizer, parts)
     sample = [
@@ -78,8 +78,7 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
             if not reward.scores(label):
                 continue
             if reward.name == ENVIRONMENT:
-                tell(PLAYED.format(where=reward.where(index)))
-                unknown = True
+                unknown = True  # no text alone is paid: it is played, below
                 continue
             outcome = _Audit(recipe, reward, of_source, tokenizer, gold).run()
             text, found = section(f"{reward.where(index)} on {label}" if label else reward.where(index), outcome)
@@ -89,6 +88,8 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
             unknown = unknown or outcome.gold_missing == len(of_source)
         if not telling and not unknown:
             findings.append(f"no reward of {label or 'the recipe'} pays a right answer more than a wrong one")
+    if recipe.environment is not None:
+        findings += audit_environment(recipe, [(row.place, row.columns) for row in sample], tell)
     return findings
 
 

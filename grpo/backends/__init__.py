@@ -48,12 +48,12 @@ def find_servers(recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrained
     return servers
 
 
-def find_backend(rollout: RolloutConfig) -> None:
+def find_backend(recipe: Recipe) -> None:
     """Raise UserError where ``rollout.backend`` names a backend of the user's own that cannot be one."""
-    if is_place(rollout.backend):
+    if is_place(recipe.rollout.backend):
         from grpo.backends.own import load_backend
 
-        load_backend(rollout)
+        load_backend(recipe)
 
 
 def check_engine(rollout: RolloutConfig) -> None:
@@ -128,7 +128,7 @@ def make_backend(recipe: Recipe, policy: Policy) -> Backend:
     if is_place(rollout.backend):
         from grpo.backends.own import make_own_backend
 
-        return make_own_backend(policy, rollout)
+        return make_own_backend(policy, recipe)
     if rollout.backend == "vllm":
         from grpo.backends.vllm.backend import VLLMBackend
 

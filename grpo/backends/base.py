@@ -67,14 +67,16 @@ class Turns(Protocol):
     max_environment_tokens: int
     """Most tokens that it adds to one episode, all replies together. A cache has room for them."""
     overlap_steps: int
-    """For the hf backend: how many decoding steps others make before they wait for a reply. Counted in steps and not in
-    seconds, because who is decoded together decides how numbers are rounded, and a resumed run must round alike."""
+    """For the hf backend: how many decoding steps others make at least, and twice as many at most, before they wait for
+    a reply. Counted in steps and not in seconds, because who is decoded together decides how numbers are rounded, and a
+    resumed run must round alike."""
 
     def answer(
         self, place: Place, token_ids: Sequence[int], start: int, ended: str, *, last: bool
     ) -> Future[list[int] | None]:
         """A turn of ``place`` is over: ``token_ids`` are all of the completion's so far, those from ``start`` on are
-        the turn's. ``ended``: ``stop`` or ``length``. Returns at once.
+        the turn's. ``ended``: ``stop`` or ``length``. Returns at once, whatever the thread that calls it.
+        ``token_ids`` grows when the future has its result.
 
         The future gives the token ids that follow, after which the model goes on, or None where the episode is over. It
         always ends, within the environment's time limit, and never raises but for RunError. ``last``: the episode's
@@ -129,8 +131,8 @@ class OverlappingBackend(Backend, Protocol):
     """
 
     def submit(self, requests: list[Request], sampling: Sampling, version: int, turns: Turns | None = None) -> Any:
-        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes. ``turns`` are
-        those of ``generate``."""
+        """Ask for completions of policy ``version`` and return at once, with what ``collect`` takes. ``turns`` as in
+        ``generate``; it is asked until the completions are collected."""
         ...
 
     def collect(self, flight: Any, on_group: OnGroup | None = None) -> list[list[Completion]]:

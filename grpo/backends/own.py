@@ -2,19 +2,21 @@
 
 It is a class (or a function that makes one) called with ``(policy, rollout)``: the policy, and the recipe's ``rollout``
 section. What it must be able to do is ``base.Backend``, and with ``rollout.max_staleness`` above 0
-``base.OverlappingBackend``.
+``base.OverlappingBackend``. With an environment ``generate`` and ``submit`` are called with ``turns=…``, else without.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from grpo import user_code
-from grpo.backends.base import Backend, OnGroup, Request, Sampling
-from grpo.config import RolloutConfig
+from grpo.backends.base import Backend, OnGroup, Place, Request, Sampling, Turns
+from grpo.config import Recipe, RolloutConfig
 from grpo.errors import RunError, UserError
 from grpo.types import Completion, Status
 
@@ -29,40 +31,75 @@ METHODS: dict[str, tuple[str, ...]] = {
 OVERLAPPING: dict[str, tuple[str, ...]] = {"submit": ("requests", "sampling", "version"), "collect": ("flight",)}
 
 
-def load_backend(rollout: RolloutConfig) -> Callable[[Policy, RolloutConfig], Backend]:
+def load_backend(recipe: Recipe) -> Callable[[Policy, RolloutConfig], Backend]:
     """What ``rollout.backend`` names, before any model is loaded.
 
     Raises:
         UserError: it cannot be imported, lacks a method, or takes other arguments.
     """
+    rollout = recipe.rollout
     what = f"rollout.backend: {rollout.backend}"
     make = user_code.load(rollout.backend, "rollout.backend")
     if not callable(make):
         raise UserError(f"{what} is {user_code.brief(make)}; expected a class with {', '.join(METHODS)}")
     user_code.must_take(make, ("policy", "rollout"), what)
     if inspect.isclass(make):
-        _check_methods(make, rollout, what, ("self",))
+        _check_methods(make, recipe, what, ("self",))
     return make
 
 
-def make_own_backend(policy: Policy, rollout: RolloutConfig) -> CheckedBackend:
+def make_own_backend(policy: Policy, recipe: Recipe) -> CheckedBackend:
     """Make it, holding no weights yet. Raises UserError where it lacks a method."""
-    what = f"rollout.backend: {rollout.backend}"
-    make = load_backend(rollout)
+    what = f"rollout.backend: {recipe.rollout.backend}"
+    make = load_backend(recipe)
     with user_code.Calls(what).call():
-        backend = make(policy, rollout)
-    _check_methods(backend, rollout, what, ())
+        backend = make(policy, recipe.rollout)
+    _check_methods(backend, recipe, what, ())
     return CheckedBackend(backend, what, frozenset(policy.stop_token_ids))
 
 
-def _check_methods(backend: Any, rollout: RolloutConfig, what: str, first: tuple[str, ...]) -> None:
-    needed = METHODS | (OVERLAPPING if rollout.max_staleness else {})
+def _check_methods(backend: Any, recipe: Recipe, what: str, first: tuple[str, ...]) -> None:
+    overlapping = recipe.rollout.max_staleness > 0
+    needed = METHODS | (OVERLAPPING if overlapping else {})
     missing = [name for name in needed if not callable(getattr(backend, name, None))]
     if missing:
         why = " (rollout.max_staleness needs submit and collect)" if set(missing) & set(OVERLAPPING) else ""
         raise UserError(f"{what} has no {' and no '.join(missing)}; a backend has {', '.join(needed)}{why}")
     for name, arguments in needed.items():
         user_code.must_take(getattr(backend, name), (*first, *arguments), f"{what}: {name}")
+    if recipe.environment is not None:
+        for name in ("generate", "submit") if overlapping else ("generate",):
+            _must_take_turns(getattr(backend, name), f"{what}: {name}")
+
+
+def _must_take_turns(method: Callable[..., Any], what: str) -> None:
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):  # some C functions have none
+        return
+    if not any(p.name == "turns" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise UserError(
+            f"{what} takes no turns, and the recipe has an environment: add an argument turns=None. Where it is given, "
+            "draw until a turn ends, call turns.answer(place, token_ids, start, ended, last=last), add the tokens that "
+            "its future gives, with sampler_logprobs of 0.0, and go on, until it gives None (grpo.backends.base.Turns)"
+        )
+
+
+class Heard:
+    """``Turns`` that hand on, and keep what was asked of each episode: the bounds of its turns, and the answers."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self.stop, self.max_turn_length = turns.stop, turns.max_turn_length
+        self.max_environment_tokens, self.overlap_steps = turns.max_environment_tokens, turns.overlap_steps
+        self.of: defaultdict[Place, list[tuple[int, int, Future[list[int] | None]]]] = defaultdict(list)
+
+    def answer(
+        self, place: Place, token_ids: Sequence[int], start: int, ended: str, *, last: bool
+    ) -> Future[list[int] | None]:
+        reply = self.turns.answer(place, token_ids, start, ended, last=last)
+        self.of[place].append((start, len(token_ids), reply))
+        return reply
 
 
 class CheckedBackend:
@@ -77,20 +114,38 @@ class CheckedBackend:
         self._syncing = user_code.Calls(f"{what}: sync")
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        version: int,
+        on_group: OnGroup | None = None,
+        turns: Turns | None = None,
     ) -> list[list[Completion]]:
+        heard = None if turns is None else Heard(turns)
+
         def on_checked_group(place: int, completions: list[Completion]) -> None:
-            self._check([completions], requests[place : place + 1], sampling, version)
+            self._check([completions], requests, sampling, version, heard, first=place)
             if on_group is not None:
                 on_group(place, completions)
 
         with self._making.call():
-            groups = self.backend.generate(requests, sampling, version, on_checked_group)
-            self._check(groups, requests, sampling, version)
+            given = {} if heard is None else {"turns": heard}
+            groups = self.backend.generate(requests, sampling, version, on_checked_group, **given)
+            self._check(groups, requests, sampling, version, heard)
         return groups
 
-    def _check(self, groups: Any, requests: list[Request], sampling: Sampling, version: int) -> None:
-        if problem := wrong_groups(groups, requests, sampling, self.stop_token_ids):
+    def _check(
+        self,
+        groups: Any,
+        requests: list[Request],
+        sampling: Sampling,
+        version: int,
+        heard: Heard | None,
+        first: int | None = None,
+    ) -> None:
+        """``first``: the request that a single group is of."""
+        asked = requests if first is None else requests[first : first + 1]
+        if problem := wrong_groups(groups, asked, sampling, self.stop_token_ids, heard, first or 0):
             raise self._making.error(problem)
         others = {span.version for group in groups for c in group for span in c.versions} - {version}
         if others:
@@ -106,15 +161,17 @@ class CheckedBackend:
                 )
         return {f"backend/{name}": value for name, value in metrics.items()}  # no name of the trainer's begins so
 
-    def submit(self, requests: list[Request], sampling: Sampling, version: int) -> Any:
+    def submit(self, requests: list[Request], sampling: Sampling, version: int, turns: Turns | None = None) -> Any:
+        heard = None if turns is None else Heard(turns)
         with self._submitting.call():
-            return requests, sampling, self.backend.submit(requests, sampling, version)
+            given = {} if heard is None else {"turns": heard}
+            return requests, sampling, heard, self.backend.submit(requests, sampling, version, **given)
 
     def collect(self, flight: Any, on_group: OnGroup | None = None) -> list[list[Completion]]:
-        requests, sampling, flying = flight
+        requests, sampling, heard, flying = flight
         with self._collecting.call():
             groups = self.backend.collect(flying)
-            if problem := wrong_groups(groups, requests, sampling, self.stop_token_ids):
+            if problem := wrong_groups(groups, requests, sampling, self.stop_token_ids, heard):
                 raise self._collecting.error(problem)
         return groups
 
@@ -123,9 +180,15 @@ class CheckedBackend:
 
 
 def wrong_groups(
-    groups: Any, requests: list[Request], sampling: Sampling, stop_token_ids: frozenset[int]
+    groups: Any,
+    requests: list[Request],
+    sampling: Sampling,
+    stop_token_ids: frozenset[int],
+    heard: Heard | None = None,
+    first: int = 0,
 ) -> str | None:
-    """What is wrong with completions for these requests, if anything: how many there are, and what each holds."""
+    """What is wrong with completions for these requests, if anything: how many there are, and what each holds. With an
+    environment it was ``heard``, by places that count from ``first``."""
     wanted = [len(request.keys) for request in requests]
     if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
         return (
@@ -136,14 +199,65 @@ def wrong_groups(
             f"it returned {_numbers([len(group) for group in groups])} completions; expected one for each key of the "
             f"{len(wanted)} requests: {_numbers(wanted)}"
         )
-    for request, group in zip(requests, groups, strict=True):
+    for place, (request, group) in enumerate(zip(requests, groups, strict=True), start=first):
         for sample, completion in enumerate(group):
-            if problem := _wrong_completion(completion, sampling, stop_token_ids):
+            problem = _wrong_completion(completion)
+            if problem is None and heard is None:
+                problem = _wrong_turn(completion.token_ids, sampling, stop_token_ids)
+            if problem is None and heard is not None:
+                problem = _wrong_episode(completion, heard, (place, sample), sampling, stop_token_ids)
+            if problem is not None:
                 return f"prompt {request.prompt.id}, completion {sample}: {problem}"
     return None
 
 
-def _wrong_completion(completion: Any, sampling: Sampling, stop_token_ids: frozenset[int]) -> str | None:
+def _wrong_turn(
+    tokens: Sequence[int], sampling: Sampling, stop_token_ids: frozenset[int], start: int = 0
+) -> str | None:
+    """Of tokens that the model drew in one go, the first of them at ``start``."""
+    if len(tokens) > sampling.max_completion_length:
+        return f"it has {len(tokens)} tokens, more than max_completion_length ({sampling.max_completion_length})"
+    ends = [place for place, token in enumerate(tokens[:-1]) if token in stop_token_ids]
+    if ends:
+        return (
+            f"it goes on behind token {start + ends[0]}, which is {tokens[ends[0]]}, an end-of-sequence token; cut it "
+            "there (is that padding?)"
+        )
+    return None
+
+
+def _wrong_episode(
+    completion: Completion, heard: Heard, place: Place, sampling: Sampling, stop_token_ids: frozenset[int]
+) -> str | None:
+    """Whether its tokens are turns and, between them, what the environment answered."""
+    tokens = completion.token_ids
+    if completion.status is Status.ERROR:
+        return None
+    if place not in heard.of:
+        return f"turns.answer was not called for it, at place {place}: it is an episode of an environment"
+    at, drawn = 0, 0
+    for start, end, reply in heard.of[place]:
+        if start != at:
+            return f"a turn was said to begin at token {start}; the one before it and its answer end at {at}"
+        if problem := _wrong_turn(tokens[start:end], sampling, stop_token_ids, start):
+            return problem
+        if not reply.done():
+            return f"the answer to its turn of tokens {start} to {end} was not waited for"
+        answer, drawn = reply.result(), drawn + end - start
+        at = end + len(answer or [])
+        if list(tokens[end:at]) != list(answer or []):
+            return f"its tokens {end} to {at} are not those that the environment answered"
+        if answer is None and at != len(tokens):
+            return f"it goes on behind token {at}, where the environment ended it"
+    if answer is not None:
+        return "it ends with an answer of the environment; expected turns until the answer is None"
+    if drawn > sampling.max_completion_length:
+        most = sampling.max_completion_length
+        return f"the model drew {drawn} tokens of it, more than max_completion_length ({most})"
+    return None
+
+
+def _wrong_completion(completion: Any) -> str | None:
     if not isinstance(completion, Completion):
         return f"it is {user_code.brief(completion)}; expected a grpo.types.Completion"
     if not isinstance(completion.status, Status):
@@ -153,16 +267,8 @@ def _wrong_completion(completion: Any, sampling: Sampling, stop_token_ids: froze
         return f"it has {len(tokens)} token_ids and {len(logprobs)} sampler_logprobs; expected one for each token"
     if not tokens and completion.status is not Status.ERROR:
         return "it has no token, the end-of-sequence token included; expected one at least, or Status.ERROR"
-    if len(tokens) > sampling.max_completion_length:
-        return f"it has {len(tokens)} tokens, more than max_completion_length ({sampling.max_completion_length})"
     if not all(isinstance(token, int) for token in tokens):
         return "its token_ids are not all integers"
-    ends = [place for place, token in enumerate(tokens[:-1]) if token in stop_token_ids]
-    if ends:
-        return (
-            f"it goes on behind token {ends[0]}, which is {tokens[ends[0]]}, an end-of-sequence token; cut it there "
-            "(is that padding?)"
-        )
     if not all(isinstance(p, float) and math.isfinite(p) and p < 1e-3 for p in logprobs):
         return "its sampler_logprobs are not all finite floats of at most 0, the natural logarithms of probabilities"
     spans = sorted((span.start, span.end) for span in completion.versions)

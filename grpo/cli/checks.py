@@ -112,7 +112,7 @@ def check_offline(recipe: Recipe, unscorable: list[Unscorable] | None = None) ->
     from grpo.scoring.scorer import Scorer
 
     note, problems, scorer = "", [], None
-    for find in (lambda: find_loss(recipe.algorithm.loss_type), lambda: find_backend(recipe.rollout)):
+    for find in (lambda: find_loss(recipe.algorithm.loss_type), lambda: find_backend(recipe)):
         try:
             find()
         except UserError as error:

@@ -27,4 +27,7 @@ def prepared(recipe: Recipe) -> Iterator[Prepared]:
     tokenizer, stop_ids = prepare_tokenizer(recipe)
     with open_episodes(recipe, tokenizer, stop_ids) as episodes:
         tools = episodes.tools if episodes is not None else []
-        yield Prepared(*prepare_task(recipe, tokenizer, tools), episodes)
+        _, _, task = prepare_task(recipe, tokenizer, tools)
+        if episodes is not None:
+            episodes.check_columns(task.columns)
+        yield Prepared(tokenizer, stop_ids, task, episodes)

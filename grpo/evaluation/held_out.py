@@ -107,13 +107,19 @@ def judged_groups(recipe: Recipe, groups: list[Group]) -> tuple[list[Group], np.
     return scored, np.array([[r is not None and r >= 1 for r in judged(group)] for group in scored])
 
 
+def question(group: Group) -> str:
+    """What a group was asked; as ``metrics.question_of`` for its rows."""
+    asked, played = str(group.prompt.prompt), any(c.episode is not None for c in group.completions)
+    return f"{asked} #{group.prompt.id}" if played else asked
+
+
 def held_out_metrics(recipe: Recipe, groups: list[Group]) -> dict[str, float]:
     """Accuracy over the prompts that could be scored; lengths and what each reward gave over all. The others are
     counted in ``eval/unscored/…``."""
     if not recipe.functions():  # distilled without any: there are lengths alone to tell
         return {f"eval/{name}": value for name, value in completion_metrics(groups).items()}
     scored, solved_PG = judged_groups(recipe, groups)
-    metrics = accuracy_metrics(solved_PG, [str(group.prompt.prompt) for group in scored])
+    metrics = accuracy_metrics(solved_PG, [question(group) for group in scored])
     metrics |= {f"eval/{k}": v for k, v in completion_metrics(groups).items()}
     for function, reward in zip(recipe.reward_names(), recipe.functions(), strict=True):
         values = [r for g in groups if reward.scores(g.prompt.source) for r in g.rewards_by_function[function]]

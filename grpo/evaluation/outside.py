@@ -65,7 +65,7 @@ def evaluate_recipe(
         recipe = recipe.with_model(model)
     if held_out and not recipe.functions():
         raise UserError("rewards: the recipe has none, so there is nothing to judge answers by; give one, of weight 0")
-    find_backend(recipe.rollout)
+    find_backend(recipe)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)

@@ -103,7 +103,7 @@ def generate(
     """
     if not recipe.functions():
         raise UserError("rewards: there are none, and nothing else judges what is sampled")
-    find_backend(recipe.rollout)
+    find_backend(recipe)
     recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_staleness": 0})})
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)

@@ -19,6 +19,7 @@ from grpo.errors import RunError, UserError
 from grpo.evaluation.held_out import evaluate
 from grpo.evaluation.statistics import accuracy_metrics, clustered_interval
 from grpo.files import write_whole
+from grpo.metrics import question_of
 from grpo.model.policy import Policy
 from grpo.run.session import leave, make_accelerator, on_main, resolve_dtype
 from grpo.scoring.scorer import Scorer
@@ -34,7 +35,7 @@ def measure(request: Path) -> Found:
     """
     asked, began = json.loads(request.read_bytes()), perf_counter()
     recipe = load_recipe(asked["recipe"], asked["overrides"])
-    find_backend(recipe.rollout)
+    find_backend(recipe)
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
@@ -90,7 +91,7 @@ def figures_of(rows: Sequence[Mapping[str, Any]], judge: str, form: str | None) 
     formed = {place: group for place, group in groups.items() if form and None not in _values(group, form)}
     if formed and form:
         values_PG = np.array([_values(group, form) for group in formed.values()], dtype=float)
-        low, high = _interval(values_PG, [group[0]["prompt"] for group in formed.values()])
+        low, high = _interval(values_PG, [question_of(group[0]) for group in formed.values()])
         found |= {"form": round(float(values_PG.mean()), 6), "form_low": round(low, 6), "form_high": round(high, 6)}
         found |= {"form_by": form}
     return found
@@ -107,7 +108,7 @@ def _interval(values_PG: np.ndarray, questions_P: Sequence[str]) -> tuple[float,
 
 def _accuracy(groups: Mapping[Any, Sequence[Mapping[str, Any]]], judge: str) -> dict[str, float]:
     solved_PG = np.array([[value >= 1 for value in _judged(group, judge)] for group in groups.values()])
-    metrics = accuracy_metrics(solved_PG, [group[0]["prompt"] for group in groups.values()])
+    metrics = accuracy_metrics(solved_PG, [question_of(group[0]) for group in groups.values()])
     return {name.removeprefix("eval/"): round(value, 6) for name, value in metrics.items()}
 
 

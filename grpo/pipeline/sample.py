@@ -129,7 +129,7 @@ def _with_same_tokens(rules: Sequence[Rule], task: Task) -> list[Rule]:
 def trained_on(task: Task, row: Row, g: int) -> list[int]:
     """The tokens that the supervised stage makes of a row; none where it would refuse the row."""
     text = row["prefill"] + row["completions"][g]["text"]
-    return task.encode_answer(task.answer(text, row["prefill"], "a sample")) if text.strip() else []
+    return task.encode_answer(task.one_answer(text, row["prefill"])) if text.strip() else []
 
 
 def _measured(rules: Sequence[Rule], file: Path, workers: int) -> dict[str, list[bool]]:

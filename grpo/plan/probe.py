@@ -19,6 +19,7 @@ from grpo.backends import check_engine, find_backend, make_backend, resolve_back
 from grpo.config import Recipe
 from grpo.environments.prepared import prepared
 from grpo.errors import UserError, first_line
+from grpo.evaluation.held_out import question
 from grpo.evaluation.statistics import accuracy_metrics, wilson_interval
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, source_metrics
@@ -70,6 +71,7 @@ def probe(recipe: Recipe, prompts: int) -> Probe:
     found, resolved = sampled(recipe, prompts)
     figures = found.figures
     given = {"prompt": figures.mean_prompt, "completion": figures.mean_length, "with_signal": figures.with_signal}
+    given |= {"environment": figures.mean_environment}
     try:
         found.plan = plan_here(resolved, assumed_lengths(resolved, **given))
     except UserError as error:
@@ -84,7 +86,7 @@ def sampled(recipe: Recipe, prompts: int) -> tuple[Probe, Recipe]:
     before its first step is found here.
     """
     find_loss(recipe.algorithm.loss_type)
-    find_backend(recipe.rollout)
+    find_backend(recipe)
     accelerator = make_accelerator(recipe)
     resolved = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     recipe = resolved.model_copy(update={"rollout": resolved.rollout.model_copy(update={"max_staleness": 0})})
@@ -137,7 +139,7 @@ def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference:
     judges = [recipe.judged_by(group.prompt.source) for group in groups]
     judged = [group.rewards_by_function[judge] for group, judge in zip(groups, judges, strict=True)]
     solved_PG = np.array([[value is not None and value >= 1 for value in values] for values in judged])
-    accuracy = accuracy_metrics(solved_PG, [group.prompt.text for group in groups])
+    accuracy = accuracy_metrics(solved_PG, [question(group) for group in groups])
     counts = Counter[str]()
     for group, judge in zip(groups, judges, strict=True):
         counts.update(group.verdicts.get(judge, {}))
@@ -163,4 +165,5 @@ def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference:
         sampler_difference=difference,
         verdicts={name: count / completions for name, count in counts.most_common()},
         seconds=seconds,
+        mean_environment=float(np.mean([len(c.token_ids) - c.num_model_tokens for g in groups for c in g.completions])),
     )

@@ -269,7 +269,7 @@ def _row_errors(task: Task, part: Share, max_completion_length: int, vocabulary:
         try:
             prompts[row], prefill = task.render(part, question, row)
             if answers is not None:
-                completions[row] = task.answer(answers[row], prefill, part.place(row))
+                completions[row] = task.answer(part, question, answers[row], prefill, row)
         except TemplateHangs as error:  # so it would for other rows, each for as long
             yield f"data: {error}"
             return

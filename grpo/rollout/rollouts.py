@@ -195,8 +195,11 @@ class Rollouts:
             flight.groups = play(self.episodes, self.backend, self._mine(flight), self.sampling, step, ended)
         else:
             played, asked = flight.asked
-            completions = cast(OverlappingBackend, self.backend).collect(asked, played.then(ended))
-            flight.groups, flight.asked = played.groups(completions, ended), None
+            try:
+                completions = cast(OverlappingBackend, self.backend).collect(asked, played.then(ended))
+                flight.groups, flight.asked = played.groups(completions, ended), None
+            finally:
+                played.close()
         return flight.groups
 
     def _share(self, flight: Flight) -> range:

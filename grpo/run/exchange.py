@@ -83,7 +83,12 @@ def pack_prompt(group: Group) -> dict[str, Any] | None:
     if all(completion.episode is None for completion in group.completions):
         return None
     prompt = group.prompt
-    return {"prompt": prompt.prompt, "text": prompt.text, "token_ids": list(prompt.token_ids)}
+    return {
+        "prompt": prompt.prompt,
+        "text": prompt.text,
+        "token_ids": list(prompt.token_ids),
+        "prefill": prompt.prefill,
+    }
 
 
 def unpack_prompt(prompt: Prompt, packed: dict[str, Any] | None) -> Prompt:

@@ -66,5 +66,5 @@ def _as_call(call: ToolCall) -> dict[str, Any]:
 
 
 def _answered(turn: Turn) -> list[dict[str, Any]]:
-    of_calls = [{"role": "tool", "name": call.name, "content": call.result} for call in turn.calls]
+    of_calls = [{"role": "tool", "name": call.name or "unknown", "content": call.result} for call in turn.calls]
     return [*of_calls, *([{"role": "user", "content": turn.observation}] if turn.observation else [])]

@@ -332,7 +332,7 @@ def _fill_paid(group: Group, name: str) -> None:
     found = [paid(completion) for completion in group.completions]
     group.rewards_by_function[name] = [one.reward for one in found]
     group.said[name] = [one.said for one in found]
-    group.verdicts[name] = dict(Counter(one.said for one in found if one.said != "scored"))
+    group.verdicts[name] = dict(Counter(one.said for one in found))
 
 
 def _said(answer: Answer) -> list[str]:

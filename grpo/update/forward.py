@@ -117,7 +117,7 @@ def select_tokens(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSeq
         s.advantage if isinstance(s.advantage, list) else [s.advantage] * len(s.completion_ids) for s in sequences
     ]
     logps_M, old_M, entropies_M, advantages_M = (
-        torch.tensor([x_T[place] for s, x_T in zip(sequences, part, strict=True) for place in s.model_places()])
+        torch.tensor([x_T[place] for s, x_T in zip(sequences, part, strict=True) for place in s.counted_places()])
         for part in ([of.logprobs for of in statistics], old, [of.entropies for of in statistics], advantages)
     )
     select = find_loss(algorithm.loss_type).select
@@ -127,15 +127,13 @@ def select_tokens(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSeq
         digest = zlib.crc32(repr([list(s.completion_ids) for s in sequences]).encode())
         generator = torch.Generator().manual_seed(seed << 32 | digest)
         kept_M = select(StepTokens(logps_M, logps_M - old_M, entropies_M, advantages_M), algorithm, generator)
-    parts = kept_M.split([s.num_model_tokens for s in sequences])
-    return [replace(s, kept=_counted(kept_t.tolist(), s)) for s, kept_t in zip(sequences, parts, strict=True)]
+    parts = kept_M.split([s.num_model_tokens - len(s.uncounted) for s in sequences])
+    return [replace(s, kept=_of_all(kept_t.tolist(), s)) for s, kept_t in zip(sequences, parts, strict=True)]
 
 
-def _counted(kept: list[float], sequence: TrainedSequence) -> list[float]:
-    """Of all tokens of the completion, those ``kept`` of the model's that count."""
+def _of_all(kept: list[float], sequence: TrainedSequence) -> list[float]:
+    """``kept`` of the tokens that count, with 0 at the others of the completion."""
     of_tokens = [0.0] * len(sequence.completion_ids)
-    for place, value in zip(sequence.model_places(), kept, strict=True):
+    for place, value in zip(sequence.counted_places(), kept, strict=True):
         of_tokens[place] = value
-    for place in sequence.uncounted:
-        of_tokens[place] = 0.0
     return of_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from grpo.backends.own import CheckedBackend, wrong_groups
 from grpo.config import RolloutConfig
 from grpo.errors import RunError, UserError
 from grpo.types import Completion, Prompt, Status, VersionSpan
+from tests.answering import Answering
 from tests.conftest import make_recipe
 
 SAMPLING = Sampling(max_completion_length=4)
@@ -36,9 +38,10 @@ def completion(token_ids=(5, 6), logprobs=(-0.5, -0.1), status=Status.STOP, vers
 def find(tmp_path):
     """Looks for a backend in a file of this text, as a run does before it loads a model."""
 
-    def find(text, file="my_backend.py", **rollout):
+    def find(text, file="my_backend.py", environment=None, **rollout):
         (tmp_path / file).write_text(text)
-        find_backend(RolloutConfig(backend=f"{tmp_path}/{file}:Mine", **rollout))
+        chosen = RolloutConfig(backend=f"{tmp_path}/{file}:Mine", **rollout)
+        find_backend(SimpleNamespace(rollout=chosen, environment=environment))
 
     return find
 
@@ -156,3 +159,62 @@ def test_sync_gives_metrics():
         UserError, match=r"^mine: sync: it returned None; expected a dict of metrics by name, such as \{\}$"
     ):
         CheckedBackend(Returns(None), "mine", STOPS).sync(None, 1)
+
+
+def test_with_an_environment_it_must_take_turns(find):
+    said = r"Mine: generate takes no turns, and the recipe has an environment: add an argument turns=None\. Where .*"
+    with pytest.raises(UserError, match=said):
+        find(RIGHT, environment="one")
+    takes = RIGHT.replace("on_group=None", "on_group=None, turns=None")
+    find(takes, file="takes.py", environment="one")
+    find(RIGHT.replace("on_group=None", "on_group=None, **more"), file="more.py", environment="one")
+    more = "    def submit(self, requests, sampling, version): ...\n    def collect(self, flight): ...\n"
+    with pytest.raises(UserError, match="Mine: submit takes no turns"):
+        find(takes + more, file="ahead.py", environment="one", max_staleness=1)
+
+
+class Plays:
+    """Two turns of two tokens; ``spoil`` makes something of the episode of the last request."""
+
+    def __init__(self, spoil=lambda tokens, turns: tokens):
+        self.spoil = spoil
+
+    def generate(self, requests, sampling, version, on_group=None, turns=None):
+        return [[self.one((r, g), turns) for g in range(len(request.keys))] for r, request in enumerate(requests)]
+
+    def one(self, place, turns):
+        tokens, start, reply = [], 0, []
+        while reply is not None:
+            start, tokens = len(tokens) + len(reply), [*tokens, *reply, 5, 77]
+            reply = turns.answer(place, tokens, start, "stop", last=False).result()
+        spoilt = self.spoil(tokens, turns) if place[0] == 1 else tokens
+        return completion(spoilt, [-0.5] * len(spoilt))
+
+
+EPISODES = {
+    "": lambda tokens, turns: tokens,
+    "its tokens 2 to 4 are not those that the environment answered": lambda t, _: [*t[:2], 8, *t[3:]],
+    "it goes on behind token 6, where the environment ended it": lambda t, _: [*t, 4],
+    "it goes on behind token 0, which is 77, an end-of-sequence token; .*": lambda t, _: [77, *t[1:]],
+    "a turn was said to begin at token 2; .* end at 4": lambda t, turns: (
+        turns.of[1, 0].__setitem__(1, (2, 6, None)) or t
+    ),
+    "the answer to its turn of tokens 4 to 6 was not waited for": lambda t, turns: (
+        turns.of[1, 0].__setitem__(1, (4, 6, Future())) or t
+    ),
+    "turns.answer was not called for it, at place \\(1, 0\\).*": lambda t, turns: turns.of.pop((1, 0)) and t,
+    "it ends with an answer of the environment; .*": lambda t, turns: turns.of[1, 0].pop() and t[:4],
+    r"the model drew 4 tokens of it, more than max_completion_length \(3\)": lambda t, _: t,
+}
+
+
+@pytest.mark.parametrize("said", EPISODES)
+def test_wrong_episodes_are_refused(said):
+    backend = CheckedBackend(Plays(EPISODES[said]), "mine", STOPS)
+    turns = Answering(lambda place, turn: [9, 77] if turn == 0 else None)
+    sampling = Sampling(3) if "drew" in said else SAMPLING
+    if not said:
+        assert len(backend.generate(REQUESTS, sampling, 3, turns=turns)) == 2
+        return
+    with pytest.raises(UserError, match=rf"^mine: generate: prompt \d, completion 0: {said}"):
+        backend.generate(REQUESTS, sampling, 3, turns=turns)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from grpo.backends.base import Sampling
 from grpo.backends.hf.backend import HFBackend
-from grpo.backends.hf.sequence import SampledSequence
+from grpo.backends.sequence import SampledSequence
 from grpo.backends.vllm.backend import InFlight, VLLMBackend
 from grpo.prompts.completion_text import TAGS, CompletionText
 from rewards.countdown import countdown_reward

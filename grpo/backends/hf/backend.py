@@ -1,7 +1,7 @@
 """Rollouts with transformers, in the training process, from the trainer's own weights.
 
 ``engine.py`` schedules, ``budget.py`` divides the memory, ``kv_cache.py`` holds keys and values, ``attention.py`` reads
-them, ``draw.py`` draws tokens, ``sequence.py`` and ``stop_strings.py`` end completions and turns, ``extension.py``
+them, ``draw.py`` draws tokens, ``stop_strings.py`` ends completions and turns, ``extension.py``
 computes what an environment answers. A decoding step is one compiled call on a CPU
 (``step_compiled.py``, for the models that it knows) and one CUDA graph on a GPU (``step_graph.py``, ``flash.py``).
 Models with recurrent layers are sampled through transformers' own caches (``own_cache.py``).
@@ -30,11 +30,11 @@ from grpo.backends.hf.engine import Engine, NextLogits, drawing, step_through_tr
 from grpo.backends.hf.few_row_linear import packed_linears
 from grpo.backends.hf.kv_cache import DecodeCache, Shape
 from grpo.backends.hf.own_cache import OwnCache, OwnCacheEngine, check_own_cache, keeps_state
-from grpo.backends.hf.sequence import SampledSequence
 from grpo.backends.hf.step_compiled import DecodeStep
 from grpo.backends.hf.step_compiled import why_not as why_not_compiled
 from grpo.backends.hf.step_graph import GraphStep, cuda_capture
 from grpo.backends.hf.stop_strings import StopStrings
+from grpo.backends.sequence import SampledSequence
 from grpo.errors import RunError, UserError
 from grpo.model.borders import past_borders
 from grpo.model.device_memory import total_memory

@@ -26,7 +26,7 @@ from grpo.backends.hf.budget import Budget
 from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.extension import MOST_SCORES, extend
 from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape, remove_entries
-from grpo.backends.hf.sequence import Ends, SampledSequence
+from grpo.backends.sequence import Conversation, SampledSequence
 from grpo.model.logprob_lm import LogprobLM
 from grpo.randomness import uniforms
 
@@ -79,7 +79,8 @@ class Engine:
         next_tokens: NextTokens,
         turns: Turns | None = None,
     ):
-        self.model, self.requests, self.turns, self.ends = model, requests, turns, Ends(sampling, ended, turns)
+        self.model, self.requests, self.ended = model, requests, ended
+        self.turns, self.conversation = turns, Conversation(sampling, turns)
         self.budget, self.cache, self.next_tokens, self.device = budget, cache, next_tokens, cache.device
         self.distribution = Distribution.of(sampling)
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
@@ -200,7 +201,8 @@ class Engine:
             sequence = self.running[place]
             for token, logp in zip(tokens, logps, strict=True):
                 sequence.add(token, logp)
-                if self.ends.over(sequence):
+                sequence.stopped = self.ended(sequence.key, sequence.turn())
+                if sequence.stopped or not self.conversation.left(sequence):
                     over.append(place)
                     break
         return over
@@ -214,7 +216,7 @@ class Engine:
             return self._remove([self.running[place] for place in places], self._next_request())
         asked = [self.running[place] for place in places]
         for sequence in asked:
-            self.ends.ask(sequence, self.steps)
+            self.conversation.ask(sequence, self.steps)
         self.cache.park(places, [len(sequence.tokens) - 1 for sequence in asked])
         self.parked += asked
         remove_entries(self.running, places)
@@ -236,7 +238,7 @@ class Engine:
     def _come_back(self, due: list[SampledSequence]) -> list[SampledSequence]:
         """Parked sequences get their answers and run again, and draw the first token of their next turns. Returns those
         whose episodes are over."""
-        over = [sequence for sequence in due if not self.ends.receive(sequence)]
+        over = [sequence for sequence in due if not self.conversation.receive(sequence)]
         finished = self._remove(over, self._next_request()) if over else []
         head = self.cache.shape.head_tokens
         while max((head + len(s.tokens) for s in due if s in self.parked), default=0) > self._room():
@@ -282,7 +284,7 @@ class Engine:
         """Put sequences back at the queue's head, in reverse order. Those that wait for an answer wait for it here."""
         self._remove(preempted, set())
         self.preemptions += len(preempted)
-        over = [s for s in preempted if s.reply is not None and not self.ends.receive(s)]
+        over = [s for s in preempted if s.reply is not None and not self.conversation.receive(s)]
         self.over += over
         self.waiting.extendleft(sequence for sequence in preempted if sequence not in over)
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from grpo.backends.base import Request, Sampling, Turns
 from grpo.backends.hf import check
 from grpo.backends.hf.draw import Distribution
-from grpo.backends.hf.sequence import Ends, SampledSequence
+from grpo.backends.sequence import Conversation, SampledSequence
 from grpo.errors import UserError
 from grpo.model.logprob_lm import ATTENTION, LogprobLM
 from grpo.randomness import uniforms
@@ -183,7 +183,8 @@ class OwnCacheEngine:
         device: torch.device,
         turns: Turns | None = None,
     ):
-        self.model, self.requests, self.ends = model, requests, Ends(sampling, ended, turns)
+        self.model, self.requests, self.ended = model, requests, ended
+        self.turns, self.conversation = turns, Conversation(sampling, turns)
         self.most, self.pads, self.device = most, pads, device
         self.distribution = Distribution.of(sampling)
 
@@ -194,14 +195,14 @@ class OwnCacheEngine:
         while wanted:
             asked = []
             for sequence in (sequence for batch in self._batches(wanted) for sequence in self._decode(batch)):
-                if self.ends.turns is None:
+                if self.turns is None:
                     yield sequence
                     continue
-                self.ends.ask(sequence)
+                self.conversation.ask(sequence)
                 asked.append(sequence)
             wanted = []
             for sequence in asked:
-                if self.ends.receive(sequence):
+                if self.conversation.receive(sequence):
                     wanted.append(sequence)
                 else:
                     yield sequence
@@ -234,7 +235,7 @@ class OwnCacheEngine:
         tokens_B = self._draw(rows, batch)
         while True:
             for row, sequence in enumerate(running):
-                if sequence is not None and self.ends.over(sequence):
+                if sequence is not None and self._over(sequence):
                     running[row] = None
                     yield sequence
             left = [row for row, sequence in enumerate(running) if sequence is not None]
@@ -256,3 +257,7 @@ class OwnCacheEngine:
             if sequence is not None:
                 sequence.add(token, logp)
         return tokens_B
+
+    def _over(self, sequence: SampledSequence) -> bool:
+        sequence.stopped = self.ended(sequence.key, sequence.turn())
+        return sequence.stopped or not self.conversation.left(sequence)

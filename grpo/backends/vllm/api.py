@@ -27,7 +27,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 from collections.abc import AsyncIterator, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +35,6 @@ from typing import Any
 import aiohttp
 import torch
 
-from grpo.backends.base import Sampling
 from grpo.backends.vllm import serve
 from grpo.backends.vllm.upload import ROUTE
 from grpo.errors import BackendFailed
@@ -45,7 +43,6 @@ HEALTH = 5.0  # seconds for a server to say that it is up
 QUICK = 20.0  # seconds for a request that a healthy server answers at once
 UPLOADED_AT_ONCE = 1 << 22  # bytes
 UNIX = "unix:"  # what the URL of a Unix socket begins with
-UNKNOWN = -9999.0  # what vLLM writes in place of a log-probability that is nan or -inf
 UNLABELLED = "default"  # a server's weight version before anybody has sent it weights
 
 
@@ -245,35 +242,6 @@ def _advice(status: int) -> str:
     return missing if status in (403, 404) else ""
 
 
-def generate_payload(
-    token_ids: list[int], key: int, sampling: Sampling, stop_token_ids: list[int], *, version: int, model: str | None
-) -> dict[str, Any]:
-    """The request for one completion, whose draws are seeded by its key alone.
-
-    The salt keeps prompts from using cached keys and values of other weights. The trainer's own list says which ids
-    end a completion; vLLM's end-of-sequence token is ignored.
-    """
-    return {
-        "token_ids": token_ids,
-        "cache_salt": f"v{version}",
-        "sampling_params": {
-            "max_tokens": sampling.max_completion_length,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p or 0.0,
-            "seed": key >> 1,  # vLLM's seeds are signed
-            "logprobs": 0,
-            "ignore_eos": True,
-            "stop_token_ids": stop_token_ids,
-            "stop": sampling.stop,
-            "include_stop_str_in_output": True,
-            "detokenize": bool(sampling.stop),
-            "skip_special_tokens": False,
-        },
-    } | ({"model": model} if model else {})
-
-
 class _Declared(list[Any]):
     """vLLM 0.32 calls ``metadata``, 0.33 reads it."""
 
@@ -319,13 +287,6 @@ def types_of(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, to
     purpose (``policy.kept``); a state in float32 throughout is cast."""
     mixed = dtype != torch.float32 and any(tensor.dtype == dtype for tensor in state.values())
     return {name: tensor.dtype if mixed and tensor.dtype == torch.float32 else dtype for name, tensor in state.items()}
-
-
-def logprobs_of(answer: dict[str, Any]) -> list[float]:
-    """The log-probabilities of a completion's tokens; nan where the engine could not compute one. vLLM sends -9999 in
-    place of nan and -inf, other writers of JSON a null."""
-    said = [entry["logprob"] for entry in answer["logprobs"]["content"]]
-    return [math.nan if logprob is None or logprob <= UNKNOWN else logprob for logprob in said]
 
 
 def why_no_nccl() -> str | None:

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import gather_object
 
-from grpo.backends.base import OnGroup, Request, Sampling
+from grpo.backends.base import OnGroup, Request, Sampling, Turns
+from grpo.backends.sequence import Conversation, SampledSequence
 from grpo.backends.vllm import trust
-from grpo.backends.vllm.api import generate_payload, logprobs_of
-from grpo.backends.vllm.keeper import Keeper, adapter_name, version_of
+from grpo.backends.vllm.completions import TurnByTurn, adapter_name, generate_payload, logprobs_of, spans_of
+from grpo.backends.vllm.keeper import Keeper
 from grpo.backends.vllm.pool import Answers, Lost, Pool
 from grpo.backends.vllm.process import engine_sleeps, make_engine
 from grpo.backends.vllm.scratch import make_scratch
@@ -30,7 +31,7 @@ from grpo.errors import BackendFailed, RunError, UserError
 from grpo.model.devices import DTYPES
 from grpo.model.policy import Policy
 from grpo.prompts.completion_text import CompletionText
-from grpo.types import Completion, Status, TrainedSequence, VersionSpan
+from grpo.types import Completion, Status, TrainedSequence
 
 T = TypeVar("T")
 
@@ -39,12 +40,15 @@ RECOVERIES = 5  # within one rollout; servers that die more often die of the req
 
 @dataclass
 class InFlight:
-    """Completions that were asked for; some may have come."""
+    """Completions that were asked for; some may have come. With an environment ``episodes`` are how far each has come,
+    and ``player`` is what plays them."""
 
     requests: list[Request]
     sampling: Sampling
     version: int
     answers: Answers
+    player: TurnByTurn | None
+    episodes: list[SampledSequence]
 
 
 class VLLMBackend:
@@ -53,6 +57,7 @@ class VLLMBackend:
     def __init__(self, policy: Policy, recipe: Recipe):
         rollout = self.rollout = recipe.rollout
         self.policy, self.version = policy, -1
+        self.served = -1  # the version that the last sync which ended brought
         self.completion_text = CompletionText(policy.tokenizer, policy.stop_token_ids)
         self.rank = policy.accelerator.process_index
         self.dtype = DTYPES[rollout.vllm_dtype or recipe.model.dtype]
@@ -77,23 +82,35 @@ class VLLMBackend:
         self.asleep = False
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, version: int, on_group: OnGroup | None = None
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        version: int,
+        on_group: OnGroup | None = None,
+        turns: Turns | None = None,
     ) -> list[list[Completion]]:
-        return self.collect(self.submit(requests, sampling, version), on_group)
+        return self.collect(self.submit(requests, sampling, version, turns), on_group)
 
-    def submit(self, requests: list[Request], sampling: Sampling, version: int) -> InFlight:
-        """Ask for completions and return at once. They go on while the policy trains and while weights are replaced."""
+    def submit(self, requests: list[Request], sampling: Sampling, version: int, turns: Turns | None = None) -> InFlight:
+        """Ask for completions and return at once. They go on while the policy trains and while weights are replaced.
+        Then an episode's later turns are drawn by newer weights, and say so. ``turns`` is asked from a thread of the
+        pool's."""
         if version != self.version:
             raise RunError(f"rollout asked for policy version {version}, the vllm backend holds {self.version}")
         if self.asleep:
             self.sync(self.policy, self.version)  # asleep, an engine has no weights
-        return InFlight(requests, sampling, version, self.pool.submit(self._payloads(requests, sampling)))
+        if turns is None:
+            return InFlight(requests, sampling, version, self.pool.submit(self._payloads(requests, sampling)), None, [])
+        player = TurnByTurn(requests, Conversation(sampling, turns), self._payload, self.pool.ask, self.adapters)
+        episodes = player.beginnings()
+        playing = self.pool.begin([player.play(episode) for episode in episodes])
+        return InFlight(requests, sampling, version, playing, player, episodes)
 
     def collect(self, flight: InFlight, on_group: OnGroup | None = None) -> list[list[Completion]]:
         """Wait for the completions that ``submit`` asked for.
 
-        Requests whose server was lost are asked again. Where no server is left, they get ``vllm_server_timeout``
-        seconds to come back, and get the weights again.
+        Requests whose server was lost are asked again, of an episode the turn that was lost. Where no server is left,
+        they get ``vllm_server_timeout`` seconds to come back, and get the weights again.
         """
         landing = _Landing(flight.requests, lambda answer: self._completion(answer, flight), on_group)
         asked, coming = list(range(landing.size)), flight.answers
@@ -102,15 +119,20 @@ class VLLMBackend:
             if not errors:
                 break
             self.sync(self.policy, self.version)
-            payloads = self._payloads(flight.requests, flight.sampling)  # with adapters, payloads name the version
             asked = landing.missing()
-            coming = self.pool.submit([payloads[i] for i in asked])
+            coming = self._ask_again(flight, asked)
         else:
             raise BackendFailed(
                 f"rank {self.rank}, step {self.version}: vllm servers were lost {RECOVERIES} times within one rollout; "
                 f"last error: {errors[0]}"
             )
         return landing.groups
+
+    def _ask_again(self, flight: InFlight, places: list[int]) -> Answers:
+        if flight.player is not None:
+            return self.pool.begin([flight.player.play(flight.episodes[i]) for i in places])
+        payloads = self._payloads(flight.requests, flight.sampling)  # with adapters, payloads name the version
+        return self.pool.submit([payloads[i] for i in places])
 
     def rest(self) -> None:
         """Nothing is asked for until the next sync: colocated engines give their memory to the update."""
@@ -145,7 +167,7 @@ class VLLMBackend:
                 break
             self._everywhere(lambda: self.keeper.wait_to_retry(version, deadline))
             self._everywhere(lambda: self.keeper.reach(version, deadline))
-        self.asleep = False
+        self.asleep, self.served = False, version
         return self._check_probes(probes)
 
     def _hand_over(self, policy: Policy, version: int) -> None:
@@ -169,20 +191,25 @@ class VLLMBackend:
         self.private.cleanup()
 
     def _payloads(self, requests: list[Request], sampling: Sampling) -> list[dict[str, Any]]:
-        adapter = adapter_name(self.version) if self.adapters else None
+        return [self._payload(r.prompt.token_ids, key, sampling) for r in requests for key in r.keys]
+
+    def _payload(self, token_ids: list[int], key: int, sampling: Sampling) -> dict[str, Any]:
+        """In the pool's thread too, while weights are replaced: with those that servers hold, or have held."""
+        adapter = adapter_name(self.served) if self.adapters else None
         stop = self.policy.stop_token_ids
-        return [
-            generate_payload(r.prompt.token_ids, key, sampling, stop, version=self.version, model=adapter)
-            for r in requests
-            for key in r.keys
-        ]
+        return generate_payload(token_ids, key, sampling, stop, version=self.served, model=adapter)
 
     def _completion(self, answer: Any, flight: InFlight) -> Completion:
-        token_ids, logprobs = answer["token_ids"], logprobs_of(answer)
-        if self.adapters:  # the engine's label is that of the frozen weights; its adapter is named by version
-            spans = [VersionSpan(0, len(token_ids), version_of(answer["model"]))]
+        if isinstance(answer, SampledSequence):
+            token_ids, logprobs, spans = answer.tokens, answer.logprobs, answer.versions
+            stopped = answer.stopped
         else:
-            spans = [VersionSpan(s["start"], s["end"], int(s["version"])) for s in answer["weight_versions"]]
+            token_ids, logprobs, spans = (
+                answer["token_ids"],
+                logprobs_of(answer),
+                spans_of(answer, adapters=self.adapters),
+            )
+            stopped = answer["finish_reason"] == "stop"
         if stale := [s.version for s in spans if not flight.version <= s.version <= self.version]:
             raise BackendFailed(
                 f"rank {self.rank}, step {self.version}: a completion asked of policy version {flight.version} was "
@@ -191,7 +218,7 @@ class VLLMBackend:
         return Completion(
             token_ids=token_ids,
             sampler_logprobs=[0.0] * len(token_ids) if flight.sampling.temperature == 0 else logprobs,
-            status=Status.STOP if answer["finish_reason"] == "stop" else Status.LENGTH,
+            status=Status.STOP if stopped else Status.LENGTH,
             text=self.completion_text.of(token_ids),
             versions=spans,
         )

@@ -14,7 +14,8 @@ import torch
 
 from grpo.backends.base import Sampling
 from grpo.backends.vllm import trust
-from grpo.backends.vllm.api import Server, ServerGone, generate_payload, logprobs_of
+from grpo.backends.vllm.api import Server, ServerGone
+from grpo.backends.vllm.completions import adapter_name, generate_payload, logprobs_of
 from grpo.backends.vllm.pool import Pool
 from grpo.backends.vllm.process import EngineProcess, adapters_held
 from grpo.backends.vllm.transfer import HttpSender, Sender, on_each, servers_elsewhere
@@ -306,11 +307,3 @@ class Keeper:
         )
         token_ids, logprobs = [answer["token_ids"] for answer in answers], [logprobs_of(answer) for answer in answers]
         return trust.Probe(server.url, prompt_ids, token_ids, logprobs)
-
-
-def adapter_name(version: int) -> str:
-    return f"grpo-{version}"
-
-
-def version_of(adapter: str) -> int:
-    return int(adapter.removeprefix("grpo-"))

@@ -31,12 +31,12 @@ class Lost:
     why: str
 
 
-Came = tuple[int, dict[str, Any] | Lost] | None  # a payload's place and its answer; None after the last
+Came = tuple[int, Any] | None  # a payload's place and its answer, or Lost; None after the last
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Iterating gives each payload's place and answer, in the order in which they end.
+    """Iterating gives each payload's place and answer, or ``Lost``, in the order in which they end.
 
     It raises what ``Server.generate`` raises.
     """
@@ -44,7 +44,7 @@ class Answers:
     asked: Future[None]
     came: SimpleQueue[Came]
 
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | Lost]]:
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
         while (answer := self.came.get()) is not None:
             yield answer
         self.asked.result()
@@ -73,8 +73,12 @@ class Pool:
 
     def submit(self, payloads: list[dict[str, Any]]) -> Answers:
         """Ask for all of them now."""
+        return self.begin([self.ask(payload) for payload in payloads])
+
+    def begin(self, works: list[Coroutine[Any, Any, Any]]) -> Answers:
+        """Await all of these in the pool's thread, side by side."""
         came: SimpleQueue[Came] = SimpleQueue()
-        return Answers(asyncio.run_coroutine_threadsafe(self._all(payloads, came), self.loop), came)
+        return Answers(asyncio.run_coroutine_threadsafe(self._all(works, came), self.loop), came)
 
     def live(self) -> list[Server]:
         return [server for server in self.servers if server.url not in self.down]
@@ -109,11 +113,11 @@ class Pool:
         for server in self.servers:
             await server.session.close()
 
-    async def _all(self, payloads: list[dict[str, Any]], came: SimpleQueue[Came]) -> None:
-        async def one(place: int, payload: dict[str, Any]) -> None:
-            came.put((place, await self._one(payload)))
+    async def _all(self, works: list[Coroutine[Any, Any, Any]], came: SimpleQueue[Came]) -> None:
+        async def one(place: int, work: Coroutine[Any, Any, Any]) -> None:
+            came.put((place, await work))
 
-        tasks = [asyncio.ensure_future(one(i, payload)) for i, payload in enumerate(payloads)]
+        tasks = [asyncio.ensure_future(one(i, work)) for i, work in enumerate(works)]
         try:
             await asyncio.gather(*tasks)
         except BaseException:
@@ -123,7 +127,8 @@ class Pool:
         finally:
             came.put(None)
 
-    async def _one(self, payload: dict[str, Any]) -> dict[str, Any] | Lost:
+    async def ask(self, payload: dict[str, Any]) -> dict[str, Any] | Lost:
+        """A server's answer. Where one is lost, the next is asked."""
         while live := self.live():
             server = min(live, key=lambda s: self._outstanding[s.url])
             self._outstanding[server.url] += 1

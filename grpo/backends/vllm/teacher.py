@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from grpo.backends.vllm.api import UNKNOWN, Server, ServerGone
+from grpo.backends.vllm.api import Server, ServerGone
+from grpo.backends.vllm.completions import UNKNOWN
 from grpo.backends.vllm.pool import open_session
 from grpo.config import TeacherConfig
 from grpo.errors import BackendFailed, UserError

@@ -14,8 +14,8 @@ from grpo.backends.hf.budget import Budget
 from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.engine import Engine, NextLogits, drawing, step_through_transformers
 from grpo.backends.hf.kv_cache import DecodeCache
-from grpo.backends.hf.sequence import SampledSequence
 from grpo.backends.hf.step_compiled import DecodeStep, why_not
+from grpo.backends.sequence import SampledSequence
 from grpo.errors import RunError
 from grpo.model.logprob_lm import LogprobLM
 from grpo.model.policy import Policy

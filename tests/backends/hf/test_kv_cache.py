@@ -41,6 +41,47 @@ def test_sequences_that_leave_are_replaced_by_the_last_ones(n: int, data: st.Dat
         assert (cache.layers[0].sequence_values[place, :, : sequence + 1] == sequence).all()
 
 
+@given(st.data())
+def test_parked_sequences_keep_what_they_hold_whatever_the_others_do(data: st.DataObject) -> None:
+    """Sequences end, are parked, come back, leave while parked, and the buffers change their size."""
+    cache = cache_of(3, 6)
+    running, parked = list(range(6)), []
+
+    def some(entries: list[int]) -> list[int]:
+        return data.draw(st.lists(st.integers(0, len(entries) - 1), unique=True)) if entries else []
+
+    for action in data.draw(st.lists(st.sampled_from(["park", "unpark", "end", "end parked", "resize"]), max_size=8)):
+        if action == "park":
+            gone = some(running)
+            cache.park(gone, [running[place] + 1 for place in gone])
+            parked += [running[place] for place in gone]
+            remove_entries(running, gone)
+        elif action == "unpark":
+            back = some(parked)
+            cache.unpark(back)
+            running += [parked[place] for place in back]
+            remove_entries(parked, back)
+        elif action == "end":
+            gone = some(running)
+            cache.remove_sequences(gone)
+            remove_entries(running, gone)
+        elif action == "end parked":
+            gone = some(parked)
+            cache.remove_parked(gone)
+            remove_entries(parked, gone)
+        else:
+            fewest = max(1, len(running) + len(parked))
+            cache.resize_sequences(Shape(3, kv_cache.SHORT_PROMPT + 1, data.draw(st.integers(fewest, 9)), 8, 6))
+        assert cache.lengths == [s + 1 for s in running]
+        assert [cache.held(place) for place in range(len(running))] == [s + 1 for s in running]
+        assert cache.prompt_of == [s % 3 for s in running]
+        assert cache.parked_lengths == [s + 1 for s in parked]
+        assert cache.parked_prompt_of == [s % 3 for s in parked]
+        keys = cache.layers[0].sequence_keys
+        for row, sequence in [*enumerate(running), *((-1 - i, s) for i, s in enumerate(parked))]:
+            assert (keys[row, :, : sequence + 1] == sequence).all()
+
+
 def test_nothing_moves_that_need_not() -> None:
     assert moves_into_gaps(5, [4, 3]) == []
     assert moves_into_gaps(5, [3, 0]) == [(4, 0)]

@@ -17,12 +17,13 @@ from grpo.backends.hf.check import check_decoding
 from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.engine import Engine, NextLogits, drawing, step_through_transformers
 from grpo.backends.hf.kv_cache import DecodeCache, Shape
-from grpo.backends.hf.sequence import SampledSequence
 from grpo.backends.hf.step_graph import GraphStep, Size
+from grpo.backends.sequence import SampledSequence
 from grpo.errors import UserError
 from grpo.model.logprob_lm import LogprobLM
 from grpo.randomness import key
 from grpo.types import Prompt
+from tests.answering import Answering, by_place
 from tests.backends.hf.recorder import Recorders
 
 PLAINLY = Distribution()
@@ -57,11 +58,12 @@ def decode(
     distribution: Distribution = PLAINLY,
     cache: DecodeCache | None = None,
     round: int = 0,
+    turns: Answering | None = None,
 ) -> dict[tuple[int, int], SampledSequence]:
     """Completions by (request, sample) of prompts of unequal lengths. ``cache`` is one that an earlier rollout left."""
     ids = [[5 + (7 * i + j) % 40 for j in range(3 + 3 * i)] for i in range(5)]
     wanted = [Request(Prompt(i, "", "", t), [key(round, i, g) for g in range(5)]) for i, t in enumerate(ids)]
-    budget = Budget.of(wanted, LIMIT, sequences, tokens)
+    budget = Budget.of(wanted, LIMIT + (turns.max_environment_tokens if turns else 0), sequences, tokens)
     if cache is None:
         cache = DecodeCache(budget.first_shape(), torch.device("cpu"))
     cache.empty()
@@ -74,6 +76,7 @@ def decode(
         budget=budget,
         cache=cache,
         next_tokens=partial(step.next_tokens, distribution) if by_graph else drawing(step, distribution),
+        turns=turns,
     )
     return {(sequence.request, sequence.sample): sequence for sequence in engine.run()}
 
@@ -155,6 +158,21 @@ def test_rollouts_are_the_same_where_attention_goes_by_length(
     same(decode(model, GraphStep(model, recorders, by_length=True), **room), expected)
     assert keys_read
     assert recorders.made
+
+
+@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.parametrize("by_length", [False, True])
+def test_what_a_graph_computes_beyond_the_running_sequences_is_nothing_that_waits(
+    by_length: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that wait for an answer stand where a graph computes for nobody; so do bursts, as on a GPU."""
+    model = make("llama")
+    rule = {"reply": by_place, "overlap_steps": 6}
+    expected = decode(model, partial(step_through_transformers, model), turns=Answering(**rule))
+    monkeypatch.setattr("grpo.backends.hf.engine.BURST", {"cpu": 3})
+    step, turns = GraphStep(model, Recorders(monkeypatch), by_length=by_length), Answering(**rule)
+    same(decode(model, step, turns=turns), expected)
+    assert len(turns.asked) > 60
 
 
 @pytest.mark.usefixtures("flash_on_cpu")

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 
 from grpo.backends.base import Request, Sampling
 from grpo.backends.vllm import backend as backend_module
-from grpo.backends.vllm import keeper as keeper_module
 from grpo.backends.vllm import transfer, trust
 from grpo.backends.vllm.backend import VLLMBackend
 from grpo.backends.vllm.transfer import IpcSender
@@ -24,59 +23,10 @@ from grpo.errors import BackendFailed, RunError, UserError
 from grpo.model.policy import Policy
 from grpo.randomness import key
 from grpo.types import Completion, Prompt
-from tests.conftest import make_policy, make_recipe
+from tests.conftest import make_policy
 from tests.fake_vllm_engine import GENERATE, FakeEngine
 
 QUESTIONS = ["6 3 9 = 27", "1 2 3 = 6"]
-
-
-@pytest.fixture
-def policy(tiny_model: Path) -> Policy:
-    return make_policy(tiny_model)
-
-
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[FakeEngine]:
-    made = FakeEngine(tiny_model)
-    yield made
-    made.gate.set()
-    made.close()
-
-
-@pytest.fixture
-def connect(
-    tiny_model: Path, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., VLLMBackend]]:
-    """Backends that generate with fake engines."""
-    monkeypatch.setattr(keeper_module, "SECONDS_BETWEEN_TRIES", 0.02)
-    monkeypatch.setattr(trust, "PROBES", 2)
-    monkeypatch.setattr(trust, "PROBE_TOKENS", 8)
-    made = []
-
-    def connect(
-        *engines: FakeEngine,
-        seconds: float = 5.0,
-        policy: Policy = policy,
-        lora: dict[str, Any] | None = None,
-        **rollout: Any,
-    ) -> VLLMBackend:
-        rollout = {
-            "backend": "vllm",
-            "vllm_mode": "server",
-            "vllm_server_base_url": [engine.url for engine in engines],
-            "vllm_server_timeout": seconds,
-            "vllm_sync_timeout": 5.0,
-            "vllm_sync_dir": str(tmp_path),
-            "max_completion_length": 12,
-        } | rollout
-        model = {"lora": lora} if lora else {}
-        recipe = make_recipe(tiny_model, model=model, rollout=rollout, data={"max_prompt_length": 64})
-        made.append(VLLMBackend(policy, recipe))
-        return made[-1]
-
-    yield connect
-    for backend in made:
-        backend.close()
 
 
 def requests(policy: Policy, G: int = 2) -> list[Request]:

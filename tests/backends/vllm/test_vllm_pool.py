@@ -17,7 +17,8 @@ from aiohttp import web
 
 from grpo.backends.base import Sampling
 from grpo.backends.vllm import api, pool
-from grpo.backends.vllm.api import Server, ServerGone, generate_payload
+from grpo.backends.vllm.api import Server, ServerGone
+from grpo.backends.vllm.completions import generate_payload
 from grpo.backends.vllm.pool import Answers, Lost, Pool
 from grpo.errors import BackendFailed, RunError
 from tests.fake_vllm import GENERATE, FakeServer

@@ -1,0 +1,52 @@
+"""Episodes on a real server: each turn is a request with all that was before it, whose keys the engine still has."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+
+import pytest
+import torch
+
+from grpo.backends.base import Sampling
+from tests.answering import Answering, by_place
+from tests.conftest import make_policy
+from tests.vllm_engine.conftest import TINY, ServerProcess
+from tests.vllm_engine.test_trust import connect, prompts, requests, shift, teacher_forced
+
+
+def hits(server: ServerProcess) -> float:
+    """Tokens that the server's prefix cache has served."""
+    metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    return sum(map(float, re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", metrics, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_an_episode_is_what_one_forward_pass_computes(tiny_server: ServerProcess, temperature: float) -> None:
+    policy = make_policy(TINY)
+    backend = connect(policy, tiny_server)
+    backend.sync(policy, 0)
+    shift(policy)
+    backend.sync(policy, 1)
+    policy.stop_token_ids = []  # or episodes are shorter than a block of the cache, which is 128 tokens on a CPU
+    rule = lambda place, turn: by_place(place, turn % 2) if turn < 9 else None  # noqa: E731
+    turns = Answering(rule, max_turn_length=60, stop=["="], max_environment_tokens=60)
+    before = hits(tiny_server)
+    groups = backend.generate(requests(policy), Sampling(360, temperature), 1, turns=turns)
+    backend.close()
+    assert hits(tiny_server) > before, "no request was served by the prefix cache"
+    for r, group in enumerate(groups):
+        for g, completion in enumerate(group):
+            expected = teacher_forced(policy, prompts(policy)[r], list(completion.token_ids), temperature)
+            whole: list[int] = []
+            for call in turns.of((r, g)):
+                assert call.start == len(whole)
+                drawn = range(call.start, len(call.tokens))
+                found = torch.tensor([completion.sampler_logprobs[i] for i in drawn])
+                torch.testing.assert_close(found, expected[drawn], atol=1e-4, rtol=0)
+                if call.ended == "stop":
+                    assert "=" in policy.tokenizer.decode(call.tokens[call.start :])
+                whole = [*call.tokens, *(call.reply or [])]
+            assert whole == completion.token_ids
+            assert {span.version for span in completion.versions} == {1}
+    assert {call.ended for call in turns.asked} == {"stop", "length"}
