@@ -100,7 +100,7 @@ class Worlds:
         kill(self._zygote)
         if self._starts >= STARTS:
             raise RunError(
-                f"environment: the process that episodes are forked from {how}, the {self._starts}th time; does "
+                f"environment: the process that episodes are forked from {how}, {self._starts} times now; does "
                 f"{self._spec.source or 'a tool'} start threads when it is imported, or kill its parent?"
             )
         try:
