@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from grpo.environments.process import error_text
 from grpo.environments.warden import EpisodeFailed
 from grpo.environments.worlds import World
 from grpo.types import Completion, Episode, Status, ToolCall, Turn, VersionSpan
+
+log = logging.getLogger(__name__)
 
 Reply = Future["list[int] | None"]
 
@@ -65,8 +68,9 @@ class Conversation:
     def _begin(self, then: Callable[[str | None], None]) -> None:
         self.world = self._new_world()
 
-        def has_reset(said: Future[Any]) -> None:
-            then(self._result(said))
+        def has_reset(future: Future[Any]) -> None:
+            said = self._result(future)
+            then(said if isinstance(said, str) else None)
 
         self.world.ask("reset", self.row).add_done_callback(has_reset)
 
@@ -109,9 +113,10 @@ class Conversation:
             if self.done or said is None:
                 self._end(reply)
             else:
-                self._reply(reply, lambda to: to.of_text(turn.observation, last_token))
+                assert self.observations is not None
+                reply.set_result(self.observations.of_text(turn.observation, last_token))
 
-        self.world.ask("step", turn.text).add_done_callback(stepped)
+        self.world.ask("step", turn.text).add_done_callback(self._guarded(stepped, reply))
         if final:
             self._end(reply)
 
@@ -135,7 +140,8 @@ class Conversation:
                 self._end(reply)
             else:
                 told = [(call.name or "unknown", call.result) for call in turn.calls[:most]]
-                self._reply(reply, lambda to: to.of_results(told, last_token))
+                assert self.observations is not None
+                reply.set_result(self.observations.of_results(told, last_token))
 
         made = [(call.name, call.arguments) for call in found[:most] if isinstance(call, Call)]
         asked: Future[Any]
@@ -144,17 +150,24 @@ class Conversation:
         else:  # there is nothing to wait for
             asked = Future()
             asked.set_result([])
-        asked.add_done_callback(called)
+        asked.add_done_callback(self._guarded(called, reply))
         if final:
             self._end(reply)
 
-    def _reply(self, reply: Reply, tokens: Callable[[Observations], list[int]]) -> None:
-        """Answer with tokens. An error in making them is the caller's to see, not the thread's that is in here."""
-        assert self.observations is not None
-        try:
-            reply.set_result(tokens(self.observations))
-        except Exception as why:
-            reply.set_exception(why)
+    def _guarded(self, then: Callable[[Future[Any]], None], reply: Reply) -> Callable[[Future[Any]], None]:
+        """What is to be done with an answer. Where it cannot be, the episode fails, and who waits for ``reply`` goes
+        on."""
+
+        def guarded(future: Future[Any]) -> None:
+            try:
+                then(future)
+            except Exception as why:
+                log.exception("environment: an answer could not be used")
+                self.fail("error", f"its answer could not be used: {type(why).__name__}: {why}")
+                if not reply.done():
+                    reply.set_result(None)
+
+        return guarded
 
     def _end(self, reply: Reply) -> None:
         """No turn follows. The reward is asked for at once, so that nobody waits for it later."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.environments import messages
-from rewards.processes import living_below
+from grpo.environments.watch import too_much
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ ENDING = 8.0  # seconds for a killed episode to be gone, with all that it has st
 FORKING = 60.0  # seconds for a process to be forked; the zygote does so one after the other
 CLOSING = 2.0  # seconds in which one that is over may tidy up
 WATCH = 0.25  # seconds between looks at what long calls have started
-MAX_PROCESSES = 64  # that an episode may have at once
 MAX_MESSAGE = 1 << 17
 UNTOLD = "the episode's process"  # the message of a failure until it is known how the process ended
 
@@ -129,6 +128,13 @@ class Warden:
         self._orders.put(order)
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake.send(b"!")
+        if self._stopped:  # nobody else would, and those who wait must be told
+            self._obey()
+
+    def _obey(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._orders.get_nowait()()
 
     # --- in the thread
 
@@ -140,6 +146,7 @@ class Warden:
                 log.exception("environments")
                 for living in list(self._living.values()):
                     self._gone(living, "is lost: see the log")
+        self._obey()
 
     def _turn(self) -> None:
         for key, events in self._selector.select(self._patience()):
@@ -150,9 +157,7 @@ class Warden:
                 self._serve(key.data, events)
             else:
                 self._hear()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._orders.get_nowait()()
+        self._obey()
         self._look_at_clock()
 
     def _patience(self) -> float | None:
@@ -355,21 +360,9 @@ class Warden:
         if now >= self._watch_at:
             self._watch_at = now + WATCH
             for living in self._watched():
-                self._watch(living)
-
-    def _watch(self, living: Living) -> None:
-        """End an episode that has started too many processes, or whose processes take more memory together than one
-        may."""
-        assert living.guard is not None
-        processes = living_below(living.guard)
-        if len(processes) > MAX_PROCESSES:
-            why = f"it has started more than {MAX_PROCESSES} processes"
-            self._fail(living, EpisodeFailed("crashed", why), dump=False)
-        elif len(processes) > 1 and self._memory_bytes is not None:
-            limit = self._memory_bytes
-            if _resident(processes) > limit and _own_memory(processes) > limit:
-                why = f"its {len(processes)} processes take more than environment.memory_limit_gb together"
-                self._fail(living, EpisodeFailed("memory", why), dump=False)
+                assert living.guard is not None
+                if why := too_much(living.guard, self._memory_bytes):
+                    self._fail(living, EpisodeFailed(*why), dump=False)
 
     def _stop(self) -> None:
         self._stopped = True
@@ -380,24 +373,6 @@ class Warden:
             if end is not None:
                 end.close()
         self._control = None
-
-
-def _resident(pids: list[int]) -> int:
-    """Bytes of memory that processes hold, with what they share counted in each."""
-    total = 0
-    for pid in pids:
-        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/statm") as file:
-            total += int(file.read().split()[1])
-    return total * os.sysconf("SC_PAGE_SIZE")
-
-
-def _own_memory(pids: list[int]) -> int:
-    """Bytes of memory that they hold, with their share of what they share."""
-    total = 0
-    for pid in pids:
-        with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/smaps_rollup") as file:
-            total += sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
-    return total << 10
 
 
 def _without_ours(stacks: str) -> str:

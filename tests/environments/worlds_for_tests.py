@@ -89,6 +89,13 @@ class Ways:
         (10**10000000) % 7  # holds the interpreter
 
     @staticmethod
+    def ignores_signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
+        while True:
+            time.sleep(0.1)
+
+    @staticmethod
     def raises() -> None:
         raise ValueError("of its own")
 
@@ -186,3 +193,65 @@ class Ways:
     @staticmethod
     def memory_error() -> None:
         raise MemoryError("by hand")
+
+
+class Game:
+    """Ends after so many steps, and pays the length of what is said."""
+
+    def __init__(self, steps: int = 2) -> None:
+        self.left = steps
+
+    def reset(self, prompt: str, said: str = "") -> None:
+        assert prompt == "ask"
+
+    async def step(self, text: str) -> tuple[str, float, bool]:
+        self.left -= 1
+        await asyncio.sleep(0)
+        return f"heard {text}", float(len(text)), self.left == 0
+
+
+class OddGame:
+    """Its steps return what they are told to."""
+
+    def reset(self) -> None:
+        """Nothing."""
+
+    def step(self, text: str) -> Any:
+        if text == "raises":
+            raise ValueError("odd")
+        return {
+            "five": (1, 2, 3, 4, 5),
+            "number": (7, False),
+            "undone": ("x", 3),
+            "unpaid": ("x", "much", False),
+            "none": (None, False),
+        }.get(text, text)
+
+
+class Draws:
+    """Its prompt depends on a draw."""
+
+    def reset(self, **row: Any) -> str:
+        return [" even 2", " odd 1"][random.randint(0, 9) % 2]
+
+    def step(self, text: str) -> tuple[None, bool]:
+        return None, True
+
+
+def shout(text: str) -> str:
+    """Shout.
+
+    Args:
+        text: What.
+    """
+    return f"{text.upper()}!"
+
+
+async def later(text: str) -> str:
+    """Say it later.
+
+    Args:
+        text: What.
+    """
+    await asyncio.sleep(0.01)
+    return f"{text} later"
