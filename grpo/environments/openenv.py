@@ -19,8 +19,8 @@ OF_PROTOCOL = ("done", "reward", "metadata")  # fields of every observation, whi
 
 class OpenEnv:
     """A turn's text becomes the field ``action`` of the server's action, beside those of ``with_action``. Of what the
-    server observes the field ``observation`` is shown, or all fields as JSON. The row's columns ``reset_with`` go to the
-    server's ``reset`` (such as ``seed``). What the server pays for a step is the turn's reward.
+    server observes the field ``observation`` is shown, or all fields as JSON. The row's columns ``reset_with`` (such as
+    ``seed``) go to the server's ``reset``. What the server pays for a step is the turn's reward.
 
     Raises:
         ImportError: the package ``openenv-core`` is not installed.

@@ -71,9 +71,9 @@ def test_what_does_not_fit_is_told(url):
         OpenEnv(base_url=url, reset_with=["seed"]).reset(prompt="…")
     with pytest.raises(KeyError, match="the server observes no 'txt', but text, turns"):
         OpenEnv(base_url=url, observation="txt").reset()
+    game = OpenEnv(base_url=url, action="word")
+    game.reset()
     with pytest.raises(RuntimeError, match="message"):
-        game = OpenEnv(base_url=url, action="word")
-        game.reset()
         game.step("hi")
     with pytest.raises(ConnectionError):
         OpenEnv(base_url="http://127.0.0.1:9")
