@@ -138,7 +138,7 @@ class Played:
     def _take(self, piece: int, completions: list[Completion]) -> None:
         """Take in the completions of one of the backend's requests; a second time changes nothing."""
         place, samples = self._pieces[piece]
-        if samples[0] in self._sampled[place]:
+        if self._sampled[place].keys() >= set(samples) and samples:
             return
         self._sampled[place] |= dict(zip(samples, completions, strict=True))
         self._missing[place] -= 1

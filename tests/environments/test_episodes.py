@@ -285,3 +285,66 @@ def test_the_models_tokens_are_not_tokenized_again() -> None:
         assert completion.episode is not None
         for turn in completion.episode.turns:
             assert completion.token_ids[turn.start : turn.end] == [*odd, 1]
+
+
+def test_a_backend_that_begins_an_episode_again_finds_the_same_environment() -> None:
+    """As one does whose server was lost."""
+
+    class Restarting(ScriptedBackend):
+        def _turn(self, of: Any, place: Any, sampling: Any, turns: Any) -> Any:
+            row = self.rows[place]
+            if row.turns == 2 and not self.answers[0][0] == "again":
+                self.answers.insert(0, ("again",))
+                row.tokens, row.turns = [], 0
+            return super()._turn(of, place, sampling, turns)
+
+    script = says(calls("roll"), calls("add", number=2), "done")
+    with opened() as episodes:
+        once = only(played(episodes, script, keys=[5]))
+        (group,) = play(episodes, Restarting(TOKENIZER, script), [request(TOKENIZER, keys=[5])], Sampling(10_000), 3)
+    assert only(group) == once
+    assert once.episode is not None
+    assert once.episode.reward == 2.0
+
+
+def test_a_backend_that_gives_up_is_no_failure_of_the_environment() -> None:
+    class GivesUp(ScriptedBackend):
+        def _completion(self, row: Any, version: int) -> Completion:
+            return Completion([], [], Status.ERROR, "", [])
+
+    with opened() as episodes:
+        backend = GivesUp(TOKENIZER, says(calls("roll"), "done"))
+        (group,) = play(episodes, backend, [request(TOKENIZER)], Sampling(10_000), 3)
+    completion = only(group)
+    assert (completion.status, completion.episode.failure) == (Status.ERROR, "")  # type: ignore[union-attr]
+    assert completion.episode.turns == []  # type: ignore[union-attr]
+
+
+class Plain:
+    """A backend of an older kind: it knows no turns."""
+
+    def generate(self, requests: Any, sampling: Any, version: int, on_group: Any = None) -> Any:
+        groups = [[Completion([key], [0.0], Status.STOP, str(key), []) for key in of.keys] for of in requests]
+        on_group(1, groups[1])
+        return groups
+
+
+def test_without_an_environment_the_backend_is_called_as_ever() -> None:
+    asked = [request(TOKENIZER, keys=[1, 2]), request(TOKENIZER, keys=[3]), request(TOKENIZER, keys=[])]
+    handed: list[tuple[int, Group]] = []
+    groups = play(None, Plain(), asked, Sampling(5), 0, lambda place, group: handed.append((place, group)))  # type: ignore[arg-type]
+    assert [[c.text for c in group.completions] for group in groups] == [["1", "2"], ["3"], []]
+    assert [place for place, _ in handed] == [1, 0, 2]
+    assert all(groups[place] is group for place, group in handed)
+    assert groups[0].prompt is asked[0].prompt
+
+
+def test_groups_are_handed_out_once_and_with_their_episodes() -> None:
+    asked = [request(TOKENIZER, keys=[1, 2]), request(TOKENIZER, keys=[3, 4])]
+    handed: list[tuple[int, Group]] = []
+    with opened() as episodes:
+        backend = ScriptedBackend(TOKENIZER, says(calls("add", number=2), "done"))
+        groups = play(episodes, backend, asked, Sampling(10_000), 0, lambda place, group: handed.append((place, group)))
+    assert sorted(place for place, _ in handed) == [0, 1]
+    assert all(groups[place] is group for place, group in handed)
+    assert [[c.episode.reward for c in group.completions] for group in groups] == [[2.0, 2.0], [2.0, 2.0]]  # type: ignore[union-attr]
