@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.backends.base import Backend, Request, Sampling, Turns
-from grpo.config import ENVIRONMENT, Recipe, Source
+from grpo.config import ENVIRONMENT, EnvironmentConfig, Recipe, Source
 from grpo.environments.calls import STOPS, parameters_of
 from grpo.environments.conversation import Conversation, Rules
 from grpo.environments.find import spec_of, tool_format
@@ -26,7 +26,7 @@ from grpo.prompts import templates
 from grpo.prompts.completion_text import CompletionText
 from grpo.types import Group, Prompt
 
-__all__ = ["Episodes", "OnPlayed", "Played", "begin", "open_episodes", "play"]
+__all__ = ["Episodes", "OnPlayed", "Played", "begin", "check_environment", "open_episodes", "play"]
 
 OPENING = 64  # environments that are constructed and reset at once
 
@@ -176,14 +176,24 @@ def open_episodes(recipe: Recipe, tokenizer: Any, stop_token_ids: Sequence[int])
     if config is None:
         yield None
         return
-    keep = recipe.scoring.environment
-    with Worlds(spec_of(config), timeout=config.timeout, memory_gb=config.memory_limit_gb, keep=keep) as worlds:
+    with _worlds(recipe, config) as worlds:
         episodes = Episodes(recipe, tokenizer, stop_token_ids, worlds)
         if not episodes.pays and any(reward.name == ENVIRONMENT for reward in recipe.functions()):
             raise UserError(
                 "rewards: environment is what the environment pays, and this one has no get_reward; name other rewards"
             )
         yield episodes
+
+
+def check_environment(recipe: Recipe) -> None:
+    """What ``open_episodes`` finds of the recipe's environment without a tokenizer. Raises UserError."""
+    if recipe.environment is not None:
+        _worlds(recipe, recipe.environment).close()
+
+
+def _worlds(recipe: Recipe, config: EnvironmentConfig) -> Worlds:
+    keep = recipe.scoring.environment
+    return Worlds(spec_of(config), timeout=config.timeout, memory_gb=config.memory_limit_gb, keep=keep)
 
 
 def begin(episodes: Episodes | None, requests: Sequence[Request]) -> Played:
