@@ -103,6 +103,14 @@ class Game:
         return None, True
 
 
+class TwoArguments(Game):
+    def step(self, text, image):
+        return None, True
+
+    def get_reward(self, scale):
+        return scale
+
+
 def make(size: int) -> Good:
     return Good(size)
 
@@ -157,6 +165,14 @@ def in_a_process(spec: Spec, timeout: float = 5.0) -> Any:
         ),
         ("Exits", {}, ["its constructor: ", "SystemExit: 1"]),
         ("Good", {"sise": 1}, ["environment.args: ", "unexpected keyword argument 'sise'", "it takes: size: int = 3"]),
+        (
+            "TwoArguments",
+            {},
+            [
+                "TwoArguments.get_reward takes (scale); it is called with ()\n",
+                "TwoArguments.step takes (text, image); it is called with (text)",
+            ],
+        ),
         ("make", {}, ["environment.args: ", "missing a required argument: 'size'"]),
     ],
 )
