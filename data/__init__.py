@@ -4,10 +4,13 @@ Nothing here imports ``grpo`` or torch. The other files hold what tasks share, a
 """
 
 TASKS = (
+    "calculator_traces",
     "code",
     "countdown",
     "gsm8k",
     "math",
+    "number_guess",
+    "number_guess_traces",
     "one_liner_traces",
     "one_liners",
     "reasoning_gym",
@@ -15,6 +18,7 @@ TASKS = (
     "traces",
     "word_sum_traces",
     "word_sums",
+    "wordle",
     "worked_examples",
 )
 """Every task by name. A test holds this equal to the files that define ``build``."""

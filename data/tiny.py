@@ -34,7 +34,8 @@ WORDS = ("yes", "no", "so", "then", "try", "wait", "check", "target", "give", "u
 LARGEST_WHOLE_NUMBER = 299  # larger numbers take one more token for each further digit: 729 is 72 ##9
 CONTEXT = 512
 WIDTH, LAYERS, WIDTH_OF_HEAD = 128, 4, 32
-TASKS_WITH_WORDS = ("word_sums", "one_liners")  # modules of data/ whose WORDS a tokenizer may have too
+TASKS_WITH_WORDS = ("word_sums", "one_liners", "calculator_traces", "number_guess")
+"""Modules of data/ whose WORDS a tokenizer may have too."""
 
 
 def build_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:

@@ -47,16 +47,27 @@ class WordSum(NamedTuple):
 
 
 def rows(
-    split: Split, size: int | None = None, seed: int = 0, *, events: int = 2, largest: int = 9, most: int = 30
+    split: Split,
+    size: int | None = None,
+    seed: int = 0,
+    *,
+    events: int = 2,
+    largest: int = 9,
+    most: int = 30,
+    boxed: float = 0.4,
+    boxes: int = 4,
+    each: int = 5,
 ) -> list[dict[str, Any]]:
     """Rows of ``prompt`` (a story) and ``answer`` (the number as text), no story twice.
 
-    Things come or go ``events`` times, one by one or in boxes; numbers in a story are 1 to ``largest``, and nobody ever
-    has more than ``most`` things or fewer than none. Row ``i`` does not depend on ``size`` (None is ``DEFAULT_SIZE``).
-    Raises ValueError for arguments that make no sense, or that allow fewer stories than asked for.
+    Things come or go ``events`` times, one by one or, with probability ``boxed``, in 2 to ``boxes`` boxes of 2 to
+    ``each``; numbers in a story are 1 to ``largest``, and nobody ever has more than ``most`` things or fewer than none.
+    Row ``i`` does not depend on ``size`` (None is ``DEFAULT_SIZE``). Raises ValueError for arguments that make no
+    sense, or that allow fewer stories than asked for.
     """
     wanted = DEFAULT_SIZE[split] if size is None and split in DEFAULT_SIZE else size
-    sums = list(islice(word_sums(split, seed, events=events, largest=largest, most=most), wanted))
+    stories = word_sums(split, seed, events=events, largest=largest, most=most, boxed=boxed, boxes=boxes, each=each)
+    sums = list(islice(stories, wanted))
     if size is not None and len(sums) < size:
         raise ValueError(f"word_sums has only {len(sums)} distinct {split} stories, {size} were asked for")
     return [{"prompt": s.question, "answer": str(s.answer)} for s in sums]
@@ -65,16 +76,30 @@ def rows(
 build = builds_dataset(rows)
 
 
-def word_sums(split: Split, seed: int, *, events: int = 2, largest: int = 9, most: int = 30) -> Iterator[WordSum]:
+def word_sums(
+    split: Split,
+    seed: int,
+    *,
+    events: int = 2,
+    largest: int = 9,
+    most: int = 30,
+    boxed: float = 0.4,
+    boxes: int = 4,
+    each: int = 5,
+) -> Iterator[WordSum]:
     """The distinct stories of a split in an order set by the seed. Arguments and errors are those of ``build``."""
     if split not in DEFAULT_SIZE:
         raise ValueError(f"split is train or eval, not {split!r}")
-    for name, value, low, high in (("events", events, 1, 5), ("largest", largest, 3, 99), ("most", most, largest, 999)):
+    bounds = (("events", events, 1, 5), ("largest", largest, 3, 99), ("most", most, largest, 9999))
+    bounds += (("boxes", boxes, 2, 99), ("each", each, 2, 99))
+    for name, value, low, high in bounds:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(f"{name} is an integer from {low} to {high}, not {value!r}")
+    if not 0 <= boxed <= 1:
+        raise ValueError(f"boxed is a probability, not {boxed!r}")
     draw, seen, barren = random.Random(f"word_sums/{split}/{seed}"), set(), 0
     while barren < GIVE_UP_AFTER:
-        story = _story(draw, events, largest, most)
+        story = _story(draw, events, largest, most, (boxed, boxes, each))
         barren += 1
         if story.question not in seen and held_out(story.key, EVAL_SHARE) == (split == "eval"):
             seen.add(story.question)
@@ -82,14 +107,15 @@ def word_sums(split: Split, seed: int, *, events: int = 2, largest: int = 9, mos
             yield story
 
 
-def _story(draw: random.Random, events: int, largest: int, most: int) -> WordSum:
+def _story(draw: random.Random, events: int, largest: int, most: int, packed: tuple[float, int, int]) -> WordSum:
+    in_boxes, most_boxes, most_each = packed
     total = draw.randint(2, largest)  # "1 apples" would read badly
     told = [f"{draw.choice(NAMES)} has {total} {draw.choice(THINGS)}"]
     steps: list[str] = []
     while len(told) <= events:
-        boxed, sign = draw.random() < 0.4, draw.choice((1, -1))
+        boxed, sign = draw.random() < in_boxes, draw.choice((1, -1))
         if boxed:
-            boxes, each = draw.randint(2, 4), draw.randint(2, min(5, largest))
+            boxes, each = draw.randint(2, most_boxes), draw.randint(2, min(most_each, largest))
             number, words = boxes * each, BOXES.format(boxes, each)
         else:
             number = draw.randint(1, largest)

@@ -24,4 +24,4 @@ def cut_tokens(tokens, options):
 def capped(tokens, options):
     """-min(ratio, 2) A log pi; the weight has no gradient, log pi has."""
     weight_BT = tokens.ratio_BT.detach().clamp(max=CAP)
-    return -weight_BT * tokens.advantages_B1 * tokens.logps_BT
+    return -weight_BT * tokens.advantages * tokens.logps_BT

@@ -1,4 +1,5 @@
-"""Rewards (P,G) to advantages (P,G): how much better a completion is than the others of its group.
+"""Rewards (P,G) to advantages (P,G): how much better a completion is than the others of its group. With
+``algorithm.credit: turn`` an episode has an advantage for each of its U turns, (P,G,U).
 
 GRPO (DeepSeekMath, arXiv:2402.03300, eq. 3): A = (r - mean(r)) / std(r), over the group. A reward of NaN means "could
 not be scored": it is left out of every mean and deviation, and its advantage is 0. ``step_advantages`` is what the
@@ -20,11 +21,14 @@ STD_OFFSET = 1e-4  # TRL's; keeps a nearly constant group from exploding
 def step_advantages(
     rewards_PG: np.ndarray, groups: list[Group], weights_F: list[float], algorithm: AlgorithmConfig
 ) -> np.ndarray:
-    """Advantages (P,G) of scored groups. ``rewards_PG`` are the groups' rewards (``rewards_array``), ``weights_F`` the
-    weights of the reward functions, in the recipe's order."""
+    """Advantages (P,G) of scored groups, or (P,G,U) with ``credit: turn``. ``rewards_PG`` are the groups' rewards
+    (``rewards_array``), ``weights_F`` the weights of the reward functions, in the recipe's order."""
     if algorithm.multi_objective_aggregation == "normalize_then_sum":
         return normalize_then_sum(rewards_by_function(groups), weights_F)
     how = {"scale_rewards": algorithm.scale_rewards, "baseline": algorithm.baseline}
+    if algorithm.credit == "turn":
+        returns_PGU, there_PGU = turn_returns(groups, *weights_F)
+        return turn_advantages(returns_PGU, there_PGU, **how)
     if algorithm.pass_at_k is not None:
         return pass_at_k_advantages(rewards_PG, algorithm.pass_at_k, **how)
     return group_advantages(rewards_PG, **how)
@@ -39,6 +43,43 @@ def rewards_by_function(groups: list[Group]) -> np.ndarray:
     """What each of F reward functions gave, (P,G,F), before weights; NaN where it could not score a completion."""
     values_PFG = [list(group.rewards_by_function.values()) for group in groups]
     return np.moveaxis(np.array(values_PFG, dtype=np.float64), 1, 2)  # numpy reads None as NaN
+
+
+def turn_returns(groups: list[Group], weight: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """What each turn of an episode led to, (P,G,U), and which turns there were, (P,G,U) of bool.
+
+    The return of a turn is the sum of the environment's rewards from that turn on, times ``weight``; what it pays in
+    the end counts with the last turn. It is 0 for turns that an episode did not come to, and NaN at all turns of one
+    that could not be scored. U is the most turns of any.
+    """
+    episodes = [[c.episode for c in group.completions] for group in groups]
+    of_turns = [[episode.returns() if episode else [] for episode in of_group] for of_group in episodes]
+    U = max((len(returns) for of_group in of_turns for returns in of_group), default=0)
+    returns_PGU = np.array([[[*of, *[0.0] * (U - len(of))] for of in of_group] for of_group in of_turns])
+    turns_PG1 = np.array([[[len(of)] for of in of_group] for of_group in of_turns])
+    scored_PG = ~np.isnan(rewards_array(groups))
+    return np.where(scored_PG[..., None], weight * returns_PGU, np.nan), np.arange(U) < turns_PG1
+
+
+def turn_advantages(
+    returns_PGU: np.ndarray, there_PGU: np.ndarray, *, scale_rewards: str = "group", baseline: str = "group"
+) -> np.ndarray:
+    """Advantages (P,G,U) of what turns led to (``turn_returns``): those of ``group_advantages``, turn by turn.
+
+    A turn is compared with the same turn of *all* episodes of its group, those that had ended before it with a return
+    of 0. So every turn is compared with as many, and the mean that includes an episode itself scales the whole gradient
+    by (G - 1) / G, as GRPO's does; ``leave_one_out`` has no bias. A mean over the episodes that came to the turn would
+    scale each turn by another factor. MT-GRPO (arXiv:2505.11821) instead normalizes the rewards of each turn and of the
+    outcome apart and adds them; GiGPO (arXiv:2505.10978) compares turns that begin in the same state, and adds that to
+    the advantage of the episode.
+    """
+    of_turns = [
+        group_advantages(returns_PG, scale_rewards=scale_rewards, baseline=baseline)
+        for returns_PG in np.moveaxis(returns_PGU, 2, 0)
+    ]
+    if not of_turns:
+        return np.zeros(np.shape(returns_PGU))
+    return np.where(there_PGU, np.stack(of_turns, axis=2), 0.0)
 
 
 def group_advantages(rewards_PG: np.ndarray, *, scale_rewards: str = "group", baseline: str = "group") -> np.ndarray:

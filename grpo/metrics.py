@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
 from grpo.advantages import rewards_array, zero_std
-from grpo.types import Group, Status
+from grpo.types import Completion, Group, Status, VersionSpan
 
 
 def completion_metrics(groups: list[Group]) -> dict[str, float]:
-    """Lengths in tokens over all completions, and over those that ended by themselves; the share of a group's that
-    differ."""
+    """Lengths in tokens over all completions, and over those that ended by themselves (an episode also where its
+    environment ended it); the share of a group's that differ. Of an episode the model's tokens count."""
     completions = [c for group in groups for c in group.completions]
-    lengths = np.array([len(c.token_ids) for c in completions])
+    lengths = np.array([c.num_model_tokens for c in completions])
     different = [len({c.text for c in group.completions}) / len(group.completions) for group in groups]
-    ended = np.array([c.status is Status.STOP for c in completions])
+    ended = np.array([c.status in (Status.STOP, Status.ENVIRONMENT) for c in completions])
     metrics = {
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -33,17 +35,54 @@ def completion_metrics(groups: list[Group]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+def episode_metrics(groups: list[Group], *, tools: bool) -> dict[str, float]:
+    """What an environment made of completions. Its calls are counted where there are ``tools``: TRL's
+    ``tools/call_frequency`` is calls a completion, ``tools/failure_frequency`` the share of calls that failed, and
+    ``tools/errors/KIND`` how many did so in which way."""
+    completions = [c for group in groups for c in group.completions]
+    episodes = [c.episode for c in completions if c.episode is not None]
+    turns = [len(episode.turns) for episode in episodes] or [0]
+    metrics = {
+        "completions/mean_turns": float(np.mean(turns)),
+        "completions/max_turns": float(max(turns)),
+        "completions/mean_environment_tokens": float(
+            np.mean([len(c.token_ids) - c.num_model_tokens for c in completions])
+        ),
+    }
+    metrics |= {
+        f"completions/ended/{status.value}": float(np.mean([c.status is status for c in completions]))
+        for status in Status
+    }
+    failures = Counter(episode.failure for episode in episodes if episode.failure)
+    metrics |= {f"environment/failed/{cause}": float(n) for cause, n in failures.items()}
+    if not tools:
+        return metrics
+    calls = [call for episode in episodes for turn in episode.turns for call in turn.calls]
+    errors = Counter(call.error for call in calls if call.error)
+    metrics["tools/call_frequency"] = len(calls) / len(completions)
+    metrics["tools/failure_frequency"] = errors.total() / max(len(calls), 1)
+    return metrics | {f"tools/errors/{kind}": float(n) for kind, n in errors.items()}
+
+
 def staleness_metrics(groups: list[Group], step: int) -> dict[str, float]:
     """How many steps before ``step`` the policy was made that drew a token: mean over tokens, and the largest."""
-    spans = [span for group in groups for completion in group.completions for span in completion.versions]
-    ages = np.array([step - span.version for span in spans], dtype=float)
-    tokens = np.array([span.end - span.start for span in spans])
+    completions = [completion for group in groups for completion in group.completions]
+    spans = [(completion, span) for completion in completions for span in completion.versions]
+    ages = np.array([step - span.version for _, span in spans], dtype=float)
+    tokens = np.array([_drawn(completion, span) for completion, span in spans])
     if not tokens.sum():
         return {}
     return {
         "sampling/staleness/mean": float(ages @ tokens / tokens.sum()),
         "sampling/staleness/max": float(ages[tokens > 0].max()),
     }
+
+
+def _drawn(completion: Completion, span: VersionSpan) -> int:
+    """How many tokens of a span the model drew."""
+    if completion.episode is None:
+        return span.end - span.start
+    return sum(max(min(turn.end, span.end) - max(turn.start, span.start), 0) for turn in completion.episode.turns)
 
 
 def reward_metrics(groups: list[Group], *, learned: bool = True) -> dict[str, float]:
@@ -104,8 +143,8 @@ def source_metrics(groups: list[Group], judge: Callable[[str], str]) -> dict[str
     return metrics
 
 
-def rollout_rows(groups: list[Group], step: int, advantages_PG: np.ndarray | None = None) -> list[dict]:
-    """One JSON object per completion, for ``rollouts/``."""
+def rollout_rows(groups: list[Group], step: int, advantages: np.ndarray | None = None) -> list[dict]:
+    """One JSON object per completion, for ``rollouts/``. ``advantages``: (P,G), or (P,G,U) with one for each turn."""
     rows = []
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
@@ -117,16 +156,57 @@ def rollout_rows(groups: list[Group], step: int, advantages_PG: np.ndarray | Non
                 "prompt": group.prompt.text,
                 "completion": completion.text,
                 "status": completion.status.value,
-                "num_tokens": len(completion.token_ids),
+                "num_tokens": completion.num_model_tokens,
                 "reward": group.rewards[g],
                 "rewards": {name: values[g] for name, values in group.rewards_by_function.items()},
                 "versions": [[s.start, s.end, s.version] for s in completion.versions],
                 "columns": group.prompt.columns | {k: v[g] for k, v in group.extra_columns.items()},
             }
-            if advantages_PG is not None:
-                row["advantage"] = float(advantages_PG[p, g])
-            rows.append(row)
+            of_turns = None
+            if advantages is not None and advantages.ndim == 3:
+                of_turns = advantages[p, g].tolist()
+            elif advantages is not None:
+                row["advantage"] = float(advantages[p, g])
+            rows.append(row | episode_row(completion, of_turns))
     return rows
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """What a row of a rollout file asks, to tell questions apart: outcomes of the same question are not independent.
+    Where an environment makes the task, each row of the data is a question of its own."""
+    asked = str(row.get("prompt"))
+    return f"{asked} #{row.get('prompt_id')}" if "turns" in row else asked
+
+
+def episode_row(completion: Completion, advantages: Sequence[float] | None = None) -> dict[str, Any]:
+    """What a row says of a completion in which an environment answered; nothing of another one.
+
+    ``turns`` are those of both sides, in order: ``role`` is ``assistant`` or ``environment``, ``tokens`` how many they
+    have. The model's say how they ``ended``, which ``calls`` they made and what came of these, and ``reward`` and
+    ``advantage`` where turns have their own. Results of calls stand there, and not a second time as an environment's
+    ``text``.
+    """
+    episode = completion.episode
+    if episode is None:
+        return {}
+    turns: list[dict[str, Any]] = []
+    end, text = 0, episode.opening
+    for place, turn in enumerate(episode.turns):
+        turns += [_of_environment(text, turn.start - end)] if text or turn.start > end else []
+        said = {"role": "assistant", "text": turn.text, "tokens": turn.end - turn.start, "ended": turn.ended}
+        said |= {"calls": [asdict(call) for call in turn.calls]} if turn.calls else {}
+        said |= {"reward": turn.reward} if turn.reward is not None else {}
+        said |= {"advantage": advantages[place]} if advantages is not None else {}
+        turns.append(said)
+        end, text = turn.end, turn.observation
+    tokens = len(completion.token_ids)
+    turns += [_of_environment(text, tokens - end)] if text or tokens > end else []
+    failed = {"failure": episode.failure, "failure_message": episode.message} if episode.failure else {}
+    return {"turns": turns, "environment_tokens": tokens - completion.num_model_tokens, **failed}
+
+
+def _of_environment(text: str, tokens: int) -> dict[str, Any]:
+    return {"role": "environment", "text": text, "tokens": tokens}
 
 
 class Clock:

@@ -31,28 +31,49 @@ Sized = tuple[int, MicroBatch]  # with its number of tokens
 
 
 def to_sequences(
-    groups: list[Group], advantages_PG: np.ndarray, algorithm: AlgorithmConfig, *, scored: bool = True
+    groups: list[Group], advantages: np.ndarray, algorithm: AlgorithmConfig, *, scored: bool = True
 ) -> list[TrainedSequence]:
-    """Flatten scored groups, G completions each. Tokens that the sampler gave no finite log-probability do not
-    count. ``scored``: a completion without a reward does not count either.
+    """Flatten scored groups, G completions each. ``advantages`` are (P,G), or (P,G,U) with one for each turn of an
+    episode. Tokens that the sampler gave no finite log-probability do not count, nor do an environment's.
+    ``scored``: a completion without a reward does not count either.
     """
     made = [
         TrainedSequence(
             prompt_ids=group.prompt.token_ids,
             completion_ids=completion.token_ids,
             sampler_logprobs=logprobs,
-            advantage=float(advantage),
+            advantage=_of_tokens(completion, advantage) if np.ndim(advantage) else float(advantage),
             valid=counts_in_loss(completion, reward if scored else 0.0, algorithm),
             uncounted=uncounted,
+            environment=environment,
         )
-        for group, advantages_G in zip(groups, advantages_PG, strict=True)
+        for group, advantages_G in zip(groups, advantages, strict=True)
         for completion, reward, advantage in zip(group.completions, group.rewards, advantages_G, strict=True)
-        for logprobs, uncounted in [_finite(completion.sampler_logprobs)]
+        for environment in [completion.environment_places()]
+        for logprobs, uncounted in [_finite(_without(environment, completion.sampler_logprobs))]
     ]
     if not groups or groups[0].teacher is None:
         return made
     says = [of for group in groups for of in group.teacher or []]
     return [replace(s, teacher=of) for s, of in zip(made, says, strict=True)]
+
+
+def _of_tokens(completion: Completion, advantages_U: np.ndarray) -> list[float]:
+    """The advantage of each token, which is its turn's; 0 at the environment's."""
+    of_tokens = [0.0] * len(completion.token_ids)
+    for turn, advantage in zip(completion.episode.turns if completion.episode else [], advantages_U, strict=False):
+        of_tokens[turn.start : turn.end] = [float(advantage)] * (turn.end - turn.start)
+    return of_tokens
+
+
+def _without(environment: Sequence[int], logprobs: Sequence[float]) -> Sequence[float]:
+    """The log-probabilities, with 0 for the environment's tokens, whatever an engine claims of them."""
+    if not environment:
+        return logprobs
+    own = list(logprobs)
+    for place in environment:
+        own[place] = 0.0
+    return own
 
 
 def _finite(logprobs: Sequence[float]) -> tuple[Sequence[float], tuple[int, ...]]:
@@ -210,6 +231,9 @@ def collate(
         mask_BT[i, :length] = s.weight if s.valid else 0.0
         if s.uncounted:
             mask_BT[i, list(s.uncounted)] = 0.0
+        if s.environment:
+            completion_mask_BT[i, list(s.environment)] = False
+            mask_BT[i, list(s.environment)] = 0.0
         for name, tensor in per_token.items():
             tensor[i, :length] = torch.tensor(getattr(s, name))
     per_token = {name: tensor.to(device) for name, tensor in per_token.items()}
@@ -220,9 +244,9 @@ def collate(
         completion_ids_BT=completion_ids_BT.to(device),
         predicts_BT=predicts_BT.to(device),
         completion_mask_BT=completion_mask_BT.to(device),
-        places_M=torch.cat([torch.arange(len(s.completion_ids)) + i * T for i, s in enumerate(micro_batch)]).to(device),
+        places_M=torch.cat([_places(s) + i * T for i, s in enumerate(micro_batch)]).to(device),
         mask_BT=mask_BT.to(device),
-        advantages_B=torch.tensor([s.advantage for s in micro_batch], dtype=torch.float32).to(device),
+        advantages=_advantages(micro_batch, T).to(device),
         sampler_logps_BT=per_token["sampler_logprobs"],
         old_logps_BT=per_token.get("old_logprobs"),
         ref_logps_BT=per_token.get("ref_logprobs"),
@@ -232,6 +256,21 @@ def collate(
         teacher_ids_BTK=teacher_ids_BTK,
         teacher_top_BTK=teacher_top_BTK,
     )
+
+
+def _places(sequence: TrainedSequence) -> torch.Tensor:
+    places = sequence.model_places()
+    return torch.arange(len(places)) if isinstance(places, range) else torch.tensor(places, dtype=torch.long)
+
+
+def _advantages(micro_batch: MicroBatch, T: int) -> torch.Tensor:
+    """(B,1), or (B,T) where advantages are of tokens."""
+    if not any(isinstance(s.advantage, list) for s in micro_batch):
+        return torch.tensor([s.advantage for s in micro_batch], dtype=torch.float32)[:, None]
+    advantages_BT = torch.zeros((len(micro_batch), T))
+    for i, s in enumerate(micro_batch):
+        advantages_BT[i, : len(s.completion_ids)] = torch.tensor(s.advantage)
+    return advantages_BT
 
 
 def _of_teacher(

@@ -24,11 +24,20 @@ from grpo.backends import (
     rest,
 )
 from grpo.config import Recipe
+from grpo.environments.prepared import prepared
 from grpo.errors import BackendFailed
 from grpo.evaluation.during import RunSuites, suites_of_run
 from grpo.evaluation.held_out import evaluate
 from grpo.losses import find_loss
-from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, source_metrics, staleness_metrics
+from grpo.metrics import (
+    Clock,
+    completion_metrics,
+    episode_metrics,
+    reward_metrics,
+    rollout_rows,
+    source_metrics,
+    staleness_metrics,
+)
 from grpo.model.optimizer import learning_rate
 from grpo.model.teacher import check_teacher
 from grpo.prompts.order import curriculum_metrics, prompts_of_step, updated_pass_rates
@@ -40,7 +49,7 @@ from grpo.rollout.replay import remembered, restored
 from grpo.rollout.rollouts import Rollouts
 from grpo.rollout.teaching import teach
 from grpo.run.run import Run, due, start_run
-from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
+from grpo.run.session import leave, make_accelerator, on_main, resolve_dtype
 from grpo.scoring.functions import tell_left_out
 from grpo.scoring.scorer import Scorer
 from grpo.update.kl_in_reward import less_kl
@@ -58,13 +67,13 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
-    tokenizer, stop_ids, task = prepare_task(recipe)
-    check_teacher(recipe, tokenizer)
-    tell_left_out(recipe.functions(), recipe.scoring.environment)
     with (
+        prepared(recipe) as (tokenizer, stop_ids, task, episodes),
         Scorer(recipe.functions(), recipe.scoring, max_steps=recipe.training.max_steps) as scorer,
         suites_of_run(recipe, tokenizer, task) as suites,
     ):
+        check_teacher(recipe, tokenizer)
+        tell_left_out(recipe.functions(), recipe.scoring.environment)
         scorer.check_columns(task.columns)
         on_main(accelerator, lambda: check_rows_at_start(recipe, task, resuming=bool(resume)))
         if not resume:
@@ -84,7 +93,7 @@ def train(recipe: Recipe, resume: bool | str = False, *, allow_changed_inputs: b
         live = LiveReport(run.folder, on=accelerator.is_main_process)
         with closing(make_backend(recipe, run.policy)) as backend, run, live:
             backend.sync(run.policy, run.progress.step)
-            rollouts = Rollouts(recipe, task, backend, accelerator)
+            rollouts = Rollouts(recipe, task, backend, accelerator, episodes)
             rollouts.restore(run.progress.rollout_ahead, run.progress.step)
 
             def anew() -> None:
@@ -120,18 +129,20 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer, teacher: TeacherSer
     with clock("train"):
         rewards_PG, kl_metrics = less_kl(run, rewards_array(groups), groups)
     weights_F = [reward.weight for reward in recipe.functions()]
-    advantages_PG = step_advantages(rewards_PG, groups, weights_F, recipe.algorithm)
+    advantages = step_advantages(rewards_PG, groups, weights_F, recipe.algorithm)
     rate = learning_rate(recipe.optimizer, progress.step, recipe.training.max_steps)
     with clock("train"):
-        updates = update(run, groups, advantages_PG, rate)
+        updates = update(run, groups, advantages, rate)
         algorithm = recipe.algorithm
         if algorithm.sync_ref_model and (progress.step + 1) % algorithm.ref_model_sync_steps == 0:
             policy.mix_reference(algorithm.ref_model_mixup_alpha)
 
-    generated = sum(len(c.token_ids) for group in sampled for c in group.completions)
+    generated = sum(c.num_model_tokens for group in sampled for c in group.completions)
     metrics = reward_metrics(sampled, learned=recipe.learns_from_rewards)
     metrics |= completion_metrics(sampled) | mean_over_updates(updates)
     metrics |= source_metrics(sampled, recipe.judged_by)
+    if rollouts.episodes is not None:
+        metrics |= episode_metrics(sampled, tools=bool(rollouts.episodes.tools))
     if recipe.rollout.max_staleness:
         metrics |= staleness_metrics(sampled, progress.step)
     metrics |= learn_of_prompts(run, drawn, rows=len(task.train))
@@ -150,7 +161,7 @@ def train_step(run: Run, rollouts: Rollouts, scorer: Scorer, teacher: TeacherSer
             metrics["cost_usd"] = recipe.training.dollars_per_hour * progress.seconds / 3600
         run.log.log(progress.step, metrics)
         if due(recipe.training.log_rollouts_every, progress.step):
-            run.log.log_rollouts(progress.step, rollout_rows(groups, progress.step, advantages_PG))
+            run.log.log_rollouts(progress.step, rollout_rows(groups, progress.step, advantages))
 
 
 def learn_of_prompts(run: Run, drawn: Drawn, *, rows: int) -> dict[str, float]:
@@ -176,7 +187,14 @@ def evaluate_and_log(run: Run, rollouts: Rollouts, scorer: Scorer, suites: RunSu
     if prompts:
         with run.log.phase("evaluating", len(prompts)) as tell:
             found, rows = evaluate(
-                run.recipe, prompts, rollouts.backend, scorer, run.accelerator, version=step, tell=tell
+                run.recipe,
+                prompts,
+                rollouts.backend,
+                scorer,
+                run.accelerator,
+                version=step,
+                episodes=rollouts.episodes,
+                tell=tell,
             )
         run.log.log_rollouts(step, rows, prefix="eval")
     if suites.due(run):

@@ -6,6 +6,7 @@ Tensor and array names end in the dimensions they have, in order:
     G  completions a prompt         T  tokens of a completion         H  hidden size
     R  rows the model reads         N  tokens of a row                L  layers with experts
     E  experts of a layer           K  experts that a token goes to, or a teacher's likeliest tokens
+    U  turns of an episode
 
 ``rewards_PG`` is prompts by completions; ``logps_BT`` is sequences by tokens of their completions: position ``t``
 describes the completion's token ``t`` itself (its logprob given its prompt and the tokens before it).
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -87,7 +89,9 @@ class Turn:
     All tokens of an episode that are in no turn are the environment's: those before the first turn, and those between
     the end of a turn and the start of the next. ``ended`` says why the turn ended: ``stop`` (a token or string that
     ends turns), ``tool_call``, ``length`` (``environment.max_turn_length``, or what was left of the episode's).
-    ``reward`` is what the environment paid for this turn alone; None where it pays by the episode.
+    ``reward`` is what the environment paid for this turn alone; None where it pays by the episode. ``text`` is what the
+    model wrote, special tokens removed; ``observation`` what the environment said to it, before the chat template,
+    where that is no result of ``calls``.
     """
 
     start: int
@@ -95,18 +99,33 @@ class Turn:
     ended: str
     reward: float | None = None
     calls: tuple[ToolCall, ...] = ()
+    text: str = ""
+    observation: str = ""
 
 
 @dataclass
 class Episode:
-    """What an environment made of a completion. ``reward`` is what it paid in the end, None where it pays nothing or
-    failed. ``failure`` is the cause of a failure (``timeout``, ``crashed``, ``memory``, ``error``), ``message`` its
-    words."""
+    """What an environment made of a completion. ``reward`` is what it paid in the end (what it paid for turns comes on
+    top), None where it pays nothing or failed. ``failure`` is the cause of a failure (``timeout``, ``crashed``,
+    ``memory``, ``error``), ``message`` its words. ``opening`` is the text of the environment's tokens before the first
+    turn."""
 
     turns: list[Turn]
     reward: float | None = None
     failure: str = ""
     message: str = ""
+    opening: str = ""
+
+    def returns(self) -> list[float]:
+        """What each turn led to: the rewards of the turns from it on, and the last one's, together."""
+        backwards = [self.reward or 0.0, *(turn.reward or 0.0 for turn in reversed(self.turns))]
+        return list(accumulate(backwards))[1:][::-1]
+
+    def total_reward(self) -> float | None:
+        """All that it paid; None where it failed, or pays neither for the whole nor for a turn."""
+        if self.failure or all(paid is None for paid in (self.reward, *(turn.reward for turn in self.turns))):
+            return None
+        return self.returns()[0] if self.turns else self.reward
 
 
 @dataclass
@@ -134,6 +153,12 @@ class Completion:
             return len(self.token_ids)
         return sum(turn.end - turn.start for turn in self.episode.turns)
 
+    def model_token_ids(self) -> list[int]:
+        """The tokens that the model wrote, one turn behind the other."""
+        if self.episode is None:
+            return list(self.token_ids)
+        return [token for turn in self.episode.turns for token in self.token_ids[turn.start : turn.end]]
+
     def environment_places(self) -> tuple[int, ...]:
         """Places of the tokens that the environment wrote, ascending."""
         if self.episode is None:
@@ -159,11 +184,20 @@ class TeacherSays:
 
 
 class Example(NamedTuple):
-    """A supervised example: token ids of a prompt and of the completion to imitate, the latter with its EOS."""
+    """A supervised example: token ids of a prompt and of the completion to imitate, the latter with its EOS.
+
+    ``environment`` are the places of tokens in the completion that the model reads and does not imitate: what tools or
+    an environment said between its messages."""
 
     prompt: list[int]
     completion: list[int]
     teacher: TeacherSays | None = None
+    environment: tuple[int, ...] = ()
+
+    @property
+    def num_model_tokens(self) -> int:
+        """Tokens to imitate."""
+        return len(self.completion) - len(self.environment)
 
 
 @dataclass
@@ -194,13 +228,15 @@ class Group:
 class TrainedSequence:
     """One prompt+completion as the update sees it: what ``packing`` arranges into micro-batches.
 
-    ``weight`` is 0 for padding sequences that only keep processes in step with each other, else 1.
+    ``advantage`` is one number, or one for each token (``algorithm.credit: turn``). ``weight`` is 0 for padding
+    sequences that only keep processes in step with each other, else 1. What is said of each token is 0 at those of
+    ``environment``, and nothing reads it.
     """
 
     prompt_ids: list[int]
     completion_ids: Sequence[int]
     sampler_logprobs: Sequence[float]
-    advantage: float
+    advantage: float | list[float]
     valid: bool = True  # False: left out of loss and denominators (truncated and masked, or unscorable)
     old_logprobs: Sequence[float] | None = None
     ref_logprobs: list[float] | None = None
@@ -209,9 +245,32 @@ class TrainedSequence:
     teacher: TeacherSays | None = None
     weight: float = 1.0
     uncounted: tuple[int, ...] = ()  # places of tokens that do not count: the sampler gave no log-probability
+    environment: tuple[int, ...] = ()  # places of the environment's tokens: the model reads them, and nothing else
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def num_model_tokens(self) -> int:
+        return len(self.completion_ids) - len(self.environment)
+
+    def model_places(self) -> Sequence[int]:
+        """Places of the completion's tokens that the model wrote, ascending."""
+        every = range(len(self.completion_ids))
+        if not self.environment:
+            return every
+        environment = set(self.environment)
+        return [place for place in every if place not in environment]
+
+    def counted_places(self) -> list[int]:
+        """Those of them that count."""
+        uncounted = set(self.uncounted)
+        return [place for place in self.model_places() if place not in uncounted]
+
+    @property
+    def has_advantage(self) -> bool:
+        """Is an advantage of it other than 0?"""
+        return any(self.advantage) if isinstance(self.advantage, list) else self.advantage != 0
 
 
 @dataclass(frozen=True)
@@ -237,7 +296,8 @@ class Batch:
 
     Those tokens are R rows of N: one packed row as ``layout`` describes it, or, without a layout, B padded rows of a
     prompt and a completion each. ``predicts_BT`` is, for each token of a completion, the index among the R x N tokens
-    of the one before it, which predicts it. ``mask_BT`` is 1.0 at tokens that count, else 0.0. ``old_logps_BT`` is None
+    of the one before it, which predicts it. ``mask_BT`` is 1.0 at tokens that count, else 0.0. ``advantages`` is (B,1),
+    or (B,T) where the turns of an episode have their own; it broadcasts. ``old_logps_BT`` is None
     when on-policy (the current logprob, detached, is the old one); ``ref_logps_BT`` is None when ``beta`` is 0,
     ``kept_BT`` where no selection of tokens was made, ``log_left_BT`` without truncated sampling or old policy. What a
     teacher elsewhere says is in the last three: of the completion's tokens, or its K likeliest, -1 at empty places.
@@ -247,10 +307,10 @@ class Batch:
     layout: Layout | None
     completion_ids_BT: torch.Tensor
     predicts_BT: torch.Tensor
-    completion_mask_BT: torch.Tensor  # bool: positions whose logprob is computed
+    completion_mask_BT: torch.Tensor  # bool: positions whose logprob is computed; of an episode the model's
     places_M: torch.Tensor  # those positions as indices into the B x T; an index of booleans makes the host wait
     mask_BT: torch.Tensor  # float: positions that count in the loss
-    advantages_B: torch.Tensor
+    advantages: torch.Tensor
     sampler_logps_BT: torch.Tensor
     old_logps_BT: torch.Tensor | None = None
     ref_logps_BT: torch.Tensor | None = None

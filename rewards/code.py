@@ -18,15 +18,15 @@ from rewards.code_compare import NAMES, Comparison, UnknownComparison
 from rewards.code_runs import Terms, run_tests
 from rewards.code_tests import BrokenTests, Tests, parse_tests
 from rewards.code_text import continued_program, extract_program
-from rewards.code_workers import opened as _open
-from rewards.code_workers import programs_of as _sandbox
-from rewards.code_workers import stop
 from rewards.sandbox import Limits
 from rewards.sandbox.packages import names_of
 from rewards.tags import NoAnswer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
-__all__ = ["_open", "_sandbox", "check_row", "code_reward", "extract_program", "start", "stop", "verify"]
+__all__ = [
+    *("_open", "_sandbox", "check_row", "code_reward", "extract_program", "judge_program", "results_of"),
+    *("start", "stop", "verify"),
+]
 
 JUDGES = "answer"
 
@@ -58,6 +58,36 @@ def verify(
     terms = Terms(limits or Limits(), _comparison(comparison, tolerance), names_of(packages), partial_credit)
     task = _read(tests, prefill, completion, status, continues)
     return task if isinstance(task, Verdict) else _judge(*task, terms)
+
+
+def judge_program(
+    tests: Tests,
+    program: str,
+    *,
+    partial_credit: bool = False,
+    limits: Limits | None = None,
+    comparison: str = "exact",
+    tolerance: float | None = None,
+    packages: Sequence[str] = (),
+) -> Verdict:
+    """Judge a program that need not be looked for in a text. Arguments and errors are those of ``verify``."""
+    terms = Terms(limits or Limits(), _comparison(comparison, tolerance), names_of(packages), partial_credit)
+    return _judge(tests, program, terms)
+
+
+def results_of(
+    tests: Tests,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    comparison: str = "exact",
+    tolerance: float | None = None,
+    packages: Sequence[str] = (),
+) -> list[Verdict]:
+    """A verdict for each of a row's tests, also of those behind one that failed. As ``judge_program``."""
+    return run_tests(
+        tests, program, Terms(limits or Limits(), _comparison(comparison, tolerance), names_of(packages), True)
+    )
 
 
 def code_reward(

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,19 @@ def limit_memory(memory_bytes: int | None) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def volunteer_for_death() -> None:
+    """If memory runs out, the kernel shall kill this process and its children, not the trainer."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def many_files() -> None:
+    """Let this process open as many files as the system allows it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 # --- between the two --------------------------------------------------------------------------------------------------
@@ -139,7 +152,7 @@ def end_descendants(pid: int) -> None:
     quiet = 0
     while quiet < 2 and time.monotonic() < deadline:  # one look may miss what moves in the list
         stopped: set[int] = set()
-        while new := set(_living_below(pid)) - stopped:
+        while new := set(living_below(pid)) - stopped:
             _signal(new, signal.SIGSTOP)
             stopped |= new
         _signal(stopped, signal.SIGKILL)
@@ -152,7 +165,8 @@ def _signal(pids: set[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def _living_below(pid: int) -> list[int]:
+def living_below(pid: int) -> list[int]:
+    """All processes below one that have not ended."""
     found: list[int] = []
     waiting = [pid]
     while waiting:
@@ -185,7 +199,12 @@ def _lives(pid: int) -> bool:
 
 
 def start_python(
-    module: str, fds: Sequence[int], *, stdout: int | None = None, keep: Sequence[str] = ()
+    module: str,
+    fds: Sequence[int],
+    *,
+    stdout: int | None = None,
+    keep: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a new interpreter that calls ``module.serve(*fds, pid of its parent)``, and its guard.
 
@@ -194,7 +213,7 @@ def start_python(
     "spawn" of multiprocessing (which runs ``__main__`` again). ``serve`` should begin with ``die_with_parent``.
 
     It has this process's environment without what looks like a secret (``rewards.secrets``), but for the variables
-    that ``keep`` names.
+    that ``keep`` names, and ``variables`` beside it.
 
     What is returned is the guard, which ends as the worker ends; ``worker_pid`` is the worker's own number.
 
@@ -210,7 +229,7 @@ def start_python(
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             pass_fds=tuple(fds),
-            env=without_secrets(os.environ, keep),
+            env=without_secrets(os.environ, keep) | dict(variables or {}),
             start_new_session=True,
         )
     )

@@ -71,7 +71,7 @@ def test_an_example_trains(tmp_path, name):
 
 MISTAKES = {
     "my_loss.py": (
-        "return -weight_BT * tokens.advantages_B1 * tokens.logps_BT",
+        "return -weight_BT * tokens.advantages * tokens.logps_BT",
         "return tokens.ratio_BT.tanh().sum()",
         "algorithm.loss_type: my_loss.py:capped: it returned a tensor of shape (); expected a floating-point tensor of",
     ),

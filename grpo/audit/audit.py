@@ -1,4 +1,4 @@
-"""``grpo audit``: tries a recipe's rewards on its own rows, before a policy finds their holes.
+"""``grpo audit``: tries a recipe's rewards and its environment on its own rows, before a policy finds their holes.
 
 Each row gives a completion with the right answer, which must be paid, and some thirty cheats, which must not be paid
 (``cases.py`` makes them). They are scored like rollouts, in the same processes. The audit needs no weights, and it
@@ -20,9 +20,10 @@ from time import perf_counter
 from typing import Any
 
 from grpo.audit.cases import GOLD, Case, Form, cases, forms, gold_answer
+from grpo.audit.environment import audit_environment
 from grpo.audit.outcome import Outcome, section
 from grpo.audit.standard import Standard, kind_of, standard_of
-from grpo.config import ModelConfig, Recipe, RewardConfig
+from grpo.config import ENVIRONMENT, ModelConfig, Recipe, RewardConfig
 from grpo.errors import UserError
 from grpo.prompts.parts import Share
 from grpo.prompts.rows import load_parts
@@ -60,7 +61,7 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
     """
     if not recipe.functions():
         raise UserError("rewards: the recipe has none to audit")
-    parts = load_parts(recipe.data, recipe.training, recipe.stage)
+    parts = load_parts(recipe.data, recipe.training, recipe.stage, environment=recipe.environment is not None)
     tokenizer = _tokenizer(recipe.model)
     task = Task(recipe.data, recipe.training, recipe.stage, tokenizer, parts)
     sample = [
@@ -76,6 +77,9 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
         for index, reward in enumerate(recipe.functions()):
             if not reward.scores(label):
                 continue
+            if reward.name == ENVIRONMENT:
+                unknown = True  # no text alone is paid: it is played, below
+                continue
             outcome = _Audit(recipe, reward, of_source, tokenizer, gold).run()
             text, found = section(f"{reward.where(index)} on {label}" if label else reward.where(index), outcome)
             tell(text)
@@ -84,6 +88,8 @@ def audit(recipe: Recipe, rows: int, gold: str | None = None, tell: Callable[[st
             unknown = unknown or outcome.gold_missing == len(of_source)
         if not telling and not unknown:
             findings.append(f"no reward of {label or 'the recipe'} pays a right answer more than a wrong one")
+    if recipe.environment is not None:
+        findings += audit_environment(recipe, [(row.place, row.columns) for row in sample], tell)
     return findings
 
 

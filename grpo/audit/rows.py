@@ -57,7 +57,9 @@ def check_data(
             return f": the rows of {source.rows.hub} are checked when a run loads them"
         if needs_network(source, recipe.training.seed):
             return f": the rows of {source.rows.name} come from the hub and are checked when a run loads them"
-    train, held_out, notes = load_parts(recipe.data, recipe.training, recipe.stage)
+    train, held_out, notes = load_parts(
+        recipe.data, recipe.training, recipe.stage, environment=recipe.environment is not None
+    )
     there_is = f": {len(train)} rows to train on, {len(held_out)} held out"
     if scorer is not None:
         scorer.check_columns(
@@ -69,7 +71,7 @@ def check_data(
         refuse_unscorable(recipe, found)
         for one in found:
             there_is += f"; {one.reward} can score nothing on {len(one.rows)} of them (--rows lists these)"
-    if note := overlap_note(train, held_out):
+    if recipe.environment is None and (note := overlap_note(train, held_out)):
         there_is += f"; {note}"
     return "; ".join([there_is, *notes]) if with_notes else there_is
 
@@ -139,5 +141,5 @@ def check_rows_at_start(recipe: Recipe, task: Task, *, resuming: bool = False) -
         refuse_unscorable(recipe, found)
     for one in found:
         log.warning(one.message())
-    if not resuming:
+    if not resuming and recipe.environment is None:  # whose rows may all ask the same
         warn_of_overlap(task)

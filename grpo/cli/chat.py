@@ -56,6 +56,9 @@ def chat(
         recipe = load_recipe(inside(run, "recipe.yaml", "is not a run folder"), overrides or [])
         final = inside(run, "final", "has no final model yet")
         recipe = model_and_template(recipe, source)
+        if recipe.environment is not None:
+            tell("Its environment is not played here: the model has no tools, and answers in one turn.", err=True)
+            recipe = recipe.model_copy(update={"environment": None})
         if not trust:
             check_own_code(run, recipe)
     with exit_codes():
@@ -81,7 +84,7 @@ def chat(
 
 
 def model_and_template(recipe: Recipe, label: str | None = None) -> Recipe:
-    """The recipe without what a chat does not execute: rewards, a loss, a task or a backend of the user's own. With
+    """The recipe without what a chat does not execute: rewards, a loss, a task, a backend of the user's own. With
     `data.mix` it has the template of the source of this label, or the first one's."""
     sources = {source.label: source.rows for source in recipe.data.sources()}
     if label is not None and label not in sources:

@@ -107,12 +107,17 @@ def check_offline(recipe: Recipe, unscorable: list[Unscorable] | None = None) ->
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported, which is below
     from grpo.audit.rows import check_data
     from grpo.backends import find_backend
+    from grpo.environments.episodes import check_environment
+    from grpo.environments.prepared import prepared
     from grpo.losses import find_loss
-    from grpo.run.session import prepare_task
     from grpo.scoring.scorer import Scorer
 
     note, problems, scorer = "", [], None
-    for find in (lambda: find_loss(recipe.algorithm.loss_type), lambda: find_backend(recipe)):
+    for find in (
+        lambda: find_loss(recipe.algorithm.loss_type),
+        lambda: find_backend(recipe),
+        lambda: check_environment(recipe),
+    ):
         try:
             find()
         except UserError as error:
@@ -122,15 +127,16 @@ def check_offline(recipe: Recipe, unscorable: list[Unscorable] | None = None) ->
     except UserError as error:
         problems.append(str(error))
     try:
-        has_tokenizer = _has_tokenizer(recipe)  # with one, prepare_task says what is unexpected
+        has_tokenizer = _has_tokenizer(recipe)  # with one, prepared says what is unexpected
         note = check_data(recipe, scorer, with_notes=not has_tokenizer, unscorable=unscorable)
         if not has_tokenizer:
             source = recipe.model.tokenizer or recipe.model.name
             note += f"; prompts are checked when the run starts (no tokenizer of {source} on this machine)"
         elif not any(source.rows.hub for source in recipe.data.sources()):
-            prepare_task(recipe)
+            with prepared(recipe):
+                pass
     except UserError as error:
-        problems.append(str(error))
+        problems += [str(error)] if str(error) not in problems else []  # prepared looks at the environment again
     finally:
         if scorer is not None:
             scorer.close()

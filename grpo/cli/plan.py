@@ -30,6 +30,10 @@ def plan(
         float | None,
         typer.Option("--prompt-length", min=1, help="Mean tokens of a prompt. Default: half the longest."),
     ] = None,
+    environment_length: Annotated[
+        float | None,
+        typer.Option("--environment-length", min=0, help="Mean tokens that an environment adds to a completion."),
+    ] = None,
     signal: Annotated[
         float | None, typer.Option("--signal", min=0, max=1, help="Share of groups that are trained on. Default: 1.")
     ] = None,
@@ -64,7 +68,13 @@ def plan(
         if config and not Path(config).expanduser().exists():
             raise UserError(f"--config: {config}: no such file")
         shape = find_shape(config or resolved.model.name)
-        lengths = assumed_lengths(resolved, prompt=prompt_length, completion=length, with_signal=signal)
+        lengths = assumed_lengths(
+            resolved,
+            prompt=prompt_length,
+            completion=length,
+            with_signal=signal,
+            environment=environment_length,
+        )
         named = teacher_config or (resolved.teacher.name if resolved.teacher is not None else None)
         teacher = find_shape(named, key="teacher.name", option="--teacher-config") if named else None
         if gpu == "cpu":

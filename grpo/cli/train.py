@@ -70,14 +70,13 @@ def check_before_training(recipe: Recipe) -> None:
     from grpo.audit.at_start import warn_of_unpaid_answers
     from grpo.audit.rows import check_rows_at_start
     from grpo.backends import check_engine
+    from grpo.environments.prepared import prepared
     from grpo.model.teacher import check_teacher
-    from grpo.run.session import prepare_task
     from grpo.scoring.scorer import Scorer
 
     check_engine(recipe.rollout)
-    tokenizer, _, task = prepare_task(recipe)
-    check_teacher(recipe, tokenizer)
-    with Scorer(recipe.functions(), recipe.scoring) as scorer:
+    with prepared(recipe) as (tokenizer, _, task, _), Scorer(recipe.functions(), recipe.scoring) as scorer:
+        check_teacher(recipe, tokenizer)
         scorer.check_columns(task.columns)
         check_rows_at_start(recipe, task)
         warn_of_unpaid_answers(recipe, task, scorer)

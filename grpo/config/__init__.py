@@ -8,10 +8,11 @@ recipe).
 
 from grpo.config.algorithm import AlgorithmConfig
 from grpo.config.data import DataConfig, MixConfig, RowsConfig, Source
+from grpo.config.environment import EnvironmentConfig
 from grpo.config.evaluation import EvaluationConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.recipe import Recipe
-from grpo.config.rewards import RewardConfig
+from grpo.config.rewards import ENVIRONMENT, RewardConfig
 from grpo.config.sections import (
     LoraConfig,
     ModelConfig,
@@ -24,8 +25,10 @@ from grpo.config.sections import (
 from grpo.config.teacher import TeacherConfig
 
 __all__ = [
+    "ENVIRONMENT",
     "AlgorithmConfig",
     "DataConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "LoraConfig",
     "MixConfig",

@@ -124,6 +124,9 @@ class AlgorithmConfig(Section):
     once more over the step (GDPO)."""
     pass_at_k: PositiveInt | None = None
     """Advantages for the best of k completions (Pass@k Training), k below num_generations; null: for each by itself."""
+    credit: Literal["episode", "turn"] = "episode"
+    """With an `environment`: one advantage for all turns of an episode, or one for each turn, of the rewards from it
+    on. `turn` is for environments that pay for turns."""
     mask_truncated_completions: bool = False
     """Leave completions that ran into max_completion_length out of the loss."""
     sync_ref_model: bool = False
@@ -178,7 +181,8 @@ class AlgorithmConfig(Section):
         if self.sync_ref_model and self.beta == 0:
             text = "sync_ref_model needs a reference model: set beta above 0"
             problems.append(Problem(("sync_ref_model", "beta"), text))
-        refuse(problems + self._loss_problems() + self._entropy_problems() + self._advantage_problems())
+        problems += self._loss_problems() + self._entropy_problems() + self._advantage_problems()
+        refuse(problems + (self._credit_problems() if self.credit == "turn" else []))
         return self
 
     def _loss_problems(self) -> list[Problem]:
@@ -242,6 +246,28 @@ class AlgorithmConfig(Section):
             text = "pass_at_k needs scale_rewards: group or none; its deviation is that of a group's subsets"
             problems.append(Problem(("pass_at_k", "scale_rewards"), text))
         return problems
+
+    def _credit_problems(self) -> list[Problem]:
+        """What turns can't have advantages of their own with."""
+        whole = "cannot be used with credit: turn, which gives each turn of an episode its own advantage:"
+        level, loss = self.importance_sampling_level, self.loss_type
+        given = {
+            "loss_type": loss in ("gspo", "luspo", "rloo", "vespo")
+            and f"{loss} {whole} it weighs an episode as a whole. Take dapo, grpo, dr_grpo, cispo or another loss of "
+            "tokens",
+            "importance_sampling_level": level == "sequence"
+            and f"importance_sampling_level: sequence {whole} its ratio is the episode's. sequence_token can",
+            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None
+            and f"off_policy_mask_threshold {whole} it asks for the sign of an episode's",
+            "pass_at_k": self.pass_at_k is not None and f"pass_at_k {whole} it is of whole episodes",
+            "multi_objective_aggregation": self.multi_objective_aggregation == "normalize_then_sum"
+            and f"multi_objective_aggregation: normalize_then_sum {whole} it is of several rewards, and the "
+            "environment's alone are by turn",
+            "kl_in_reward": self.kl_in_reward
+            and self.beta > 0
+            and f"kl_in_reward {whole} it is taken off an episode's reward. Leave it out, for a penalty in the loss",
+        }
+        return [Problem((key, "credit"), text) for key, text in given.items() if text]
 
     def _normalize_then_sum_problems(self) -> list[Problem]:
         clash = "cannot be used with multi_objective_aggregation: normalize_then_sum, which"

@@ -39,7 +39,8 @@ class EnvironmentConfig(Section):
     timeout: Positive = 10.0
     """Seconds that one call of the environment may take. A later one costs its episode, which has no reward then."""
     memory_limit_gb: Positive | None = 1.0
-    """Address space of one episode's process; null sets no limit."""
+    """Memory (address space) that one episode's process may take beside what the imports of its code took; null sets no
+    limit."""
     overlap_steps: NonNegativeInt = 4
     """With `rollout.backend: hf`: tokens that other episodes draw while a tool runs, before they wait for it. Higher
     suits slow tools and long turns."""

@@ -54,6 +54,16 @@ RENAMED = {
     # rewards
     "reward_funcs": "rewards: a list of {name: ...} or {path: file.py:function}",
     "reward_weights": "rewards: each with its own weight",
+    # environment
+    "tools": "environment.tools: a list of file.py:function",
+    "environment_factory": "environment.path: file.py:Class",
+    "env": "environment: {name: ...} for a built-in, {path: file.py:Class} for your own",
+    "max_tool_calling_iterations": "environment.max_turns: one more, the turn after the last call included",
+    "max_assistant_turns": "environment.max_turns",
+    "max_user_turns": "environment.max_turns: turns of the model",
+    "max_tool_response_length": "environment.max_observation_length: tokens",
+    "tool_config_path": "environment.tools: a list of file.py:function",
+    "tool_response_truncate_side": "environment.max_observation_length: a longer answer is cut in the middle",
     # rollout
     "n": "rollout.num_generations",
     "n_samples_per_prompt": "rollout.num_generations",

@@ -20,7 +20,7 @@ from grpo.config.evaluation import EvaluationConfig
 from grpo.config.expect import ExpectConfig
 from grpo.config.health import HealthConfig
 from grpo.config.prompts import PromptsConfig
-from grpo.config.rewards import RewardConfig, SourceReward
+from grpo.config.rewards import ENVIRONMENT, RewardConfig, SourceReward
 from grpo.config.sections import (
     ModelConfig,
     OptimizerConfig,
@@ -78,8 +78,8 @@ class Recipe(Section):
             usual = "reverse_kl" if self.stage == "grpo" else "forward_kl"
             self.teacher = self.teacher.model_copy(update={"divergence": usual})
         if self.environment is not None and not (self.rewards or self.data.mix or self.teacher):
-            self.rewards = [RewardConfig(name="environment")]
-        problems: list[Problem] = self._environment_problems()
+            self.rewards = [RewardConfig(name=ENVIRONMENT)]
+        problems: list[Problem] = self._environment_problems() + self._credit_problems()
         if self.stage == "grpo" and self.teacher is None:
             problems += self._reward_problems()
         functions = self.reward_names()
@@ -125,8 +125,23 @@ class Recipe(Section):
                 f"{reward.where(i)}: environment is what an environment pays, and the recipe has no environment",
             )
             for i, reward in enumerate(self.functions())
-            if reward.name == "environment"
+            if reward.name == ENVIRONMENT
         ]
+
+    def _credit_problems(self) -> list[Problem]:
+        """Turns can have advantages of their own where an environment pays for them, and nothing else does."""
+        if self.algorithm.credit != "turn":
+            return []
+        key, turns = "algorithm.credit", "algorithm.credit: turn is about rewards that an environment pays for turns"
+        if self.environment is None:
+            return [Problem((key, "environment"), f"{turns}, and the recipe has no environment")]
+        if self.data.mix:
+            return [Problem((key, "data.mix"), f"{turns}, and with data.mix sources have rewards of their own")]
+        if [reward.name for reward in self.rewards] != [ENVIRONMENT]:
+            others = ", ".join(name for name in self.reward_names() if name != ENVIRONMENT)
+            text = f"{turns}: it must be the one reward" + (f", without {others}" if others else "")
+            return [Problem((key, "rewards"), text)]
+        return []
 
     def _suites_problems(self) -> list[Problem]:
         """Suites that no step would evaluate."""

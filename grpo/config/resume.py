@@ -66,7 +66,7 @@ REFUSED = {
         importance_sampling_level off_policy_mask_threshold top_entropy_quantile entropy_coef use_adaptive_entropy
         entropy_target entropy_coef_delta entropy_coef_min entropy_coef_max sapo_temperature_pos sapo_temperature_neg
         vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg clip_cov_ratio clip_cov_lb clip_cov_ub kl_cov_ratio
-        ppo_kl_coef num_iterations num_minibatches scale_rewards baseline multi_objective_aggregation pass_at_k
+        ppo_kl_coef num_iterations num_minibatches scale_rewards baseline multi_objective_aggregation pass_at_k credit
         mask_truncated_completions sync_ref_model ref_model_sync_steps ref_model_mixup_alpha importance_sampling_mode
         importance_sampling_clip_max importance_sampling_clip_min router_aux_loss_coef router_bias_update_rate""",
     "optimizer": "optim weight_decay adam_beta1 adam_beta2 adam_epsilon",

@@ -8,11 +8,15 @@ from pydantic import Field, model_validator
 
 from grpo.config.base import Finite, LocalPath, Positive, Problem, Section, refuse
 
+ENVIRONMENT = "environment"
+"""The reward that an environment pays."""
+
 
 class RewardConfig(Section):
     name: str | None = None
     """A built-in reward: `countdown`, `gsm8k`, `math`, `code`, `similarity` judge the answer, `format` the form,
-    `overlong`, `cosine`, `repetition`, `language` shape; docs/rewards.md describes them."""
+    `overlong`, `cosine`, `repetition`, `language` shape; docs/rewards.md describes them. `environment` is what the
+    recipe's `environment` pays."""
     path: LocalPath | None = None
     """A function of yours: `my_rewards.py:fn` or `package.module:fn`."""
     weight: Finite = 1.0
@@ -34,6 +38,9 @@ class RewardConfig(Section):
         if self.path is not None and not all(part.strip() for part in self.path.rpartition(":")):
             text = f"path: expected file.py:function or package.module:function, got {self.path!r}"
             refuse([Problem(("path",), text)])
+        if self.name == ENVIRONMENT and self.args:
+            text = "args: environment takes none; what its class takes is environment.args"
+            refuse([Problem(("args", "name"), text)])
         if self.shaping and self.path is None:
             text = "shaping is for functions given by path: a built-in says itself what it judges"
             refuse([Problem(("shaping", "name"), text)])

@@ -1,4 +1,4 @@
 """Environments: what answers the model between its turns, in processes that may die.
 
-Others take ``episodes`` (``open_episodes``, ``play``).
+Others take ``episodes`` (``open_episodes``, ``play``) and ``prepared`` (a recipe's task with its environment).
 """

@@ -9,8 +9,9 @@ import numpy as np
 
 from grpo.backends.base import Backend, Request, Sampling
 from grpo.config import Recipe
+from grpo.environments.episodes import Episodes, play
 from grpo.evaluation.statistics import accuracy_metrics
-from grpo.metrics import completion_metrics, rollout_rows
+from grpo.metrics import completion_metrics, episode_metrics, rollout_rows
 from grpo.randomness import Stream, key
 from grpo.run.agreement import check_drawn
 from grpo.run.exchange import gather_groups
@@ -30,6 +31,7 @@ def evaluate(
     accelerator: Accelerator,
     *,
     version: int,
+    episodes: Episodes | None = None,
     tell: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics and rollout rows of the held-out prompts, equal on every process; each process does its share.
@@ -38,8 +40,14 @@ def evaluate(
     ``tell`` is called with how many prompts have all their completions, counted on this process and taken for as many
     on each.
     """
-    groups = sample_and_score(recipe, prompts, backend, scorer, accelerator, version=version, tell=tell)
+    groups = sample_and_score(
+        recipe, prompts, backend, scorer, accelerator, version=version, episodes=episodes, tell=tell
+    )
     metrics = held_out_metrics(recipe, groups) | metrics_by_source(recipe, groups)
+    if episodes is not None:
+        metrics |= {
+            f"eval/{name}": value for name, value in episode_metrics(groups, tools=bool(episodes.tools)).items()
+        }
     return metrics, [row | judged_by(recipe, row) for row in rollout_rows(groups, version)]
 
 
@@ -51,11 +59,13 @@ def sample_and_score(
     accelerator: Accelerator,
     *,
     version: int,
+    episodes: Episodes | None = None,
     tell: Callable[[int], None] = lambda done: None,
     draws: tuple[str, ...] = (),
 ) -> list[Group]:
-    """The prompts' completions by the recipe's ``evaluation``, with their rewards, on every process. ``draws`` sets
-    the draws apart from those of other prompts with the same numbers."""
+    """The prompts' completions by the recipe's ``evaluation``, with their rewards, on every process. With ``episodes``
+    the recipe's environment answers. ``draws`` sets the draws apart from those of other prompts with the same numbers.
+    """
     evaluation = recipe.evaluation
     sampling = Sampling(
         max_completion_length=evaluation.max_completion_length or recipe.rollout.max_completion_length,
@@ -78,8 +88,7 @@ def sample_and_score(
         done += 1
         tell(min(len(prompts), done * world))
 
-    completions = backend.generate(requests, sampling, version, count)
-    groups = [Group(p, c) for p, c in zip(mine, completions, strict=True)]
+    groups = play(episodes, backend, requests, sampling, version, count)
     scorer.score(groups, version)
     return gather_groups({group.prompt.id: group for group in groups})
 
@@ -98,13 +107,19 @@ def judged_groups(recipe: Recipe, groups: list[Group]) -> tuple[list[Group], np.
     return scored, np.array([[r is not None and r >= 1 for r in judged(group)] for group in scored])
 
 
+def question(group: Group) -> str:
+    """What a group was asked; as ``metrics.question_of`` for its rows."""
+    asked, played = str(group.prompt.prompt), any(c.episode is not None for c in group.completions)
+    return f"{asked} #{group.prompt.id}" if played else asked
+
+
 def held_out_metrics(recipe: Recipe, groups: list[Group]) -> dict[str, float]:
     """Accuracy over the prompts that could be scored; lengths and what each reward gave over all. The others are
     counted in ``eval/unscored/…``."""
     if not recipe.functions():  # distilled without any: there are lengths alone to tell
         return {f"eval/{name}": value for name, value in completion_metrics(groups).items()}
     scored, solved_PG = judged_groups(recipe, groups)
-    metrics = accuracy_metrics(solved_PG, [str(group.prompt.prompt) for group in scored])
+    metrics = accuracy_metrics(solved_PG, [question(group) for group in scored])
     metrics |= {f"eval/{k}": v for k, v in completion_metrics(groups).items()}
     for function, reward in zip(recipe.reward_names(), recipe.functions(), strict=True):
         values = [r for g in groups if reward.scores(g.prompt.source) for r in g.rewards_by_function[function]]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
 from grpo.config import Recipe
+from grpo.environments.episodes import Episodes
+from grpo.environments.prepared import prepared
 from grpo.errors import UserError, first_line
 from grpo.evaluation.held_out import evaluate
 from grpo.evaluation.suites import PreparedSuite, evaluate_suite, prepare, scorers, training_questions
@@ -18,7 +20,7 @@ from grpo.prompts.checks import stop_token_ids
 from grpo.prompts.rows import load_parts
 from grpo.run.inputs import hash_model
 from grpo.run.screen import working
-from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
+from grpo.run.session import leave, make_accelerator, on_main, resolve_dtype
 from grpo.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -68,20 +70,21 @@ def evaluate_recipe(
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
     task: Task | None = None
-    if held_out:
-        tokenizer, stop_ids, task = prepare_task(recipe)
-        if not task.eval_prompts and not recipe.evaluation.suites:
-            raise UserError("data.eval_size is 0: there is nothing to evaluate on")
-        configs = load_configs(recipe.model)
-    else:
-        tokenizer, configs = load_tokenizer(recipe.model), load_configs(recipe.model)
-        stop_ids = stop_token_ids(tokenizer, *configs)
-    if choose_template:
-        template = "chat" if tokenizer.chat_template else "none"
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": template})})
-    trained_on = _trained_on(recipe, task) if data_known and recipe.evaluation.suites else None
-    suites = prepare(recipe, tokenizer, configs, _longest(recipe, configs[0]), rows, trained_on)
+    episodes: Episodes | None = None
     with ExitStack() as stack:
+        if held_out:
+            tokenizer, stop_ids, task, episodes = stack.enter_context(prepared(recipe))
+            if not task.eval_prompts and not recipe.evaluation.suites:
+                raise UserError("data.eval_size is 0: there is nothing to evaluate on")
+            configs = load_configs(recipe.model)
+        else:
+            tokenizer, configs = load_tokenizer(recipe.model), load_configs(recipe.model)
+            stop_ids = stop_token_ids(tokenizer, *configs)
+        if choose_template:
+            template = "chat" if tokenizer.chat_template else "none"
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": template})})
+        trained_on = _trained_on(recipe, task) if data_known and recipe.evaluation.suites else None
+        suites = prepare(recipe, tokenizer, configs, _longest(recipe, configs[0]), rows, trained_on)
         scorer = stack.enter_context(Scorer(recipe.functions(), recipe.scoring)) if task is not None else None
         if task is not None and scorer is not None:
             scorer.check_columns(task.columns)
@@ -92,7 +95,9 @@ def evaluate_recipe(
         backend.sync(policy, 0)
         inputs = {"inputs": on_main(accelerator, lambda: hash_model(recipe.model))}
         if task is not None and scorer is not None and task.eval_prompts:
-            found, completions = evaluate(recipe, task.eval_prompts, backend, scorer, accelerator, version=0)
+            found, completions = evaluate(
+                recipe, task.eval_prompts, backend, scorer, accelerator, version=0, episodes=episodes
+            )
             on_result(Evaluated(found, completions, recipe, inputs))
         for suite, judge in zip(suites, of_suites, strict=True):
             on_result(_evaluated(suite, backend, judge, accelerator, inputs))

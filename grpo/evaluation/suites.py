@@ -192,6 +192,7 @@ def _recipe(loaded: LoadedSuite, recipe: Recipe, sampling: SuiteSampling) -> Rec
     length = {"max_completion_length": sampling.max_completion_length}
     rollout = recipe.rollout.model_copy(update=length | {"stop": [*sampling.stop, *recipe.rollout.stop]})
     changes = {"data": data, "rewards": [reward], "evaluation": evaluation, "rollout": rollout, "stage": "grpo"}
+    changes["environment"] = None  # which a suite does not have
     return recipe.model_copy(update=changes)
 
 

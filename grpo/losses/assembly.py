@@ -42,7 +42,7 @@ def policy_loss(
 
     Args:
         logps_BT: log-probabilities of the tokens under the policy being trained, with gradient; nats.
-        batch: always ``mask_BT`` and ``advantages_B``. Where needed, ``old_logps_BT``, under the policy that the clip
+        batch: always ``mask_BT`` and ``advantages``. Where needed, ``old_logps_BT``, under the policy that the clip
             range is centred on (None: on-policy, so the ratio is 1 and its gradient is that of the log-probability);
             ``ref_logps_BT``, under the reference; ``kept_BT``, 0 at tokens that a selection excludes from the
             surrogate; ``sampler_logps_BT``, for ``off_policy_mask_threshold``.
@@ -62,8 +62,7 @@ def policy_loss(
     old_BT = logps_BT.detach() if batch.old_logps_BT is None else torch.where(valid_BT, batch.old_logps_BT, 0.0)
     log_ratio_BT = logps_BT - old_BT
     ratio_BT = policy_ratio(log_ratio_BT, mask_BT, level=algorithm.importance_sampling_level or variant.level)
-    advantages_B1 = batch.advantages_B[:, None]
-    tokens = Tokens(logps_BT, log_ratio_BT, ratio_BT, advantages_B1, mask_BT, weights_BT, batch.kept_BT)
+    tokens = Tokens(logps_BT, log_ratio_BT, ratio_BT, batch.advantages, mask_BT, weights_BT, batch.kept_BT)
 
     loss_BT = variant.objective(tokens, algorithm)
     if weights_BT is not None and not variant.weighs_sampler:
@@ -73,7 +72,7 @@ def policy_loss(
     metrics = {"tokens": mask_BT.sum()} | variant.measure(tokens, algorithm)
     if algorithm.off_policy_mask_threshold is not None:
         on_policy_B1 = off_policy_kept(
-            batch.advantages_B,
+            tokens.advantages_B1,
             logps_BT,
             batch.sampler_logps_BT,
             mask_BT,

@@ -15,7 +15,7 @@ def clipped_surrogate(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     ``delta`` bounds r from above where A < 0, which the plain bound does not (dual clip, arXiv:1912.09729). r is the
     ratio at the recipe's ``importance_sampling_level``: with ``sequence`` this is GSPO's (arXiv:2507.18071, eq. 5).
     """
-    return _pessimistic(tokens.ratio_BT, tokens.advantages_B1, options)
+    return _pessimistic(tokens.ratio_BT, tokens.advantages, options)
 
 
 def completion_surrogate(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
@@ -33,11 +33,11 @@ def _completion_ratio(tokens: Tokens) -> torch.Tensor:
     return log_ratio_B1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def _pessimistic(ratio: torch.Tensor, advantages_B1: torch.Tensor, options: AlgorithmConfig) -> torch.Tensor:
+def _pessimistic(ratio: torch.Tensor, advantages: torch.Tensor, options: AlgorithmConfig) -> torch.Tensor:
     clipped = ratio.clamp(1 - options.epsilon, 1 + options.high)
     if options.delta is not None:
         ratio = ratio.clamp(max=options.delta)
-    return -torch.minimum(ratio * advantages_B1, clipped * advantages_B1)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 def sapo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
@@ -46,10 +46,10 @@ def sapo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     tau is ``sapo_temperature_pos`` where A > 0, ``sapo_temperature_neg`` elsewhere. At r = 1 the gradient is
     REINFORCE's; away from it, on either side, it fades.
     """
-    advantages_B1 = tokens.advantages_B1
-    tau_B1 = torch.full_like(advantages_B1, options.sapo_temperature_neg)
-    tau_B1[advantages_B1 > 0] = options.sapo_temperature_pos
-    return -(tau_B1 * (tokens.ratio_BT - 1)).sigmoid() * 4 / tau_B1 * advantages_B1
+    advantages = tokens.advantages
+    tau = torch.full_like(advantages, options.sapo_temperature_neg)
+    tau[advantages > 0] = options.sapo_temperature_pos
+    return -(tau * (tokens.ratio_BT - 1)).sigmoid() * 4 / tau * advantages
 
 
 def clip_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
@@ -63,8 +63,8 @@ def completion_clip_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[st
 
 
 def _clipped(ratio: torch.Tensor, tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
-    low_BT = ((ratio < 1 - options.epsilon) & (tokens.advantages_B1 < 0)) * tokens.mask_BT
-    high_BT = ((ratio > 1 + options.high) & (tokens.advantages_B1 > 0)) * tokens.mask_BT
+    low_BT = ((ratio < 1 - options.epsilon) & (tokens.advantages < 0)) * tokens.mask_BT
+    high_BT = ((ratio > 1 + options.high) & (tokens.advantages > 0)) * tokens.mask_BT
     return {
         "clip_ratio/low": low_BT.sum(),
         "clip_ratio/high": high_BT.sum(),

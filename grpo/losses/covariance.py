@@ -50,4 +50,4 @@ def kl_cov_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     """
     selected_BT = 1.0 - tokens.kept_BT if tokens.kept_BT is not None else torch.zeros_like(tokens.mask_BT)
     penalty_BT = options.ppo_kl_coef * tokens.log_ratio_BT.abs()
-    return -tokens.ratio_BT * tokens.advantages_B1 + selected_BT * penalty_BT
+    return -tokens.ratio_BT * tokens.advantages + selected_BT * penalty_BT

@@ -118,7 +118,7 @@ def loss(**parts: Any) -> Callable[[Objective], LossType]:
 
         @loss(reduce=token_sum, denominator=by_tokens)
         def my_loss(tokens, options):
-            return -tokens.ratio_BT.clamp(max=2.0) * tokens.advantages_B1
+            return -tokens.ratio_BT.clamp(max=2.0) * tokens.advantages
 
     ``parts`` are ``LossType``'s other fields. The objective takes ``Tokens`` and the recipe's ``algorithm`` section and
     returns (B,T).

@@ -67,7 +67,7 @@ def importance_metrics(
 
 
 def off_policy_kept(
-    advantages_B: torch.Tensor,
+    advantages_B1: torch.Tensor,
     logps_BT: torch.Tensor,
     sampler_logps_BT: torch.Tensor,
     mask_BT: torch.Tensor,
@@ -81,4 +81,4 @@ def off_policy_kept(
     """
     difference_BT = torch.where(mask_BT > 0, sampler_logps_BT - logps_BT.detach(), 0.0)
     drift_B = difference_BT.sum(1) / mask_BT.sum(1).clamp(min=1.0)
-    return (~((advantages_B < 0) & (drift_B > threshold)))[:, None].to(mask_BT.dtype)
+    return (~((advantages_B1 < 0) & (drift_B[:, None] > threshold))).to(mask_BT.dtype)

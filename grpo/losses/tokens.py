@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from grpo.config import AlgorithmConfig
+from grpo.errors import UserError
 
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range and far inside float32
 
@@ -40,16 +41,28 @@ class Tokens:
     ``importance_sampling_level``, with gradient. On-policy, old and current are the same numbers: the ratio is 1 and
     its gradient is that of the log-probability. ``sampler_weights``, (B,T) or (B,1), correct for the sampler's
     mismatch; ``policy_loss`` applies them unless the loss type has ``weighs_sampler``. ``kept_BT`` is 0 at tokens that
-    a selection excludes, and None without a selection.
+    a selection excludes, and None without a selection. ``advantages`` is (B,1), or (B,T) with ``algorithm.credit:
+    turn``: it broadcasts. A loss that needs one advantage a completion reads ``advantages_B1``.
     """
 
     logps_BT: torch.Tensor
     log_ratio_BT: torch.Tensor
     ratio_BT: torch.Tensor
-    advantages_B1: torch.Tensor
+    advantages: torch.Tensor
     mask_BT: torch.Tensor
     sampler_weights: torch.Tensor | None = None
     kept_BT: torch.Tensor | None = None
+
+    @property
+    def advantages_B1(self) -> torch.Tensor:
+        """One advantage a completion. Raises UserError where turns have their own."""
+        if self.advantages.shape[1] != 1:
+            raise UserError(
+                "algorithm.credit: turn gives the turns of an episode advantages of their own, and this loss asks for "
+                "one a completion (tokens.advantages_B1): let it read tokens.advantages, which is (B,T) then, or set "
+                "credit: episode"
+            )
+        return self.advantages
 
 
 class StepTokens(NamedTuple):

@@ -19,7 +19,7 @@ def reinforce_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tenso
     It has no ratio and no clip, so only the first update of a rollout follows the policy gradient. Later ones are
     off-policy and uncorrected.
     """
-    return -tokens.advantages_B1 * tokens.logps_BT
+    return -tokens.advantages * tokens.logps_BT
 
 
 def cispo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
@@ -29,7 +29,7 @@ def cispo_objective(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
     ``epsilon_high`` is the upper bound itself, not its distance from 1, and there is no lower bound. None means
     ScaleRL's 5. (TRL then takes ``epsilon``, 0.2, which scales every token by 0.2.)
     """
-    return -_cispo_weight(tokens, options) * tokens.advantages_B1 * tokens.logps_BT
+    return -_cispo_weight(tokens, options) * tokens.advantages * tokens.logps_BT
 
 
 def _cispo_weight(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
@@ -39,7 +39,7 @@ def _cispo_weight(tokens: Tokens, options: AlgorithmConfig) -> torch.Tensor:
 
 def cispo_metrics(tokens: Tokens, options: AlgorithmConfig) -> dict[str, torch.Tensor]:
     """Tokens with A > 0 whose weight was cut."""
-    cut_BT = (_cispo_weight(tokens, options) < tokens.ratio_BT.detach()) & (tokens.advantages_B1 > 0)
+    cut_BT = (_cispo_weight(tokens, options) < tokens.ratio_BT.detach()) & (tokens.advantages > 0)
     return {"cispo_clip_ratio": (cut_BT * tokens.mask_BT).sum()}
 
 

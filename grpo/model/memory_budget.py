@@ -134,6 +134,7 @@ def _engine(recipe: Recipe, shape: Shape, card: float, shards: int) -> dict[str,
         return {"vLLM": rollout.vllm_gpu_memory_utilization * card} if _is_vllm_here(recipe) else {}
     shares = shards == 1 and (recipe.model.lora is not None or recipe.model.weights == "bfloat16")
     tokens = recipe.data.max_prompt_length + rollout.max_completion_length
+    tokens += 0 if recipe.environment is None else recipe.environment.max_environment_tokens
     most = rollout.max_batch_size * tokens * shape.kv_token
     bound = rollout.kv_cache_gb * 1e9 if rollout.kv_cache_gb else CACHE_SHARE * card
     return {"copy": shape.parameters * 2.0 * (not shares), "keys and values": float(min(most, bound))}

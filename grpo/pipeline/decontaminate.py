@@ -95,7 +95,9 @@ def asked_of(name: str) -> list[Asked]:
     except UserError as error:
         raise UserError(f"--against {name}: neither a file of rows, a suite nor a recipe: {error}") from None
     recipe = load_recipe(name)
-    held_out = load_parts(recipe.data, recipe.training, recipe.stage).held_out
+    held_out = load_parts(
+        recipe.data, recipe.training, recipe.stage, environment=recipe.environment is not None
+    ).held_out
     if not len(held_out):
         raise UserError(f"--against {name}: the recipe holds out no rows (data.eval_size is 0)")
     return [

@@ -74,7 +74,7 @@ def filter_rows(recipe: Recipe, window: Window | None, output: Path) -> dict[str
     """
     asked = recipe
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"too_long": "drop"})})
-    sieve = _Sieve(load_parts(asked.data, asked.training, asked.stage).train)
+    sieve = _Sieve(load_parts(asked.data, asked.training, asked.stage, environment=asked.environment is not None).train)
     rates: dict[int, float] = {}
     sampled: dict[str, Any] = {}
 

@@ -22,6 +22,8 @@ from accelerate import Accelerator
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
 from grpo.backends.base import Backend, Request, Sampling
 from grpo.config import Recipe
+from grpo.environments.episodes import Episodes, play
+from grpo.environments.prepared import Prepared, prepared
 from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.pipeline.sampled import SampleFile, header_of, of_sampling, read_header
@@ -32,7 +34,7 @@ from grpo.rollout.rollouts import share_of
 from grpo.run.agreement import check_drawn
 from grpo.run.exchange import gather_groups
 from grpo.run.inputs import hash_inputs
-from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
+from grpo.run.session import leave, make_accelerator, on_main, resolve_dtype
 from grpo.run.state import identity_on
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Prompt
@@ -106,17 +108,17 @@ def generate(
     accelerator = make_accelerator(recipe)
     recipe = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     check_engine(recipe.rollout)
-    tokenizer, stop_ids, task = prepare_task(recipe)
-    rows = choose(task, wanted.rows(task))
-    wanted = on_main(accelerator, lambda: wanted.of_file(file, accelerator.num_processes))
-    chunk, header = wanted.chunk or 1, on_main(accelerator, lambda: _header(recipe, accelerator, task, wanted))
     policy = None
-    with SampleFile(file) as samples:
+    with prepared(recipe) as of_recipe, SampleFile(file) as samples:
+        task = of_recipe.task
+        rows = choose(task, wanted.rows(task))
+        wanted = on_main(accelerator, lambda: wanted.of_file(file, accelerator.num_processes))
+        chunk, header = wanted.chunk or 1, on_main(accelerator, lambda: _header(recipe, accelerator, task, wanted))
         done = on_main(accelerator, lambda: samples.begin(header, rows, chunk))
         if done:
             log.info("%s: %d of %d prompts are there already", file, done, len(rows))
         if done < len(rows):
-            policy = _sample_all(recipe, accelerator, tokenizer, stop_ids, task, wanted, rows, samples, done)
+            policy = _sample_all(recipe, accelerator, of_recipe, wanted, rows, samples, done)
     leave(accelerator, policy)
     return Generated(header, task, recipe)
 
@@ -124,15 +126,14 @@ def generate(
 def _sample_all(
     recipe: Recipe,
     accelerator: Accelerator,
-    tokenizer: Any,
-    stop_ids: list[int],
-    task: Task,
+    of_recipe: Prepared,
     wanted: Wanted,
     rows: Sequence[int],
     samples: SampleFile,
     done: int,
 ) -> Policy:
     """Sample chunk by chunk from the ``done``-th prompt on. Returns what was sampled from."""
+    tokenizer, stop_ids, task, episodes = of_recipe
     part, chunk = wanted.part_of(task), wanted.chunk or 1
     with Scorer(recipe.functions(), recipe.scoring, max_steps=1) as scorer:
         scorer.check_columns(task.columns)
@@ -142,7 +143,7 @@ def _sample_all(
             for start in range(done, len(rows), chunk):
                 began = perf_counter()
                 prompts = [task.prompt(part, row) for row in rows[start : start + chunk]]
-                groups = _sample(recipe, wanted, prompts, backend, scorer, accelerator)
+                groups = _sample(recipe, wanted, prompts, backend, scorer, accelerator, episodes)
                 on_main(accelerator, partial(samples.append, groups))
                 _tell(recipe, groups, start + len(groups), len(rows), perf_counter() - began)
     return policy
@@ -160,6 +161,7 @@ def _sample(
     backend: Backend,
     scorer: Scorer,
     accelerator: Accelerator,
+    episodes: Episodes | None,
 ) -> list[Group]:
     """A chunk's groups, scored while others are sampled; the same on every process."""
     check_drawn(((p.id, p.token_ids, p.columns) for p in prompts), "prompts to sample for")
@@ -168,18 +170,11 @@ def _sample(
         Request(p, [key(seed, Stream.SAMPLE.value, wanted.part, p.id, g) for g in range(wanted.n)])
         for p in (prompts[i] for i in share)
     ]
-    scoring, mine = scorer.start(0), {}
-
-    def ended(place: int, completions: Any) -> None:
-        mine[place] = Group(requests[place].prompt, completions)
-        scoring.add(mine[place])
-
-    sampled = backend.generate(requests, Sampling.from_recipe(recipe.rollout), 0, ended)
-    for place, completions in enumerate(sampled):
-        if place not in mine:
-            ended(place, completions)
+    scoring = scorer.start(0)
+    sampling = Sampling.from_recipe(recipe.rollout)
+    mine = play(episodes, backend, requests, sampling, 0, lambda _, group: scoring.add(group))
     scoring.finish()
-    return gather_groups({share.start + place: group for place, group in mine.items()})
+    return gather_groups({share.start + place: group for place, group in enumerate(mine)})
 
 
 def _tell(recipe: Recipe, groups: Sequence[Group], done: int, of: int, seconds: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,12 +14,14 @@ import numpy as np
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
 from grpo.config import Recipe
 from grpo.config.load import load_recipe
+from grpo.environments.prepared import prepared
 from grpo.errors import RunError, UserError
 from grpo.evaluation.held_out import evaluate
 from grpo.evaluation.statistics import accuracy_metrics, clustered_interval
 from grpo.files import write_whole
+from grpo.metrics import question_of
 from grpo.model.policy import Policy
-from grpo.run.session import leave, make_accelerator, on_main, prepare_task, resolve_dtype
+from grpo.run.session import leave, make_accelerator, on_main, resolve_dtype
 from grpo.scoring.scorer import Scorer
 
 Found = dict[str, Any]
@@ -39,19 +41,22 @@ def measure(request: Path) -> Found:
     check_engine(recipe.rollout)
     rows: list[dict[str, Any]] = []
     policy = None
-    with Scorer(recipe.functions(), recipe.scoring) as scorer:
+    with ExitStack() as opened:
+        scorer = opened.enter_context(Scorer(recipe.functions(), recipe.scoring))
         of_seeds = [recipe.model_copy(update={"training": _seeded(recipe, seed)}) for seed in asked["seeds"]]
-        prepared = [prepare_task(of_seed) for of_seed in of_seeds]
-        for _, _, task in prepared:
-            if not task.eval_prompts:
+        of_recipes = [opened.enter_context(prepared(of_seed)) for of_seed in of_seeds]
+        for of_recipe in of_recipes:
+            if not of_recipe.task.eval_prompts:
                 raise UserError("data.eval_size is 0: there is nothing to evaluate on")
-            scorer.check_columns(task.columns)
-        tokenizer, stop_ids, _ = prepared[0]
+            scorer.check_columns(of_recipe.task.columns)
+        tokenizer, stop_ids = of_recipes[0].tokenizer, of_recipes[0].stop_ids
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, needs_reference=False)
         with closing(make_backend(recipe, policy)) as backend:
             backend.sync(policy, 0)
-            for of_seed, (_, _, task) in zip(of_seeds, prepared, strict=True):
-                _, found = evaluate(of_seed, task.eval_prompts, backend, scorer, accelerator, version=0)
+            for of_seed, (_, _, task, episodes) in zip(of_seeds, of_recipes, strict=True):
+                _, found = evaluate(
+                    of_seed, task.eval_prompts, backend, scorer, accelerator, version=0, episodes=episodes
+                )
                 rows += [{"seed": of_seed.training.seed} | row for row in found]
     figures = {"hash": asked["hash"], "model": recipe.model.name} | figures_of(rows, recipe.judged_by(), asked["form"])
     figures["seconds"] = round(perf_counter() - began, 3)
@@ -86,7 +91,7 @@ def figures_of(rows: Sequence[Mapping[str, Any]], judge: str, form: str | None) 
     formed = {place: group for place, group in groups.items() if form and None not in _values(group, form)}
     if formed and form:
         values_PG = np.array([_values(group, form) for group in formed.values()], dtype=float)
-        low, high = _interval(values_PG, [group[0]["prompt"] for group in formed.values()])
+        low, high = _interval(values_PG, [question_of(group[0]) for group in formed.values()])
         found |= {"form": round(float(values_PG.mean()), 6), "form_low": round(low, 6), "form_high": round(high, 6)}
         found |= {"form_by": form}
     return found
@@ -103,7 +108,7 @@ def _interval(values_PG: np.ndarray, questions_P: Sequence[str]) -> tuple[float,
 
 def _accuracy(groups: Mapping[Any, Sequence[Mapping[str, Any]]], judge: str) -> dict[str, float]:
     solved_PG = np.array([[value >= 1 for value in _judged(group, judge)] for group in groups.values()])
-    metrics = accuracy_metrics(solved_PG, [group[0]["prompt"] for group in groups.values()])
+    metrics = accuracy_metrics(solved_PG, [question_of(group[0]) for group in groups.values()])
     return {name.removeprefix("eval/"): round(value, 6) for name, value in metrics.items()}
 
 

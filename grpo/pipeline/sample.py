@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from grpo.config import Recipe
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.files import write_whole
 from grpo.pipeline.generate import Generated, Wanted, generate
 from grpo.pipeline.keep import Row, Rule, apply, judge_of, pass_rate
@@ -47,9 +47,14 @@ def sample(recipe: Recipe, wanted: Wanted, rules: Sequence[Rule], output: Path) 
     Other rules over the same samples sample nothing again.
 
     Raises:
-        UserError: as ``generate``.
+        UserError: as ``generate``, and where the recipe has an environment.
         RunError: nothing is left to imitate; the report says after which rule.
     """
+    if recipe.environment is not None:
+        raise UserError(
+            "environment: an episode of several turns is no row to imitate, which has one completion and nothing that "
+            "was said to it meanwhile; leave the section out, or choose prompts with grpo data filter"
+        )
     found = generate(recipe, wanted, samples_of(output))
     if os.environ.get("RANK", "0") != "0":
         return None
@@ -124,7 +129,7 @@ def _with_same_tokens(rules: Sequence[Rule], task: Task) -> list[Rule]:
 def trained_on(task: Task, row: Row, g: int) -> list[int]:
     """The tokens that the supervised stage makes of a row; none where it would refuse the row."""
     text = row["prefill"] + row["completions"][g]["text"]
-    return task.encode_answer(task.answer(text, row["prefill"], "a sample")) if text.strip() else []
+    return task.encode_answer(task.one_answer(text, row["prefill"])) if text.strip() else []
 
 
 def _measured(rules: Sequence[Rule], file: Path, workers: int) -> dict[str, list[bool]]:

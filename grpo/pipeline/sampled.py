@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from grpo.config import Recipe
 from grpo.errors import RunError, UserError
 from grpo.files import write_whole
+from grpo.metrics import episode_row
 from grpo.run.same_run import changed_inputs, changes, log
 from grpo.run.secrets import given_without_secrets
 from grpo.types import Group
@@ -46,6 +47,7 @@ def sample_row(group: Group) -> dict[str, Any]:
                 "reward": group.rewards[g],
                 "rewards": {name: values[g] for name, values in group.rewards_by_function.items()},
                 "verdicts": {name: said[g] for name, said in group.said.items()},
+                **episode_row(completion),
             }
             for g, completion in enumerate(group.completions)
         ],
@@ -93,6 +95,8 @@ def of_sampling(recipe: Recipe, identity: Mapping[str, Any]) -> dict[str, Any]:
     an update that brings further keys refuses nothing."""
     given = given_without_secrets(recipe)
     kept = {name: given.get(name, {}) for name in OF_SAMPLING}
+    if given.get("environment"):
+        kept["environment"] = given["environment"]
     rollout = {name: value for name, value in kept["rollout"].items() if name != "num_generations"}
     return {**identity, "recipe": kept | {"rollout": rollout, "training": {"seed": recipe.training.seed}}}
 

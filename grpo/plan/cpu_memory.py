@@ -51,7 +51,11 @@ def _tokens(recipe: Recipe, kept: float, lengths: Lengths) -> float:
         found = 1 << (int(min(TOKENS_AT_MOST, KEPT_AT_MOST / kept)).bit_length() - 1)
     completions = recipe.rollout.num_generations if recipe.stage == "grpo" else 1
     minibatches = recipe.algorithm.num_minibatches if recipe.stage == "grpo" else 1
-    of_step = recipe.training.prompts_per_step * (lengths.prompt + completions * lengths.completion) / minibatches
+    of_step = (
+        recipe.training.prompts_per_step
+        * (lengths.prompt + completions * (lengths.completion + lengths.environment))
+        / minibatches
+    )
     return min(found, of_step)
 
 
@@ -60,7 +64,9 @@ def _engine(recipe: Recipe, shape: Shape, size: int) -> dict[str, float]:
     rows = max(recipe.training.prompts_per_step * rollout.num_generations, recipe.data.held_out())
     rows = min(rows, rollout.max_batch_size)
     prompt = recipe.data.max_prompt_length
-    tokens = rows * (rollout.max_completion_length + (prompt if prompt <= SHORT_PROMPT else 0)) + rows * prompt / 2
+    answers = 0 if recipe.environment is None else recipe.environment.max_environment_tokens
+    longest = rollout.max_completion_length + answers
+    tokens = rows * (longest + (prompt if prompt <= SHORT_PROMPT else 0)) + rows * prompt / 2
     has_copy = size == 2 and recipe.model.weights == "float32" and not recipe.model.lora
     return {
         "copy": shape.parameters * 2.0 * has_copy,

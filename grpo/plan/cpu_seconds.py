@@ -30,7 +30,7 @@ from grpo.plan.work import Lengths
 from grpo.randomness import key
 from grpo.run.run import Run
 from grpo.run.session import make_accelerator, prepare_task
-from grpo.types import Completion, Example, Group, Prompt, Status, TeacherSays, VersionSpan
+from grpo.types import Completion, Episode, Example, Group, Prompt, Status, TeacherSays, Turn, VersionSpan
 from grpo.update.step import update
 from grpo.update.supervised import supervised_step
 
@@ -77,7 +77,8 @@ class Measured:
         longest = min(lengths.longest, 2 * lengths.completion)
         waves = max(1.0, completions / at_once)
         tokens = completions * lengths.completion
-        return prompts * self.prefill + self.decoding.fixed * longest * waves + self.decoding.each * tokens
+        read = self.prefill * (prompts + completions * lengths.environment / max(lengths.prompt, 1.0))
+        return read + self.decoding.fixed * longest * waves + self.decoding.each * tokens
 
 
 def measure(recipe: Recipe, lengths: Lengths) -> Measured:
@@ -175,9 +176,11 @@ def _prompt(number: int, lengths: Lengths) -> Prompt:
 def _group(number: int, recipe: Recipe, lengths: Lengths) -> Group:
     completions, says = [], []
     for sample in range(recipe.rollout.num_generations):
-        ids = _ids(number + sample, lengths.completion)
+        ids, answers = _ids(number + sample, lengths.completion + lengths.environment), round(lengths.environment)
         says.append(_says(recipe, len(ids)))
-        completions.append(Completion(ids, [-1.0] * len(ids), Status.STOP, "", [VersionSpan(0, len(ids), 0)]))
+        versions = [VersionSpan(0, len(ids), 0)]
+        episode = Episode([Turn(answers, len(ids), "stop")]) if answers else None
+        completions.append(Completion(ids, [-1.0] * len(ids), Status.STOP, "", versions, episode))
     teacher = says if _has_teacher_elsewhere(recipe) else None
     return Group(_prompt(number, lengths), completions, rewards=[0.0] * len(completions), teacher=teacher)
 

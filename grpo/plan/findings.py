@@ -31,6 +31,7 @@ class Figures:
     sampler_difference: float
     verdicts: Mapping[str, float]
     seconds: float
+    mean_environment: float = 0.0  # tokens that an environment adds to a completion
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def rollout_seconds(recipe: Recipe, shape: Shape, lengths: Lengths, work: Work, 
     steps = math.ceil(rows / at_once) * lengths.longest
     weights = 2.0 * shape.parameters
     of_token = shape.kv_token if recipe.rollout.backend == "hf" else shape.kv_token_of_vllm
-    cache = work.completion_tokens / gpus * (lengths.prompt + lengths.completion / 2) * of_token
+    cache = work.completion_tokens / gpus * (lengths.prompt + (lengths.completion + lengths.environment) / 2) * of_token
     prefill = work.prefill_flops / gpus / (card.flops * shares_of_peak(shape))
     if recipe.rollout.backend == "hf":
         kernels = KERNEL * (shape.layers * KERNELS_OF_LAYER + KERNELS_OF_STEP)

@@ -201,7 +201,16 @@ def _of_lengths(recipe: Recipe, lengths: Lengths) -> list[str]:
     said = f"prompts of {lengths.prompt:.0f} tokens and completions of {lengths.completion:.0f} on average"
     if recipe.stage == "grpo":
         said += f", {lengths.with_signal:.0%} of groups with a signal"
-    return [f"{said} (--prompt-length, --length, --signal)"]
+    return [f"{said} (--prompt-length, --length, --signal)", *_of_environment(recipe, lengths)]
+
+
+def _of_environment(recipe: Recipe, lengths: Lengths) -> list[str]:
+    if recipe.environment is None:
+        return []
+    return [
+        f"an environment that adds {lengths.environment:.0f} tokens to a completion on average (--environment-length); "
+        "how long it takes to answer is not known, and not in the seconds"
+    ]
 
 
 def _of_teacher(recipe: Recipe) -> list[str]:

@@ -17,7 +17,9 @@ import numpy as np
 from grpo.audit.at_start import audit_at_start
 from grpo.backends import check_engine, find_backend, make_backend, resolve_backend
 from grpo.config import Recipe
+from grpo.environments.prepared import prepared
 from grpo.errors import UserError, first_line
+from grpo.evaluation.held_out import question
 from grpo.evaluation.statistics import accuracy_metrics, wilson_interval
 from grpo.losses import find_loss
 from grpo.metrics import Clock, completion_metrics, reward_metrics, rollout_rows, source_metrics
@@ -32,7 +34,7 @@ from grpo.rollout.groups import has_signal
 from grpo.rollout.rollouts import Rollouts
 from grpo.run.exchange import gather_groups
 from grpo.run.run import Run
-from grpo.run.session import make_accelerator, prepare_task, resolve_dtype
+from grpo.run.session import make_accelerator, resolve_dtype
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group
 from grpo.update.forward import sequence_statistics
@@ -69,6 +71,7 @@ def probe(recipe: Recipe, prompts: int) -> Probe:
     found, resolved = sampled(recipe, prompts)
     figures = found.figures
     given = {"prompt": figures.mean_prompt, "completion": figures.mean_length, "with_signal": figures.with_signal}
+    given |= {"environment": figures.mean_environment}
     try:
         found.plan = plan_here(resolved, assumed_lengths(resolved, **given))
     except UserError as error:
@@ -88,16 +91,18 @@ def sampled(recipe: Recipe, prompts: int) -> tuple[Probe, Recipe]:
     resolved = resolve_backend(resolve_dtype(recipe, accelerator), accelerator)
     recipe = resolved.model_copy(update={"rollout": resolved.rollout.model_copy(update={"max_staleness": 0})})
     check_engine(recipe.rollout)
-    tokenizer, stop_ids, task = prepare_task(recipe)
     clock = Clock()
-    with Scorer(recipe.functions(), recipe.scoring, max_steps=1) as scorer:
+    with (
+        prepared(recipe) as (tokenizer, stop_ids, task, episodes),
+        Scorer(recipe.functions(), recipe.scoring, max_steps=1) as scorer,
+    ):
         scorer.check_columns(task.columns)
         unpaid = audit_at_start(recipe, task, scorer)
         policy = Policy(recipe, accelerator, tokenizer, stop_ids, False)
         with closing(make_backend(recipe, policy)) as backend:
             backend.sync(policy, 0)
             drawn = prompts_of_step(recipe.prompts, task, 0, extra=0, pass_rates={})
-            rollouts, scoring = Rollouts(recipe, task, backend, accelerator), scorer.start(0)
+            rollouts, scoring = Rollouts(recipe, task, backend, accelerator, episodes), scorer.start(0)
             with clock("rollout"):
                 mine = rollouts.take(0, drawn, min(prompts, len(task.train)), on_group=scoring.add)
             with clock("score"):
@@ -113,15 +118,17 @@ def _compared(recipe: Recipe, policy: Policy, groups: list[Group]) -> tuple[floa
     """Mean entropy, and mean distance between the sampler's and the trainer's log-probabilities, in nats a token."""
     G = recipe.rollout.num_generations
     few = groups[: max(COMPARED // G, 1)]
-    sequences = [s for s in to_sequences(few, np.zeros((len(few), G)), recipe.algorithm) if len(s.completion_ids)]
+    sequences = [s for s in to_sequences(few, np.zeros((len(few), G)), recipe.algorithm) if s.num_model_tokens]
     with tempfile.TemporaryDirectory() as folder:
         statistics = sequence_statistics(Run(recipe, policy, Path(folder)), sequences, reference=False)
-    entropies = np.concatenate([found.entropies for found in statistics])
-    pairs = zip(statistics, sequences, strict=True)
-    # Of a truncated distribution the sampler gives the renormalized probability.
-    gaps = np.concatenate(
-        [np.abs(np.subtract(found.logprobs, found.log_left) - s.sampler_logprobs) for found, s in pairs]
+    pairs = list(zip(statistics, sequences, strict=True))
+    own = [list(s.model_places()) for s in sequences]
+    entropies = np.concatenate(
+        [np.take(found.entropies, places) for found, places in zip(statistics, own, strict=True)]
     )
+    # Of a truncated distribution the sampler gives the renormalized probability.
+    differences = [np.abs(np.subtract(of.logprobs, of.log_left) - s.sampler_logprobs) for of, s in pairs]
+    gaps = np.concatenate([np.take(of, places) for of, places in zip(differences, own, strict=True)])
     return float(entropies.mean()), float(np.nanmean(gaps))
 
 
@@ -132,7 +139,7 @@ def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference:
     judges = [recipe.judged_by(group.prompt.source) for group in groups]
     judged = [group.rewards_by_function[judge] for group, judge in zip(groups, judges, strict=True)]
     solved_PG = np.array([[value is not None and value >= 1 for value in values] for values in judged])
-    accuracy = accuracy_metrics(solved_PG, [group.prompt.text for group in groups])
+    accuracy = accuracy_metrics(solved_PG, [question(group) for group in groups])
     counts = Counter[str]()
     for group, judge in zip(groups, judges, strict=True):
         counts.update(group.verdicts.get(judge, {}))
@@ -158,4 +165,5 @@ def _figures(recipe: Recipe, groups: list[Group], *, entropy: float, difference:
         sampler_difference=difference,
         verdicts={name: count / completions for name, count in counts.most_common()},
         seconds=seconds,
+        mean_environment=float(np.mean([len(c.token_ids) - c.num_model_tokens for g in groups for c in g.completions])),
     )

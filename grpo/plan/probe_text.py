@@ -8,7 +8,8 @@ from typing import Any
 
 from grpo.plan.probe import Probe
 from grpo.plan.text import short_lines
-from grpo.report.markup import completion, document, e, in_words, table
+from grpo.report.conversation import notes_of, said
+from grpo.report.markup import document, e, in_words, table
 
 WIDTH = 80
 SHOWN = 8  # completions on the page
@@ -116,12 +117,13 @@ def _of_each_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _completion(row: dict[str, Any]) -> str:
     reward = row["reward"]
     tone = "unknown" if reward is None else "good" if reward >= 1 else "bad"
-    said = "unscored" if reward is None else f"reward {reward:g}"
+    paid = "unscored" if reward is None else f"reward {reward:g}"
     notes = f"{row['num_tokens']} tokens" + (" · cut off" if row["status"] == "length" else "")
+    notes = " · ".join([notes, *notes_of(row)])
     return (
         f'<article><pre class="prompt">{e(row["prompt"])}</pre><div class="cells"><div class="cell {tone}">'
-        f'<p class="note"><span class="verdict">{e(said)}</span> {e(notes)}</p>'
-        f"<pre>{completion(str(row['completion']))}</pre></div></div></article>"
+        f'<p class="note"><span class="verdict">{e(paid)}</span> {e(notes)}</p>'
+        f"{said(row)}</div></div></article>"
     )
 
 

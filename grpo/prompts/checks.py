@@ -124,11 +124,15 @@ def _length_errors(recipe: Recipe, model_config: Any) -> Iterator[str]:
     lengths = {"rollout": rollout, "evaluation": recipe.evaluation.max_completion_length or rollout}
     if recipe.evaluation.suites:
         lengths["evaluation.suite_sampling"] = recipe.evaluation.suite_sampling.max_completion_length or rollout
+    answers = recipe.environment.max_environment_tokens if recipe.environment is not None else 0
+    theirs = f" + environment.max_turns times max_observation_length ({answers})" if answers else ""
     for section, completion in lengths.items():
-        if positions and prompt + completion > positions:
+        of_environment = 0 if section == "evaluation.suite_sampling" else answers
+        if positions and prompt + completion + of_environment > positions:
             yield (
-                f"data.max_prompt_length ({prompt}) + {section}.max_completion_length ({completion}) is more than the "
-                f"{positions} positions of the model: lower one of them"
+                f"data.max_prompt_length ({prompt}) + {section}.max_completion_length ({completion})"
+                f"{theirs if of_environment else ''} is more than the {positions} positions of the model: lower one of "
+                "them"
             )
             return
 
@@ -265,7 +269,7 @@ def _row_errors(task: Task, part: Share, max_completion_length: int, vocabulary:
         try:
             prompts[row], prefill = task.render(part, question, row)
             if answers is not None:
-                completions[row] = task.answer(answers[row], prefill, part.place(row))
+                completions[row] = task.answer(part, question, answers[row], prefill, row)
         except TemplateHangs as error:  # so it would for other rows, each for as long
             yield f"data: {error}"
             return

@@ -3,7 +3,7 @@
 Rows come from a task (``data.name``: one of ``data/``, or a function of the user's own), a file (``data.path``) or the
 hub (``data.hub``). An unsound row is an error that names it. No question is both trained on and held out.
 
-This is the one module that imports ``data``.
+Beside ``suite.py`` this is the one module that imports ``data``, but for the words of a game.
 """
 
 from __future__ import annotations
@@ -30,21 +30,28 @@ from grpo.types import REWARD_KEYWORDS
 # --- what to train on and what to hold out ---------------------------------------------------------------------------
 
 
-def load_parts(data: DataConfig, training: TrainingConfig, stage: str) -> Parts:
+def load_parts(data: DataConfig, training: TrainingConfig, stage: str, *, environment: bool = False) -> Parts:
     """Load the rows of all sources, check them, and part them. Needs no tokenizer.
+
+    Rows whose prompts are the same ask the same question. Not so with an ``environment``, whose ``reset`` makes the
+    task of all columns: then a question is a whole row, and rows of a prompt alone are questions of their own.
 
     Raises:
         UserError: there is no such source, its rows are unsound, or there are too few.
     """
     sources = data.sources()
-    loaded = [_load(source, training.seed, stage) for source in sources]
+    loaded = [_load(source, training.seed, stage, environment) for source in sources]
     notes = [note for _, _, note in loaded if note]
     held_out = _numbered(sources, [part for _, part, _ in loaded])
-    asked = {question for share in held_out for question in _questions(share.rows, share.data, share.first, share.ids)}
+    asked = {
+        question
+        for share in held_out
+        for question in _questions(share.rows, share.data, environment, share.first, share.ids)
+    }
     shares: list[tuple[files.Rows, Sequence[int]]] = []
     weights = [source.weight for source in sources]
     for source, (rows, (held_out_rows, held_out_ids), _) in zip(sources, loaded, strict=True):
-        ids = [row for row, question in enumerate(_questions(rows, source.rows)) if question not in asked]
+        ids = [row for row, question in enumerate(_questions(rows, source.rows, environment)) if question not in asked]
         repeated = len(rows) - len(ids) - (len(held_out_ids) if held_out_rows is rows else 0)
         if repeated:
             of = f" of {source.label}" if source.label else ""
@@ -67,12 +74,14 @@ def _numbered(sources: Sequence[Source], found: Sequence[tuple[files.Rows, Seque
     return shares
 
 
-def _load(source: Source, seed: int, stage: str) -> tuple[files.Rows, tuple[files.Rows, Sequence[int]], str]:
+def _load(
+    source: Source, seed: int, stage: str, environment: bool
+) -> tuple[files.Rows, tuple[files.Rows, Sequence[int]], str]:
     """All rows of a source, those held out, and a note."""
     rows, held_out_rows = _load_sources(source, seed, stage)
     size = source.rows.eval_size
     if held_out_rows is None:
-        return rows, (rows, _choose_questions(rows, source, seed)), ""
+        return rows, (rows, _choose_questions(rows, source, seed, environment)), ""
     ids, note = _choose_rows(held_out_rows, size, seed), ""
     if len(ids) != len(held_out_rows) or len(ids) != size:
         note = (
@@ -105,10 +114,10 @@ def check_enough(count: int, of_step: int, rows: files.Rows, where: str) -> None
         )
 
 
-def _choose_questions(rows: files.Rows, source: Source, seed: int) -> list[int]:
+def _choose_questions(rows: files.Rows, source: Source, seed: int, environment: bool) -> list[int]:
     """``eval_size`` rows with different questions, chosen by the seed."""
     first_row: dict[str, int] = {}
-    for row, question in enumerate(_questions(rows, source.rows)):
+    for row, question in enumerate(_questions(rows, source.rows, environment)):
         first_row.setdefault(question, row)
     size, candidates = source.rows.eval_size, list(first_row.values())
     if size >= len(candidates):
@@ -126,11 +135,18 @@ def _choose_rows(rows: files.Rows, eval_size: int, seed: int) -> list[int]:
     return sorted(order[:eval_size].tolist())
 
 
-def _questions(rows: files.Rows, data: RowsConfig, first: int = 0, ids: Sequence[int] | None = None) -> list[str]:
+def _questions(
+    rows: files.Rows, data: RowsConfig, environment: bool, first: int = 0, ids: Sequence[int] | None = None
+) -> list[str]:
     """Every row's question as text that can be compared, or those of these ids."""
+    chosen = range(len(rows)) if ids is None else [row - first for row in ids]
     asked = rows.column(data.prompt_column)
-    chosen = asked if ids is None else [asked[row - first] for row in ids]
-    return [q if isinstance(q, str) else json.dumps(q, sort_keys=True) for q in chosen]
+    if not environment:
+        return [q if isinstance(q := asked[row], str) else json.dumps(q, sort_keys=True) for row in chosen]
+    if rows[0].keys() == {data.prompt_column}:
+        return [f"row {row} of {id(rows)}" for row in chosen]
+    columns = {name: rows.column(name) for name in sorted(rows[0])}
+    return [json.dumps([of[row] for of in columns.values()], sort_keys=True, default=str) for row in chosen]
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

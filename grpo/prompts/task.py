@@ -6,16 +6,17 @@ which positions a step takes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grpo.config import DataConfig, Recipe, RowsConfig, TrainingConfig
 from grpo.errors import UserError
-from grpo.prompts import templates
+from grpo.prompts import spoken, templates
 from grpo.prompts.lengths import longer_than
 from grpo.prompts.mixture import Mixture
 from grpo.prompts.parts import Part, Parts, Share
@@ -28,17 +29,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Question = str | list[dict[str, str]]
 NO_TOKENS = "the prompt is empty: the tokenizer makes no token of it, or special tokens alone"
 
 
-def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Load and check the rows of a recipe, and part them; with ``data.too_long: drop``, without those too long.
+def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] = ()) -> Task:
+    """Load and check the rows of a recipe, and part them; with ``data.too_long: drop``, without those too long. Chat
+    templates show ``tools`` in the prompts.
 
     Raises UserError where they are unsound or too few.
     """
     data, training = recipe.data, recipe.training
     column = recipe.teacher.column if recipe.teacher is not None else None
-    task = Task(data, training, recipe.stage, tokenizer, load_parts(data, training, recipe.stage), column)
+    parts = load_parts(data, training, recipe.stage, environment=recipe.environment is not None)
+    task = Task(data, training, recipe.stage, tokenizer, parts, column, tools)
     if data.too_long == "error":
         return task
     train, held_out = (
@@ -58,7 +62,7 @@ def load_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
             check_enough(len(share), of_step, share.rows, source.where)
         except UserError as error:
             raise UserError(f"{error} (data.too_long: drop: {'; '.join(dropped)})") from None
-    return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]), column)
+    return Task(data, training, recipe.stage, tokenizer, Parts(train, held_out, [*task.notes, *dropped]), column, tools)
 
 
 def _drop_too_long(task: Task, part: Part, max_completion_length: int) -> Part:
@@ -76,7 +80,7 @@ def _within_limits(task: Task, share: Share, max_completion_length: int) -> Shar
         try:
             prompts[row], prefill = task.render(share, question, row)
             if completions is not None:
-                answers[row] = task.answer(completions[row], prefill, share.place(row))
+                answers[row] = task.answer(share, question, completions[row], prefill, row)
         except templates.TemplateHangs:
             raise
         except UserError:
@@ -102,8 +106,10 @@ class Task:
         tokenizer: PreTrainedTokenizerBase,
         parts: Parts,
         teacher_column: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ):
         self.data = data
+        self.tools = list(tools)
         self.teacher_column = teacher_column
         self.prompts_per_step, self.seed = training.prompts_per_step, training.seed
         self.stage = stage
@@ -207,26 +213,54 @@ class Task:
         return Prompt(row, question, text, self.encode_prompt(share, text, row), prefill, columns, share.source)
 
     def example(self, part: Part, row: int) -> Example:
-        """Token ids of a row's prompt and of its completion, the latter with EOS; and what its teacher says. Raises
-        UserError where that is not of this row."""
+        """Token ids of a row's prompt and of its completion, the latter with EOS, and which of these are not to be
+        imitated; and what its teacher says. Raises UserError where that is not of this row."""
         share = part.share(row)
         columns, place = share.row(row), share.place(row)
-        text, prefill = self.render(share, columns[share.data.prompt_column], row)
+        question, answer = columns[share.data.prompt_column], columns[share.data.completion_column]
+        text, prefill = self.render(share, question, row)
         prompt = self.encode_prompt(share, text, row)
-        completion = self.encode_answer(self.answer(columns[share.data.completion_column], prefill, place))
+        completion, environment = spoken.tokens(self._pieces(share, question, answer, prefill, row), self.tokenizer)
         if self.teacher_column is None:
-            return Example(prompt, completion)
+            return Example(prompt, completion, environment=environment)
         taught = read_teacher(columns, self.teacher_column, prompt, completion, len(self.tokenizer), place)
-        return Example(prompt, completion, taught)
+        return Example(prompt, completion, taught, environment)
 
-    def answer(self, completion: str | list[dict[str, str]], prefill: str, place: str) -> str:
-        """The text to imitate, without the prompt's prefill and without EOS. Raises UserError if it is several
-        messages."""
-        if not isinstance(completion, str):
-            if len(completion) != 1:
-                raise UserError(f"{place}: the completion has {len(completion)} messages, need one")
-            completion = completion[0]["content"]
-        return completion.removeprefix(prefill).removesuffix(self.tokenizer.eos_token)
+    def answer(
+        self,
+        share: Share,
+        question: str | list[templates.Message],
+        completion: str | list[dict[str, str]],
+        prefill: str,
+        row: int,
+    ) -> str:
+        """The text to imitate, without the prompt's prefill and without the last EOS; of several messages, with what
+        stands between the model's. Raises UserError, which names the row, if that cannot be said."""
+        found = self._pieces(share, question, completion, prefill, row)
+        eos = self.tokenizer.eos_token
+        return "".join(piece.text + eos * piece.eos for piece in found).removesuffix(eos)
+
+    def _pieces(
+        self,
+        share: Share,
+        question: str | list[templates.Message],
+        completion: str | list[dict[str, str]],
+        prefill: str,
+        row: int,
+    ) -> list[spoken.Piece]:
+        if not isinstance(completion, str) and len(completion) > 1:
+            try:
+                return spoken.pieces(share.data, question, completion, self.tokenizer)
+            except templates.TemplateHangs as error:
+                raise templates.TemplateHangs(f"{share.place(row)}: {error}") from None
+            except ValueError as error:
+                raise UserError(f"{share.place(row)}: {error}") from error
+        text = completion if isinstance(completion, str) else completion[0]["content"]
+        return [spoken.Piece(self.one_answer(text, prefill), own=True, eos=True)]
+
+    def one_answer(self, text: str, prefill: str) -> str:
+        """An answer of one message to imitate, without the prompt's prefill and without EOS."""
+        return text.removeprefix(prefill).removesuffix(self.tokenizer.eos_token)
 
     def render(self, share: Share, question: str | list[dict[str, str]], row: int) -> tuple[str, str]:
         """The text that the model sees for a row's question, and the tail of that text that counts as answer.
@@ -234,7 +268,7 @@ class Task:
         Raises UserError, which names the row, if the chat template refuses the question.
         """
         try:
-            return templates.of_question(share.data, question, self.tokenizer)
+            return templates.of_question(share.data, question, self.tokenizer, self.tools)
         except templates.TemplateHangs as error:
             raise templates.TemplateHangs(f"{share.place(row)}: {error}") from None
         except ValueError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -47,14 +47,18 @@ LOOK = 0.1  # seconds between looks at both
 PLAIN_TEMPLATES = {"none": ("{question}", ""), "r1_zero": (R1_ZERO, ""), "tinyzero": (TINYZERO, "<think>")}
 
 
-def of_question(data: RowsConfig, question: str | list[Message], tokenizer: Any) -> tuple[str, str]:
-    """The text that the model sees for a question by ``data.template``, and the tail of it that counts as answer.
+def of_question(
+    data: RowsConfig, question: str | list[Message], tokenizer: Any, tools: Sequence[dict[str, Any]] = ()
+) -> tuple[str, str]:
+    """The text that the model sees for a question by ``data.template``, and the tail of it that counts as answer. A
+    chat template shows the ``tools`` that the model may call, JSON schemas.
 
     Raises ValueError and TemplateHangs, as ``chat`` does.
     """
     if data.template != "chat" and isinstance(question, str):
         return plain(data.template, question)
-    return chat(question, tokenizer, data.system_prompt, data.chat_template_date, **data.chat_template_kwargs)
+    kwargs = data.chat_template_kwargs | ({"tools": list(tools)} if tools else {})
+    return chat(question, tokenizer, data.system_prompt, data.chat_template_date, **kwargs)
 
 
 def encode(data: RowsConfig, text: str, tokenizer: Any) -> list[int]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.report.markup import common_prefix, completion, cut, e, short
+from grpo.report.conversation import notes_of, said
+from grpo.report.markup import common_prefix, cut, e, short
 from grpo.run.read import RunRecord, read_rollouts
 
 PROMPTS_A_KIND = 6
@@ -125,7 +126,7 @@ def _prompt(classes: str, label: str, found: Sequence[Attempts], titles: Sequenc
     columns = "".join(
         f"<span>{e(name)} <b>{e(short(value))}</b></span>" for name, value in (row.get("columns") or {}).items()
     )
-    same = common_prefix([cut(str(one.row.get("completion", ""))) for one in found])
+    same = 0 if "turns" in row else common_prefix([cut(str(one.row.get("completion", ""))) for one in found])
     cells = "".join(_cell(title, one, same) for title, one in zip(titles, found, strict=True))
     return (
         f'<article class="{classes}"><header><span class="kind">{e(label)}</span>'
@@ -146,8 +147,8 @@ def _cell(title: str, attempt: Attempts, same: int) -> str:
     notes = [f"{row.get('num_tokens', '?')} tokens"]
     notes += [] if reward is None else [f"reward {reward:g}"]
     notes += ["cut off"] if row.get("status") == "length" else []
-    text = completion(str(row.get("completion", "")), same)
+    notes += notes_of(row)
     return (
         f'<div class="cell {colour}"><h4>{e(title)} <span class="verdict">{verdict}</span></h4>'
-        f'<p class="note">{e(" · ".join(notes))}</p><pre>{text}</pre></div>'
+        f'<p class="note">{e(" · ".join(notes))}</p>{said(row, same)}</div>'
     )

@@ -14,6 +14,7 @@ from typing import Any
 from grpo.config.given import given
 from grpo.errors import UserError
 from grpo.evaluation.statistics import Paired, paired_test, t_95
+from grpo.metrics import question_of
 from grpo.report.attempts import Attempts, attempts
 from grpo.report.markup import short
 from grpo.run.fields import COST
@@ -163,7 +164,7 @@ def _answers(run: RunRecord) -> dict[str, Attempts]:
     """By number and text of the prompt: two runs share a prompt where both are the same."""
     files = run.eval_rollouts()
     found = attempts(run, files[max(files)]) if files else {}
-    return {f"{number} {one.row.get('prompt')}": one for number, one in found.items() if one.scored}
+    return {f"{number} {question_of(one.row)}": one for number, one in found.items() if one.scored}
 
 
 def _labels(firsts: Sequence[tuple[RunRecord, dict[str, Any]]]) -> list[str]:

@@ -96,13 +96,34 @@ def _reward_by_source(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
 
 
 def _length(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
-    held_out = "held-out" if len(run.series("eval/completions/mean_length")[0]) else ""
-    labels = noisy(ax, run, "completions/mean_length", c.series[0], "training" if held_out else "")
-    labels += points(ax, run, "eval/completions/mean_length", c.series[1], held_out)
+    labels = _trained_and_held_out(ax, run, c, "completions/mean_length")
     limit = run.number("rollout.max_completion_length")
     if limit and ax.get_ylim()[1] > 0.6 * limit:
         ax.axhline(limit, color=c.muted, linestyle=":", linewidth=1.2)
         labels.append(End(limit, "limit", c.muted))
+    return labels
+
+
+def _turns(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    return _trained_and_held_out(ax, run, c, "completions/mean_turns")
+
+
+def _calls(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    labels = _trained_and_held_out(ax, run, c, "tools/call_frequency")
+    return labels + noisy(ax, run, "tools/failure_frequency", c.series[4], "share failed")
+
+
+def _trained_and_held_out(ax: Axes, run: RunRecord, c: Colours, name: str) -> list[End]:
+    held_out = "held-out" if len(run.series(f"eval/{name}")[0]) else ""
+    labels = noisy(ax, run, name, c.series[0], "training" if held_out else "")
+    return labels + points(ax, run, f"eval/{name}", c.series[1], held_out)
+
+
+def _ends(ax: Axes, run: RunRecord, c: Colours) -> list[End]:
+    names = [name for name in run.names("completions/ended/") if run.series(name)[1].any()]
+    labels = stack(ax, run, names, c, [name.rpartition("/")[2] for name in names], normalize=True)
+    ax.set_ylim(0, 1)
+    _percent(ax)
     return labels
 
 
@@ -209,6 +230,9 @@ PANELS = [
     Panel("Accuracy by source", "Held-out tasks of each source of data.mix.", ("eval/sources/",), _accuracy_by_source),
     Panel("Reward by source", "Of each source of data.mix, in training.", ("sources/",), _reward_by_source),
     Panel("Completion length", "Mean, in tokens.", ("completions/mean_length",), _length),
+    Panel("Turns", "Of the model, mean of an episode.", ("completions/mean_turns",), _turns),
+    Panel("Tool calls", "Calls an episode, and the share of calls that failed.", ("tools/call_frequency",), _calls),
+    Panel("How episodes ended", "Shares of a training step's.", ("completions/ended/",), _ends),
     Panel("Entropy", "Of the next token, in nats; near 0, exploration ends.", ("entropy",), _entropy),
     Panel("Verdicts", "Why completions were rewarded or not.", ("verdicts/",), _verdicts),
     Panel(

@@ -13,6 +13,7 @@ from grpo.health.bands import Bands
 from grpo.health.history import ROLLED_BACK
 from grpo.health.rules import RULES
 from grpo.health.watch import Change, Watch, sentence
+from grpo.metrics import question_of
 from grpo.report.attempts import ends
 from grpo.run.read import RunRecord, mapping
 
@@ -73,7 +74,7 @@ def _paired(run: RunRecord) -> Paired | None:
     before, after = ([evaluation[p].share for p in prompts] for evaluation in (first, last))
     if sum(a != b for a, b in zip(before, after, strict=True)) < FEWEST:
         return None
-    found = paired_test(before, after, [str(first[p].row.get("prompt")) for p in prompts])
+    found = paired_test(before, after, [question_of(first[p].row) for p in prompts])
     return found if found.questions > 1 else None
 
 

@@ -87,6 +87,10 @@ def _cards(facts: Mapping[str, float]) -> str:
     cards = []
     if "length_before" in facts:
         cards.append(_change("Mean completion length", facts, "length", "{:.0f}", "tokens"))
+    if "turns_before" in facts:
+        cards.append(_change("Turns of an episode", facts, "turns", "{:.1f}", "mean"))
+    if "calls_before" in facts:
+        cards.append(_change("Tool calls", facts, "calls", "{:.2f}", "an episode"))
     if "reward_before" in facts:
         cards.append(_change("Training reward", facts, "reward", "{:.3f}", "mean of the first and last 5% of steps"))
     if "teacher_before" in facts:

@@ -18,6 +18,7 @@ from grpo.errors import UserError, printable
 from grpo.health.history import ROLLED_BACK
 from grpo.health.watch import Watch
 from grpo.report.braille import nice, plot
+from grpo.report.conversation import in_a_line, notes_of
 from grpo.report.smoothing import smooth
 from grpo.run.fields import COST, duration, fitting
 from grpo.run.folder import is_running
@@ -30,6 +31,8 @@ CURVES: tuple[tuple[str, str, float | None], ...] = (
     ("reward", "reward", None),
     ("teacher", "teacher/kl", None),
     ("length", "completions/mean_length", None),
+    ("turns", "completions/mean_turns", None),
+    ("calls of tools", "tools/call_frequency", None),
     ("entropy", "entropy", None),
     ("held-out loss", "eval/loss", None),
     ("loss", "loss", None),
@@ -183,11 +186,13 @@ def _completions(run: RunRecord, width: int, room: int | None) -> Iterator[Line]
     for place in list(places)[:count]:
         row = best[place]
         reward = "unscored" if row.get("reward") is None else f"reward {row['reward']:.3g}"
+        ended = [str(row.get("status", "")), *notes_of(row)]
         style = "green" if (row.get("reward") or 0.0) >= 1 else "red"
         yield (
-            f"#{row.get('prompt_id', '?')}  {reward}  {row.get('num_tokens', '?')} tokens  {row.get('status', '')}",
+            "  ".join([f"#{row.get('prompt_id', '?')}", reward, f"{row.get('num_tokens', '?')} tokens", *ended]),
             style,
         )
-        whole = " ".join(printable(str(row.get("completion", ""))[: 4 * LINES * width]).split())
+        said = in_a_line(turns) if (turns := row.get("turns")) else str(row.get("completion", ""))
+        whole = " ".join(printable(said[: 4 * LINES * width]).split())
         wrapped = textwrap.wrap(whole, max(10, width - 2), max_lines=lines, placeholder=" ...")
         yield from ((f"  {line}", "") for line in wrapped)

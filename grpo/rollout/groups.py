@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from grpo.advantages import rewards_array, step_advantages
 from grpo.config import AlgorithmConfig, Recipe
 from grpo.metrics import Clock
@@ -97,13 +99,13 @@ def has_signal(groups: list[Group], weights_F: list[float], algorithm: Algorithm
 
     ``weights_F`` are the weights of the reward functions.
     """
-    advantages_PG = step_advantages(rewards_array(groups), groups, weights_F, algorithm)
+    advantages = step_advantages(rewards_array(groups), groups, weights_F, algorithm)
     return [
         any(
-            advantage != 0 and counts_in_loss(completion, reward, algorithm)
+            np.any(advantage != 0) and counts_in_loss(completion, reward, algorithm)
             for completion, reward, advantage in zip(group.completions, group.rewards, advantages_G, strict=True)
         )
-        for group, advantages_G in zip(groups, advantages_PG, strict=True)
+        for group, advantages_G in zip(groups, advantages, strict=True)
     ]
 
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo.run.exchange import pack, unpack
+from grpo.run.exchange import pack, pack_prompt, unpack, unpack_prompt
 from grpo.types import Group
 
 if TYPE_CHECKING:
     from grpo.prompts.task import Task
 
 SavedGroup = dict[str, Any]
-"""A group in a checkpoint: ``prompt_id``, ``completions`` (packed), ``rewards`` and ``rewards_by_function``."""
+"""A group in a checkpoint: ``prompt_id``, ``used`` (its prompt, where an environment made it), ``completions``
+(packed), ``rewards`` and ``rewards_by_function``."""
 
 
 def restored(task: Task, saved: Sequence[SavedGroup]) -> list[Group]:
     """The groups that were saved, oldest first."""
     return [
         Group(
-            task.prompt(task.train, values["prompt_id"]),
+            unpack_prompt(task.prompt(task.train, values["prompt_id"]), values.get("used")),
             unpack(values["completions"]),
             values["rewards"],
             values["rewards_by_function"],
@@ -41,6 +42,7 @@ def remembered(saved: list[SavedGroup], *, used: int, groups: Sequence[Group], m
     new = [
         {
             "prompt_id": group.prompt.id,
+            "used": pack_prompt(group),
             "completions": pack(group.completions),
             "rewards": group.rewards,
             "rewards_by_function": group.rewards_by_function,

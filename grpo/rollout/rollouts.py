@@ -23,9 +23,10 @@ from accelerate import Accelerator
 
 from grpo.backends.base import Backend, OverlappingBackend, Request, Sampling
 from grpo.config import Recipe
+from grpo.environments.episodes import Episodes, Played, begin, play
 from grpo.randomness import Stream, key
 from grpo.run.agreement import check_drawn
-from grpo.run.exchange import gather_groups, pack, unpack
+from grpo.run.exchange import gather_groups, pack, pack_prompt, unpack, unpack_prompt
 from grpo.types import Group, Prompt
 
 if TYPE_CHECKING:
@@ -38,20 +39,29 @@ OnGroup = Callable[[Group], None]
 class Flight:
     """Prompts that are asked for together. ``requests`` are those of all processes, the same list on each.
 
-    ``asked`` is what the backend's ``submit`` returned, None where the backend is to ``generate`` when a step takes
-    them. ``groups`` are this process's, in order; None before they have ended.
+    ``asked`` is what is under way and what the backend's ``submit`` returned, None where the backend is to ``generate``
+    when a step takes them. ``groups`` are this process's, in order; None before they have ended.
     """
 
     requests: list[Request]
-    asked: Any = None
+    asked: tuple[Played, Any] | None = None
     groups: list[Group] | None = None
 
 
 class Rollouts:
-    """Samples the groups of each step: this process's share of them, not yet scored."""
+    """Samples the groups of each step: this process's share of them, not yet scored. With ``episodes`` the recipe's
+    environment answers."""
 
-    def __init__(self, recipe: Recipe, task: Task, backend: Backend, accelerator: Accelerator):
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        backend: Backend,
+        accelerator: Accelerator,
+        episodes: Episodes | None = None,
+    ):
         self.recipe, self.task, self.backend, self.accelerator = recipe, task, backend, accelerator
+        self.episodes = episodes
         self.sampling = Sampling.from_recipe(recipe.rollout)
         self.queue: deque[Flight] = deque()
         self.asked_at = -1  # the step that asked last, and the samples of each prompt that it asked for
@@ -93,6 +103,7 @@ class Rollouts:
                 {
                     "prompts": [request.prompt.id for request in flight.requests],
                     "keys": [request.keys for request in flight.requests],
+                    "used": None if groups is None else [pack_prompt(group) for group in groups],
                     "completions": None if groups is None else pack([c for g in groups for c in g.completions]),
                 }
             )
@@ -111,7 +122,11 @@ class Rollouts:
                 self._submit(flight, step)
             else:
                 completions = unpack(saved["completions"])
-                flight.groups = [Group(prompts[i], completions[i * G : (i + 1) * G]) for i in self._share(flight)]
+                used = saved.get("used") or [None] * len(prompts)
+                flight.groups = [
+                    Group(unpack_prompt(prompts[i], used[i]), completions[i * G : (i + 1) * G])
+                    for i in self._share(flight)
+                ]
             self.queue.append(flight)
 
     def forget(self, step: int) -> None:
@@ -152,7 +167,9 @@ class Rollouts:
 
     def _submit(self, flight: Flight, step: int) -> None:
         backend = cast(OverlappingBackend, self.backend)
-        flight.asked = backend.submit(self._mine(flight), self.sampling, step)
+        played = begin(self.episodes, self._mine(flight))
+        turns = {} if played.turns is None else {"turns": played.turns}
+        flight.asked = played, backend.submit(played.requests, self.sampling, step, **turns)
 
     def _by_place(self, flights: Sequence[Flight], step: int, on_group: OnGroup) -> dict[int, Group]:
         """This process's groups of the flights, by their places among all groups of these, once they have ended."""
@@ -170,22 +187,19 @@ class Rollouts:
             for group in flight.groups:
                 on_group(group)
             return flight.groups
-        requests = self._mine(flight)
-        groups: dict[int, Group] = {}
 
-        def ended(place: int, completions: Any) -> None:
-            groups[place] = Group(requests[place].prompt, completions)
-            on_group(groups[place])
+        def ended(_: int, group: Group) -> None:
+            on_group(group)
 
         if flight.asked is None:
-            completions = self.backend.generate(requests, self.sampling, step, ended)
+            flight.groups = play(self.episodes, self.backend, self._mine(flight), self.sampling, step, ended)
         else:
-            completions = cast(OverlappingBackend, self.backend).collect(flight.asked, ended)
-            flight.asked = None
-        for place in range(len(requests)):
-            if place not in groups:
-                ended(place, completions[place])
-        flight.groups = [groups[place] for place in range(len(requests))]
+            played, asked = flight.asked
+            try:
+                completions = cast(OverlappingBackend, self.backend).collect(asked, played.then(ended))
+                flight.groups, flight.asked = played.groups(completions, ended), None
+            finally:
+                played.close()
         return flight.groups
 
     def _share(self, flight: Flight) -> range:

@@ -11,6 +11,7 @@ from typing import Any
 from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.files import write_whole
+from grpo.metrics import question_of
 from grpo.run.folder import environment
 from grpo.run.secrets import recipe_without_secrets
 
@@ -61,7 +62,7 @@ def evaluation_facts(recipe: Recipe, metrics: dict[str, float], rows: list[dict[
         prompts.setdefault(row["prompt_id"], []).append(row["rewards"][judges[row.get("source", "")]])
     scored = {prompt: values for prompt, values in prompts.items() if None not in values}
     statuses = [row["status"] for row in rows]
-    independent = evaluation.num_generations == 1 and len({row["prompt"] for row in rows}) == len(prompts)
+    independent = evaluation.num_generations == 1 and len({question_of(row) for row in rows}) == len(prompts)
     return {
         "accuracy": metrics["eval/accuracy"],
         "interval": {

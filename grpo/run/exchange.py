@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate, chain, islice, pairwise
 from typing import Any
 
@@ -17,12 +17,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from grpo.types import Completion, Group, Status, VersionSpan
+from grpo.types import Completion, Episode, Group, Prompt, Status, ToolCall, Turn, VersionSpan
 
 Packed = dict[str, Any]
 """C completions. Tensors: ``token_ids`` (int32) and ``logprobs`` (float32 where that is exact, else float64) of all of
 them, one behind the other; ``lengths`` (C,); ``versions``, a row (completion, start, end, version) for each span. Lists
-of text: ``statuses`` and ``texts``."""
+of text: ``statuses`` and ``texts``. Where an environment answered, ``episodes`` as plain values."""
 
 
 def gather_groups(mine: Mapping[int, Group]) -> list[Group]:
@@ -47,7 +47,8 @@ def pack(completions: Sequence[Completion]) -> Packed:
     if np.array_equal(rounded, logprobs, equal_nan=True):
         logprobs = rounded
     spans = [(i, s.start, s.end, s.version) for i, c in enumerate(completions) for s in c.versions]
-    return {
+    episodes = [None if c.episode is None else asdict(c.episode) for c in completions]
+    return ({"episodes": episodes} if any(episodes) else {}) | {
         "token_ids": torch.from_numpy(_flat((c.token_ids for c in completions), np.int32)),
         "logprobs": torch.from_numpy(logprobs),
         "lengths": torch.tensor([len(c.token_ids) for c in completions], dtype=torch.int32),
@@ -68,12 +69,38 @@ def unpack(packed: Packed | list[dict[str, Any]]) -> list[Completion]:
     versions: list[list[VersionSpan]] = [[] for _ in packed["texts"]]
     for place, start, end, version in packed["versions"].tolist():
         versions[place].append(VersionSpan(start, end, version))
+    episodes = packed.get("episodes") or [None] * len(versions)
     return [
-        Completion(token_ids[start:end], logprobs[start:end], Status(status), text, spans)
-        for (start, end), status, text, spans in zip(
-            pairwise(bounds), packed["statuses"], packed["texts"], versions, strict=True
+        Completion(token_ids[start:end], logprobs[start:end], Status(status), text, spans, _episode(values))
+        for (start, end), status, text, spans, values in zip(
+            pairwise(bounds), packed["statuses"], packed["texts"], versions, episodes, strict=True
         )
     ]
+
+
+def pack_prompt(group: Group) -> dict[str, Any] | None:
+    """The group's prompt as it was used, where an environment may have made it other than the row's; else None."""
+    if all(completion.episode is None for completion in group.completions):
+        return None
+    prompt = group.prompt
+    return {
+        "prompt": prompt.prompt,
+        "text": prompt.text,
+        "token_ids": list(prompt.token_ids),
+        "prefill": prompt.prefill,
+    }
+
+
+def unpack_prompt(prompt: Prompt, packed: dict[str, Any] | None) -> Prompt:
+    """The row's ``prompt`` as it was used."""
+    return prompt if packed is None else replace(prompt, **packed)
+
+
+def _episode(values: dict[str, Any] | None) -> Episode | None:
+    if values is None:
+        return None
+    turns = [Turn(**{**turn, "calls": tuple(ToolCall(**call) for call in turn["calls"])}) for turn in values["turns"]]
+    return Episode(**{**values, "turns": turns})
 
 
 def _flat(rows: Iterable[Sequence[float]], dtype: type[np.generic]) -> np.ndarray:

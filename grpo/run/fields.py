@@ -33,6 +33,10 @@ def _fixed(value: float) -> str:
     return f"{value:.3f}"
 
 
+def _tenths(value: float) -> str:
+    return f"{value:.1f}"
+
+
 def dollars(value: float) -> str:
     return f"${value:.2f}" if value >= 0.005 or value <= 0 else "<$0.01"
 
@@ -43,6 +47,8 @@ TRAINING = [
     Shown("loss", "loss", _fixed, 6),
     Shown("reward", "reward", _fixed, 6),
     Shown("length", "completions/mean_length", _count, 5),
+    Shown("turns", "completions/mean_turns", _tenths, 4),
+    Shown("calls", "tools/call_frequency", _tenths, 4),
     Shown("cut", "completions/clipped_ratio", _share, 4),
     Shown("no-signal", "frac_reward_zero_std", _share, 4),
     Shown("entropy", "entropy", _fixed, 6),
@@ -57,6 +63,8 @@ EVALUATION = [
     Shown("loss", "eval/loss", _fixed, 6),
     Shown("teacher", "eval/teacher_kl", _small, 8),
     Shown("length", "eval/completions/mean_length", _count, 5),
+    Shown("turns", "eval/completions/mean_turns", _tenths, 4),
+    Shown("calls", "eval/tools/call_frequency", _tenths, 4),
     Shown("cut", "eval/completions/clipped_ratio", _share, 4),
 ]
 BETWEEN = "  "

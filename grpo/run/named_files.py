@@ -10,8 +10,10 @@ from grpo.config import Recipe, RewardConfig
 
 
 def code_files(recipe: Recipe) -> dict[str, Path]:
-    """The files of the user's rewards, loss and backend. What makes rows is not among them: the rows are."""
+    """The files of the user's rewards, environment, tools, loss and backend. What makes rows is not among them: the
+    rows are."""
     places = {f"{_key(reward, i)}.path": reward.path for i, reward in enumerate(recipe.functions()) if reward.path}
+    places |= environment_places(recipe)
     places |= {"algorithm.loss_type": recipe.algorithm.loss_type, "rollout.backend": recipe.rollout.backend}
     return {
         f"{key}: {name}": file
@@ -21,12 +23,23 @@ def code_files(recipe: Recipe) -> dict[str, Path]:
     }
 
 
+def environment_places(recipe: Recipe) -> dict[str, str]:
+    """The keys of an environment and tools of the user's own, with their places."""
+    environment = recipe.environment
+    if environment is None:
+        return {}
+    own = {"environment.path": environment.path} if environment.path else {}
+    return own | {f"environment.tools.{i}": place for i, place in enumerate(environment.tools)}
+
+
 def files_in_args(recipe: Recipe) -> dict[str, Path]:
-    """The files that arguments of rewards name: a list of words, say, or answers."""
+    """The files that arguments of rewards and of an environment name: a list of words, say, or answers."""
+    args = {_key(reward, i): reward.args for i, reward in enumerate(recipe.functions())}
+    args |= {"environment": recipe.environment.args} if recipe.environment is not None else {}
     return {
-        f"{_key(reward, i)}.args.{key}": Path(value).expanduser()
-        for i, reward in enumerate(recipe.functions())
-        for key, value in reward.args.items()
+        f"{where}.args.{key}": Path(value).expanduser()
+        for where, of in args.items()
+        for key, value in of.items()
         if isinstance(value, str) and _is_file(value)
     }
 

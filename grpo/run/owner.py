@@ -20,6 +20,7 @@ from typing import Any
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.files import write_whole
+from grpo.run.named_files import environment_places
 from grpo.user_code import is_place
 
 log = logging.getLogger("grpo")
@@ -74,6 +75,9 @@ def code_of(recipe: Recipe) -> Iterator[tuple[str, Any]]:
             yield f"{reward.where(index)}.path", reward.path
         if reward.args.get("allow_unsafe"):
             yield f"{reward.where(index)}.args.allow_unsafe", "programs of the model without a sandbox"
+    yield from environment_places(recipe).items()
+    if recipe.environment is not None and recipe.environment.args.get("allow_unsafe"):
+        yield "environment.args.allow_unsafe", "programs of the model without a sandbox"
     sources = recipe.data.sources()
     places = {
         "algorithm.loss_type": recipe.algorithm.loss_type,

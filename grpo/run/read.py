@@ -235,6 +235,8 @@ def headline(run: RunRecord) -> dict[str, float]:
         "accuracy_low": "eval/accuracy_low",
         "accuracy_high": "eval/accuracy_high",
         "length": "eval/completions/mean_length" if run.evaluation else "completions/mean_length",
+        "turns": "eval/completions/mean_turns" if run.evaluation else "completions/mean_turns",
+        "calls": "eval/tools/call_frequency" if run.evaluation else "tools/call_frequency",
         "loss": "eval/loss" if "eval/loss" in run.names() else "loss",
         "reward": "reward",
         "teacher": "eval/teacher_kl" if "eval/teacher_kl" in run.names() else "teacher/kl",

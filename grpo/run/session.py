@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from time import sleep
 from typing import Any
@@ -162,11 +163,21 @@ def allow_fsdp_on_cpu(patience: InitProcessGroupKwargs) -> None:
         state.distributed_type = DistributedType.MULTI_GPU
 
 
-def prepare_task(recipe: Recipe) -> tuple[Any, list[int], Task]:
-    """Tokenizer, the token ids that end a completion, and the task. Raises UserError with all problems at once."""
+def prepare_tokenizer(recipe: Recipe) -> tuple[Any, list[int]]:
+    """Tokenizer, and the token ids that end a completion."""
     tokenizer = load_tokenizer(recipe.model)
+    return tokenizer, stop_token_ids(tokenizer, *load_configs(recipe.model))
+
+
+def prepare_task(
+    recipe: Recipe, tokenizer: Any = None, tools: Sequence[dict[str, Any]] = ()
+) -> tuple[Any, list[int], Task]:
+    """Tokenizer, the token ids that end a completion, and the task. Chat templates show ``tools`` (JSON schemas) in its
+    prompts: of a recipe that is sampled from, ``environments.prepared`` knows them. Raises UserError with all problems
+    at once."""
+    tokenizer = load_tokenizer(recipe.model) if tokenizer is None else tokenizer
     config, generation_config = load_configs(recipe.model)
-    task = load_task(recipe, tokenizer)
+    task = load_task(recipe, tokenizer, tools)
     for warning in check_before_loading(recipe, tokenizer, config, generation_config, task):
         log.warning(warning)
     check_same_on_all(recipe, task)

@@ -6,13 +6,11 @@ hold it.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import math
 import pickle
 import re
-import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +22,13 @@ from grpo.errors import UserError
 from grpo.scoring.messages import Answer, BrokenContract, Failure, Outcome, Request, Signature
 from grpo.types import REWARD_KEYWORDS
 
-MAX_TRACEBACK = 4000
 OWN_FOLDER = str(Path(__file__).parent)  # frames of its files say nothing to a user
 
 
 @dataclass(frozen=True)
 class FunctionSpec:
-    """Where a reward function is (``module``: a dotted name or, of the user's own, a file) and how to call it."""
+    """Where a reward function is (``module``: a dotted name or, of the user's own, a file; empty for what an
+    environment paid) and how to call it."""
 
     key: str  # its name in metrics
     source: str  # as the recipe has it
@@ -39,6 +37,12 @@ class FunctionSpec:
     args: dict[str, Any] = field(default_factory=dict)
     timeout: float = 10.0
     builtin: bool = False
+    where: str = "rewards"  # its key in the recipe
+
+    @property
+    def is_paid(self) -> bool:
+        """Is it what the environment paid? Then there is nothing to call."""
+        return not self.module
 
 
 class LoadError(Exception):
@@ -177,28 +181,15 @@ def outcome_of(why: BaseException) -> Failure | BrokenContract:
     """What comes of a call that raised. The failure's message is the end of its traceback, from the function on."""
     if isinstance(why, ContractError):
         return BrokenContract(str(why))
-    frames = why.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(OWN_FOLDER):
-        frames = frames.tb_next
-    try:
-        message = "".join(traceback.format_exception(type(why), why, frames, limit=-20))
-    except Exception as again:  # an exception of the user's own may break even this
-        message = f"{type(why).__name__} (its traceback cannot be shown: {type(again).__name__})"
     # After a MemoryError the heap is full of holes.
-    return Failure("error", message[-MAX_TRACEBACK:], restart=isinstance(why, MemoryError))
+    return Failure("error", user_code.traceback_of(why, OWN_FOLDER), restart=isinstance(why, MemoryError))
 
 
 def _number(value: Any, did: str) -> float:
-    """A float from what counts as a number: an int, float or bool, a numpy scalar, a tensor of one element."""
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            value = value.item()
-    if not isinstance(value, (int, float)):
+    number = user_code.as_number(value)
+    if number is None:
         raise ContractError(f"{did} {_brief(value)}; expected numbers, or None where a completion cannot be scored")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+    return number
 
 
 def _plain(value: Any) -> Any:

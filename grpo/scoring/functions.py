@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo import user_code
-from grpo.config import RewardConfig, ScoringConfig
+from grpo.config import ENVIRONMENT, RewardConfig, ScoringConfig
 from grpo.errors import UserError
 from grpo.scoring.call import FunctionSpec
 from grpo.types import REWARD_KEYWORDS
@@ -36,14 +36,16 @@ def locate(rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> list[Func
         key, number = place["key"], 2
         while any(spec.key == place["key"] for spec in specs):
             place["key"], number = f"{key}#{number}", number + 1
-        specs.append(FunctionSpec(**place, args=reward.args, timeout=reward.timeout or scoring.timeout))
+        specs.append(FunctionSpec(**place, args=reward.args, timeout=reward.timeout or scoring.timeout, where=where))
     return specs
 
 
 def _builtin(name: str, where: str) -> dict[str, Any]:
+    if name == ENVIRONMENT:
+        return {"key": name, "source": "what the environment paid", "module": "", "attribute": "", "builtin": True}
     if name not in REWARDS:
         raise UserError(
-            f"{where}: no built-in reward {name!r} (there are: {', '.join(REWARDS)}); "
+            f"{where}: no built-in reward {name!r} (there are: {', '.join((*REWARDS, ENVIRONMENT))}); "
             "a function of your own is `path: file.py:fn`"
         )
     attribute = f"{name}_reward"
@@ -68,7 +70,7 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
     """
     modules: dict[int, ModuleType] = {}
     for index, spec in enumerate(specs):
-        module = import_module(spec.module) if spec.builtin else None
+        module = import_module(spec.module) if spec.builtin and not spec.is_paid else None
         if module is not None and hasattr(module, "start"):
             accepted = inspect.signature(module.start).parameters
             try:
@@ -76,13 +78,16 @@ def start_own_workers(specs: Sequence[FunctionSpec], workers: int) -> dict[int, 
             except RuntimeError as why:
                 for started in modules.values():
                     started.stop()
-                raise UserError(f"rewards[{index}] ({spec.source}): {why}") from None
+                raise UserError(f"{spec.where} ({spec.source}): {why}") from None
             modules[index] = module
     return modules
 
 
 def judged_by(name: str) -> str:
-    """What a built-in reward judges, as its module says: ``answer``, ``form`` or ``shaping``. Empty for no reward."""
+    """What a built-in reward judges, as its module says: ``answer``, ``form`` or ``shaping``; ``environment`` for what
+    one pays. Empty for no reward."""
+    if name == ENVIRONMENT:
+        return ENVIRONMENT
     return "" if name not in REWARDS else str(getattr(import_module(f"rewards.{name}"), "JUDGES", "answer"))
 
 
@@ -124,7 +129,7 @@ def row_checks(rewards: Sequence[RewardConfig]) -> list[tuple[RewardConfig, Call
     """
     checks: list[tuple[RewardConfig, Callable[[dict[str, Any]], str | None]]] = []
     for index, reward in enumerate(rewards):
-        if not reward.name or reward in rewards[:index]:
+        if not reward.name or reward.name == ENVIRONMENT or reward in rewards[:index]:
             continue
         if check := getattr(import_module(f"rewards.{reward.name}"), "check_row", None):
             accepted = inspect.signature(check).parameters

@@ -56,6 +56,11 @@ class Grader:
     def __init__(self, reward: RewardConfig, workers: int) -> None:
         scoring = ScoringConfig(workers=workers)
         self._specs = locate([reward], scoring)
+        if self.spec.is_paid:
+            raise UserError(
+                "reward 'environment' is what an environment pays for an episode while it is played; there is none for "
+                "a text that is there already. Name the function that judges it"
+            )
         self._own = start_own_workers(self._specs, workers)
         try:
             self._pool = Pool(self._specs, scoring, 0, run_here=self._own)

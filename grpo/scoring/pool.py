@@ -17,7 +17,8 @@ from grpo.scoring.worker import Setup
 
 
 class Pool:
-    """``scoring.workers`` processes, each with all functions loaded. ``signatures`` says what each function asks for.
+    """``scoring.workers`` processes, each with all functions loaded; none without functions. ``signatures`` says what
+    each function asks for.
 
     Functions whose places are in ``run_here`` have processes of their own. Threads of this process call them.
 
@@ -29,14 +30,15 @@ class Pool:
         self, functions: Sequence[FunctionSpec], scoring: ScoringConfig, max_steps: int, run_here: Collection[int] = ()
     ) -> None:
         self._max_steps = max_steps
-        self._run_here = {index: _function_here(index, functions[index]) for index in run_here}
+        self._run_here = {index: _function_here(functions[index]) for index in run_here}
         limit = scoring.memory_limit_gb
         setup = Setup(list(functions), None if limit is None else int(limit * 2**30), max_steps)
-        self._workers = [WorkerProcess(setup, scoring.environment) for _ in range(scoring.workers)]
+        wanted = scoring.workers if functions else 0
+        self._workers = [WorkerProcess(setup, scoring.environment) for _ in range(wanted)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(scoring.workers, "scoring")
         try:
-            self.signatures, *_ = self._threads.map(WorkerProcess.start, self._workers)
+            self.signatures = next(iter(list(self._threads.map(WorkerProcess.start, self._workers))), [])
         except WorkerFailed as why:
             self.close()
             raise UserError(_not_loaded(functions, why)) from None
@@ -84,16 +86,16 @@ class Pool:
         return [Call(self._run_here[job.function], request, state).run() for request in job.requests]
 
 
-def _function_here(index: int, spec: FunctionSpec) -> RewardFunction:
+def _function_here(spec: FunctionSpec) -> RewardFunction:
     try:
         return RewardFunction(spec)
     except LoadError as why:
-        raise UserError(f"rewards[{index}] ({spec.source}): {why}") from None
+        raise UserError(f"{spec.where} ({spec.source}): {why}") from None
 
 
 def _not_loaded(functions: Sequence[FunctionSpec], why: WorkerFailed) -> str:
     if isinstance(why, FunctionsNotLoaded):
         found = zip(functions, why.causes, strict=True)
-        return "\n".join(f"rewards[{i}] ({spec.source}): {cause}" for i, (spec, cause) in enumerate(found) if cause)
+        return "\n".join(f"{spec.where} ({spec.source}): {cause}" for spec, cause in found if cause)
     sources = ", ".join(spec.source for spec in functions)
     return f"rewards ({sources}): {why}; if memory is short, raise scoring.memory_limit_gb or set it to null"

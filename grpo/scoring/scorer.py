@@ -15,7 +15,7 @@ from dataclasses import replace
 from grpo.config import RewardConfig, ScoringConfig
 from grpo.scoring.functions import locate, start_own_workers
 from grpo.scoring.pool import Pool
-from grpo.scoring.step import ScoredFunction, StepScoring, check_columns
+from grpo.scoring.step import NOTHING, ScoredFunction, StepScoring, check_columns
 from grpo.types import Group
 
 
@@ -31,15 +31,25 @@ class Scorer:
 
     def __init__(self, rewards: Sequence[RewardConfig], scoring: ScoringConfig, *, max_steps: int = 0) -> None:
         specs = locate(rewards, scoring)
-        self._own_workers = start_own_workers(specs, scoring.workers)
+        called = [spec for spec in specs if not spec.is_paid]
+        self._own_workers = start_own_workers(called, scoring.workers)
         try:
-            self._pool = Pool(specs, scoring, max_steps, run_here=self._own_workers)
+            self._pool = Pool(called, scoring, max_steps, run_here=self._own_workers)
         except BaseException:
             self._stop_own_workers()
             raise
+        places = {spec.key: place for place, spec in enumerate(called)}
+        asked = {spec.key: signature for spec, signature in zip(called, self._pool.signatures, strict=True)}
         self.functions = [
-            ScoredFunction(spec, signature, reward.weight, reward.needs_group, reward.scores)
-            for spec, signature, reward in zip(specs, self._pool.signatures, rewards, strict=True)
+            ScoredFunction(
+                spec,
+                asked.get(spec.key, NOTHING),
+                reward.weight,
+                reward.needs_group,
+                reward.scores,
+                places.get(spec.key),
+            )
+            for spec, reward in zip(specs, rewards, strict=True)
         ]
         self.names = [spec.key for spec in specs]
         self._max_failure_rate = scoring.max_failure_rate
@@ -59,8 +69,9 @@ class Scorer:
         """Fill ``rewards``, ``rewards_by_function``, ``verdicts``, ``extra_metrics``, ``extra_columns`` of every group.
 
         ``step`` is what functions see as ``trainer_state.global_step``. Completions that ended in ``Status.ERROR`` are
-        not handed to any function and have no reward. A function that does not score the source of a group is not
-        called for it: its rewards are None, as TRL's are for rows of another task, and nothing of it is counted.
+        not handed to any function and have no reward. The reward ``environment`` is what an episode was paid. A
+        function that does not score the source of a group is not called for it: its rewards are None, as TRL's are for
+        rows of another task, and nothing of it is counted.
 
         Raises:
             UserError: a function needs a column that the rows do not have, or a column has a name that is taken.
@@ -81,8 +92,8 @@ class Scorer:
         function = self.functions[place]
         spec = replace(function.spec, timeout=min(timeout, function.spec.timeout))
         functions = [*self.functions[:place], replace(function, spec=spec), *self.functions[place + 1 :]]
-        quiet = set(range(len(functions)))
-        scoring = StepScoring(functions, self._pool, 0, 1.0, quiet, left_out=quiet - {place})
+        others = set(range(len(functions))) - {place}
+        scoring = StepScoring(functions, self._pool, 0, 1.0, told=None, left_out=others)
         for group in groups:
             scoring.add(group)
         scoring.finish()

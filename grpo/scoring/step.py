@@ -19,6 +19,7 @@ from typing import Any
 
 from grpo.errors import RunError, UserError
 from grpo.scoring.call import FunctionSpec
+from grpo.scoring.episodes import messages_of, paid
 from grpo.scoring.messages import Answer, BrokenContract, Failure, Job, Outcome, Request, Signature
 from grpo.scoring.pool import Pool
 from grpo.scoring.process import WorkerFailed
@@ -26,6 +27,7 @@ from grpo.types import REWARD_KEYWORDS, Group, Status
 
 logger = logging.getLogger(__name__)
 
+NOTHING = Signature(is_async=False, wants_ids=False, needs=[])
 ASYNC_GRACE = 1.0  # seconds in which a worker gives up by itself on an async call that is late
 UNSCORABLE_VERDICTS = frozenset({"gold_unparseable", "error"})  # a function's own word for "not the completion's fault"
 
@@ -40,6 +42,8 @@ class ScoredFunction:
     needs_group: bool
     scores: Callable[[str], bool] = lambda source: True
     """Whether it scores completions of a source of `data.mix`."""
+    place: int | None = None
+    """Its place among the functions of the pool; None for what an environment paid."""
 
     def __str__(self) -> str:
         return f"reward {self.spec.key!r} ({self.spec.source})"
@@ -58,7 +62,8 @@ class StepScoring:
     """``add`` sends the calls of a group and returns at once. ``finish`` waits for the outcomes of all groups that were
     added since its last call, and fills them in. How many completions may fail is counted over the whole step.
 
-    ``told`` holds the functions whose first failure a run has shown already.
+    ``told`` holds what a run has shown a first failure of already, the functions by their places; with None nothing is
+    shown. Failed episodes are counted as a function's failures are.
 
     Those in ``left_out`` are not called. Errors are those of ``Scorer.score``.
     """
@@ -69,14 +74,15 @@ class StepScoring:
         pool: Pool,
         step: int,
         max_failure_rate: float,
-        told: set[int],
+        told: set[int] | None,
         left_out: Collection[int] = (),
     ) -> None:
-        self._left_out = left_out
+        self._called = [place for place, of in enumerate(functions) if of.place is not None and place not in left_out]
         self._functions = functions
         self._pool = pool
         self._step = step
-        self._failures = _Failures(functions, step, max_failure_rate)
+        who = [f"{function} could not score" for function in functions]
+        self._failures = _Failures([*who, "the environment failed in"], step, max_failure_rate)
         self._told = told
         self._groups: list[Group] = []
         self._rows: list[bytes] = []  # of each group: its pickled prompt and columns
@@ -100,15 +106,18 @@ class StepScoring:
             self._results[place, index] = []
             if function.scores(source):
                 self._failures.completions[place] += len(self._samples[-1])
-            if not function.signature.is_async and place not in self._left_out:
+            if not function.signature.is_async and place in self._called:
                 self._send(self._whole(place, [index]))
+        self._failures.completions[-1] += sum(c.episode is not None for c in group.completions)
 
     def finish(self) -> None:
         new = range(self._filled, len(self._groups))
         self._filled = len(self._groups)
-        for place, function in enumerate(self._functions):
-            if function.signature.is_async and place not in self._left_out:
+        for place in self._called:
+            if self._functions[place].signature.is_async:
                 self._send(self._whole(place, new))
+        for index in new:
+            self._count_failed_episodes(self._groups[index])
         while self._outstanding:
             pieces, future = self._finished.get()
             self._outstanding -= 1
@@ -119,10 +128,18 @@ class StepScoring:
             except CancelledError:
                 raise RunError("scoring was closed while it was at work") from None
             self._receive(pieces, outcomes)
-        self._failures.warn(self._told)
+        if self._told is not None:
+            self._failures.warn(self._told)
         for index in new:
             results_F = [self._results[place, index] for place in range(len(self._functions))]
             _fill(self._groups[index], self._functions, results_F)
+
+    def _count_failed_episodes(self, group: Group) -> None:
+        for sample, completion in enumerate(group.completions):
+            said = paid(completion)
+            if said.failed:
+                where = f"prompt {group.prompt.id}, completion {sample}: {said.message}"
+                self._failures.add(len(self._functions), said.said, 1, where)
 
     def _whole(self, function: int, groups: Iterable[int]) -> list[_Piece]:
         scores = self._functions[function].scores
@@ -144,22 +161,27 @@ class StepScoring:
         place = pieces[0].function
         function = self._functions[place]
         timeout = function.spec.timeout + (ASYNC_GRACE if function.signature.is_async else 0)
-        job = Job(place, self._step, [self._request(piece) for piece in pieces])
+        assert function.place is not None, "what an environment paid is not asked for"
+        job = Job(function.place, self._step, [self._request(piece) for piece in pieces])
         future = self._pool.submit(job, timeout)
         self._outstanding += 1
         future.add_done_callback(lambda done: self._finished.put((pieces, done)))
 
     def _request(self, piece: _Piece) -> Request:
-        prompt = self._groups[piece.group].prompt
+        """What a function is told of completions. Of episodes, one of ours judges what the model wrote, and its tokens;
+        one of the user's gets what TRL gives it: all tokens and, for chat prompts, the messages of both sides."""
+        prompt, function = self._groups[piece.group].prompt, self._functions[piece.function]
         completions = [self._groups[piece.group].completions[sample] for sample in piece.samples]
         texts: list[Any] = [completion.text for completion in completions]
-        if not isinstance(prompt.prompt, str):
+        if not isinstance(prompt.prompt, str) and function.spec.builtin:
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        wants_ids = self._functions[piece.function].signature.wants_ids
+        elif not isinstance(prompt.prompt, str):
+            texts = [messages_of(completion) for completion in completions]
+        ids = [c.model_token_ids() if function.spec.builtin else list(c.token_ids) for c in completions]
         return Request(
             row=self._rows[piece.group],
             completions=texts,
-            completion_ids=[list(completion.token_ids) for completion in completions] if wants_ids else None,
+            completion_ids=ids if function.signature.wants_ids else None,
             status=[completion.status.value for completion in completions],
             prefill=prompt.prefill,
         )
@@ -204,15 +226,15 @@ class StepScoring:
 
 
 class _Failures:
-    """The completions of a step that could not be scored, by function and cause."""
+    """The completions of a step that could not be scored, by what failed (``who`` and did what) and cause."""
 
-    def __init__(self, functions: Sequence[ScoredFunction], step: int, max_failure_rate: float) -> None:
-        self.completions = [0] * len(functions)  # of the whole step, that each of them scores
-        self._functions = functions
+    def __init__(self, who: Sequence[str], step: int, max_failure_rate: float) -> None:
+        self.completions = [0] * len(who)  # of the whole step, that each of them scores
+        self._who = who
         self._step = step
         self._max_failure_rate = max_failure_rate
-        self._causes: list[Counter[str]] = [Counter() for _ in functions]
-        self._first = [""] * len(functions)
+        self._causes: list[Counter[str]] = [Counter() for _ in who]
+        self._first = [""] * len(who)
 
     def add(self, function: int, cause: str, completions: int, message: str) -> None:
         """Count a failure. Raises RunError where they are more than ``scoring.max_failure_rate`` allows."""
@@ -236,7 +258,7 @@ class _Failures:
         causes = self._causes[function]
         counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
         return (
-            f"step {self._step}: {self._functions[function]} could not score {sum(causes.values())} of "
+            f"step {self._step}: {self._who[function]} {sum(causes.values())} of "
             f"{self.completions[function]} completions ({counts})"
         )
 
@@ -276,6 +298,9 @@ def _fill(
     for function, pieces in zip(functions, results, strict=True):
         values: list[float | None] = [None] * size
         scores = function.scores(group.prompt.source)
+        if function.place is None and scores:
+            _fill_paid(group, function.spec.key)
+            continue
         said = ["not_generated" if scores else "not_asked"] * size
         verdicts = Counter({"not_generated": not_generated * scores})
         for piece, result in sorted(pieces, key=lambda pair: pair[0].samples):  # not in the order of arrival
@@ -300,6 +325,14 @@ def _fill(
     weights = [function.weight for function in functions]
     by_function = list(group.rewards_by_function.values())
     group.rewards = [_weighted(weights, [values[g] for values in by_function]) for g in range(size)]
+
+
+def _fill_paid(group: Group, name: str) -> None:
+    """Put what the environment paid into the group."""
+    found = [paid(completion) for completion in group.completions]
+    group.rewards_by_function[name] = [one.reward for one in found]
+    group.said[name] = [one.said for one in found]
+    group.verdicts[name] = dict(Counter(one.said for one in found))
 
 
 def _said(answer: Answer) -> list[str]:

@@ -19,7 +19,8 @@ from grpo.update.micro_batch_size import within_memory, work_through
 
 
 class TokenStatistics(NamedTuple):
-    """One completion's tokens. ``log_left`` is the log of the probability that top-k, top-p and min-p leave."""
+    """One completion's tokens, 0 at an environment's. ``log_left`` is the log of the probability that top-k, top-p and
+    min-p leave."""
 
     logprobs: list[float]
     entropies: list[float]
@@ -111,13 +112,14 @@ def select_tokens(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSeq
     """
     algorithm, seed = run.recipe.algorithm, run.recipe.training.seed
     statistics = sequence_statistics(run, sequences, reference=False)
-    lengths = [len(s.completion_ids) for s in sequences]
     old = [s.old_logprobs or found.logprobs for s, found in zip(sequences, statistics, strict=True)]
-    logps_M, old_M, entropies_M = (
-        torch.tensor([x for values in part for x in values], dtype=torch.float32)
-        for part in ([found.logprobs for found in statistics], old, [found.entropies for found in statistics])
+    advantages = [
+        s.advantage if isinstance(s.advantage, list) else [s.advantage] * len(s.completion_ids) for s in sequences
+    ]
+    logps_M, old_M, entropies_M, advantages_M = (
+        torch.tensor([x_T[place] for s, x_T in zip(sequences, part, strict=True) for place in s.counted_places()])
+        for part in ([of.logprobs for of in statistics], old, [of.entropies for of in statistics], advantages)
     )
-    advantages_M = torch.tensor([s.advantage for s in sequences]).repeat_interleave(torch.tensor(lengths))
     select = find_loss(algorithm.loss_type).select
     if select is None:
         kept_M = top_entropy_kept(entropies_M, algorithm.top_entropy_quantile)
@@ -125,12 +127,13 @@ def select_tokens(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSeq
         digest = zlib.crc32(repr([list(s.completion_ids) for s in sequences]).encode())
         generator = torch.Generator().manual_seed(seed << 32 | digest)
         kept_M = select(StepTokens(logps_M, logps_M - old_M, entropies_M, advantages_M), algorithm, generator)
-    parts = kept_M.split(lengths)
-    return [replace(s, kept=_counted(kept_t.tolist(), s)) for s, kept_t in zip(sequences, parts, strict=True)]
+    parts = kept_M.split([s.num_model_tokens - len(s.uncounted) for s in sequences])
+    return [replace(s, kept=_of_all(kept_t.tolist(), s)) for s, kept_t in zip(sequences, parts, strict=True)]
 
 
-def _counted(kept: list[float], sequence: TrainedSequence) -> list[float]:
-    """``kept`` without the tokens that do not count anyway."""
-    for place in sequence.uncounted:
-        kept[place] = 0.0
-    return kept
+def _of_all(kept: list[float], sequence: TrainedSequence) -> list[float]:
+    """``kept`` of the tokens that count, with 0 at the others of the completion."""
+    of_tokens = [0.0] * len(sequence.completion_ids)
+    for place, value in zip(sequence.counted_places(), kept, strict=True):
+        of_tokens[place] = value
+    return of_tokens

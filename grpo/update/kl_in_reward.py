@@ -23,11 +23,11 @@ def less_kl(run: Run, rewards_PG: np.ndarray, groups: list[Group]) -> tuple[np.n
     if not (algorithm.kl_in_reward and algorithm.beta > 0):
         return rewards_PG, {}
     sequences = to_sequences(groups, np.zeros(rewards_PG.shape), algorithm)
-    places = [i for i, s in enumerate(sequences) if s.completion_ids and not np.isnan(rewards_PG.flat[i])]
+    places = [i for i, s in enumerate(sequences) if s.num_model_tokens and not np.isnan(rewards_PG.flat[i])]
     statistics = sequence_statistics(run, [sequences[i] for i in places], reference=True)
     kl_PG = np.zeros(rewards_PG.shape)
-    for i, found in zip(places, statistics, strict=True):
+    for i, found in zip(places, statistics, strict=True):  # 0 under both at an environment's tokens: they add nothing
         logps_T, ref_logps_T = torch.tensor(found.logprobs), torch.tensor(found.ref_logprobs)
         kl_PG.flat[i] = float(kl_estimate(logps_T, ref_logps_T, estimator=algorithm.kl_estimator).double().sum())
-    tokens = sum(len(found.logprobs) for found in statistics)
+    tokens = sum(sequences[i].num_model_tokens for i in places)
     return rewards_PG - algorithm.beta * kl_PG, {"kl": float(kl_PG.sum()) / max(tokens, 1)}

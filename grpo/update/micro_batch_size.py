@@ -121,8 +121,11 @@ def _smallest(micro_batch: MicroBatch) -> MicroBatch:
     one = min(micro_batch, key=len)
     per_token = ("completion_ids", "sampler_logprobs", "old_logprobs", "ref_logprobs", "kept", "log_left")
     cut = {name: getattr(one, name)[:1] for name in per_token if getattr(one, name) is not None}
+    cut["advantage"] = one.advantage[:1] if isinstance(one.advantage, list) else one.advantage
     teacher = None if one.teacher is None else one.teacher.first()
-    return [replace(one, prompt_ids=one.prompt_ids[:1], weight=0.0, uncounted=(), teacher=teacher, **cut)]
+    return [
+        replace(one, prompt_ids=one.prompt_ids[:1], weight=0.0, uncounted=(), environment=(), teacher=teacher, **cut)
+    ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -32,15 +32,16 @@ MOST_UNCOUNTED = 0.05  # share of a step's tokens that a sampler may give no log
 LossOf = Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-def update(run: Run, groups: list[Group], advantages_PG: np.ndarray, learning_rate: float) -> list[dict[str, float]]:
+def update(run: Run, groups: list[Group], advantages: np.ndarray, learning_rate: float) -> list[dict[str, float]]:
     """``num_iterations`` passes over the rollout in ``num_minibatches`` optimizer steps each; metrics of every step.
+    ``advantages`` are (P,G), or (P,G,U) with one for each turn.
 
     With a single optimizer step the policy that sampled is the policy being updated: its old log-probabilities are the
     current ones, and no forward pass is spent on them. Those of a replayed group are always the sampler's.
     """
     algorithm = run.recipe.algorithm
     check_staleness(groups, run.progress.step, run.recipe.rollout.max_staleness)
-    sequences = taught(run, to_sequences(groups, advantages_PG, algorithm, scored=run.recipe.learns_from_rewards))
+    sequences = taught(run, to_sequences(groups, advantages, algorithm, scored=run.recipe.learns_from_rewards))
     uncounted = check_uncounted(sequences, run.progress.step)
     if algorithm.num_iterations * algorithm.num_minibatches > 1 or any(group.replayed for group in groups):
         needed = [s for s in sequences if s.valid] if selects_tokens(algorithm) else with_signal(sequences, run.recipe)
@@ -60,7 +61,7 @@ def check_uncounted(sequences: list[TrainedSequence], step: int) -> dict[str, fl
 
     Raises RunError where they are too many to be chance.
     """
-    count, tokens = sum(len(s.uncounted) for s in sequences), sum(len(s.completion_ids) for s in sequences)
+    count, tokens = sum(len(s.uncounted) for s in sequences), sum(s.num_model_tokens for s in sequences)
     if not count:
         return {}
     if count > MOST_UNCOUNTED * tokens:
@@ -104,7 +105,7 @@ def optimizer_step(run: Run, sequences: list[TrainedSequence], learning_rate: fl
         experts = StepExperts(policy, algorithm)
         plan = plan_for(policy, contributing, run.recipe.training, max_tokens)
         counts = Counts(
-            tokens=sum(len(s.completion_ids) - len(s.uncounted) for s in valid),
+            tokens=sum(s.num_model_tokens - len(s.uncounted) for s in valid),
             sequences=len(valid),
             micro_batches=sum(any(s.weight for s in micro_batch) for share in plan for micro_batch in share),
             max_completion_length=rollout.max_completion_length,
@@ -139,7 +140,7 @@ def with_signal(sequences: list[TrainedSequence], recipe: Recipe) -> list[Traine
     algorithm = recipe.algorithm
     regardless = algorithm.kl_in_loss or algorithm.has_entropy_bonus or algorithm.router_aux_loss_coef > 0
     regardless = regardless or find_loss(algorithm.loss_type).without_advantage or recipe.teacher is not None
-    return [s for s in sequences if s.valid and (s.advantage != 0 or regardless)]
+    return [s for s in sequences if s.valid and (s.has_advantage or regardless)]
 
 
 def taught(run: Run, sequences: list[TrainedSequence]) -> list[TrainedSequence]:

@@ -1,5 +1,5 @@
-"""One optimizer step of the supervised stage, on all completion tokens of the examples: mean cross-entropy, or the mean
-divergence from a teacher's distributions."""
+"""One optimizer step of the supervised stage, on all completion tokens of the examples that are the model's: mean
+cross-entropy, or the mean divergence from a teacher's distributions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def supervised_step(run: Run, examples: list[Example], learning_rate: float) -> 
     ``cross_entropy`` and ``teacher/kl``, with experts what is said of their loads. Raises RunError on every process,
     before the optimizer's step, where loss or gradient is not finite.
     """
-    teacher, tokens = run.recipe.teacher, sum(len(example.completion) for example in examples)
+    teacher, tokens = run.recipe.teacher, sum(example.num_model_tokens for example in examples)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         cross_entropy, entropy, divergence = sums_of(run, batch)
@@ -51,7 +51,14 @@ def sums_of(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def micro_batches_of(run: Run, examples: list[Example], max_tokens: int) -> list[MicroBatch]:
     """This process's share of the examples, in micro-batches."""
     sequences = [
-        TrainedSequence(e.prompt, e.completion, [0.0] * len(e.completion), advantage=1.0, teacher=e.teacher)
+        TrainedSequence(
+            e.prompt,
+            e.completion,
+            [0.0] * len(e.completion),
+            advantage=1.0,
+            teacher=e.teacher,
+            environment=e.environment,
+        )
         for e in examples
     ]
     return plan_for(run.policy, sequences, run.recipe.training, max_tokens)[run.accelerator.process_index]

@@ -7,12 +7,13 @@ calls ``import_ours`` first.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+import math
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from grpo.user_code.sources import sources
 
 __all__ = [
     "Calls",
+    "as_number",
     "brief",
     "file_of",
     "import_ours",
@@ -33,6 +35,7 @@ __all__ = [
     "sources_of",
     "split_place",
     "stopped_at",
+    "traceback_of",
 ]
 
 
@@ -128,6 +131,36 @@ def _is_machinery(filename: str) -> bool:
     return "importlib" in filename or Path(filename).parent == Path(__file__).parent
 
 
+MAX_TRACEBACK = 4000
+
+
+def traceback_of(why: BaseException, ours: str) -> str:
+    """The end of an exception's traceback, from the user's code on: without the first frames, of files in the folder
+    ``ours``."""
+    frames = why.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(ours):
+        frames = frames.tb_next
+    try:
+        text = "".join(traceback.format_exception(type(why), why, frames, limit=-20))
+    except Exception as again:  # an exception of the user's own may break even this
+        text = f"{type(why).__name__} (its traceback cannot be shown: {type(again).__name__})"
+    return text[-MAX_TRACEBACK:]
+
+
+def as_number(value: Any) -> float | None:
+    """A float from what counts as a number: an int, float or bool, a numpy scalar, a tensor of one element. None from
+    anything else."""
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            value = value.item()
+    if not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 class Calls:
     """Calls of a user's function. An error in one is reported in one line that begins with ``what``.
 
@@ -143,7 +176,7 @@ class Calls:
         """The error to raise for a wrong result."""
         return (UserError if self.first else RunError)(f"{self.what}: {text}")
 
-    @contextmanager
+    @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """Around a call and the checks of its result. An exception becomes an ``error`` with its text and the user's
         line that raised it. UserError and RunError pass unchanged, and so does running out of memory, which the trainer

@@ -4,6 +4,8 @@
     confine.py    which of it applies here (the *level*), and how a zygote shuts itself in
     zygote.py     the process that forks one child a run, in which the program runs
     program.py    what happens in that child
+    cells.py      pieces of code that share their variables, there
+    session.py    such a session, seen from outside
     prelude.py    the names that programs find without an import
     packages.py   installed packages that they may import
     values.py     plain values over a pipe, with their exact types
@@ -17,5 +19,6 @@ over its whole process can only return values of its choice.
 from rewards.sandbox.packages import PackageRefused
 from rewards.sandbox.pool import Ended, Limits, Run, Sandbox, SandboxUnavailable
 from rewards.sandbox.probe import probed_sandbox
+from rewards.sandbox.session import Session
 
-__all__ = ["Ended", "Limits", "PackageRefused", "Run", "Sandbox", "SandboxUnavailable", "probed_sandbox"]
+__all__ = ["Ended", "Limits", "PackageRefused", "Run", "Sandbox", "SandboxUnavailable", "Session", "probed_sandbox"]

@@ -72,8 +72,23 @@ class Run:
     ended: Ended | None = None
     status: int | None = None  # exit status, or minus the signal
     at_end: bool = False  # the program has closed its end
+    control: socket.socket | None = None  # to its zygote
     _buffer: bytes = b""
     _received: int = 0
+
+    def hold(self) -> None:
+        """Let the program stand still, whatever threads it has left, until ``go_on``."""
+        self._order(b"hold")
+
+    def go_on(self, seconds: float) -> None:
+        """Let it run again, for so long, and count its output anew."""
+        self.deadline, self._received = time.monotonic() + seconds, len(self._buffer)
+        self._order(b"go on")
+
+    def _order(self, order: bytes) -> None:
+        if self.control is not None and self.ended is None:
+            with contextlib.suppress(OSError):  # the zygote has ended; the channel tells
+                self.control.send(order)
 
     def send(self, data: bytes) -> None:
         """Queue bytes for the program. Reads what it says meanwhile, so that neither waits for the other."""
@@ -232,7 +247,7 @@ class Place:
         assert self._control is not None
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        run = Run(ours, time.monotonic() + limits.seconds, limits.max_output)
+        run = Run(ours, time.monotonic() + limits.seconds, limits.max_output, control=self._control)
         order = {"memory_bytes": limits.memory_mb << 20, "cpu_seconds": int(limits.seconds) + 2}
         with ours:
             try:

@@ -1,9 +1,9 @@
 """What happens in the child of one run: a model's program, and answers on the channel.
 
-Four modes. ``calls``: the program gets calls and answers them. ``script``: it reads a standard input and writes its
-output straight into the channel. In the other two not a model's program runs but a data set's own. ``judge``: a test,
-with the function that it tests behind the channel. ``checker``: what says whether an answer is right. Calls and answers
-are lines:
+Five modes. ``calls``: the program gets calls and answers them. ``script``: it reads a standard input and writes its
+output straight into the channel. ``session``: it gets pieces of code one after the other, which share their variables
+(``cells.py``). In the other two not a model's program runs but a data set's own. ``judge``: a test, with the function
+that it tests behind the channel. ``checker``: what says whether an answer is right. Calls and answers are lines:
 
     call NAME ARGUMENTS   value VALUE   failed KIND MESSAGE   loaded   passed   accepted   refused
 
@@ -27,7 +27,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from rewards.sandbox import prelude, values
+from rewards.sandbox import cells, prelude, values
 
 HEADER = struct.Struct("=QQQ")  # sizes of mode, source and the mode's input
 LOADED, PASSED, ACCEPTED, REFUSED = "loaded", "passed", "accepted", "refused"
@@ -43,7 +43,8 @@ EXIT_STATUS = {"limit": 101, "denied": 102, "exit": 0, "syntax": 103, "error": 1
 @dataclass(frozen=True)
 class Request:
     """``input``: a script's standard input; for a judge the name of the function that it tests; for calls ``IN_ORDER``
-    or nothing; for a checker what it judges, ``calls`` or ``script``."""
+    or nothing; for a checker what it judges, ``calls`` or ``script``; for a session how many characters an answer may
+    have."""
 
     mode: str
     source: str
@@ -82,6 +83,10 @@ def serve(channel: int, request: Request) -> None:
         _judge(channel, lines, request)
     elif request.mode == "checker":
         _check_answers(channel, lines, request)
+    elif request.mode == "session":
+        namespace = _namespace("__main__")
+        for number, line in enumerate(lines, 1):
+            _send(channel, cells.run(line, namespace, number, int(request.input)))
     else:
         _answer_calls(channel, lines, request)
     os._exit(0)

@@ -3,7 +3,8 @@
 A fresh interpreter, without CUDA, threads or anything of the trainer's, that has shut itself in (``confine.py``) and
 has imported what programs import most. For every run it is handed one end of a socket, the run's channel, and forks a
 child that takes on the run's limits and the system call filter and then serves the channel (``program.py``). The zygote
-reaps the child, kills it when asked to, and reports how it ended; it reads nothing that a program writes.
+reaps the child, holds it still or kills it when asked to, and reports how it ended; it reads nothing that a program
+writes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import socket
 import sys
 from typing import Any
 
-from rewards.processes import die_with_parent
+from rewards.processes import die_with_parent, volunteer_for_death
 from rewards.sandbox import confine, kernel, prelude, program
 from rewards.sandbox.packages import PackageRefused, Packages
 
@@ -30,6 +31,7 @@ from rewards.sandbox.packages import PackageRefused, Packages
 WARM = """bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq io itertools json
 math operator queue re statistics string threading typing"""
 LAZY = {"numpy": ("numpy.random",)}  # parts that a package would load in every run anew
+SIGNALS = {b"hold": signal.SIGSTOP, b"go on": signal.SIGCONT}  # all else kills
 MAX_MESSAGE = 1 << 16
 MAX_THREADS = 64
 MAX_STACK = 64 << 20  # bytes; recursion through C (a cached function, a sort's key) takes stack
@@ -44,7 +46,7 @@ def main(control_fd: int, parent_pid: int, level: str, packages: Packages) -> No
         importlib.import_module(module)
     null = os.open(os.devnull, os.O_RDWR)
     try:
-        _volunteer_for_death()
+        volunteer_for_death()
         tasks = MAX_THREADS + (_tasks_of_user() if level in ("landlock", "unsafe") else 0)
         _shut_in(level, packages)
         filter_ = b"" if level == "unsafe" else kernel.seccomp_program()
@@ -65,7 +67,7 @@ def main(control_fd: int, parent_pid: int, level: str, packages: Packages) -> No
         if not message:
             break  # the trainer has gone
         if not fds:
-            continue  # a kill that came too late
+            continue  # a kill or another order that came too late
         limits = json.loads(message)
         fcntl.fcntl(null, fcntl.F_SETFL, os.O_RDWR)  # shared by all runs: undo the flags that one may have set
         child = os.fork()
@@ -99,12 +101,6 @@ def _import(names: tuple[str, ...]) -> None:
             cure = " (packages must name what a package imports, too)" if isinstance(why, ImportError) else ""
             said = f"{type(why).__name__}: {why}"[:500]
             raise PackageRefused(f"packages: {name} cannot be imported in the sandbox: {said}{cure}") from None
-
-
-def _volunteer_for_death() -> None:
-    """If memory runs out, the kernel shall kill this process and its children, not the trainer."""
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
 
 
 def _tasks_of_user() -> int:
@@ -170,16 +166,18 @@ def _limit(limits: dict[str, Any]) -> None:
 
 
 def _reap(control: socket.socket, child: int) -> dict[str, int]:
-    """Wait for the child, or for the order to kill it. Returns how it ended."""
+    """Wait for the child, or for the order to kill it; between these it is held still and let go on as told. Returns
+    how it ended."""
     end = os.pidfd_open(child)
     try:
         poll = select.poll()
         poll.register(end, select.POLLIN)
         poll.register(control, select.POLLIN)
         while not any(fd == end for fd, _ in poll.poll()):
-            if not control.recv(MAX_MESSAGE):
+            order = control.recv(MAX_MESSAGE)
+            if not order:
                 os._exit(0)  # the trainer has gone: so do we, and our children with us
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, SIGNALS.get(order, signal.SIGKILL))
     finally:
         os.close(end)
     _, status = os.waitpid(child, 0)

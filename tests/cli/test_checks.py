@@ -188,3 +188,15 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(tmp_path, rows):
     assert load_recipe("resolved.yaml") == load_recipe("rows.yaml", ["rollout.top_k=4"])
     assert "top_k: 4" in result.stdout
     assert "top_p" not in result.stdout, "a default is not printed"
+
+
+@pytest.mark.slow
+def test_validate_looks_at_the_environment_too_beside_everything_else(rows):
+    """With a tokenizer or without; what is wrong is told once."""
+    Path("mine.py").write_text("class Game:\n    def reset(self, **row): ...\n")
+    rows(*[{"prompt": "1 2 = 3", "nums": [1, 2]}] * 40)
+    result = run("validate", "rows.yaml", "environment.path=mine.py:Game")
+    assert result.exit_code == 2
+    assert "has neither a step(text) nor a public method that the model could call" in result.stderr
+    assert "needs target: neither a column" in result.stderr
+    assert result.stderr.count("has neither a step") == 1

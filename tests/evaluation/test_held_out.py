@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from grpo.evaluation.held_out import evaluate
-from grpo.types import Completion, Prompt, Status
+from grpo.evaluation.held_out import evaluate, held_out_metrics
+from grpo.evaluation.statistics import wilson_interval
+from grpo.metrics import question_of, rollout_rows
+from grpo.types import Completion, Episode, Group, Prompt, Status, Turn
 from tests.conftest import make_recipe
 from tests.evaluation.test_statistics import by_plain_loops
 
@@ -64,3 +66,17 @@ def test_where_nothing_could_be_scored_nothing_is_solved() -> None:
     recipe = make_recipe(Path("unused"), rewards=RULES)
     metrics, _ = evaluate(recipe, prompts, fixed, fixed, Accelerator(cpu=True), version=0)
     assert (metrics["eval/accuracy"], metrics["eval/unscored/rule"]) == (0.0, 2.0)
+
+
+def test_prompts_of_games_may_be_the_same_and_their_outcomes_are_independent_all_the_same() -> None:
+    """An environment makes another task of each row; on the page and between runs too."""
+    played = [Completion([5], [-0.5], Status.STOP, "a", [], Episode([Turn(0, 1, "stop", text="a")])) for _ in range(8)]
+    groups = [
+        Group(Prompt(i, "play", "play", [7]), [one], [float(i < 2)], {"environment": [float(i < 2)]})
+        for i, one in enumerate(played)
+    ]
+    recipe = make_recipe(Path("unused"), environment={"name": "number_guess"}, rewards=[{"name": "environment"}])
+    metrics = held_out_metrics(recipe, groups)
+    assert (metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]) == wilson_interval(2, 8)
+    assert len({question_of(row) for row in rollout_rows(groups, 0)}) == 8
+    assert {question_of({"prompt": "play", "prompt_id": i}) for i in range(8)} == {"play"}

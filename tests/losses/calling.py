@@ -34,7 +34,7 @@ def policy_loss(
         completion_mask_BT=nothing,
         places_M=nothing,
         mask_BT=mask_BT,
-        advantages_B=advantages_B,
+        advantages=advantages_B[:, None],
         sampler_logps_BT=nothing if sampler_logps_BT is None else sampler_logps_BT,
         old_logps_BT=old_logps_BT,
         ref_logps_BT=ref_logps_BT,

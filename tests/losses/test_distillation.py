@@ -131,7 +131,7 @@ def batch_of(
         completion_mask_BT=nothing,
         places_M=nothing,
         mask_BT=mask_BT,
-        advantages_B=nothing,
+        advantages=nothing,
         sampler_logps_BT=nothing,
         old_logps_BT=None if old_NT is None else old_NT[outcomes],
         teacher_logps_BT=torch.where(mask_BT > 0, teacher_NT[outcomes], padding),

@@ -45,6 +45,31 @@ def test_a_repeated_question_is_never_in_both_parts(tmp_path):
     assert task.notes == ["10 rows repeat a held-out question and are left out of training"]
 
 
+GAME = {"environment": {"name": "number_guess"}}
+
+
+def test_with_an_environment_a_question_is_a_whole_row(tmp_path):
+    """``reset`` makes the task of all columns, so prompts may be the same."""
+    rows = [{"prompt": "guess", "secret": i % 12} for i in range(36)]
+    with pytest.raises(UserError, match="can't hold out 5 of the 1 different questions"):
+        load({"path": write_rows(tmp_path / "rows.jsonl", rows), "eval_size": 5})
+    task = load({"path": str(tmp_path / "rows.jsonl"), "eval_size": 5}, **GAME)
+    held_out = {p.columns["secret"] for p in task.eval_prompts}
+    assert len(held_out) == 5
+    assert {task.train.row(row)["secret"] for row in task.train.ids} == set(range(12)) - held_out
+    assert task.notes == ["10 rows repeat a held-out question and are left out of training"]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["of the same file", "of another file"])
+def test_rows_of_a_prompt_alone_are_the_environments_and_none_repeats_another(tmp_path, apart):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "play"}] * 20)
+    other = {"eval_path": write_rows(tmp_path / "eval.jsonl", [{"prompt": "play"}] * 6)} if apart else {}
+    task = load({"path": path, "eval_size": 6} | other, **GAME)
+    assert len(task.eval_prompts) == 6
+    assert len(task.train) == (20 if apart else 14)
+    assert task.notes == []
+
+
 def test_held_out_rows_of_a_file_of_their_own(tmp_path, rows_file):
     eval_path = write_rows(tmp_path / "eval.jsonl", [*questions(3), {"prompt": "a new one", "answer": "x"}])
     task = load({"path": rows_file, "eval_path": eval_path, "eval_size": 4})

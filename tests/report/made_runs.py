@@ -13,9 +13,17 @@ HOSTILE = '<script>alert("x")</script><think>6 * 3 = 18</think> <answer>6 * 3</a
 
 
 def make_run(
-    folder: Path, *, steps: int = 100, every: int = 25, tasks: int = 60, collapsed: bool = False, seed: int = 0
+    folder: Path,
+    *,
+    steps: int = 100,
+    every: int = 25,
+    tasks: int = 60,
+    collapsed: bool = False,
+    episodes: bool = False,
+    seed: int = 0,
 ) -> Path:
-    """A run as the trainer leaves it: accuracy and length rise, entropy falls; or all that is lost."""
+    """A run as the trainer leaves it: accuracy and length rise, entropy falls; or all that is lost. With ``episodes``
+    the model calls a tool, ever more often."""
     draw = random.Random(seed)
     (folder / "rollouts").mkdir(parents=True)
     lines = []
@@ -54,6 +62,7 @@ def make_run(
                     "time/train": 2.4,
                     "time/sync": 0.1,
                     **{f"verdicts/countdown/{v}": n for v, n in zip(VERDICTS, counts, strict=True)},
+                    **(of_episodes(done) if episodes else {}),
                 }
             )
         if step % every == 0:
@@ -67,9 +76,11 @@ def make_run(
                     "eval/pass@4": min(1.0, accuracy + 0.15),
                     "eval/completions/mean_length": length,
                     "eval/completions/clipped_ratio": 0.02,
+                    **({f"eval/{name}": value for name, value in of_episodes(done).items()} if episodes else {}),
                 }
             )
             rows = [eval_row(step, prompt, accuracy, length) for prompt in range(tasks)]
+            rows = [row | {"turns": turns_of(row)} if episodes else row for row in rows]
             write_jsonl(folder / "rollouts" / f"eval_{step:06d}.jsonl", rows)
     write_jsonl(folder / "metrics.jsonl", lines)
     (folder / "recipe.yaml").write_text(
@@ -109,6 +120,31 @@ def eval_row(step: int, prompt: int, accuracy: float, length: float) -> dict:
         "rewards": {"countdown": float(solved)},
         "columns": {"nums": [6, 3, prompt % 9 + 1], "target": 18},
     }
+
+
+def of_episodes(done: float) -> dict[str, float]:
+    ended = {"stop": done, "length": 0.1 * (1 - done), "error": 0.0, "environment": 0.0, "turns": 0.9 * (1 - done)}
+    return {
+        "completions/mean_turns": 4 - 2 * done,
+        "completions/max_turns": 4.0,
+        "tools/call_frequency": 0.2 + 0.8 * done,
+        "tools/failure_frequency": 0.3 - 0.2 * done,
+    } | {f"completions/ended/{status}": share for status, share in ended.items()}
+
+
+def turns_of(row: dict) -> list[dict]:
+    """A call that failed, one that did not, and the row's completion; all with what a page must not run."""
+    long = "3.14159265358979" * 30
+    calls = [
+        {"name": "calculator", "arguments": json.dumps({"expression": HOSTILE}), "result": long, "error": ""},
+        {"name": "", "arguments": "{" + long, "result": HOSTILE, "error": "malformed"},
+    ]
+    return [
+        {"role": "environment", "text": f"it begins {HOSTILE}", "tokens": 9},
+        {"role": "assistant", "text": "<tool_call>", "tokens": 12, "ended": "tool_call", "calls": calls, "reward": 0.1},
+        {"role": "environment", "text": "", "tokens": 20},
+        {"role": "assistant", "text": row["completion"], "tokens": 5, "ended": "length", "advantage": -0.5},
+    ]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

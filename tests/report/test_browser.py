@@ -71,9 +71,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     write_comparison(runs, folder / "compare.html")
     with (runs[0] / "recipe.yaml").open("a") as recipe:
         recipe.write("expect: [{metric: eval/accuracy, step: 40, low: 0.3, high: 0.5, source: three seeds}]\n")
+    runs.append(make_run(folder / "run2", steps=40, every=20, tasks=30, episodes=True))
     for run in runs:
         record = read_run(run)
         (run / "report.html").write_text(page(record, headline(record), curves_svg(record)))
+    with_calls_open = (runs[2] / "report.html").read_text().replace("<details", "<details open")
+    (runs[2] / "report.html").write_text(with_calls_open)
     return [*(run / "report.html" for run in runs), folder / "compare.html"]
 
 
@@ -117,7 +120,7 @@ def can_be_read(whole: list[dict[str, Any]]) -> None:
         assert found["dark"] == (found["theme"] == "dark")
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["report", "collapsed", "episodes", "comparison"])
 def test_nothing_overflows_and_all_can_be_read(port: int, pages: list[Path], which: int) -> None:
     *whole, pressed = asyncio.run(looks(port, pages[which]))
     can_be_read(whole)

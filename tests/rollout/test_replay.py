@@ -14,7 +14,7 @@ import torch
 from grpo.model.policy import Policy
 from grpo.rollout.replay import remembered, restored
 from grpo.run.run import Run
-from grpo.types import Completion, Group, Prompt, Status, VersionSpan
+from grpo.types import Completion, Episode, Group, Prompt, Status, ToolCall, Turn, VersionSpan
 from grpo.update.step import update
 from tests.conftest import make_policy, make_recipe
 from tests.small_runs import lines, progress, small_run
@@ -80,6 +80,17 @@ def gradient(policy: Policy, recipe: Any, groups: list[Group], monkeypatch: pyte
     monkeypatch.setattr(policy, "step", instead_of_step)
     update(Run(recipe, policy, Path("unused")), groups, np.array([[1.0, -1.0]] * len(groups)), 0.1)
     return found[0]
+
+
+def test_episodes_come_back_with_the_prompts_that_were_used() -> None:
+    task: Any = FakeTask()
+    made = group(3, version=7)
+    made.prompt = replace(made.prompt, prompt="as used", text="as used", token_ids=[3, 3, 9], prefill="<think>")
+    for completion in made.completions:
+        completion.episode = Episode([Turn(0, 1, "tool_call", 0.5, (ToolCall("add", "{}", "3"),))], 1.0)
+    (back,) = restored(task, through_a_file(remembered([], used=0, groups=[made], most=9)))
+    assert back.prompt == made.prompt
+    assert [c.episode for c in back.completions] == [c.episode for c in made.completions]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

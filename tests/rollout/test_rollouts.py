@@ -6,7 +6,7 @@ import io
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from grpo.backends.base import OnGroup, Request, Sampling
 from grpo.randomness import Stream, key
 from grpo.rollout import rollouts as rollouts_module
 from grpo.rollout.rollouts import Rollouts, share_of
-from grpo.types import Completion, Group, Prompt, Status, VersionSpan
+from grpo.types import Completion, Episode, Group, Prompt, Status, ToolCall, Turn, VersionSpan
 from tests.conftest import make_recipe
 
 G = 2
@@ -257,6 +257,21 @@ def test_saving_twice_collects_once() -> None:
     assert first is not None
     assert second is not None
     assert first[0]["completions"]["texts"] == second[0]["completions"]["texts"]
+
+
+def test_episodes_and_prompts_that_reset_made_come_back() -> None:
+    run = Steps(1)
+    run.take()
+    run.rollouts.state()
+    for group in run.rollouts.queue[0].groups or []:
+        group.prompt = replace(group.prompt, text="as it was used", token_ids=[group.prompt.id, 7])
+        for completion in group.completions:
+            completion.episode = Episode([Turn(1, 2, "stop", 0.5, (ToolCall("add", "{}", "3"),))], 1.0)
+    again = resumed(run.rollouts.state(), run)
+    expected, found = run.take(), again.take()
+    assert [c.episode for g in found for c in g.completions] == [c.episode for g in expected for c in g.completions]
+    assert [group.prompt for group in found] == [group.prompt for group in expected]
+    assert found[0].prompt.token_ids == [4, 7]
 
 
 def test_a_run_that_is_asked_to_stop_waits_for_nothing_and_asks_again_when_it_resumes() -> None:

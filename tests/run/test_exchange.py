@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from grpo.run import exchange
-from grpo.run.exchange import gather_groups, pack, unpack
-from grpo.types import Completion, Group, Prompt, Status, VersionSpan
+from grpo.run.exchange import gather_groups, pack, pack_prompt, unpack, unpack_prompt
+from grpo.types import Completion, Episode, Group, Prompt, Status, ToolCall, Turn, VersionSpan
 
 SINGLE = [float(np.float32(x)) for x in (-0.1, -1e-30, -math.inf, math.nan)]
 
@@ -81,3 +81,28 @@ def test_groups_of_all_processes_come_in_the_order_of_their_places(monkeypatch: 
         assert (group.rewards, group.rewards_by_function) == (expected.rewards, expected.rewards_by_function)
         assert group.verdicts == expected.verdicts
     assert all(not group.completions for _, rest in sent for _, _, group in rest), "completions go in arrays alone"
+
+
+def episode(reward: float | None = 1.5) -> Completion:
+    calls = (ToolCall("add", '{"a": 1}', "2"), ToolCall("", "{", "no JSON", "malformed"))
+    turns = [Turn(1, 2, "tool_call", 0.5, calls, "x", ""), Turn(3, 4, "length", None, (), "y", "higher")]
+    made = Episode(turns, reward, "" if reward else "timeout", "" if reward else "10 s", "it begins")
+    return Completion([5, 6, 7, 8], [0.0, -1.0, 0.0, -2.0], Status.TURNS, "x\ny", [VersionSpan(0, 4, 2)], made)
+
+
+def test_episodes_come_back_whole_and_others_cost_nothing() -> None:
+    made = [MADE[0], episode(), episode(None)]
+    found = unpack(through_a_file(pack(made)))
+    assert [one.episode for one in found] == [one.episode for one in made]
+    assert found[1].environment_places() == (0, 2)
+    assert "episodes" not in pack(MADE)
+
+
+def test_a_prompt_is_kept_as_it_was_used() -> None:
+    """What reset said is part of it; a row's own prompt is made again from the row."""
+    row = Prompt(3, "q", "q", [1, 2], "", {"answer": 4})
+    used = Prompt(3, "q", "q\nguess", [1, 2, 9], "", {"answer": 4})
+    packed = through_a_file(pack_prompt(Group(used, [MADE[0], episode()])))
+    assert unpack_prompt(row, packed) == used
+    assert pack_prompt(Group(row, [MADE[0]])) is None
+    assert unpack_prompt(row, None) is row

@@ -137,6 +137,20 @@ def test_losses_and_backends_of_ones_own_and_dotted_names_are_inputs(project: Pa
     assert all(name.startswith("rewards.2.path: yaml/") for name in yaml), "a library's own files, and no other's"
 
 
+def test_an_environment_its_tools_and_what_its_arguments_name_are_inputs(project: Path) -> None:
+    (project / "my_env.py").write_text("import helper\n\nclass Env: ...\n")
+    (project / "my_tools.py").write_text("def look(what: str) -> str: ...\n")
+    (project / "words.txt").write_text("one\n")
+    environment = {"path": "my_env.py:Env", "tools": ["my_tools.py:look"], "args": {"words": "words.txt", "rounds": 3}}
+    found = hashes(project, environment=environment, training={"output_dir": "unused", "prompts_per_step": 4})
+    assert {name for name in found if name.startswith("environment") and "more/" not in name} == {
+        "environment.path: my_env.py",
+        "environment.path: helper.py",
+        "environment.tools.0: my_tools.py",
+        "environment.args.words",
+    }
+
+
 def test_a_package_around_a_file_and_imports_by_name_are_inputs(project: Path) -> None:
     (project / "more/judge.py").write_text("import importlib\n\nhelper = importlib.import_module('helper')\n")
     training = {"output_dir": "unused", "prompts_per_step": 4}

@@ -126,6 +126,9 @@ def test_whatever_else_made_it_is_refused_with_the_code_and_the_switch(folder, m
         ("model", {"trust_remote_code": True}, "model.trust_remote_code"),
         ("model", {"attn_implementation": "somebody/kernels"}, "model.attn_implementation"),
         ("rewards", [{"name": "code", "args": {"allow_unsafe": True}}], "rewards[0].args.allow_unsafe"),
+        ("environment", {"path": "world.py:World"}, "environment.path"),
+        ("environment", {"tools": ["tools.py:look"]}, "environment.tools.0"),
+        ("environment", {"name": "python", "args": {"allow_unsafe": True}}, "environment.args.allow_unsafe"),
     ],
 )
 def test_every_key_that_executes_something_is_known(section, content, key):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from grpo.config.hints import foreign, sections
 from grpo.config.problems import Origin, problems_of
 from grpo.config.recipe import Recipe
-from grpo.config.trl import length, model, sampling
+from grpo.config.trl import environment, length, model, sampling
 from grpo.config.trl.keys import (
     CARRIED,
     CARRIED_GRPO,
@@ -166,6 +166,7 @@ def convert(
     model.convert_model(found)
     model.convert_data(found)
     if stage == "grpo":
+        environment.convert_environment(found)
         sampling.convert_rewards(found)
         sampling.convert_rollout(found)
     tables = {**CARRIED, **(CARRIED_GRPO if stage == "grpo" else CARRIED_SFT)}

@@ -96,6 +96,9 @@ COMPUTED_GRPO: dict[str, Any] = {
     "ref_model_mixup_alpha": 0.6,
     "ref_model_sync_steps": 512,
     "use_bias_correction_kl": True,
+    "max_tool_calling_iterations": None,
+    "tools": None,  # this and the next TRL takes in code
+    "environment_factory": None,
 }
 COMPUTED_SFT: dict[str, Any] = {"max_length": 1024}
 COMPUTED: dict[str, Any] = {
@@ -179,7 +182,6 @@ NO_PLACE = {
     "remove_unused_columns": "every column of a row reaches the reward functions",
     "ds3_gather_for_generation": _LAUNCH,
     "pad_to_multiple_of": "rows are put together by tokens, most of them without padding",
-    "max_tool_calling_iterations": "a completion is one turn: there are no tools",
     "log_completions": _ROLLOUTS,
     "log_multimodal": "prompts are text",
     "num_completions_to_print": _ROLLOUTS,

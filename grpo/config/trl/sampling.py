@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grpo.config.algorithm import LOSS_TYPES
+from grpo.config.trl.environment import environment_pays
 from grpo.config.trl.keys import CARRIED_VLLM
 from grpo.config.trl.model import as_mapping
 from grpo.errors import UserError
@@ -43,6 +44,10 @@ def convert_rewards(found: Conversion) -> None:
     elif found.has("reward_weights"):
         found.carried.append(("reward_weights", "rewards: weight"))
     rewards = [reward for name, weight in zip(names, weights, strict=True) if (reward := _reward(found, name, weight))]
+    if "path" in found.recipe.get("environment", {}) and (environment_pays(found) or not names):
+        rewards.append({"name": "environment"})
+        text = "rewards: name: environment, weight 1, which is what its get_reward returns"
+        found.change("environment_factory", text if environment_pays(found) else f"{text}; it must have one")
     if not rewards:
         rewards = [{"path": "YOUR_REWARDS.py:YOUR_FUNCTION"}]
         what = "a function of yours (file.py:function), unchanged, or a built-in one (docs/rewards.md)"

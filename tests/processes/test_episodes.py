@@ -1,0 +1,84 @@
+"""Runs of episodes that are killed, while a tool runs too, and started again: the same bits."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, run_python
+from tests.resuming import command, kill_after, lines, start, weights
+
+pytestmark = pytest.mark.timeout(900)
+
+MODEL = ROOT / "data/tiny_base"
+GAME = (
+    f"environment.path={ROOT}/tests/processes/slow_game.py:SlowGame",
+    "environment.max_turns=4",
+    "environment.max_turn_length=6",
+    "environment.max_observation_length=8",
+    "rewards=[{name: environment}]",
+    "rollout.max_completion_length=20",
+    "data.max_prompt_length=24",
+    "data.train_size=24",
+    "algorithm.credit=turn",
+    "prompts.dynamic_sampling=true",
+    "prompts.max_resample=1",
+    "prompts.replay_groups=2",
+    "training.max_steps=12",
+    "training.save_every=1",
+    "training.eval_every=5",
+)
+
+
+def game(folder: Path) -> tuple[str, ...]:
+    folder.mkdir(exist_ok=True)
+    return (*GAME, f"environment.args.folder={folder}")
+
+
+def kill_at_work(process: subprocess.Popen[str], at_work: Path, seconds: float) -> None:
+    """SIGKILL, as soon as the game has begun an answer, so many seconds after the run's first."""
+    assert process.stderr is not None
+    size, first = (at_work.stat().st_size if at_work.exists() else 0), None
+    while process.poll() is None:
+        now = at_work.stat().st_size if at_work.exists() else 0
+        if now > size:
+            first = time.monotonic() if first is None else first
+            if time.monotonic() - first >= seconds:
+                break
+        size = now
+        time.sleep(0.001)
+    assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.mark.slow
+def test_ten_sigkills_leave_no_trace_in_episodes(tmp_path: Path) -> None:
+    """Five at random moments and five while an environment is at work. Checkpoints hold episodes (to be replayed),
+    draws inside an environment are those of its completion's key, and who is decoded together does not depend on the
+    clock."""
+    whole, folder, answers = tmp_path / "whole", tmp_path / "run", tmp_path / "answers"
+    done = run_python(*command(MODEL, whole, *game(tmp_path / "of whole")))
+    assert done.returncode == 0, done.stderr
+    draw, ways = random.Random(0), [True, False] * 5
+    for at_work in ways:
+        process = start(MODEL, folder, "--resume", *game(answers))
+        if at_work:
+            kill_at_work(process, answers / "answers", draw.uniform(0, 1.0))
+        else:
+            kill_after(process, folder, draw.randrange(2), draw.uniform(0, 0.3))
+    done = run_python(*command(MODEL, folder, "--resume", *game(answers)))
+    assert done.returncode == 0, done.stderr
+    assert lines(folder) == lines(whole)
+    assert weights(folder) == weights(whole)
+    of_steps = [row for row in lines(whole) if "reward" in row]
+    assert any(row["dynamic_sampling/groups_replayed"] for row in of_steps)
+    assert max(row["completions/max_turns"] for row in of_steps) == 4
+    assert {0.0} < {row["completions/ended/environment"] for row in of_steps}
+    assert all(row["environment/failed/timeout"] == 0 for row in of_steps if "environment/failed/timeout" in row)
