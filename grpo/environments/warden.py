@@ -110,7 +110,8 @@ class Warden:
         return living
 
     def ask(self, living: Living, what: str, argument: Any) -> Future[Any]:
-        call = Call(what, messages.request(what, argument))
+        called = ", ".join(name for name, _ in argument) if what == "call" else what
+        call = Call(called, messages.request(what, argument))
         self._do(lambda: self._ask(living, call))
         return call.future
 

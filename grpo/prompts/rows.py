@@ -3,7 +3,7 @@
 Rows come from a task (``data.name``: one of ``data/``, or a function of the user's own), a file (``data.path``) or the
 hub (``data.hub``). An unsound row is an error that names it. No question is both trained on and held out.
 
-This is the one module that imports ``data``.
+Beside ``suite.py`` this is the one module that imports ``data``, but for the words of a game.
 """
 
 from __future__ import annotations

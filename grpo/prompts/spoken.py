@@ -18,9 +18,9 @@ from grpo.config import RowsConfig
 from grpo.prompts import templates
 from grpo.prompts.templates import Message
 
-PLAIN = {"tool": "\n<tool_response>\n{content}\n</tool_response>\n"}
-"""What stands around a message that is not the model's, by its role, where no chat template writes it."""
-PLAIN_OF_OTHERS = "\n{content}\n"
+RESPONSE = "<tool_response>\n{content}\n</tool_response>"
+"""What stands around a tool's message where no chat template writes it. A line end stands before and behind all of an
+answer, as in an episode (``environments/observations.py``, which tests compare)."""
 CLOSING = ("</tool_call>", "\n```\n")
 """With these a turn of the model's ends there, as it does in an episode; other turns end with EOS."""
 
@@ -54,9 +54,10 @@ def pieces(
             said = message["content"].removesuffix(tokenizer.eos_token)
             found.append(Piece(said, True, eos=message is completion[-1] or not said.endswith(CLOSING)))
             continue
-        text = PLAIN.get(message["role"], PLAIN_OF_OTHERS).replace("{content}", message["content"])
-        before = "" if found[-1].own else found.pop().text
-        found.append(Piece(before + text, own=False, eos=False))
+        said = message["content"]
+        text = RESPONSE.replace("{content}", said) if message["role"] == "tool" else said
+        before = "\n" if found[-1].own else found.pop().text
+        found.append(Piece(f"{before}{text}\n", own=False, eos=False))
     return found
 
 

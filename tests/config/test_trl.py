@@ -236,3 +236,35 @@ def test_a_value_cannot_end_a_comment() -> None:
     text = write_recipe(found, "trl.yaml")
     assert all(line.startswith("#") for line in text.partition("\nstage:")[0].split("\n"))
     assert "\u2028" not in text
+
+
+def test_tools_and_environments_become_the_section_environment(tmp_path: Path) -> None:
+    place = tmp_path / "env.py"
+    place.write_text("class Env:\n    def reset(self): ...\n    def get_reward(self): return 1.0\nclass Other: ...\n")
+    agent = {**LEAST, "tools": ["my_tools.py:search"], "environment_factory": f"{place}:Env"}
+    found = convert(agent | {"max_tool_calling_iterations": 3})
+    recipe = loaded(found, tmp_path)
+    assert (recipe.environment.path, recipe.environment.tools) == (f"{place}:Env", ["my_tools.py:search"])
+    assert recipe.environment.max_turns == 4
+    assert [reward.name for reward in recipe.rewards] == [None, "environment"]
+    assert {"max_tool_calling_iterations", "environment_factory", "tools"} <= words(found)
+    other = convert(agent | {"environment_factory": f"{place}:Other"})
+    assert [reward.get("name") for reward in other.recipe["rewards"]] == [None]
+    assert other.recipe["environment"]["max_turns"] == 8
+    alone = convert({**LEAST, "reward_funcs": None, "environment_factory": f"{place}:Other"})
+    assert alone.recipe["rewards"] == [{"name": "environment"}]
+
+
+def test_what_trl_takes_in_code_is_to_be_filled_in(tmp_path: Path) -> None:
+    found = convert({**LEAST, "max_tool_calling_iterations": 3})
+    assert dict(found.to_fill)["environment.path"].startswith("what TRL's script gives as environment_factory")
+    assert loaded(found, tmp_path).environment.max_turns == 4
+    named = convert({**LEAST, "tools": ["search"], "environment_factory": "Env"})
+    assert dict(named.to_fill) == {
+        "environment.path": "the place of Env: file.py:Env",
+        "environment.tools": "the place of search: file.py:function",
+    }
+    several = convert({**LEAST, "environment_factory": {"a": "x.py:A"}})
+    assert dict(several.left)["environment_factory"].startswith("a recipe has one environment")
+    assert "environment" not in several.recipe
+    assert "environment" not in convert(LEAST).recipe

@@ -21,7 +21,7 @@ def test_each_message_of_the_model_ends_as_it_ends_it_and_the_rest_is_the_enviro
     pieces = spoken.pieces(PLAIN, "q", [CALL, RESULT, {"role": "user", "content": "go on"}, ANSWER], tokenizer)
     assert pieces == [
         Piece("call", own=True, eos=True),
-        Piece("\n<tool_response>\n42\n</tool_response>\n\ngo on\n", own=False, eos=False),
+        Piece("\n<tool_response>\n42\n</tool_response>\ngo on\n", own=False, eos=False),
         Piece("so 42", own=True, eos=True),
     ]
     ids, environment = spoken.tokens(pieces, tokenizer)
