@@ -76,7 +76,6 @@ def test_what_does_not_fit_is_told(url):
 
 
 def test_a_server_that_has_no_room_says_so(url):
-    games = [OpenEnv(base_url=url) for _ in range(9)]
+    games = [OpenEnv(base_url=url) for _ in range(12)]  # others are still open
     with pytest.raises(ConnectionError, match="as many at a time as a step has completions"):
-        for game in games:
-            game.reset()
+        print([game.reset() for game in games])
