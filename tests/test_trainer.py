@@ -166,7 +166,7 @@ def test_before_weights_load_the_engine_is_looked_for_and_rewards_are_tried_on_r
         trainer.train(make_recipe(tiny_model, **sections))
     assert "rewards[0] (compares): the right answers of 16 rows get 0 in every usual form" in caplog.text
     monkeypatch.setattr(trainer, "resolve_backend", lambda recipe, _: recipe.with_backend("vllm"))
-    monkeypatch.setattr(trainer, "prepare_task", loads)
+    monkeypatch.setattr(trainer, "prepared", loads)
     monkeypatch.setattr(serve, "installed_version", lambda: None)
     with pytest.raises(UserError, match=r"rollout\.backend: vllm is not installed here"):
         trainer.train(make_recipe(tiny_model, **sections))

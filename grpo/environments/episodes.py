@@ -47,6 +47,9 @@ class Episodes:
 
     ``tools`` are the JSON schemas of the tools, as chat templates take them; empty for a game (``step``). ``pays``: the
     environment has a ``get_reward``, or is a game, whose ``step`` may pay.
+
+    Raises:
+        UserError: the environment does not fit the recipe.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any, stop_token_ids: Sequence[int], worlds: Worlds) -> None:
@@ -55,6 +58,10 @@ class Episodes:
         self.about = worlds.about
         self.tools = self.about.tools
         self.pays = self.about.pays or self.about.game
+        if not self.pays and any(reward.name == ENVIRONMENT for reward in recipe.functions()):
+            raise UserError(
+                "rewards: environment is what the environment pays, and this one has no get_reward; name other rewards"
+            )
         self.form = tool_format(self.config, recipe.data.sources(), tokenizer, self.about)
         self.max_prompt_length = recipe.data.max_prompt_length
         self.rules = Rules(
@@ -177,12 +184,7 @@ def open_episodes(recipe: Recipe, tokenizer: Any, stop_token_ids: Sequence[int])
         yield None
         return
     with _worlds(recipe, config) as worlds:
-        episodes = Episodes(recipe, tokenizer, stop_token_ids, worlds)
-        if not episodes.pays and any(reward.name == ENVIRONMENT for reward in recipe.functions()):
-            raise UserError(
-                "rewards: environment is what the environment pays, and this one has no get_reward; name other rewards"
-            )
-        yield episodes
+        yield Episodes(recipe, tokenizer, stop_token_ids, worlds)
 
 
 def check_environment(recipe: Recipe) -> None:

@@ -112,6 +112,9 @@ class Loaded:
                     f"{where}: {_line_of(kind)}{kind.__name__} has no reset; an environment has reset(**row) and tools "
                     "(public methods), or reset(**row) and step(text)"
                 )
+            for name, arguments in (("get_reward", ()), ("step", ("text",))):
+                if hasattr(kind, name):
+                    yield from _call_problems(getattr(environment, name), arguments, where)
             if hasattr(kind, "step"):
                 if self.functions:
                     yield f"environment.tools: {self.spec.source} has a step, which gets every turn; it has no tools"
@@ -155,6 +158,14 @@ def _tool_problems(function: Callable[..., Any], where: str) -> Iterator[str]:
         schema_of(function)
     except NoSchema as why:
         yield f"{where}: {_line_of(function)}{function.__qualname__}: {why}"
+
+
+def _call_problems(method: Any, arguments: tuple[str, ...], where: str) -> Iterator[str]:
+    """Whether a method of the protocol can be called as it will be."""
+    try:
+        user_code.must_take(method, arguments, f"{where}: {_line_of(method)}{getattr(method, '__qualname__', method)}")
+    except UserError as why:
+        yield str(why)
 
 
 def _line_of(thing: Any) -> str:

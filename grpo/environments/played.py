@@ -95,6 +95,7 @@ class Played:
         self._asked, self._openings = asked, openings
         self._pieces: list[tuple[int, list[int]]] = []  # of each of the backend's requests: whose, and which samples
         self._sampled: list[dict[int, Completion]] = [{} for _ in asked]
+        self._taken: set[int] = set()
         self._missing = [0] * len(asked)
         self._groups: dict[int, Group] = {}
         for place, request in enumerate(asked):
@@ -137,9 +138,10 @@ class Played:
 
     def _take(self, piece: int, completions: list[Completion]) -> None:
         """Take in the completions of one of the backend's requests; a second time changes nothing."""
-        place, samples = self._pieces[piece]
-        if self._sampled[place].keys() >= set(samples) and samples:
+        if piece in self._taken:
             return
+        self._taken.add(piece)
+        place, samples = self._pieces[piece]
         self._sampled[place] |= dict(zip(samples, completions, strict=True))
         self._missing[place] -= 1
         if self._openings is not None:

@@ -23,7 +23,8 @@ from rewards.processes import how_it_ended, kill, many_files, start_python, work
 
 ZYGOTE = "grpo.environments.zygote"
 START_TIMEOUT = 300.0  # seconds; an environment may import torch from a cold network disk
-STARTS = 4  # of the zygote, in a run
+STARTS = 4  # of the zygote, each within as many episodes as FORGIVEN
+FORGIVEN = 1000
 # Hashes of text are the same in every run. Arenas of malloc would count as memory that is taken.
 VARIABLES = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "2"}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a fork would not have numpy's
@@ -61,7 +62,7 @@ class Worlds:
         self._spec, self._timeout, self._keep = spec, timeout, keep
         self._memory_bytes = None if memory_gb is None else int(memory_gb * 2**30)
         self._zygote: subprocess.Popen[bytes] | None = None
-        self._starts = self._numbers = 0
+        self._starts = self._numbers = self._numbers_at_start = 0
         self._lock = threading.Lock()
         self._warden = Warden(self._memory_bytes)
         try:
@@ -98,9 +99,11 @@ class Worlds:
         assert self._zygote is not None
         how = how_it_ended(self._zygote, 1.0)
         kill(self._zygote)
+        if self._numbers - self._numbers_at_start > FORGIVEN:
+            self._starts = 0
         if self._starts >= STARTS:
             raise RunError(
-                f"environment: the process that episodes are forked from {how}, the {self._starts}th time; does "
+                f"environment: the process that episodes are forked from {how}, {self._starts} times now; does "
                 f"{self._spec.source or 'a tool'} start threads when it is imported, or kill its parent?"
             )
         try:
@@ -112,6 +115,7 @@ class Worlds:
         """Start the zygote and wait until it has imported everything. Raises UserError where it cannot."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._starts += 1
+        self._numbers_at_start = self._numbers
         variables = VARIABLES | {name: "1" for name in THREADS if name not in os.environ}
         with theirs:
             try:

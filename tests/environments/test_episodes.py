@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoTokenizer
 
 from grpo.backends.base import Request, Sampling
 from grpo.config import Recipe
 from grpo.environments.episodes import Episodes, open_episodes, play
+from grpo.environments.worlds import Worlds
 from grpo.types import Completion, Group, Status
 from tests.conftest import make_recipe
 from tests.environments.chat_templates import QWEN
@@ -32,11 +34,23 @@ def recipe_of(environment: dict[str, Any], **sections: Any) -> Recipe:
 
 
 @contextmanager
-def opened(tokenizer: Any = TOKENIZER, /, data: Any = None, **environment: Any) -> Iterator[Episodes]:
-    environment = {"path": FAILING, "timeout": 5.0} | environment
-    with open_episodes(recipe_of(environment, data=data or {}), tokenizer, ENDS) as episodes:
+def opened(tokenizer: Any = TOKENIZER, /, **environment: Any) -> Iterator[Episodes]:
+    environment = {"path": FAILING, "timeout": 20.0} | environment
+    with open_episodes(recipe_of(environment), tokenizer, ENDS) as episodes:
         assert episodes is not None
         yield episodes
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[Worlds]:
+    """The processes of one environment, for all tests that need no other."""
+    with opened() as episodes:
+        yield episodes.worlds
+
+
+def of(worlds: Worlds, tokenizer: Any = TOKENIZER, data: dict[str, Any] | None = None, **environment: Any) -> Episodes:
+    """Its episodes by another recipe."""
+    return Episodes(recipe_of({"path": FAILING} | environment, data=data or {}), tokenizer, ENDS, worlds)
 
 
 def played(episodes: Episodes, script: Script, *, tokens: int = 10_000, **asked: Any) -> Group:
@@ -51,10 +65,10 @@ def only(group: Group) -> Completion:
     return completion
 
 
-def test_tools_are_called_and_the_reward_is_the_environments() -> None:
-    with opened() as episodes:
-        assert [tool["function"]["name"] for tool in episodes.tools] == ["add", "fail", "roll", "wait"]
-        completion = only(played(episodes, says("I add. " + calls("add", number=3), calls("add", number=4), "7")))
+def test_tools_are_called_and_the_reward_is_the_environments(worlds: Worlds) -> None:
+    episodes = of(worlds)
+    assert [tool["function"]["name"] for tool in episodes.tools] == ["add", "fail", "roll", "wait"]
+    completion = only(played(episodes, says("I add. " + calls("add", number=3), calls("add", number=4), "7")))
     assert completion.status is Status.STOP
     episode = completion.episode
     assert episode is not None
@@ -87,10 +101,10 @@ def test_other_tools_beside_the_environments_and_alone() -> None:
             "roll",
             "wait",
         ]
-        turn = calls("later", text="b") + calls("shout", text="a") + calls("add", number=1)
-        episode = only(played(episodes, says(turn, "done"))).episode
+        turns = [calls("later", text="b"), calls("shout", text="a"), calls("add", number=1), "done"]
+        episode = only(played(episodes, says(*turns))).episode
         assert episode is not None
-        assert [call.result for call in episode.turns[0].calls] == ["b later", "A!", "1"]
+        assert [call.result for turn in episode.turns for call in turn.calls] == ["b later", "A!", "1"]
     with opened(path=None, tools=tools) as episodes:
         assert not episodes.pays
         episode = only(played(episodes, says(calls("shout", text="a"), "done"))).episode
@@ -98,11 +112,11 @@ def test_other_tools_beside_the_environments_and_alone() -> None:
         assert (episode.turns[0].calls[0].result, episode.reward) == ("A!", None)
 
 
-def test_malformed_calls_are_answered_and_counted() -> None:
+def test_malformed_calls_are_answered_and_counted(worlds: Worlds) -> None:
     turns = ('<tool_call>{"name": "ad"}</tool_call>', calls("add", number="x"), "<tool_call>{", calls("add", number=1))
-    with opened() as episodes:
-        # Without a chat template a turn ends at </tool_call>; the third has none and ends with its last token.
-        episode = only(played(episodes, says(*turns, "1"))).episode
+    episodes = of(worlds)
+    # Without a chat template a turn ends at </tool_call>; the third has none and ends with its last token.
+    episode = only(played(episodes, says(*turns, "1"))).episode
     assert episode is not None
     assert [[call.error for call in turn.calls] for turn in episode.turns] == [
         ["unknown_tool"],
@@ -115,9 +129,9 @@ def test_malformed_calls_are_answered_and_counted() -> None:
     assert episode.reward == 1.0
 
 
-def test_a_tool_that_raises_costs_nothing_but_the_answer() -> None:
-    with opened() as episodes:
-        completion = only(played(episodes, says(calls("fail", how="raises"), calls("add", number=2), "2")))
+def test_a_tool_that_raises_costs_nothing_but_the_answer(worlds: Worlds) -> None:
+    episodes = of(worlds)
+    completion = only(played(episodes, says(calls("fail", how="raises"), calls("add", number=2), "2")))
     assert completion.status is Status.STOP
     assert completion.episode is not None
     (call,) = completion.episode.turns[0].calls
@@ -125,51 +139,51 @@ def test_a_tool_that_raises_costs_nothing_but_the_answer() -> None:
     assert completion.episode.reward == 2.0
 
 
-def test_limits_of_turns_and_tokens() -> None:
+def test_limits_of_turns_and_tokens(worlds: Worlds) -> None:
     more = calls("add", number=1)
-    with opened(max_turns=3) as episodes:
-        completion = only(played(episodes, says(more)))
-        assert (completion.status, len(completion.episode.turns)) == (Status.TURNS, 3)  # type: ignore[union-attr]
-        # The last turn's call is made, though nobody reads the answer.
-        assert completion.episode.reward == 3.0  # type: ignore[union-attr]
-        assert completion.episode.turns[-1].end == len(completion.token_ids)  # type: ignore[union-attr]
-        length = len(more.encode())
-        completion = only(played(episodes, says(more), tokens=length + 10))
-        assert (completion.status, completion.num_model_tokens) == (Status.LENGTH, length + 10)
-        assert completion.episode.turns[-1].calls[0].error == "unclosed"  # type: ignore[union-attr]
-        completion = only(played(episodes, says(more), tokens=2 * length))
-        assert completion.status is Status.LENGTH
-        assert completion.episode.reward == 2.0  # type: ignore[union-attr]
-        assert only(played(episodes, says("cut off"), tokens=3)).status is Status.LENGTH
-    with opened(max_turn_length=20) as episodes:
-        completion = only(played(episodes, says("thinks on and on and on", "never comes here")))
-        assert (completion.status, completion.episode.turns[0].ended) == (Status.LENGTH, "length")  # type: ignore[union-attr]
-        completion = only(played(episodes, says(calls("add", number=1), "so")))
-        assert completion.episode.turns[0].calls[0].error == "unclosed"  # type: ignore[union-attr]
-        assert completion.status is Status.STOP
+    episodes = of(worlds, max_turns=3)
+    completion = only(played(episodes, says(more)))
+    assert (completion.status, len(completion.episode.turns)) == (Status.TURNS, 3)  # type: ignore[union-attr]
+    # The last turn's call is made, though nobody reads the answer.
+    assert completion.episode.reward == 3.0  # type: ignore[union-attr]
+    assert completion.episode.turns[-1].end == len(completion.token_ids)  # type: ignore[union-attr]
+    length = len(more.encode())
+    completion = only(played(episodes, says(more), tokens=length + 20))
+    assert (completion.status, completion.num_model_tokens) == (Status.LENGTH, length + 20)
+    assert completion.episode.turns[-1].calls[0].error == "unclosed"  # type: ignore[union-attr]
+    completion = only(played(episodes, says(more), tokens=2 * length))
+    assert completion.status is Status.LENGTH
+    assert completion.episode.reward == 2.0  # type: ignore[union-attr]
+    assert only(played(episodes, says("cut off"), tokens=3)).status is Status.LENGTH
+    episodes = of(worlds, max_turn_length=20)
+    completion = only(played(episodes, says("thinks on and on and on", "never comes here")))
+    assert (completion.status, completion.episode.turns[0].ended) == (Status.LENGTH, "length")  # type: ignore[union-attr]
+    completion = only(played(episodes, says(calls("add", number=1), "so")))
+    assert completion.episode.turns[0].calls[0].error == "unclosed"  # type: ignore[union-attr]
+    assert completion.status is Status.STOP
 
 
-def test_a_chat_may_call_several_tools_in_one_turn() -> None:
+def test_a_chat_may_call_several_tools_in_one_turn(worlds: Worlds) -> None:
     tokenizer = bytes_tokenizer(QWEN)
-    with opened(tokenizer, data={"template": "chat"}, max_observation_length=1000) as episodes:
-        assert episodes.stop == ()
-        turn = f"{calls('add', number=1)}\n{calls('add', number=2)}"
-        completion = only(played(episodes, says(turn, "3")))
-        assert completion.episode is not None
-        assert [call.result for call in completion.episode.turns[0].calls] == ["1", "3"]
-        assert tokenizer.decode(completion.token_ids) == (
-            f"{turn}<|im_end|>\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n3\n"
-            "</tool_response><|im_end|>\n<|im_start|>assistant\n3<|im_end|>"
-        )
-        many = "\n".join(calls("add", number=1) for _ in range(30))
-        completion = only(played(episodes, says(many, "so")))
-        assert completion.episode is not None
-        made = completion.episode.turns[0].calls
-        assert 2 < len([call for call in made if not call.error]) < 30
-        assert made[-1].error == "too_many"
-        assert completion.episode.reward == sum(not call.error for call in made)
-        assert "more calls of this turn were not made" in tokenizer.decode(completion.token_ids)
-        assert completion.episode.turns[1].start - completion.episode.turns[0].end <= 1000
+    episodes = of(worlds, tokenizer, {"template": "chat", "max_prompt_length": 5000}, max_observation_length=1000)
+    assert episodes.stop == ()
+    turn = f"{calls('add', number=1)}\n{calls('add', number=2)}"
+    completion = only(played(episodes, says(turn, "3")))
+    assert completion.episode is not None
+    assert [call.result for call in completion.episode.turns[0].calls] == ["1", "3"]
+    assert tokenizer.decode(completion.token_ids) == (
+        f"{turn}<|im_end|>\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n3\n"
+        "</tool_response><|im_end|>\n<|im_start|>assistant\n3<|im_end|>"
+    )
+    many = "\n".join(calls("add", number=1) for _ in range(30))
+    completion = only(played(episodes, says(many, "so")))
+    assert completion.episode is not None
+    made = completion.episode.turns[0].calls
+    assert 2 < len([call for call in made if not call.error]) < 30
+    assert made[-1].error == "too_many"
+    assert completion.episode.reward == sum(not call.error for call in made)
+    assert "more calls of this turn were not made" in tokenizer.decode(completion.token_ids)
+    assert completion.episode.turns[1].start - completion.episode.turns[0].end <= 1000
 
 
 def test_a_game_gets_every_turn() -> None:
@@ -194,12 +208,12 @@ def test_a_game_gets_every_turn() -> None:
         assert only(played(episodes, says("one"), tokens=2)).status is Status.LENGTH
 
 
-def test_what_reset_says_belongs_to_the_prompt() -> None:
-    with opened() as episodes:
-        group = played(episodes, says("7"), says=" now", keys=[1, 2])
-        assert (group.prompt.prompt, group.prompt.text) == ("ask now", "ask now")
-        assert TOKENIZER.decode(group.prompt.token_ids) == "ask now"
-        assert {TOKENIZER.decode(c.token_ids) for c in group.completions} == {"7<|im_end|>"}
+def test_what_reset_says_belongs_to_the_prompt(worlds: Worlds) -> None:
+    episodes = of(worlds)
+    group = played(episodes, says("7"), says=" now", keys=[1, 2])
+    assert (group.prompt.prompt, group.prompt.text) == ("ask now", "ask now")
+    assert TOKENIZER.decode(group.prompt.token_ids) == "ask now"
+    assert {TOKENIZER.decode(c.token_ids) for c in group.completions} == {"7<|im_end|>"}
 
 
 def test_prompts_that_differ_share_what_they_begin_with() -> None:
@@ -229,33 +243,32 @@ def test_prompts_that_differ_share_what_they_begin_with() -> None:
     assert group == again
 
 
-def test_a_message_of_the_users_gets_what_reset_says() -> None:
+def test_a_message_of_the_users_gets_what_reset_says(worlds: Worlds) -> None:
     tokenizer = bytes_tokenizer(QWEN)
     messages = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "So"}]
-    with opened(tokenizer, data={"template": "chat"}) as episodes:
-        backend, of = ScriptedBackend(tokenizer, says("7")), request(tokenizer, says=" now")
-        asked = Request(replace(of.prompt, prompt=messages), of.keys)
-        (group,) = play(episodes, backend, [asked], Sampling(100), 0)
-        assert group.prompt.prompt == [{"role": "user", "content": "ask now"}, messages[1]]
-        assert group.prompt.text.endswith("<|im_start|>user\nask now<|im_end|>\n<|im_start|>assistant\nSo")
-        assert "roll" in group.prompt.text  # the template shows the tools
-        assert messages[0]["content"] == "ask"
+    episodes = of(worlds, tokenizer, {"template": "chat", "max_prompt_length": 5000})
+    backend, row = ScriptedBackend(tokenizer, says("7")), request(tokenizer, says=" now")
+    asked = Request(replace(row.prompt, prompt=messages), row.keys)
+    (group,) = play(episodes, backend, [asked], Sampling(100), 0)
+    assert group.prompt.prompt == [{"role": "user", "content": "ask now"}, messages[1]]
+    assert group.prompt.text.endswith("<|im_start|>user\nask now<|im_end|>\n<|im_start|>assistant\nSo")
+    assert "roll" in group.prompt.text  # the template shows the tools
+    assert messages[0]["content"] == "ask"
 
 
-def test_a_prompt_that_reset_makes_too_long_is_not_sampled() -> None:
-    with opened(data={"max_prompt_length": 10}) as episodes:
-        group = played(episodes, says("7"), says=" now it is too long", keys=[1, 2])
-        assert [(c.status, list(c.token_ids)) for c in group.completions] == [(Status.ERROR, [])] * 2
-        assert "more than data.max_prompt_length = 10" in group.completions[0].episode.message  # type: ignore[union-attr]
+def test_a_prompt_that_reset_makes_too_long_is_not_sampled(worlds: Worlds) -> None:
+    episodes = of(worlds, data={"max_prompt_length": 10})
+    group = played(episodes, says("7"), says=" now it is too long", keys=[1, 2])
+    assert [(c.status, list(c.token_ids)) for c in group.completions] == [(Status.ERROR, [])] * 2
+    assert "more than data.max_prompt_length = 10" in group.completions[0].episode.message  # type: ignore[union-attr]
 
 
-def test_draws_come_from_the_completions_key_and_hashes_are_fixed() -> None:
+def test_draws_come_from_the_completions_key_and_hashes_are_fixed(worlds: Worlds) -> None:
     def rolled(episodes: Episodes, keys: list[int]) -> list[str]:
         group = played(episodes, says(calls("roll"), calls("roll"), "done"), keys=keys)
         return ["/".join(t.calls[0].result for t in c.episode.turns[:2]) for c in group.completions]  # type: ignore[union-attr]
 
-    with opened() as episodes:
-        one = rolled(episodes, [5, 6, 2**64 - 1])
+    one = rolled(of(worlds), [5, 6, 2**64 - 1])
     with opened() as episodes:
         two = rolled(episodes, [6, 5, 2**64 - 1])
     assert one == [two[1], two[0], two[2]]
@@ -287,34 +300,34 @@ def test_the_models_tokens_are_not_tokenized_again() -> None:
             assert completion.token_ids[turn.start : turn.end] == [*odd, 1]
 
 
-def test_a_backend_that_begins_an_episode_again_finds_the_same_environment() -> None:
+def test_a_backend_that_begins_an_episode_again_finds_the_same_environment(worlds: Worlds) -> None:
     """As one does whose server was lost."""
 
     class Restarting(ScriptedBackend):
         def _turn(self, of: Any, place: Any, sampling: Any, turns: Any) -> Any:
             row = self.rows[place]
-            if row.turns == 2 and not self.answers[0][0] == "again":
+            if row.turns == 2 and self.answers[0][0] != "again":
                 self.answers.insert(0, ("again",))
                 row.tokens, row.turns = [], 0
             return super()._turn(of, place, sampling, turns)
 
     script = says(calls("roll"), calls("add", number=2), "done")
-    with opened() as episodes:
-        once = only(played(episodes, script, keys=[5]))
-        (group,) = play(episodes, Restarting(TOKENIZER, script), [request(TOKENIZER, keys=[5])], Sampling(10_000), 3)
+    episodes = of(worlds)
+    once = only(played(episodes, script, keys=[5]))
+    (group,) = play(episodes, Restarting(TOKENIZER, script), [request(TOKENIZER, keys=[5])], Sampling(10_000), 3)
     assert only(group) == once
     assert once.episode is not None
     assert once.episode.reward == 2.0
 
 
-def test_a_backend_that_gives_up_is_no_failure_of_the_environment() -> None:
+def test_a_backend_that_gives_up_is_no_failure_of_the_environment(worlds: Worlds) -> None:
     class GivesUp(ScriptedBackend):
         def _completion(self, row: Any, version: int) -> Completion:
             return Completion([], [], Status.ERROR, "", [])
 
-    with opened() as episodes:
-        backend = GivesUp(TOKENIZER, says(calls("roll"), "done"))
-        (group,) = play(episodes, backend, [request(TOKENIZER)], Sampling(10_000), 3)
+    episodes = of(worlds)
+    backend = GivesUp(TOKENIZER, says(calls("roll"), "done"))
+    (group,) = play(episodes, backend, [request(TOKENIZER)], Sampling(10_000), 3)
     completion = only(group)
     assert (completion.status, completion.episode.failure) == (Status.ERROR, "")  # type: ignore[union-attr]
     assert completion.episode.turns == []  # type: ignore[union-attr]
@@ -339,12 +352,12 @@ def test_without_an_environment_the_backend_is_called_as_ever() -> None:
     assert groups[0].prompt is asked[0].prompt
 
 
-def test_groups_are_handed_out_once_and_with_their_episodes() -> None:
+def test_groups_are_handed_out_once_and_with_their_episodes(worlds: Worlds) -> None:
     asked = [request(TOKENIZER, keys=[1, 2]), request(TOKENIZER, keys=[3, 4])]
     handed: list[tuple[int, Group]] = []
-    with opened() as episodes:
-        backend = ScriptedBackend(TOKENIZER, says(calls("add", number=2), "done"))
-        groups = play(episodes, backend, asked, Sampling(10_000), 0, lambda place, group: handed.append((place, group)))
+    episodes = of(worlds)
+    backend = ScriptedBackend(TOKENIZER, says(calls("add", number=2), "done"))
+    groups = play(episodes, backend, asked, Sampling(10_000), 0, lambda place, group: handed.append((place, group)))
     assert sorted(place for place, _ in handed) == [0, 1]
     assert all(groups[place] is group for place, group in handed)
     assert [[c.episode.reward for c in group.completions] for group in groups] == [[2.0, 2.0], [2.0, 2.0]]  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from grpo.backends.base import Sampling
+from grpo.environments import worlds as worlds_module
 from grpo.environments.episodes import Episodes, open_episodes, play
 from grpo.environments.loading import Spec
 from grpo.environments.warden import EpisodeFailed
@@ -185,56 +186,50 @@ def test_steps_that_return_what_no_game_does() -> None:
     assert tokenizer is not None
 
 
-def test_a_zygote_that_is_lost_is_started_again_and_then_given_up() -> None:
+def test_a_zygote_that_is_lost_is_started_again_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds_module, "STARTS", 2)
     with Worlds(Spec("Failing", PLACE, []), timeout=5.0, memory_gb=0.5) as worlds:
-        for _ in range(3):
-            world = worlds.open(1)
-            assert world.ask("reset", {"says": "hi"}).result(10) == "hi"
-            assert worlds.pid is not None
-            os.kill(worlds.pid, signal.SIGKILL)
-            with pytest.raises(EpisodeFailed, match="has ended with the process that episodes are forked from") as why:
-                world.ask("call", [("fail", {"how": "hang"})]).result(10)
-            assert why.value.cause == "crashed"
+        world = worlds.open(1)
+        assert world.ask("reset", {"says": "hi"}).result(10) == "hi"
+        assert worlds.pid is not None
+        os.kill(worlds.pid, signal.SIGKILL)
+        with pytest.raises(EpisodeFailed, match="has ended with the process that episodes are forked from") as why:
+            world.ask("call", [("fail", {"how": "hang"})]).result(10)
+        assert why.value.cause == "crashed"
         assert worlds.open(1).ask("reset", {"says": "hi"}).result(10) == "hi"
         os.kill(worlds.pid, signal.SIGKILL)
         while worlds._warden.has_zygote:
             time.sleep(0.01)
-        with pytest.raises(RunError, match=r"was killed by SIGKILL.*the 4th time"):
+        with pytest.raises(RunError, match=r"was killed by SIGKILL.*2 times now"):
             worlds.open(1)
 
 
-def test_closing_ends_a_call_under_way() -> None:
-    worlds = Worlds(Spec("Failing", PLACE, []), timeout=500.0, memory_gb=0.5)
-    world = worlds.open(1)
-    world.ask("reset", {}).result(10)
-    waiting = world.ask("call", [("fail", {"how": "hang"})])
-    zygote = worlds._zygote
-    assert zygote is not None
+def test_many_at_a_time_and_closing_while_they_are_busy() -> None:
+    """Forty episodes wait a quarter of a second each, together."""
+    worlds = Worlds(Spec("Failing", PLACE, []), timeout=60.0, memory_gb=0.5)
+    opened = [worlds.open(i) for i in range(40)]
+    said = [world.ask("reset", {"says": str(i)}) for i, world in enumerate(opened)]
+    assert [future.result(60) for future in said] == [str(i) for i in range(40)]
     begun = time.monotonic()
+    waiting = [world.ask("call", [("wait", {"seconds": 0.25})]) for world in opened]
+    assert {future.result(60)[0][0] for future in waiting} == {"waited 0.25"}
+    assert time.monotonic() - begun < 5  # one after the other it would be 10
+    hanging = opened[0].ask("call", [("fail", {"how": "hang"})])
+    zygote, begun = worlds._zygote, time.monotonic()
+    assert zygote is not None
     worlds.close()
     worlds.close()
-    with pytest.raises(EpisodeFailed, match="was ended with the run"):
-        waiting.result(1)
-    assert time.monotonic() - begun < 5
+    for late in (hanging, opened[1].ask("call", [("roll", {})])):
+        with pytest.raises(EpisodeFailed, match="was ended with the run"):
+            late.result(1)
+    assert time.monotonic() - begun < 10
     assert zygote.poll() is not None
-
-
-def test_many_at_a_time() -> None:
-    """A hundred episodes wait a tenth of a second each, together."""
-    with Worlds(Spec("Failing", PLACE, []), timeout=60.0, memory_gb=0.5) as worlds:
-        opened = [worlds.open(i) for i in range(100)]
-        assert {world.ask("reset", {"says": str(i)}).result(60) for i, world in enumerate(opened)} == set(
-            map(str, range(100))
-        )
-        begun = time.monotonic()
-        waiting = [world.ask("call", [("wait", {"seconds": 0.1})]) for world in opened]
-        assert {future.result(60)[0][0] for future in waiting} == {"waited 0.1"}
-        assert time.monotonic() - begun < 5  # one after the other it would be 10
 
 
 TRAINER = """
 import sys, time
 from grpo.environments.loading import Spec
+from grpo.environments import worlds as worlds_module
 from grpo.environments.worlds import Worlds
 
 worlds = Worlds(Spec("Failing", sys.argv[1], []), timeout=500.0, memory_gb=0.5)

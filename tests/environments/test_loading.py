@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from grpo.environments.episodes import open_episodes
-from grpo.environments.loading import Spec
+from grpo.backends.base import Sampling
+from grpo.environments.episodes import Episodes, open_episodes, play
+from grpo.environments.find import spec_of
+from grpo.environments.loading import Loaded, Spec
 from grpo.environments.worlds import Worlds
 from grpo.errors import UserError
 from tests.conftest import make_recipe
@@ -100,12 +103,27 @@ class Game:
         return None, True
 
 
+class TwoArguments(Game):
+    def step(self, text, image):
+        return None, True
+
+    def get_reward(self, scale):
+        return scale
+
+
 def make(size: int) -> Good:
     return Good(size)
 
 
 THING = 7
 '''
+
+
+def line_of(text: str) -> int:
+    return WRONG.splitlines().index(text) + 1
+
+
+RAISES = line_of('        raise OSError("no such index")')
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +133,14 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def opened(spec: Spec, timeout: float = 5.0) -> Any:
+def opened(spec: Spec) -> Any:
+    """As the process of an episode does it."""
+    return Loaded(spec).try_out()
+
+
+def in_a_process(spec: Spec, timeout: float = 5.0) -> Any:
     with Worlds(spec, timeout=timeout, memory_gb=1.0) as worlds:
         return worlds.about
-
-
-def line_of(text: str) -> int:
-    return WRONG.splitlines().index(text) + 1
 
 
 @pytest.mark.parametrize(
@@ -130,11 +149,30 @@ def line_of(text: str) -> int:
         ("Nothing", {}, ["environment.path: ", "has no 'Nothing'"]),
         ("NoRest", {}, ["did you mean NoReset?"]),
         ("THING", {}, ["is a int: 7; expected a class"]),
-        ("NoReset", {}, ["NoReset has no reset; an environment has reset(**row)", "wrong.py:13: "]),
+        (
+            "NoReset",
+            {},
+            ["NoReset has no reset; an environment has reset(**row)", f"wrong.py:{line_of('class NoReset:')}: "],
+        ),
         ("NoTools", {}, ["NoTools has neither a step(text) nor a public method"]),
-        ("Raises", {}, ["its constructor: ", "wrong.py:43: OSError: no such index"]),
+        (
+            "Raises",
+            {},
+            [
+                "its constructor: ",
+                f"wrong.py:{RAISES}: OSError: no such index",
+            ],
+        ),
         ("Exits", {}, ["its constructor: ", "SystemExit: 1"]),
         ("Good", {"sise": 1}, ["environment.args: ", "unexpected keyword argument 'sise'", "it takes: size: int = 3"]),
+        (
+            "TwoArguments",
+            {},
+            [
+                "TwoArguments.get_reward takes (scale); it is called with ()\n",
+                "TwoArguments.step takes (text, image); it is called with (text)",
+            ],
+        ),
         ("make", {}, ["environment.args: ", "missing a required argument: 'size'"]),
     ],
 )
@@ -167,7 +205,7 @@ def test_a_tool_and_a_method_of_one_name_and_a_game_with_tools(wrong: Path) -> N
 
 def test_a_constructor_that_hangs(wrong: Path) -> None:
     with pytest.raises(UserError, match=r"its constructor: .*no answer after environment.timeout = 0.5 s"):
-        opened(Spec("wrong.py:Hangs", f"{wrong}:Hangs", []), timeout=0.5)
+        in_a_process(Spec("wrong.py:Hangs", f"{wrong}:Hangs", []), timeout=0.5)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +214,6 @@ def test_a_constructor_that_hangs(wrong: Path) -> None:
         ("import nothing_there", "broken.py:1: ModuleNotFoundError"),
         ("x = 1\nraise SystemExit(3)", "broken.py:2: SystemExit: 3"),
         ("def f(:", "broken.py:1: SyntaxError"),
-        ("import os\nos._exit(5)", "the process that imports it exited with status 5"),
     ],
 )
 def test_a_file_that_does_not_import(tmp_path: Path, text: str, says: str) -> None:
@@ -187,6 +224,18 @@ def test_a_file_that_does_not_import(tmp_path: Path, text: str, says: str) -> No
     assert says in str(why.value)
 
 
+def test_the_same_through_a_process(wrong: Path, tmp_path: Path) -> None:
+    for name in ("Nothing", "NoReset", "Raises"):
+        with pytest.raises(UserError) as here:
+            opened(Spec("wrong.py:Env", f"{wrong}:{name}", []))
+        with pytest.raises(UserError) as there:
+            in_a_process(Spec("wrong.py:Env", f"{wrong}:{name}", []))
+        assert str(here.value) == str(there.value)
+    (file := tmp_path / "exits.py").write_text("import os\nos._exit(5)")
+    with pytest.raises(UserError, match="the process that imports it exited with status 5"):
+        in_a_process(Spec("exits.py:Env", f"{file}:Env", []))
+
+
 def test_what_an_environment_is(wrong: Path) -> None:
     good = opened(Spec("Good", f"{wrong}:Good", [], {"size": 2, "name": "y"}))
     assert (good.game, good.pays, [tool["function"]["name"] for tool in good.tools]) == (False, False, ["tool"])
@@ -194,6 +243,12 @@ def test_what_an_environment_is(wrong: Path) -> None:
     assert made == good
     game = opened(Spec("Game", f"{wrong}:Game", []))
     assert (game.game, game.tools, game.needs) == (True, [], ["word"])
+
+
+def fitted(recipe: Any, tokenizer: Any) -> Episodes:
+    """The environment of a recipe without its processes."""
+    about = Loaded(spec_of(recipe.environment)).try_out()
+    return Episodes(recipe, tokenizer, [], SimpleNamespace(about=about))  # type: ignore[arg-type]
 
 
 def recipe_of(environment: dict[str, Any], **sections: Any) -> Any:
@@ -216,26 +271,23 @@ def test_what_does_not_fit_the_recipe(
 ) -> None:
     environment = {k: v if v != "Good" else f"{wrong}:Good" for k, v in environment.items()}
     tokenizer = bytes_tokenizer(template)
-    with pytest.raises(UserError) as why, open_episodes(recipe_of(environment, **sections), tokenizer, []):
-        pass
+    with pytest.raises(UserError) as why:
+        fitted(recipe_of(environment, **sections), tokenizer)
     assert says in str(why.value)
 
 
 def test_columns_that_reset_needs(wrong: Path) -> None:
-    with open_episodes(recipe_of({"path": f"{wrong}:Game"}), bytes_tokenizer(), []) as episodes:
-        assert episodes is not None
-        episodes.check_columns({"": ["word"]})
-        with pytest.raises(UserError, match=r"environment: reset needs word: no column of the rows \(prompt, wrod\)"):
-            episodes.check_columns({"": ["wrod"]})
+    episodes = fitted(recipe_of({"path": f"{wrong}:Game"}), bytes_tokenizer())
+    episodes.check_columns({"": ["word"]})
+    with pytest.raises(UserError, match=r"environment: reset needs word: no column of the rows \(prompt, wrod\)"):
+        episodes.check_columns({"": ["wrod"]})
 
 
 @pytest.mark.parametrize(("template", "form"), [(QWEN, "hermes"), (LLAMA, "llama"), (None, "hermes")])
 def test_the_format_is_the_chat_templates(wrong: Path, template: str | None, form: str) -> None:
     data = {"template": "chat" if template else "none"}
     recipe = recipe_of({"path": f"{wrong}:Good"}, data=data, rewards=[{"name": "countdown"}])
-    with open_episodes(recipe, bytes_tokenizer(template), []) as episodes:
-        assert episodes is not None
-        assert episodes.form == form
+    assert fitted(recipe, bytes_tokenizer(template)).form == form
 
 
 def test_without_an_environment_nothing_is_opened() -> None:
@@ -343,9 +395,6 @@ async def async_add(a: int, b: int) -> int:
 
 
 def test_what_was_written_for_trl_runs_unchanged(tmp_path: Path) -> None:
-    from grpo.backends.base import Sampling
-    from grpo.environments.episodes import play
-
     file = tmp_path / "for_trl.py"
     file.write_text(TRL)
     tokenizer = bytes_tokenizer(QWEN)
