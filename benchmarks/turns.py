@@ -16,9 +16,9 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,21 @@ class SlowTool:
         return [drawn.randrange(10, 300) for _ in range(self.answer_length)]
 
 
+@contextmanager
+def ending(ended: Callable[[int, list[int]], bool]) -> Iterator[None]:
+    """Within it, completions and turns end where ``ended`` says so of a key and the tokens."""
+    ours = HFBackend._ended
+    HFBackend._ended = lambda self, key, tokens, stop: ended(key, tokens)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HFBackend._ended = ours  # type: ignore[method-assign]
+
+
 def in_one_turn(backend: HFBackend) -> Way:
     def way(requests: list[Request], lengths: Lengths) -> int:
-        def ended(key: int, tokens: list[int], stop: Any) -> bool:
-            return len(tokens) == sum(lengths[key])
-
-        backend._ended = ended  # type: ignore[method-assign]
-        groups = backend.generate(requests, Sampling(max(map(sum, lengths.values()))), 0)
+        with ending(lambda key, tokens: len(tokens) == sum(lengths[key])):
+            groups = backend.generate(requests, Sampling(max(map(sum, lengths.values()))), 0)
         return sum(len(c.token_ids) for group in groups for c in group)
 
     return way
@@ -96,12 +104,9 @@ def in_turns(backend: HFBackend, options: argparse.Namespace, overlap_steps: int
     def way(requests: list[Request], lengths: Lengths) -> int:
         tool = SlowTool(requests, lengths, options.tool, options.answer, overlap_steps)
 
-        def ended(key: int, tokens: list[int], stop: Any) -> bool:
-            return len(tokens) == lengths[key][tool.done[key]]
-
-        backend._ended = ended  # type: ignore[method-assign]
         sampling = Sampling(max(map(sum, lengths.values())) + 1)  # so that none is cut before its tool ends it
-        groups = backend.generate(requests, sampling, 0, turns=tool)
+        with ending(lambda key, tokens: len(tokens) == lengths[key][tool.done[key]]):
+            groups = backend.generate(requests, sampling, 0, turns=tool)
         answers = sum(tool.done.values()) - len(tool.done)
         return sum(len(c.token_ids) for group in groups for c in group) - answers * options.answer
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import algorithms, r1, staleness
+from benchmarks import algorithms, r1, staleness, turns
 from benchmarks.common import timed
 from benchmarks.gpu import report, suite
 from benchmarks.gpu import shapes as gpu_shapes
@@ -106,6 +106,18 @@ def test_agreement_finds_a_backend_that_depends_on_its_batch(backend, monkeypatc
     found = agreement(backend, requests, 12, 4)
     assert found["differing"] > 0
     assert found["largest_boundary_distance"] > 1e-3
+
+
+def test_episodes_draw_as_many_tokens_as_one_turn(backend):
+    requests = make_requests(backend.tokenizer, 2, 2, 1)
+    lengths = turns.lengths_of(requests, 3, 4, 1)
+    assert len({tuple(of_key) for of_key in lengths.values()}) == 4
+    drawn = sum(map(sum, lengths.values()))
+    assert turns.in_one_turn(backend)(requests, lengths) == drawn
+    options = argparse.Namespace(tool=0.01, answer=3)
+    assert turns.in_turns(backend, options, 2)(requests, lengths) == drawn
+    tool = turns.SlowTool(requests, lengths, 0.01, 3, 2)
+    assert len(tool.answer((0, 0), [], 0, "stop", last=False).result()) == 3
 
 
 def test_timed_counts_what_the_engine_calls_and_puts_it_back(backend):

@@ -41,9 +41,10 @@ class EnvironmentConfig(Section):
     memory_limit_gb: Positive | None = 1.0
     """Memory (address space) that one episode's process may take beside what the imports of its code took; null sets no
     limit."""
-    overlap_steps: NonNegativeInt = 4
-    """With `rollout.backend: hf`: tokens that other episodes draw while a tool runs, before they wait for it. Higher
-    suits slow tools and long turns."""
+    overlap_steps: NonNegativeInt = 16
+    """With `rollout.backend: hf`: tokens that each other episode draws while a tool runs, before all wait for it; up to
+    twice as many, so that several come back together. Higher suits slow tools, lower few episodes; answers are never
+    waited for by the clock, so that a resumed run repeats ([backends.md](backends.md))."""
 
     @model_validator(mode="after")
     def _one_environment(self) -> EnvironmentConfig:

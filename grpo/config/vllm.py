@@ -22,7 +22,7 @@ class VllmOptions(Section):
     """With `colocate`: seconds that an engine may take from its start to its first answer. With an empty cache it
     compiles the model and captures graphs meanwhile, on several GPUs at once."""
     vllm_generation_timeout: Positive = 1800.0
-    """Seconds that one completion may take before its server counts as hung."""
+    """Seconds that one completion, of an episode one turn, may take before its server counts as hung."""
     vllm_sync_timeout: Positive = 300.0
     """Seconds that handing over the weights may take before the server counts as hung."""
     vllm_weight_transfer: Literal["auto", "path", "http", "ipc", "nccl"] = "auto"

@@ -106,7 +106,8 @@ def first_tests(tests: RowTests, number: int) -> RowTests | None:
     if isinstance(tests, Check):
         return None
     kept = min(number, len(tests.inputs) - 1)
-    return replace(tests, inputs=tests.inputs[:kept], outputs=tests.outputs[:kept]) if kept > 0 else None
+    shown: dict[str, Any] = {"inputs": tests.inputs[:kept], "outputs": tests.outputs[:kept]}
+    return replace(tests, **shown) if kept > 0 else None
 
 
 def play(row: dict[str, Any]) -> list[dict[str, Any]]:

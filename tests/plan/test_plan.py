@@ -110,6 +110,27 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert counted == pytest.approx(products * (10 + 8 * 30) + causal * (10 * 10 / 2 + 8 * 30 * (10 + 15)))
 
 
+def test_an_environments_tokens_are_read_and_not_drawn() -> None:
+    """They cost what a prompt's do, for each completion; its seconds nobody knows, and the plan says so."""
+    shape = shape_from(LLAMA.to_dict(), "here")
+    game = [
+        "environment={name: number_guess, max_turns: 4, max_observation_length: 10}",
+        "rewards=[{name: environment}]",
+    ]
+    recipe = load_recipe(ROOT / "recipes" / "smoke_cpu.yaml", ["training.prompts_per_step=1", *game])
+    without, played = (Lengths(prompt=10, completion=30, longest=30, environment=e) for e in (0.0, 20.0))
+    assert assumed_lengths(recipe, prompt=None, completion=None, with_signal=None).environment == 4 * 10 / 2
+    few, many = (work_of_step(recipe, shape, lengths) for lengths in (without, played))
+    products, causal = 2.0 * shape.products_of_token, 4.0 * shape.layers * shape.attention_width
+    pairs = 50 * (10 + 25) - 30 * (10 + 15)
+    assert (many.update_flops - few.update_flops) / 3 == pytest.approx(8 * (products * 20 + causal * pairs))
+    assert many.prefill_flops - few.prefill_flops == pytest.approx(8 * products * 20)
+    assert many.completion_tokens == few.completion_tokens
+    found = planned("countdown_qwen2.5-0.5b", "80gb", *game)
+    assert any("how long it takes to answer is not known" in text for text in found.assumptions)
+    assert all(len(line) <= WIDTH for line in lines(found))
+
+
 def test_3b_on_80_gb_term_by_term() -> None:
     parts = planned("countdown_qwen2.5-3b", "80gb").memory
     state = parts.update["weights"] + parts.update["AdamW"] + parts.update["gradients"]

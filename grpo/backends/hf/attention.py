@@ -27,7 +27,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.backends.hf import flash
-from grpo.backends.hf.kv_cache import DecodeCache, Layer
+from grpo.backends.hf.buffers import Layer
+from grpo.backends.hf.kv_cache import DecodeCache
 from grpo.backends.hf.step import Extension, PromptGroups, Step
 from grpo.errors import RunError, UserError
 

@@ -228,7 +228,8 @@ class HFBackend:
             self.kept[0].empty()
             return self.kept
         self.kept = None  # its memory is free before that of another is taken
-        made = DecodeCache(shape, self.device), self.make_step(self.logprob_lm)
+        step = self.make_step(self.logprob_lm)
+        made = DecodeCache(shape, self.device, in_place=isinstance(step, DecodeStep)), step
         weights = sum(p.nbytes for p in self.model.parameters()) if self.copies else 0
         size = weights + shape.tokens() * self.token_bytes
         if isinstance(made[1], GraphStep) and size <= KEPT_SHARE * total_memory(self.device):

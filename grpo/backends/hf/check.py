@@ -12,9 +12,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from grpo.backends.hf.attention import decoding_into, implementation_of
+from grpo.backends.hf.buffers import Prefill
 from grpo.backends.hf.engine import NextLogits
 from grpo.backends.hf.extension import extend
-from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape
+from grpo.backends.hf.kv_cache import DecodeCache, Shape
 from grpo.errors import UserError, first_line
 from grpo.model.logprob_lm import LogprobLM
 

@@ -23,9 +23,10 @@ import torch
 from grpo.backends.base import Request, Sampling, Turns
 from grpo.backends.hf.attention import decoding_into
 from grpo.backends.hf.budget import Budget
+from grpo.backends.hf.buffers import Prefill
 from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.extension import MOST_SCORES, extend
-from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape, remove_entries
+from grpo.backends.hf.kv_cache import DecodeCache, Shape, remove_entries
 from grpo.backends.sequence import Conversation, SampledSequence
 from grpo.model.logprob_lm import LogprobLM
 from grpo.randomness import uniforms
@@ -110,7 +111,7 @@ class Engine:
 
         Preempted sequences get their keys and values back.
         """
-        while self._longest() > self._room():  # of a preempted sequence that got an answer since
+        while any(self._tokens(sequence) > self._room() for sequence in self.waiting):  # it got an answer meanwhile
             self._make_longer()
         if 4 * self._longest() < self._room():
             self._resize(self.budget.shorter(self.cache.shape))
@@ -240,8 +241,7 @@ class Engine:
         whose episodes are over."""
         over = [sequence for sequence in due if not self.conversation.receive(sequence)]
         finished = self._remove(over, self._next_request()) if over else []
-        head = self.cache.shape.head_tokens
-        while max((head + len(s.tokens) for s in due if s in self.parked), default=0) > self._room():
+        while any(self._tokens(sequence) > self._room() for sequence in due if sequence in self.parked):
             self._make_longer()  # which may preempt some of them
         back = [sequence for sequence in due if sequence in self.parked]
         if back:
@@ -271,6 +271,11 @@ class Engine:
     def _room(self) -> int:
         """Tokens that the cache has room for in a sequence."""
         return self.cache.shape.sequence_tokens
+
+    def _tokens(self, sequence: SampledSequence) -> int:
+        """Tokens of a sequence, with its copy of the prompt."""
+        prompt = len(self.requests[sequence.request].prompt.token_ids) if self.cache.shape.head_tokens else 0
+        return prompt + len(sequence.tokens)
 
     def _longest(self) -> int:
         """Tokens of the longest sequence, running, parked or in the queue."""

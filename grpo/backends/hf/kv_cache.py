@@ -4,21 +4,22 @@ A *sequence* is a prompt and one completion of it. The cache holds each prompt o
 of its completion. Where prompts are short, every sequence holds a copy of its prompt too: one longer read is then
 cheaper than two. Running sequences are always the first in their buffers, so attention reads a view and never a copy.
 Where one ends, the last one moves into its place. A sequence that waits for an environment's answer is parked: it keeps
-its keys and values at the buffers' end, where no step computes it. Buffers are allocated once, with a bound.
+its keys and values at the buffers' end, where no step computes it. The compiled step looks up where a sequence is, and
+then none is moved. Buffers are allocated once, with a bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import astuple, dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 
+from grpo.backends.hf.buffers import OF_PROMPTS, OF_SEQUENCES, Layer, Prefill
 from grpo.backends.hf.step import Extension, PromptGroups, Step
 
 CLEARED_AT_ONCE = 64  # tokens of every sequence
 SHORT_PROMPT = 32  # tokens; up to here sequences begin with a copy of their prompt
-OF_SEQUENCES, OF_PROMPTS = ("sequence_keys", "sequence_values"), ("prompt_keys", "prompt_values")  # of a layer
 
 
 @dataclass(frozen=True)
@@ -52,79 +53,29 @@ def head_tokens(longest_prompt: int) -> int:
     return longest_prompt if longest_prompt <= SHORT_PROMPT else 0
 
 
-@dataclass
-class Layer:
-    """One attention layer's keys and values: of prompts (U, kv heads, P, D) and of sequences (S, kv heads, C, D)."""
-
-    prompt_keys: torch.Tensor
-    prompt_values: torch.Tensor
-    sequence_keys: torch.Tensor
-    sequence_values: torch.Tensor
-
-    @classmethod
-    def empty(cls, shape: Shape, key: torch.Tensor, value: torch.Tensor) -> Layer:
-        """Buffers for keys and values of the type and sizes of ``key`` and ``value`` (B, kv heads, T, D)."""
-
-        def like(x: torch.Tensor, n: int, tokens: int) -> torch.Tensor:
-            return x.new_empty((n, x.shape[1], tokens, x.shape[3]))
-
-        prompts = (like(x, shape.prompts, shape.prompt_tokens).zero_() for x in (key, value))
-        return cls(*prompts, *(like(x, shape.sequences, shape.sequence_tokens) for x in (key, value)))
-
-    def token_bytes(self) -> int:
-        """Of one token's keys and values."""
-        return sum(b[0, :, 0].numel() * b.element_size() for b in (self.sequence_keys, self.sequence_values))
-
-    def clear_sequences(self, start: int, end: int) -> None:
-        """Zeros: masked numbers are multiplied by 0, which makes nan of memory that holds inf or nan."""
-        self.sequence_keys[:, :, start:end] = 0
-        self.sequence_values[:, :, start:end] = 0
-
-    def resize_sequences(self, shape: Shape, kept: int, parked: int, length: int) -> None:
-        """Keeps the first ``length`` tokens of the first ``kept`` sequences and of the last ``parked``."""
-        for name in OF_SEQUENCES:
-            old = getattr(self, name)
-            new = old.new_empty(shape.sequences, old.shape[1], shape.sequence_tokens, old.shape[3])
-            new[:kept, :, :length] = old[:kept, :, :length]
-            new[kept:, :, :length] = 0
-            if parked:
-                new[-parked:, :, :length] = old[-parked:, :, :length]
-            setattr(self, name, new)
-
-
-@dataclass
-class Prefill:
-    """Where the keys and values of a padded batch go. A preempted sequence stands there with its prompt before it."""
-
-    prompts: list[tuple[int, int, int]] = field(default_factory=list)  # place in the batch, prompt slot, length
-    tails: list[tuple[int, int, int, int]] = field(default_factory=list)  # place in the batch, sequence, start, length
-    _index: list[torch.Tensor] = field(default_factory=list)
-
-    def prompt_index(self, device: torch.device) -> list[torch.Tensor]:
-        """The prompts' places in the batch, and their slots. The first layer makes them, the others use them again."""
-        if not self._index:
-            places, slots, _ = zip(*self.prompts, strict=True)
-            self._index = [torch.tensor(numbers, device=device) for numbers in (places, slots)]
-        return self._index
-
-
 class DecodeCache:
     """The buffers of every layer, and which sequences and prompts they hold.
 
     Attention layers (``attention.py``) call ``file_away`` during a prefill, which lasts from ``begin_prefill`` to the
     end of the forward pass. They call ``append`` during a decoding step, which ``begin_step`` opens, and during an
     extension, which lasts from ``begin_extension`` to the end of the forward pass.
+
+    ``in_place``: a sequence stays in its row of the buffers, for a step that reads ``rows``.
     """
 
-    def __init__(self, shape: Shape, device: torch.device):
+    def __init__(self, shape: Shape, device: torch.device, *, in_place: bool = False):
         self.shape = shape
         self.device = device
+        self.in_place = in_place
         self.layers: dict[int, Layer] = {}
         self.prompt_lengths: list[int] = []  # by slot
         self.prompt_of: list[int] = []  # the slot of each sequence's prompt
         self.lengths: list[int] = []  # the tokens each sequence holds
-        self.parked_prompt_of: list[int] = []  # the same of those that are parked, the first at the buffers' very end
+        self.rows: list[int] = []  # of the buffers, in which each sequence is
+        self.parked_prompt_of: list[int] = []  # the same of those that are parked
         self.parked_lengths: list[int] = []
+        self.parked_rows: list[int] = []
+        self._free = list(reversed(range(shape.sequences)))  # rows, where sequences stay in place
         self.cleared = 0  # tokens of every sequence whose memory was written; memory is not touched before it is needed
         self.prefill: Prefill | None = None
         self.step: Step | None = None
@@ -142,8 +93,9 @@ class DecodeCache:
 
     def empty(self) -> None:
         """Forget all prompts and sequences. The buffers stay, for another rollout."""
-        self.prompt_lengths, self.prompt_of, self.lengths = [], [], []
-        self.parked_prompt_of, self.parked_lengths = [], []
+        self.prompt_lengths, self.prompt_of, self.lengths, self.rows = [], [], [], []
+        self.parked_prompt_of, self.parked_lengths, self.parked_rows = [], [], []
+        self._free = list(reversed(range(self.shape.sequences)))
         self.prefill = self.step = self.extension = None
 
     def add_prompt(self, length: int) -> int:
@@ -155,6 +107,7 @@ class DecodeCache:
         """The place of a new sequence, whose completion has ``length`` tokens."""
         self.prompt_of.append(prompt)
         self.lengths.append(length + self._copied(prompt))
+        self.rows.append(self._free.pop() if self.in_place else len(self.rows))
         return len(self.lengths) - 1
 
     def _copied(self, prompt: int) -> int:
@@ -167,7 +120,7 @@ class DecodeCache:
 
     def remove_sequences(self, places: Collection[int]) -> None:
         """Others move into their places, as ``remove_entries`` does it with a list."""
-        self._move(moves_into_gaps(len(self.lengths), places), self.longest, *OF_SEQUENCES)
+        self._leave(places, self._free)
         remove_entries(self.prompt_of, places)
         remove_entries(self.lengths, places)
 
@@ -175,9 +128,8 @@ class DecodeCache:
         """Running sequences leave the others and keep their keys and values, of the first ``lengths`` tokens of their
         completions. Places of the others change as in ``remove_sequences``. There must be no more sequences, running
         and parked, than the shape has."""
-        away = [(place, self._parked_at(len(self.parked_lengths) + i)) for i, place in enumerate(places)]
-        self._move([*away, *moves_into_gaps(len(self.lengths), places)], self.longest, *OF_SEQUENCES)
         prompts = [self.prompt_of[place] for place in places]
+        self._leave(places, self.parked_rows, [self._parked_at(i) for i in self._next_parked(len(places))])
         self.parked_prompt_of += prompts
         self.parked_lengths += [self._copied(p) + length for p, length in zip(prompts, lengths, strict=True)]
         remove_entries(self.prompt_of, places)
@@ -185,15 +137,15 @@ class DecodeCache:
 
     def unpark(self, parked: list[int]) -> None:
         """Parked sequences run again, behind those that do, in this order."""
-        back = [(self._parked_at(p), len(self.lengths) + i) for i, p in enumerate(parked)]
-        self._move([*back, *self._parked_moves(parked)], self.longest_held, *OF_SEQUENCES)
+        first = len(self.rows)
+        self._leave_parked(parked, self.rows, list(range(first, first + len(parked))))
         self.prompt_of += [self.parked_prompt_of[p] for p in parked]
         self.lengths += [self.parked_lengths[p] for p in parked]
         self._forget_parked(parked)
 
     def remove_parked(self, parked: list[int]) -> None:
         """As ``remove_sequences``, of those that are parked."""
-        self._move(self._parked_moves(parked), self.longest_held, *OF_SEQUENCES)
+        self._leave_parked(parked, self._free)
         self._forget_parked(parked)
 
     def _forget_parked(self, parked: list[int]) -> None:
@@ -201,11 +153,36 @@ class DecodeCache:
         remove_entries(self.parked_lengths, parked)
 
     def _parked_at(self, parked: int) -> int:
+        """The row of a parked sequence, where running ones are the first: counted from the buffers' end."""
         return self.shape.sequences - 1 - parked
 
-    def _parked_moves(self, gone: list[int]) -> list[tuple[int, int]]:
-        moves = moves_into_gaps(len(self.parked_lengths), gone)
-        return [(self._parked_at(source), self._parked_at(target)) for source, target in moves]
+    def _next_parked(self, number: int) -> range:
+        return range(len(self.parked_rows), len(self.parked_rows) + number)
+
+    def _leave(self, places: Collection[int], to: list[int], rows: Sequence[int] = ()) -> None:
+        """Running sequences give up their rows to the list ``to``, or, where running ones are the first, move to
+        ``rows``, which are added to it; the last ones fill the gaps."""
+        if self.in_place:
+            to += [self.rows[place] for place in places]
+            remove_entries(self.rows, places)
+            return
+        away = list(zip(places, rows, strict=True)) if rows else []
+        self._move([*away, *moves_into_gaps(len(self.rows), places)], self.longest, *OF_SEQUENCES)
+        del self.rows[len(self.rows) - len(places) :]
+        to += rows
+
+    def _leave_parked(self, parked: list[int], to: list[int], rows: Sequence[int] = ()) -> None:
+        """The same of parked ones."""
+        if self.in_place:
+            to += [self.parked_rows[p] for p in parked]
+            remove_entries(self.parked_rows, parked)
+            return
+        away = [(self._parked_at(p), row) for p, row in zip(parked, rows, strict=True)] if rows else []
+        gaps = moves_into_gaps(len(self.parked_rows), parked)
+        moves = [*away, *((self._parked_at(source), self._parked_at(target)) for source, target in gaps)]
+        self._move(moves, self.longest_held, *OF_SEQUENCES)
+        del self.parked_rows[len(self.parked_rows) - len(parked) :]
+        to += rows
 
     def remove_prompts(self, slots: Collection[int]) -> None:
         """The same for prompts, which must have no sequence left."""
@@ -229,8 +206,12 @@ class DecodeCache:
         """Other numbers of sequences and of tokens a sequence. What sequences wrote is kept."""
         self.shape = shape
         self.cleared = self.longest_held
+        rows, running, parked = [*self.rows, *self.parked_rows], len(self.rows), len(self.parked_rows)
+        self.rows = list(range(running))
+        self.parked_rows = [self._parked_at(p) for p in range(parked)]
+        self._free = list(reversed(range(running, shape.sequences - parked)))
         for layer in self.layers.values():
-            layer.resize_sequences(shape, len(self.lengths), len(self.parked_lengths), self.longest_held)
+            layer.resize_sequences(shape, rows, [*self.rows, *self.parked_rows], self.longest_held)
 
     def begin_prefill(self, prefill: Prefill) -> None:
         """Before a forward pass over prompts. Preempted sequences that are part of it have been added."""
@@ -244,9 +225,10 @@ class DecodeCache:
             P = max(self.prompt_lengths)
             self.clear_to(P)
             slots = torch.tensor([self.prompt_of[place] for place in places], device=self.device)
+            rows = [self.rows[place] for place in places]
             for layer in self.layers.values():
-                layer.sequence_keys[places, :, :P] = layer.prompt_keys[slots, :, :P]
-                layer.sequence_values[places, :, :P] = layer.prompt_values[slots, :, :P]
+                layer.sequence_keys[rows, :, :P] = layer.prompt_keys[slots, :, :P]
+                layer.sequence_values[rows, :, :P] = layer.prompt_values[slots, :, :P]
 
     def file_away(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a prefill's keys and values (B, kv heads, T, D) of layer ``index``."""
@@ -260,12 +242,13 @@ class DecodeCache:
             layer.prompt_keys[slots_U, :, :P] = key[rows_U, :, :P].to(layer.prompt_keys.dtype)
             layer.prompt_values[slots_U, :, :P] = value[rows_U, :, :P].to(layer.prompt_values.dtype)
         for row, place, start, length in self.prefill.tails:
-            first, end = 0 if self.shape.head_tokens else start, start + length
-            layer.sequence_keys[place, :, : end - first] = key[row, :, first:end]
-            layer.sequence_values[place, :, : end - first] = value[row, :, first:end]
+            first, end, to = 0 if self.shape.head_tokens else start, start + length, self.rows[place]
+            layer.sequence_keys[to, :, : end - first] = key[row, :, first:end]
+            layer.sequence_values[to, :, : end - first] = value[row, :, first:end]
 
     def begin_step(self) -> Step:
-        """Before a forward pass over one token of every sequence."""
+        """Before a forward pass over one token of every sequence. Running sequences must be the first."""
+        assert not self.in_place
         self.step = Step.of(self.lengths, self._groups(self.prompt_of), self.device)
         self.grow()
         return self.step
@@ -275,7 +258,7 @@ class DecodeCache:
         again behind it."""
         held = [self.lengths[place] for place in places]
         groups = self._groups([self.prompt_of[place] for place in places])
-        self.extension = Extension.of(places, held, new, groups, self.device)
+        self.extension = Extension.of([self.rows[place] for place in places], held, new, groups, self.device)
         self.clear_to(self.extension.sequence_tokens)
         for place, count in zip(places, new, strict=True):
             self.lengths[place] += count
@@ -315,7 +298,7 @@ class DecodeCache:
     def _append_several(self, layer: Layer, new: Extension, key: torch.Tensor, value: torch.Tensor) -> Layer:
         for name, tensor in zip(OF_SEQUENCES, (key, value), strict=True):
             buffer = getattr(layer, name)
-            buffer[new.places_N, :, new.written_N] = tensor[new.row_N, :, new.token_N].to(buffer.dtype)
+            buffer[new.rows_N, :, new.written_N] = tensor[new.sequence_N, :, new.token_N].to(buffer.dtype)
         return layer
 
 

@@ -61,38 +61,38 @@ class Step:
 class Extension:
     """A pass over several new tokens of B sequences, T at most, the same for every layer. Rows are padded behind.
 
-    ``places_N``, ``written_N``, ``row_N`` and ``token_N`` say of each new token to which sequence it belongs, how many
-    tokens that held before, and where among the B x T it stands.
+    ``rows_N``, ``written_N``, ``sequence_N`` and ``token_N`` say of each new token in which row of the buffers its
+    sequence is, how many tokens that held before, and where among the B x T it stands.
     """
 
-    rows: torch.Tensor  # of the buffers (B,)
+    rows: torch.Tensor  # of the buffers, in which each sequence is (B,)
     written_BT: torch.Tensor  # tokens each sequence held before; padding has the last token's
     positions_BT: torch.Tensor  # counted from the prompt's first
     sequence_tokens: int  # to attend over: the longest sequence's, the new tokens included
     prompts: PromptGroups | None
-    places_N: torch.Tensor
+    rows_N: torch.Tensor
     written_N: torch.Tensor
-    row_N: torch.Tensor
+    sequence_N: torch.Tensor
     token_N: torch.Tensor
 
     @classmethod
     def of(
-        cls, places: list[int], held: list[int], new: list[int], prompts: PromptGroups | None, device: torch.device
+        cls, rows: list[int], held: list[int], new: list[int], prompts: PromptGroups | None, device: torch.device
     ) -> Extension:
-        """Sequences at ``places`` that hold ``held`` tokens get ``new`` more."""
-        places_B, held_B, new_B = (torch.tensor(numbers, device=device) for numbers in (places, held, new))
+        """Sequences in ``rows`` that hold ``held`` tokens get ``new`` more."""
+        rows_B, held_B, new_B = (torch.tensor(numbers, device=device) for numbers in (rows, held, new))
         tokens_T = torch.arange(max(new), device=device)
         written_BT = held_B[:, None] + torch.minimum(tokens_T[None], new_B[:, None] - 1)
-        row_N, token_N = (tokens_T[None] < new_B[:, None]).nonzero(as_tuple=True)
+        sequence_N, token_N = (tokens_T[None] < new_B[:, None]).nonzero(as_tuple=True)
         return cls(
-            rows=places_B,
+            rows=rows_B,
             written_BT=written_BT,
             positions_BT=written_BT if prompts is None else prompts.lengths_B[:, None] + written_BT,
             sequence_tokens=max(h + n for h, n in zip(held, new, strict=True)),
             prompts=prompts,
-            places_N=places_B[row_N],
-            written_N=written_BT[row_N, token_N],
-            row_N=row_N,
+            rows_N=rows_B[sequence_N],
+            written_N=written_BT[sequence_N, token_N],
+            sequence_N=sequence_N,
             token_N=token_N,
         )
 

@@ -36,6 +36,7 @@ struct Model {
 struct Step {
   int32_t sequences, prompt_tokens, sequence_tokens;  // running ones; tokens that a slot of the buffers holds
   const int64_t *order, *written;           // rows sorted by prompt; tokens that each row holds
+  const int64_t *place;                     // of each row: where in the buffers it is
   const int64_t *prompt, *prompt_length;    // of each row: its prompt's slot, and how much of it to attend to
   const float *cos, *sin;                   // (rows, D)
   float *x, *qkv, *scores, *sums, *logits;  // (rows, columns); of scores, sums and h every thread has its own part
@@ -222,7 +223,7 @@ static void attend(const Model &m, const Layer &layer, const Step &s, int row, i
   }
   for (int g = 0; g < Q; g++) rotate(q + g * D, cos, sin, D);
   rotate(k, cos, sin, D);
-  const int64_t in_own = (static_cast<int64_t>(row) * m.kv_heads + kv) * s.sequence_tokens * D;
+  const int64_t in_own = (s.place[row] * m.kv_heads + kv) * s.sequence_tokens * D;
   const int64_t in_prompt = (s.prompt[row] * m.kv_heads + kv) * s.prompt_tokens * D;
   T *own_keys = static_cast<T *>(layer.sequence_keys) + in_own;
   T *own_values = static_cast<T *>(layer.sequence_values) + in_own;

@@ -56,7 +56,7 @@ class _Model(Structure):
 class _Step(Structure):
     _fields_ = [
         *_numbers("sequences prompt_tokens sequence_tokens"),
-        *_pointers("order written prompt prompt_length cos sin x qkv scores sums logits h attended mlp"),
+        *_pointers("order written place prompt prompt_length cos sin x qkv scores sums logits h attended mlp"),
     ]
 
 
@@ -150,7 +150,8 @@ class DecodeStep:
         positions_1B = torch.from_numpy(shared_B + written_B)[None]
         cos_BD, sin_BD = (t[0].contiguous() for t in self.base.rotary_emb(x_BH, position_ids=positions_1B))
         logits_BV = torch.empty((B, V))
-        arrays = {"order": order_B, "written": written_B, "prompt": prompt_B, "prompt_length": shared_B}
+        arrays = {"order": order_B, "written": written_B, "place": np.array(cache.rows)}
+        arrays |= {"prompt": prompt_B, "prompt_length": shared_B}
         tensors = {"cos": cos_BD, "sin": sin_BD, "x": x_BH, "logits": logits_BV} | self.work
         step = _Step(
             sequences=B,

@@ -7,16 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.backends.hf import kv_cache
-from grpo.backends.hf.kv_cache import DecodeCache, Layer, Shape, moves_into_gaps, remove_entries
+from grpo.backends.hf.buffers import Layer
+from grpo.backends.hf.kv_cache import DecodeCache, Shape, moves_into_gaps, remove_entries
 from grpo.backends.hf.step import PromptGroups
 
 CPU = torch.device("cpu")
 
 
-def cache_of(prompts: int, sequences: int) -> DecodeCache:
+def cache_of(prompts: int, sequences: int, *, in_place: bool = False) -> DecodeCache:
     """Sequence s belongs to prompt s % prompts and holds s + 1 tokens; keys are numbers of prompt and sequence."""
     shape = Shape(prompts, kv_cache.SHORT_PROMPT + 1, sequences, sequences, sequences)
-    cache = DecodeCache(shape, CPU)
+    cache = DecodeCache(shape, CPU, in_place=in_place)
     for length in range(1, prompts + 1):
         cache.add_prompt(length)
     for sequence in range(sequences):
@@ -41,10 +42,10 @@ def test_sequences_that_leave_are_replaced_by_the_last_ones(n: int, data: st.Dat
         assert (cache.layers[0].sequence_values[place, :, : sequence + 1] == sequence).all()
 
 
-@given(st.data())
-def test_parked_sequences_keep_what_they_hold_whatever_the_others_do(data: st.DataObject) -> None:
+@given(st.booleans(), st.data())
+def test_parked_sequences_keep_what_they_hold_whatever_the_others_do(in_place: bool, data: st.DataObject) -> None:
     """Sequences end, are parked, come back, leave while parked, and the buffers change their size."""
-    cache = cache_of(3, 6)
+    cache = cache_of(3, 6, in_place=in_place)
     running, parked = list(range(6)), []
 
     def some(entries: list[int]) -> list[int]:
@@ -78,8 +79,16 @@ def test_parked_sequences_keep_what_they_hold_whatever_the_others_do(data: st.Da
         assert cache.parked_lengths == [s + 1 for s in parked]
         assert cache.parked_prompt_of == [s % 3 for s in parked]
         keys = cache.layers[0].sequence_keys
-        for row, sequence in [*enumerate(running), *((-1 - i, s) for i, s in enumerate(parked))]:
+        rows = [*cache.rows, *cache.parked_rows]
+        for row, sequence in zip(rows, [*running, *parked], strict=True):
             assert (keys[row, :, : sequence + 1] == sequence).all()
+        if not in_place:
+            ends = [len(keys) - 1 - i for i in range(len(parked))]
+            assert rows == [*range(len(running)), *ends], "running ones are the first, parked ones the last"
+        while len(set(rows)) < len(keys):  # there is a row for every other one, and none is taken
+            rows.append(cache.rows[cache.add_sequence(0)])
+            assert len(set(rows)) == len(rows)
+        cache.remove_sequences(range(len(running), len(cache.rows)))
 
 
 def test_nothing_moves_that_need_not() -> None:

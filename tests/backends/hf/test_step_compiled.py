@@ -18,7 +18,8 @@ from grpo.backends.base import Request, Sampling
 from grpo.backends.hf import step_compiled
 from grpo.backends.hf.attention import decoding_into
 from grpo.backends.hf.backend import HFBackend
-from grpo.backends.hf.kv_cache import DecodeCache, Prefill, Shape
+from grpo.backends.hf.buffers import Prefill
+from grpo.backends.hf.kv_cache import DecodeCache, Shape
 from grpo.backends.hf.step_compiled import DecodeStep, why_not
 from grpo.kernels import elementwise, native, packed_attention_compiled
 from grpo.randomness import key

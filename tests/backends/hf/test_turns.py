@@ -20,7 +20,7 @@ from grpo.backends.hf.draw import Distribution
 from grpo.backends.hf.engine import Engine, drawing
 from grpo.backends.hf.kv_cache import DecodeCache
 from grpo.backends.hf.step import Extension
-from grpo.backends.hf.step_compiled import why_not
+from grpo.backends.hf.step_compiled import DecodeStep, why_not
 from grpo.backends.sequence import SampledSequence
 from grpo.errors import RunError, UserError
 from grpo.model.logprob_lm import LogprobLM
@@ -122,7 +122,7 @@ def play(
         Sampling(limit),
         lambda key, ids: ids[-1] % 6 == 1,
         budget=budget,
-        cache=DecodeCache(budget.first_shape(), policy.device),
+        cache=DecodeCache(budget.first_shape(), policy.device, in_place=isinstance(step, DecodeStep)),
         next_tokens=drawing(counted, Distribution()),
         turns=turns,
     )
