@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,12 +96,13 @@ class Conversation:
         self.turns.append(turn)
         self.cut_off = last
         final = last or len(self.turns) >= self.rules.max_turns
+        last_token = own[-1] if own else -1
         if self.failure is not None:
             reply.set_result(None)
         elif self.rules.game:
-            self._step(turn, reply, own[-1], final)
+            self._step(turn, reply, last_token, final)
         else:
-            self._call(turn, reply, own[-1], final)
+            self._call(turn, reply, last_token, final)
         return reply
 
     def _step(self, turn: _Taken, reply: Reply, last_token: int, final: bool) -> None:
@@ -132,8 +134,9 @@ class Conversation:
             turn.ended = "tool_call"
 
         def called(future: Future[Any]) -> None:
+            lost = future.exception() is not None
+            turn.calls = _calls(found, None if lost else future.result(), most)  # before anybody hears that it is over
             results = self._result(future)
-            turn.calls = _calls(found, results, most)
             if final:
                 return
             if results is None:
@@ -183,14 +186,16 @@ class Conversation:
         """The backend asks for no more turns of it: it ``gave_up``, or takes it to be over."""
         if not gave_up:
             self._finish()
-        elif not self.over.done():
-            self.close()
-            self.over.set_result(None)
+        else:
+            self._is_over()
 
     def _rewarded(self, future: Future[Any]) -> None:
         self.reward = self._result(future)
+        self._is_over()
+
+    def _is_over(self) -> None:
         self.close()
-        if not self.over.done():
+        with contextlib.suppress(InvalidStateError):  # it was over before, perhaps by another thread
             self.over.set_result(None)
 
     def _result(self, future: Future[Any]) -> Any:
@@ -203,9 +208,7 @@ class Conversation:
 
     def _fail(self, why: EpisodeFailed) -> None:
         self.failure = self.failure or why
-        self.close()
-        if not self.over.done():
-            self.over.set_result(None)
+        self._is_over()
 
     # --- afterwards
 
@@ -219,7 +222,8 @@ class Conversation:
             if t.end <= length
         ]
         failure = ("", "") if self.failure is None else (self.failure.cause, str(self.failure))
-        reward = None if self.failure is not None else self.reward
+        lost = self.failure is not None or sampled is None or sampled.status is Status.ERROR
+        reward = None if lost else self.reward
         episode = Episode(turns, reward, *failure, opening=opening_text)
         text = "\n".join(turn.text for turn in turns)
         if sampled is None:

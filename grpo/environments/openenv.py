@@ -49,7 +49,16 @@ class OpenEnv:
     def reset(self, **row: Any) -> str:
         if missing := [name for name in self.reset_with if name not in row]:
             raise ValueError(f"reset_with: the row has no column {missing[0]!r}, but {', '.join(row)}")
-        return self._shown(self._client.reset(**{name: row[name] for name in self.reset_with}).observation)
+        try:
+            result = self._client.reset(**{name: row[name] for name in self.reset_with})
+        except Exception as why:
+            if not type(why).__name__.startswith("ConnectionClosed"):  # of websockets, which the package brings
+                raise
+            raise ConnectionError(
+                f"the server ended the session before it began ({why}); does it allow as many at a time as a step has "
+                "completions (max_concurrent_envs)?"
+            ) from why
+        return self._shown(result.observation)
 
     def step(self, text: str) -> tuple[str, float | None, bool]:
         result = self._client.step({self.action: text, **self.with_action})

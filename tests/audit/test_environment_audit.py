@@ -99,5 +99,5 @@ def test_a_script_that_is_not_paid_or_fails_is_found(tmp_path):
     assert findings[0].startswith(f"{where}the script fails in 1 of 3 rows, first by crashed: ")
     assert findings[1:] == [f"{where}the script is paid nothing in 1 of 3 rows, first row:1"]
     assert "fails in 1 rows (crashed)" in told
-    with pytest.raises(UserError, match=r"play\(row\) returned \['text'\] for row:0; expected calls"):
+    with pytest.raises(UserError, match=r"play\(row\) returned a list: \['text'\] for row:0; expected calls"):
         audited(environment, [{"answer": "apple", "turns": ["text"]}])

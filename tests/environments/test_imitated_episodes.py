@@ -52,7 +52,7 @@ def test_answers_in_plain_text_are_those_of_an_episode(rows, words, form, game):
             expected = of.of_text(said, before) if game else of.of_results([("tool", said)], before)
             assert turns[place] == expected
             answers += 1
-    assert answers > 20
+    assert answers > 10
 
 
 @pytest.mark.parametrize("role", ["tool", "user"])

@@ -45,7 +45,7 @@ def url():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app = create_fastapi_app(Counting, Say, Heard, max_concurrent_envs=4)
+    app = create_fastapi_app(Counting, Say, Heard, max_concurrent_envs=8)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -71,9 +71,11 @@ def test_what_does_not_fit_is_told(url):
         OpenEnv(base_url=url, reset_with=["seed"]).reset(prompt="…")
     with pytest.raises(KeyError, match="the server observes no 'txt', but text, turns"):
         OpenEnv(base_url=url, observation="txt").reset()
-    game = OpenEnv(base_url=url, action="word")
-    game.reset()
-    with pytest.raises(RuntimeError, match="message"):
-        game.step("hi")
     with pytest.raises(ConnectionError):
         OpenEnv(base_url="http://127.0.0.1:9")
+
+
+def test_a_server_that_has_no_room_says_so(url):
+    games = [OpenEnv(base_url=url) for _ in range(12)]  # others are still open
+    with pytest.raises(ConnectionError, match="as many at a time as a step has completions"):
+        print([game.reset() for game in games])
