@@ -148,7 +148,7 @@ def traceback_of(why: BaseException, ours: str) -> str:
 
 
 def as_number(value: Any) -> float | None:
-    """A float from what counts as a number: an int, float or bool, a numpy scalar, a tensor of one element. None from
+    """A float from what counts as a number: an int, float or bool, a scalar of an array, a tensor of one element. None from
     anything else."""
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
