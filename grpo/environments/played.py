@@ -71,9 +71,10 @@ class Opening:
         return Group(self.prompt, completions)
 
 
-def _shared(sequences: Sequence[Sequence[Any]]) -> int:
+def _shared(sequences: list[list[int]] | list[str]) -> int:
     """How many entries they all begin with."""
-    low, high = min(sequences), max(sequences)  # all others are between them
+    ordered: list[Any] = sorted(sequences)
+    low, high = ordered[0], ordered[-1]  # all others are between them
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 

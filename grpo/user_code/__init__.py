@@ -148,8 +148,8 @@ def traceback_of(why: BaseException, ours: str) -> str:
 
 
 def as_number(value: Any) -> float | None:
-    """A float from what counts as a number: an int, float or bool, a scalar of an array, a tensor of one element. None from
-    anything else."""
+    """A float from what counts as a number: an int, float or bool, an array's scalar, a tensor of one element. None
+    from anything else."""
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             value = value.item()
