@@ -85,7 +85,7 @@ def _report(
     lines = [f"{where}  (played on {len(rows)} rows)"]
     if not has_script:
         lines.append("  the script     there is none: a function play(row) beside the class returns the turns of one")
-        lines.append("                 who does the task (docs/environments.md)")
+        lines.append("                 who does the task (docs/environments_built_in.md)")
     means = {name: _mean(episodes) for name, episodes in results.items()}
     for name, episodes in results.items():
         if episodes:

@@ -19,6 +19,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class _Episode:
         """Call tools, one after the other, async ones together after the others as TRL does. Each gives its result as
         text and the kind of its error, which is empty where it returned."""
         tools = tools_of(self.environment, self.loaded.functions)
-        results = [_guarded(lambda name=name, given=given: tools[name](**given)) for name, given in calls]
+        results = [_guarded(partial(tools[name], **given)) for name, given in calls]
         waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
         for i, result in zip(waiting, self.wait_for.all([results[i] for i in waiting]), strict=True):
             results[i] = result

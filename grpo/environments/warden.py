@@ -98,8 +98,12 @@ class Warden:
 
     def take(self, control: socket.socket) -> None:
         """From now on, episodes are forked by the zygote at the other end of ``control``."""
+
+        def register() -> None:
+            self._selector.register(control, selectors.EVENT_READ, control)
+
         self._control = control
-        self._do(lambda: self._selector.register(control, selectors.EVENT_READ, control))
+        self._do(register)
 
     def begin(self, number: int, seed: int, timeout: float) -> Living:
         """Have an episode's process forked."""

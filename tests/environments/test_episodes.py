@@ -35,8 +35,9 @@ def recipe_of(environment: dict[str, Any], **sections: Any) -> Recipe:
 
 @contextmanager
 def opened(tokenizer: Any = TOKENIZER, /, **environment: Any) -> Iterator[Episodes]:
-    environment = {"path": FAILING, "timeout": 20.0} | environment
-    with open_episodes(recipe_of(environment), tokenizer, ENDS) as episodes:
+    rewards = environment.pop("rewards", [])
+    recipe = recipe_of({"path": FAILING, "timeout": 20.0} | environment, rewards=rewards)
+    with open_episodes(recipe, tokenizer, ENDS) as episodes:
         assert episodes is not None
         yield episodes
 
@@ -105,7 +106,7 @@ def test_other_tools_beside_the_environments_and_alone() -> None:
         episode = only(played(episodes, says(*turns))).episode
         assert episode is not None
         assert [call.result for turn in episode.turns for call in turn.calls] == ["b later", "A!", "1"]
-    with opened(path=None, tools=tools) as episodes:
+    with opened(path=None, tools=tools, rewards=[{"name": "countdown"}]) as episodes:
         assert not episodes.pays
         episode = only(played(episodes, says(calls("shout", text="a"), "done"))).episode
         assert episode is not None

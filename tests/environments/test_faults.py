@@ -27,8 +27,9 @@ from tests.conftest import make_recipe
 from tests.environments.playing import ScriptedBackend, by_sample, bytes_tokenizer, calls, request
 from tests.launching import ROOT
 
+pytestmark = pytest.mark.slow
 PLACE = f"{ROOT}/tests/environments/worlds_for_tests.py:Failing"
-TIMEOUT = 1.5
+TIMEOUT = 1.0
 GOOD = (calls("add", number=2), calls("roll"), "done")
 
 
@@ -65,7 +66,7 @@ def fails(how: str) -> str:
 
 COSTLY = [
     ("hang", "timeout", "in hang"),
-    ("hang_in_c", "timeout", "no answer after environment.timeout = 1.5 s"),
+    ("hang_in_c", "timeout", "no answer after environment.timeout = 1 s"),
     ("ignores_signals", "timeout", "in ignores_signals"),
     ("segfault", "crashed", "SIGSEGV"),
     ("os_exit", "crashed", "exited with status 3"),

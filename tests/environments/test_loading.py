@@ -245,6 +245,9 @@ def test_what_an_environment_is(wrong: Path) -> None:
     assert (game.game, game.tools, game.needs) == (True, [], ["word"])
 
 
+PAID = {"rewards": [{"name": "countdown"}]}
+
+
 def fitted(recipe: Any, tokenizer: Any) -> Episodes:
     """The environment of a recipe without its processes."""
     about = Loaded(spec_of(recipe.environment)).try_out()
@@ -259,11 +262,11 @@ def recipe_of(environment: dict[str, Any], **sections: Any) -> Any:
     ("environment", "sections", "template", "says"),
     [
         ({"path": "Good"}, {}, None, "rewards: environment is what the environment pays"),
-        ({"path": "Good", "max_observation_length": 5}, {}, None, "environment.max_observation_length: 5 tokens"),
-        ({"path": "Good", "tool_format": "python"}, {}, None, "environment.tool_format: python runs every block"),
+        ({"path": "Good", "max_observation_length": 5}, PAID, None, "environment.max_observation_length: 5 tokens"),
+        ({"path": "Good", "tool_format": "python"}, PAID, None, "environment.tool_format: python runs every block"),
         ({"path": "there.py:Env"}, {}, None, "environment.path: there is no file"),
         ({"tools": ["there.py:tool"]}, {}, None, "environment.tools[0]: there is no file"),
-        ({"path": "Good"}, {"data": {"template": "chat"}}, "{{ raise_exception('no') }}", "data.template: "),
+        ({"path": "Good"}, PAID | {"data": {"template": "chat"}}, "{{ raise_exception('no') }}", "data.template: "),
     ],
 )
 def test_what_does_not_fit_the_recipe(

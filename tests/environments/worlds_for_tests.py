@@ -86,7 +86,7 @@ class Ways:
     @staticmethod
     def hang_in_c() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        (10**10000000) % 7  # holds the interpreter
+        ctypes.PyDLL(None).sleep(1000)  # holds the interpreter
 
     @staticmethod
     def ignores_signals() -> None:
@@ -124,6 +124,7 @@ class Ways:
         while True:
             if os.fork() == 0:
                 time.sleep(1000)
+            time.sleep(0.002)
 
     @staticmethod
     def leaves_children() -> str:
@@ -159,9 +160,9 @@ class Ways:
 
     @staticmethod
     def children_eat_memory() -> None:
-        for _ in range(4):
+        for _ in range(3):
             if os.fork() == 0:
-                kept = bytearray(os.urandom(1) * (100 << 20))
+                kept = bytearray(os.urandom(1) * (95 << 20))
                 time.sleep(1000)
                 print(kept[:1])
         time.sleep(1000)
