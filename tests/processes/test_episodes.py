@@ -40,22 +40,21 @@ def game(folder: Path) -> tuple[str, ...]:
     return (*GAME, f"environment.args.folder={folder}")
 
 
-def kill_at_work(process: subprocess.Popen[str], at_work: Path, seconds: float) -> None:
-    """SIGKILL, as soon as the game has begun an answer, so many seconds after the run's first."""
+def kill_at_work(process: subprocess.Popen[str], folder: Path, at_work: Path, growths: int) -> None:
+    """SIGKILL while the game is at work: at its first answer after the run's log has grown so many times."""
     assert process.stderr is not None
-    size, first = (at_work.stat().st_size if at_work.exists() else 0), None
-    while process.poll() is None:
-        now = at_work.stat().st_size if at_work.exists() else 0
-        if now > size:
-            first = time.monotonic() if first is None else first
-            if time.monotonic() - first >= seconds:
-                break
-        size = now
-        time.sleep(0.001)
+    for watched in (*[folder / "metrics.jsonl"] * growths, at_work):
+        before = bytes_of(watched)
+        while bytes_of(watched) == before and process.poll() is None:
+            time.sleep(0.001)
     assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
+
+
+def bytes_of(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 @pytest.mark.slow
@@ -70,9 +69,9 @@ def test_ten_sigkills_leave_no_trace_in_episodes(tmp_path: Path) -> None:
     for at_work in ways:
         process = start(MODEL, folder, "--resume", *game(answers))
         if at_work:
-            kill_at_work(process, answers / "answers", draw.uniform(0, 1.0))
+            kill_at_work(process, folder, answers / "answers", draw.randrange(4))
         else:
-            kill_after(process, folder, draw.randrange(2), draw.uniform(0, 0.3))
+            kill_after(process, folder, draw.randrange(4), draw.uniform(0, 0.3))
     done = run_python(*command(MODEL, folder, "--resume", *game(answers)))
     assert done.returncode == 0, done.stderr
     assert lines(folder) == lines(whole)
