@@ -18,14 +18,25 @@ from rewards.code_compare import NAMES, Comparison, UnknownComparison
 from rewards.code_runs import Terms, run_tests
 from rewards.code_tests import BrokenTests, Tests, parse_tests
 from rewards.code_text import continued_program, extract_program
+from rewards.code_workers import opened as _open
+from rewards.code_workers import programs_of as _sandbox
+from rewards.code_workers import stop
 from rewards.sandbox import Limits
 from rewards.sandbox.packages import names_of
 from rewards.tags import NoAnswer, text_of
 from rewards.verdict import Outcome, Verdict, rewards_of
 
 __all__ = [
-    *("_open", "_sandbox", "check_row", "code_reward", "extract_program", "judge_program", "results_of"),
-    *("start", "stop", "verify"),
+    "_open",
+    "_sandbox",
+    "check_row",
+    "code_reward",
+    "extract_program",
+    "judge_program",
+    "results_of",
+    "start",
+    "stop",
+    "verify",
 ]
 
 JUDGES = "answer"

@@ -69,7 +69,11 @@ def test_a_function_of_one_s_own() -> None:
         (["[1]"], (), "rows.jsonl:1: not an object of columns"),
         ([{"completion": 5}], (), "rows.jsonl:1: column 'completion' is neither a text nor messages"),
         ([{"completion": "a", "nums": [1]}], (), "rows.jsonl:1: reward 'countdown' needs the column 'target'"),
-        ([ROWS[0] | {"status": "odd"}], (), "rows.jsonl:1: status is 'odd', not one of error, length, stop"),
+        (
+            [ROWS[0] | {"status": "odd"}],
+            (),
+            "status is 'odd', not one of environment, error, length, stop, turns",
+        ),
         ([], (), "rows.jsonl: no rows"),
         (
             [{"completion": "a"}],

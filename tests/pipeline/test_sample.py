@@ -73,7 +73,7 @@ def test_the_supervised_stage_trains_on_the_tokens_that_were_sampled(sampled: tu
     for place, row in enumerate(rows):
         group = samples[row["sampled"]["prompt_id"]]
         completion = group["completions"][row["sampled"]["sample"]]
-        assert task.example(task.train, place) == (group["prompt_ids"], completion["token_ids"], None)
+        assert task.example(task.train, place) == (group["prompt_ids"], completion["token_ids"], None, ())
         assert completion["token_ids"][-1] == task.tokenizer.eos_token_id
 
 

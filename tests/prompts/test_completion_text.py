@@ -92,7 +92,7 @@ def test_both_backends_keep_them(tiny_model: Path):
     completion = backend._completion(SampledSequence(0, 0, 0, ids, [0.0] * len(ids), stopped=True))
     answer = {"token_ids": ids, "logprobs": {"content": []}, "finish_reason": "stop", "weight_versions": []}
     vllm = SimpleNamespace(completion_text=CompletionText(tokenizer, policy.stop_token_ids), adapters=False, version=0)
-    flight = InFlight([], Sampling(9), 0, None)
+    flight = InFlight([], Sampling(9), 0, None, None, [])
     for text in (completion.text, VLLMBackend._completion(vllm, answer, flight).text):
         assert countdown_reward(["q"], [text], nums=[[6, 2]], target=[8]) == [1.0]
 

@@ -151,12 +151,15 @@ def test_precomputed_logprobs_are_the_policy_s_and_keep_their_places(tiny_model:
 
 
 def test_unscorable_and_masked_completions_are_not_valid() -> None:
-    made = [Completion([1, 2], [-1.0, -1.0], status, "", []) for status in (*Status, Status.STOP)]
-    group = Group(Prompt(0, "", "", [3]), made, rewards=[1.0, 0.0, 0.0, None])
+    statuses = (Status.STOP, Status.LENGTH, Status.ERROR, Status.ENVIRONMENT, Status.TURNS, Status.STOP)
+    made = [Completion([1, 2], [-1.0, -1.0], status, "", []) for status in statuses]
+    group = Group(Prompt(0, "", "", [3]), made, rewards=[1.0, 0.0, 0.0, 1.0, 0.0, None])
     algorithm = make_recipe(Path("x")).algorithm
-    assert [s.valid for s in to_sequences([group], np.ones((1, 4)), algorithm)] == [True, True, False, False]
+    valid = [True, True, False, True, True, False]
+    assert [s.valid for s in to_sequences([group], np.ones((1, 6)), algorithm)] == valid
     masking = algorithm.model_copy(update={"mask_truncated_completions": True})
-    assert [s.valid for s in to_sequences([group], np.ones((1, 4)), masking)] == [True, False, False, False]
+    valid[1] = False  # an episode whose turns are used up was lost, not cut off
+    assert [s.valid for s in to_sequences([group], np.ones((1, 6)), masking)] == valid
 
 
 @pytest.mark.parametrize("unknown", [math.nan, -math.inf])
