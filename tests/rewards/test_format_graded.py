@@ -71,9 +71,7 @@ def test_one_more_of_a_tag_that_is_there_always_costs(completion, tag, place):
     if completion.count(tag) == 1:
         place = min(place, len(completion))
         more = completion[:place] + tag + completion[place:]
-        others = [
-            other for other in TAGS if other != tag
-        ]
+        others = [other for other in TAGS if other != tag]
         # Put inside another tag, it breaks that one, which may be for the better.
         if more.count(tag) == 2 and all(more.count(other) == completion.count(other) for other in others):
             assert graded(more).reward < graded(completion).reward
