@@ -46,12 +46,17 @@ OVERRIDES = {
     "my_reward.py": ["rewards=[{path: my_reward.py:near_target}]"],
     "my_task.py": ["data.name=my_task.py:build", "data.args={largest: 9}", "rewards=[{name: math}]"],
     "my_backend.py": ["rollout.backend=my_backend.py:PlainBackend", MIXED],
+    "my_environment.py": [
+        "environment={path: my_environment.py:Nearer, max_turns: 3, max_turn_length: 8, max_observation_length: 8}",
+        "rewards=[{name: environment}]",
+    ],
 }
 MEASURED = {
     "my_loss.py": "loss/capped_ratio",
     "my_reward.py": "rewards/near_target/logged/near_share",
     "my_task.py": "reward",
     "my_backend.py": "sampling/importance_sampling_ratio/mean",
+    "my_environment.py": "completions/mean_turns",
 }
 
 
@@ -89,6 +94,11 @@ MISTAKES = {
         "Completion(ids, logps, status",
         "Completion(ids, logps[1:], status",
         "rollout.backend: my_backend.py:PlainBackend: generate: prompt ",
+    ),
+    "my_environment.py": (
+        "def step(",
+        "def steps(",
+        "environment.path: my_environment.py:Nearer: {}/my_environment.py:18: Nearer.steps: the docstring does not",
     ),
 }
 
