@@ -59,9 +59,9 @@ def bytes_of(file: Path) -> int:
 
 @pytest.mark.slow
 def test_ten_sigkills_leave_no_trace_in_episodes(tmp_path: Path) -> None:
-    """Five at random moments and five while an environment is at work. Checkpoints hold episodes (that may be replayed),
-    draws inside an environment are those of its completion's key, and who is decoded together does not depend on the
-    clock."""
+    """Five at random moments and five while an environment is at work. Checkpoints hold episodes (that may be
+    replayed), draws inside an environment are those of its completion's key, and who is decoded together does not
+    depend on the clock."""
     whole, folder, answers = tmp_path / "whole", tmp_path / "run", tmp_path / "answers"
     done = run_python(*command(MODEL, whole, *game(tmp_path / "of whole")))
     assert done.returncode == 0, done.stderr
