@@ -39,7 +39,7 @@ NUMBERS = (
     "simple_geometry",
 )  # fmt: skip
 TEXTS = (
-    "bf", "caesar_cipher", "calendar_arithmetic", "color_cube_rotation", "course_schedule", "dice",
+    "bf", "calendar_arithmetic", "color_cube_rotation", "course_schedule", "dice",
     "family_relationships", "figlet_font", "game_of_life_halting", "mahjong_puzzle",
     "needle_haystack", "spell_backward", "string_insertion", "string_manipulation", "syllogism",
     "word_sorting", "zebra_puzzles",
@@ -65,6 +65,7 @@ REFUSED = {
         "list_functions", "manipulate_matrix", "modulo_grid", "number_filtering", "number_sorting", "pool_matrix",
         "rearc", "rotate_matrix", "spiral_matrix", "string_splitting", "string_synthesis", "word_sequence_reversal",
     ),
+    "its answer is a sentence, and reward math compares no prose": ("caesar_cipher",),
     "it makes all its questions at once, others for another number of them": ("acre",),
     "its questions depend on Python's hash seed, so that every process has others": (
         "isomorphic_strings", "ransom_note",
