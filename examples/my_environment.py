@@ -1,7 +1,7 @@
 """An environment of your own: every turn of the model goes to ``step``, which answers it.
 
-    grpo train smoke_cpu environment='{path: examples/my_environment.py:Nearer, max_turns: 3, max_observation_length: 8}' \
-        rewards='[{name: environment}]'
+    grpo train smoke_cpu "rewards=[{name: environment}]" \
+        "environment={path: examples/my_environment.py:Nearer, max_turns: 3, max_observation_length: 8}"
 
 The model is to name the row's target. It hears whether its last number was too small or too large. A class with tools
 in place of ``step`` is in docs/environments.md.

@@ -47,7 +47,7 @@ OVERRIDES = {
     "my_task.py": ["data.name=my_task.py:build", "data.args={largest: 9}", "rewards=[{name: math}]"],
     "my_backend.py": ["rollout.backend=my_backend.py:PlainBackend", MIXED],
     "my_environment.py": [
-        "environment={path: my_environment.py:Nearer, max_turns: 3, max_turn_length: 8, max_observation_length: 8}",
+        "environment={path: my_environment.py:Nearer, max_turns: 3, max_observation_length: 8}",
         "rewards=[{name: environment}]",
     ],
 }

@@ -40,7 +40,8 @@ def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     share, z2 = successes / trials, Z_95**2
     center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 / (1 + z2 / trials) * math.sqrt(max(0.0, share * (1 - share)) / trials + z2 / (4 * trials**2))
-    return max(0.0, center - half), min(1.0, center + half)
+    low = max(0.0, center - half) if successes > 0 else 0.0  # exactly, where rounding would leave 1e-18
+    return low, min(1.0, center + half) if successes < trials else 1.0
 
 
 class Clustered(NamedTuple):
