@@ -29,8 +29,8 @@ def test_an_episode_is_what_one_forward_pass_computes(tiny_server: ServerProcess
     shift(policy)
     backend.sync(policy, 1)
     policy.stop_token_ids = []  # or episodes are shorter than a block of the cache, which is 128 tokens on a CPU
-    rule = lambda place, turn: by_place(place, turn % 2) if turn < 9 else None  # noqa: E731
-    turns = Answering(rule, max_turn_length=60, stop=["="], max_environment_tokens=60)
+    rule = lambda place, turn: by_place(place, turn % 2) if turn < 14 else None  # noqa: E731
+    turns = Answering(rule, max_turn_length=20, stop=["="], max_environment_tokens=90)
     before = hits(tiny_server)
     groups = backend.generate(requests(policy), Sampling(360, temperature), 1, turns=turns)
     backend.close()
