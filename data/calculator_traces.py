@@ -96,9 +96,8 @@ def _called(expression: str, result: str) -> list[Message]:
 
 
 def _run(expression: str, result: str) -> list[Message]:
-    """A block, and what stands around its output in plain text."""
     block = f"```python\n{expression}\n```\n"
-    return [{"role": "assistant", "content": block}, {"role": "user", "content": f"```output\n{result}\n```"}]
+    return [{"role": "assistant", "content": block}, {"role": "tool", "content": result}]
 
 
 def _whole(steps: Sequence[str]) -> tuple[str, str]:

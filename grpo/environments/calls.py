@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 FORMATS = ("hermes", "llama", "python")
-STOPS = {"hermes": ("</tool_call>",), "llama": (), "python": ("\n```\n",)}
-"""Strings that end a turn. In a chat, hermes has none: the model may write several calls, and ends its turn itself."""
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"
 FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python|py|python3)[ \t]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.M | re.S)

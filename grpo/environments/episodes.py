@@ -15,7 +15,7 @@ from typing import Any
 
 from grpo.backends.base import Backend, Request, Sampling, Turns
 from grpo.config import ENVIRONMENT, EnvironmentConfig, Recipe, Source
-from grpo.environments.calls import STOPS, parameters_of
+from grpo.environments.calls import parameters_of
 from grpo.environments.conversation import Conversation, Rules
 from grpo.environments.find import spec_of, tool_format
 from grpo.environments.observations import Observations
@@ -23,6 +23,7 @@ from grpo.environments.played import Answer, OnPlayed, Opening, Played
 from grpo.environments.worlds import Worlds
 from grpo.errors import RunError, UserError
 from grpo.prompts import templates
+from grpo.prompts.answers import STOPS
 from grpo.prompts.completion_text import CompletionText
 from grpo.types import Group, Prompt
 

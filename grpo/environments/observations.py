@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo.config import Source
 from grpo.errors import UserError
+from grpo.prompts.answers import PLAIN, WRAPPED, encode_behind
 from grpo.prompts.completion_text import special_tokens
 from grpo.prompts.templates import TemplateHangs, render
 
@@ -23,9 +24,6 @@ Result = tuple[str, str]  # a tool's name, and what it says
 DUMMIES = ("qxzq", "vkjw")
 MARKS = ("\n[... {} characters left out ...]\n", " ... ", "")
 CHARACTERS = 16  # that a token has at most, or the search for the longest text that fits begins too low
-PLAIN = "\n{}\n"
-WRAPPED = {"hermes": "<tool_response>\n{}\n</tool_response>", "python": "```output\n{}\n```"}
-WRAPPED["llama"] = WRAPPED["hermes"]
 
 
 class Observations:
@@ -130,15 +128,6 @@ def _finder_of_special(tokenizer: Any) -> re.Pattern[str]:
     """Finds special tokens in a text. Those of one character are characters."""
     texts = sorted({text for text in special_tokens(tokenizer).values() if len(text) > 1}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
-
-
-def encode_behind(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that stands behind others. Encoded alone, some tokenizers would put a space before it."""
-    before = tokenizer.encode("x", add_special_tokens=False)
-    both = tokenizer.encode(f"x{text}", add_special_tokens=False)
-    if both[: len(before)] == before:
-        return both[len(before) :]
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 class _Chat:

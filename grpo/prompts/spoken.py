@@ -16,13 +16,8 @@ from typing import Any, NamedTuple
 
 from grpo.config import RowsConfig
 from grpo.prompts import templates
+from grpo.prompts.answers import PLAIN, STOPS, WRAPPED, encode_behind
 from grpo.prompts.templates import Message
-
-RESPONSE = "<tool_response>\n{content}\n</tool_response>"
-"""What stands around a tool's message where no chat template writes it. A line end stands before and behind all of an
-answer, as in an episode (``environments/observations.py``, which tests compare)."""
-CLOSING = ("</tool_call>", "\n```\n")
-"""With these a turn of the model's ends there, as it does in an episode; other turns end with EOS."""
 
 
 class Piece(NamedTuple):
@@ -49,15 +44,20 @@ def pieces(
     if data.template == "chat" or not isinstance(question, str):
         return _by_chat_template(data, question, completion, tokenizer)
     found: list[Piece] = []
+    form = "hermes"
     for message in completion:
-        if message["role"] == "assistant":
-            said = message["content"].removesuffix(tokenizer.eos_token)
-            found.append(Piece(said, True, eos=message is completion[-1] or not said.endswith(CLOSING)))
-            continue
         said = message["content"]
-        text = RESPONSE.replace("{content}", said) if message["role"] == "tool" else said
-        before = "\n" if found[-1].own else found.pop().text
-        found.append(Piece(f"{before}{text}\n", own=False, eos=False))
+        if message["role"] == "assistant":
+            said = said.removesuffix(tokenizer.eos_token)
+            closed = [form for form, stops in STOPS.items() if said.endswith(stops)]
+            form = closed[0] if closed else "hermes"
+            found.append(Piece(said, True, eos=message is completion[-1] or not closed))
+            continue
+        text = WRAPPED[form].format(said) if message["role"] == "tool" else said
+        if found[-1].own:
+            found.append(Piece(PLAIN.format(text), own=False, eos=False))
+        else:  # another answer to the same turn
+            found[-1] = found[-1]._replace(text=f"{found[-1].text}{text}\n")
     return found
 
 
@@ -111,7 +111,8 @@ def tokens(found: Sequence[Piece], tokenizer: Any) -> tuple[list[int], tuple[int
     others: list[int] = []
     for piece in found:
         start = len(ids)
-        ids += tokenizer.encode(piece.text, add_special_tokens=False)
+        own = piece.own
+        ids += tokenizer.encode(piece.text, add_special_tokens=False) if own else encode_behind(tokenizer, piece.text)
         if piece.eos:
             ids.append(tokenizer.eos_token_id)
         if not piece.own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from data import calculator_traces, number_guess, number_guess_traces, tiny
 from grpo.config import DataConfig, RowsConfig
@@ -47,12 +48,21 @@ def test_answers_in_plain_text_are_those_of_an_episode(rows, words, form, game):
             if message["role"] == "assistant":
                 continue
             said, before = message["content"], turns[place - 1][-1]
-            if form == "python":
-                said = said.removeprefix("```output\n").removesuffix("\n```")
             expected = of.of_text(said, before) if game else of.of_results([("tool", said)], before)
             assert turns[place] == expected
             answers += 1
     assert answers > 10
+
+
+def test_an_answer_gets_no_space_before_it():
+    """Some tokenizers put one before all that they encode. An answer stands behind a turn, so it has none."""
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    said = (("assistant", "a"), ("tool", "4"), ("assistant", "b"))
+    completion = [{"role": role, "content": text} for role, text in said]
+    turn, answer, _ = imitated("none", tokenizer, completion)
+    assert answer == observations("none", tokenizer, "hermes").of_results([("tool", "4")], turn[-1])
+    assert tokenizer.decode(answer) == "\n<tool_response>\n4\n</tool_response>\n"
 
 
 @pytest.mark.parametrize("role", ["tool", "user"])
