@@ -5,8 +5,9 @@
 64 episodes of 4 turns; a turn has 16 to 48 tokens, and behind each but the last a tool takes 50 ms and answers with 16
 tokens. "One turn" are 64 completions of the same prompts, each as long as all turns of its episode together. So both
 draw the same number of tokens by the same weights, and that is what is counted; the episodes read the answers besides.
-Lengths are forced, and other ones in every round. All ways take turns, round after round, after a short round to warm
-up; reported are medians. ``--page`` writes the table into docs/results/turns.md. The last line is one JSON object.
+"Of all tokens" are completions as long as the episodes with their answers, which are drawn there. Lengths are forced,
+and other ones in every round. All ways take turns, round after round, after a short round to warm up; reported are
+medians. ``--page`` writes the table into docs/results/turns.md. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ from grpo.backends.vllm.pool import Pool
 PAGE = ROOT / "docs/results/turns.md"
 BEGIN, END = "<!-- begin: benchmarks.turns -->", "<!-- end: benchmarks.turns -->"
 
+ONE, ALL = "one turn", "one turn of all tokens"
+
 Lengths = dict[int, list[int]]  # of each turn, by key
-Way = Callable[[list[Request], Lengths], int]  # returns how many tokens the model drew
+Way = Callable[[list[Request], Lengths], int]  # returns how many tokens the model drew, but for answers
 
 
 def lengths_of(requests: list[Request], turns: int, mean: int, round_: int) -> Lengths:
@@ -91,11 +94,14 @@ def ending(ended: Callable[[int, list[int]], bool]) -> Iterator[None]:
         HFBackend._ended = ours  # type: ignore[method-assign]
 
 
-def in_one_turn(backend: HFBackend) -> Way:
+def in_one_turn(backend: HFBackend, answers: int = 0) -> Way:
+    """``answers`` tokens a completion are drawn in place of a tool's answers."""
+
     def way(requests: list[Request], lengths: Lengths) -> int:
-        with ending(lambda key, tokens: len(tokens) == sum(lengths[key])):
-            groups = backend.generate(requests, Sampling(max(map(sum, lengths.values()))), 0)
-        return sum(len(c.token_ids) for group in groups for c in group)
+        longest = max(map(sum, lengths.values())) + answers
+        with ending(lambda key, tokens: len(tokens) == sum(lengths[key]) + answers):
+            groups = backend.generate(requests, Sampling(longest), 0)
+        return sum(len(c.token_ids) - answers for group in groups for c in group)
 
     return way
 
@@ -137,10 +143,17 @@ def through_vllm(options: argparse.Namespace, stack: ExitStack) -> dict[str, Way
     def payload(token_ids: list[int], key: int, sampling: Sampling) -> dict[str, Any]:
         return generate_payload(token_ids, key, sampling, [], version=0, model=None)
 
-    def one(requests: list[Request], lengths: Lengths) -> int:
-        asked = [payload(r.prompt.token_ids, key, Sampling(sum(lengths[key]))) for r in requests for key in r.keys]
-        with going():
-            return sum(len(answer["token_ids"]) for _, answer in pool.submit(asked))
+    def one(answers: int) -> Way:
+        def way(requests: list[Request], lengths: Lengths) -> int:
+            asked = [
+                payload(r.prompt.token_ids, key, Sampling(sum(lengths[key]) + answers))
+                for r in requests
+                for key in r.keys
+            ]
+            with going():
+                return sum(len(answer["token_ids"]) - answers for _, answer in pool.submit(asked))
+
+        return way
 
     def several(requests: list[Request], lengths: Lengths) -> int:
         tool = SlowTool(requests, lengths, options.tool, options.answer, 0)
@@ -149,7 +162,8 @@ def through_vllm(options: argparse.Namespace, stack: ExitStack) -> dict[str, Way
         with going():
             return sum(s.drawn for _, s in pool.begin([player.play(s) for s in player.beginnings()]))
 
-    return {"vllm, one turn": one, "vllm, turns": several}
+    answers = (options.turns - 1) * options.answer
+    return {f"vllm, {ONE}": one(0), f"vllm, {ALL}": one(answers), "vllm, turns": several}
 
 
 def measure(ways: dict[str, Way], tokenizer: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -170,30 +184,38 @@ def measure(ways: dict[str, Way], tokenizer: Any, options: argparse.Namespace) -
                 drawn[name].append(tokens)
     rows: dict[str, dict[str, Any]] = {}
     for name, seconds in taken.items():
-        beside = taken[f"{name.split(',')[0]}, one turn"]
-        ratios = [own[0] / other[0] for own, other in zip(seconds, beside, strict=True)]
+        backend = name.split(",")[0]
         rows[name] = {
             "seconds": median([s for s, _ in seconds]),
             "cpu_seconds": median([s for _, s in seconds]),
             "tokens": median([float(n) for n in drawn[name]]),
-            "times_one_turn": median(ratios),
+            "times_one_turn": _times(seconds, taken[f"{backend}, {ONE}"]),
+            "times_all_tokens": _times(seconds, taken[f"{backend}, {ALL}"]),
         }
     return rows
 
 
+def _times(own: list[tuple[float, float]], other: list[tuple[float, float]]) -> float:
+    """The median over the rounds of the seconds of one way over those of another."""
+    return median([ours / theirs for (ours, _), (theirs, _) in zip(own, other, strict=True)])
+
+
 def part(results: dict[str, dict[str, dict[str, Any]]], options: argparse.Namespace, where: dict[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in where.items())
-    lines = [BEGIN, "", "| model | way | seconds | tokens drawn | times one turn |", "|---|---|---:|---:|---:|"]
+    lines = [BEGIN, "", "| model | way | seconds | tokens drawn | times one turn | of all tokens |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
     for model, rows in results.items():
         lines += [
-            f"| {model} | {name} | {row['seconds']:.2f} | {row['tokens']:.0f} | {row['times_one_turn']:.2f} |"
+            f"| {model} | {name} | {row['seconds']:.2f} | {row['tokens']:.0f} | {row['times_one_turn']:.2f} "
+            f"| {row['times_all_tokens']:.2f} |"
             for name, row in rows.items()
         ]
     n = options.prompts * options.completions
     told = (
         f"{n} episodes of {options.turns} turns of {options.mean} tokens on average, a tool of {1000 * options.tool:g} "
         f"ms with answers of {options.answer} tokens, {options.dtype}; medians of {options.rounds} rounds in turn. "
-        "Counted are the tokens that the model draws, which are the same in each way."
+        "Counted are the tokens that the model draws, which are the same in each way; in one turn of all tokens the "
+        "answers are drawn besides, which episodes only read."
     )
     return "\n".join([*lines, "", told, "", f"Measured on: {machine}.", "", END])
 
@@ -208,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mean", type=int, default=32, help="tokens of a turn")
     parser.add_argument("--answer", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--tool", type=float, default=0.05, help="seconds")
-    parser.add_argument("--overlap-steps", type=int, nargs="+", default=[4])
+    parser.add_argument("--overlap-steps", type=int, nargs="+", default=[16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm-python", default=".venv-vllm/bin/python", help="a path that is not there: without vLLM")
     parser.add_argument("--vllm-args", nargs="*", default=["--enforce-eager"])
@@ -223,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for model in options.model:
         backend, policy = make_backend(model, options.dtype)
-        ways = {"hf, one turn": in_one_turn(backend)}
+        answers = (options.turns - 1) * options.answer
+        ways = {f"hf, {ONE}": in_one_turn(backend), f"hf, {ALL}": in_one_turn(backend, answers)}
         ways |= {f"hf, turns, overlap_steps {n}": in_turns(backend, options, n) for n in options.overlap_steps}
         with ExitStack() as stack:
             if Path(options.vllm_python).exists():

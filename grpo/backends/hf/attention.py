@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -100,14 +99,12 @@ def _attention(
     step = routed.cache.extension or routed.cache.step
     assert step is not None
     layer = routed.cache.append(index, key, value)
-    if plain and isinstance(step, Step):
+    if plain:
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-        return decode_attention(query[:, :, 0], layer, step, scale)[:, None], None
+        if isinstance(step, Step):
+            return decode_attention(query[:, :, 0], layer, step, scale)[:, None], None
+        return extension_attention(query, layer, step, scale), None
     keys, values, mask = _spread(layer, step, kwargs.get("sliding_window"), _chunk_of(module), query.dtype)
-    if plain:  # a flash kernel of the model's own takes no mask
-        keys, values = keys.to(query.dtype), values.to(query.dtype)
-        out = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
     return _own(routed, module)(module, query, keys, values, mask, scaling=scaling, **kwargs)
 
 
@@ -148,11 +145,35 @@ def decode_attention(query_BHD: torch.Tensor, layer: Layer, step: Step, scale: f
         C = step.sequence_tokens
         keys, values = layer.sequence_keys[:B, :, :C], layer.sequence_values[:B, :, :C]
         own, own_lse = _attend(grouped, keys, values, step.mask_BC, scale)
-    if step.prompts is not None:
-        shared, shared_lse = _over_prompts(grouped, layer, step.prompts, scale)
-        weight = torch.sigmoid(shared_lse - own_lse)[..., None]  # exp(l1) / (exp(l1) + exp(l2))
-        own = torch.lerp(own.float(), shared.float(), weight).to(own.dtype)
-    return own.reshape(B, heads, -1)
+    return _with_prompts(own, own_lse, grouped, layer, step.prompts, scale).reshape(B, heads, -1)
+
+
+def extension_attention(query: torch.Tensor, layer: Layer, new: Extension, scale: float) -> torch.Tensor:
+    """Outputs (B, T, heads, D) of several queries (B, heads, T, D) a sequence, each over its prompt and over the
+    tokens of its completion up to its own."""
+    B, heads, T, D = query.shape
+    kv_heads, C = layer.sequence_keys.shape[1], new.sequence_tokens
+    keys, values = (buffer[new.rows, :, :C].to(query.dtype) for buffer in (layer.sequence_keys, layer.sequence_values))
+    grouped = query.reshape(B, kv_heads, heads // kv_heads * T, D)
+    own, own_lse = _attend(grouped, keys, values, new.mask_BTC.repeat(1, heads // kv_heads, 1), scale)
+    out = _with_prompts(own, own_lse, grouped, layer, new.prompts, scale)
+    return out.reshape(B, heads, T, -1).transpose(1, 2)
+
+
+def _with_prompts(
+    own: torch.Tensor,
+    own_lse: torch.Tensor,
+    grouped: torch.Tensor,
+    layer: Layer,
+    prompts: PromptGroups | None,
+    scale: float,
+) -> torch.Tensor:
+    """Outputs ``own`` (B, kv heads, queries, D) over completions, merged with those over the prompts."""
+    if prompts is None:
+        return own
+    shared, shared_lse = _over_prompts(grouped, layer, prompts, scale)
+    weight = torch.sigmoid(shared_lse - own_lse)[..., None]  # exp(l1) / (exp(l1) + exp(l2))
+    return torch.lerp(own.float(), shared.float(), weight).to(own.dtype)
 
 
 def _over_prompts(
@@ -174,10 +195,12 @@ def _over_prompts(
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_NK: torch.Tensor | None, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of (N, kv heads, Q, D) over (N, kv heads, K, D), and its log-sum-exp in float32 (N, kv heads, Q)."""
-    mask = None if mask_NK is None else mask_NK.to(query.dtype)[:, None, None, :]
+    """Attention of (N, kv heads, Q, D) over (N, kv heads, K, D), and its log-sum-exp in float32 (N, kv heads, Q). The
+    mask is (N,K), or (N,Q,K)."""
+    if mask is not None:
+        mask = mask.to(query.dtype).view(len(mask), 1, -1, mask.shape[-1])
     fused = _flash_on_cpu() if query.device.type == "cpu" else None
     if fused is not None and value.shape[-1] == query.shape[-1]:
         return fused(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
@@ -203,8 +226,7 @@ def _spread(
     """Keys and values (B, kv heads, P + C, D) of prompt and completion together, and the mask (B, 1, T, P + C) to add
     to the scores of T new tokens, which is 1 in a decoding step.
 
-    This is a copy. An extension needs it, and the model's own attention where it has a window, chunks, soft-capping or
-    sinks.
+    This is a copy. The model's own attention needs it, where that has a window, chunks, soft-capping or sinks.
     """
     B, C, prompts = len(step.written_BT), step.sequence_tokens, step.prompts
     keys, values = layer.sequence_keys[step.rows, :, :C], layer.sequence_values[step.rows, :, :C]

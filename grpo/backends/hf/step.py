@@ -69,6 +69,7 @@ class Extension:
     written_BT: torch.Tensor  # tokens each sequence held before; padding has the last token's
     positions_BT: torch.Tensor  # counted from the prompt's first
     sequence_tokens: int  # to attend over: the longest sequence's, the new tokens included
+    mask_BTC: torch.Tensor  # added to scores: each new token sees its sequence up to itself
     prompts: PromptGroups | None
     rows_N: torch.Tensor
     written_N: torch.Tensor
@@ -83,12 +84,15 @@ class Extension:
         rows_B, held_B, new_B = (torch.tensor(numbers, device=device) for numbers in (rows, held, new))
         tokens_T = torch.arange(max(new), device=device)
         written_BT = held_B[:, None] + torch.minimum(tokens_T[None], new_B[:, None] - 1)
+        C = max(h + n for h, n in zip(held, new, strict=True))
+        mask_NC = mask_after(written_BT.flatten() + 1, C)
         sequence_N, token_N = (tokens_T[None] < new_B[:, None]).nonzero(as_tuple=True)
         return cls(
             rows=rows_B,
             written_BT=written_BT,
             positions_BT=written_BT if prompts is None else prompts.lengths_B[:, None] + written_BT,
-            sequence_tokens=max(h + n for h, n in zip(held, new, strict=True)),
+            sequence_tokens=C,
+            mask_BTC=mask_NC.view(*written_BT.shape, C),
             prompts=prompts,
             rows_N=rows_B[sequence_N],
             written_N=written_BT[sequence_N, token_N],
