@@ -8,12 +8,15 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from rewards.sandbox import Sandbox, probed_sandbox
+from rewards.sandbox.nursery import Nursery
+from rewards.sandbox.packages import find_packages
 
 Packages = tuple[str, ...]
 
 lock = threading.Lock()
 opened: dict[Hashable, Sandbox] = {}
 settings: dict[str, Any] = {"workers": os.cpu_count() or 1, "allow_unsafe": False}
+prepared: tuple[str, Nursery | None] | None = None  # the level that holds here, where ``prepare`` has found it
 
 
 def start(workers: int | None = None, *, allow_unsafe: bool = False, packages: Packages = ()) -> None:
@@ -27,6 +30,18 @@ def start(workers: int | None = None, *, allow_unsafe: bool = False, packages: P
         if not opened:
             settings.update(workers=workers or os.cpu_count() or 1, allow_unsafe=allow_unsafe)
     programs_of(packages)
+
+
+def prepare(*, allow_unsafe: bool = False, packages: Packages = ()) -> None:
+    """Find out what holds here, for processes that will be forked from this one and call ``start``: each of theirs then
+    takes a fifth of the time.
+
+    Raises: as ``start``.
+    """
+    global prepared
+    with probed_sandbox(1, allow_unsafe=allow_unsafe, packages=packages) as sandbox:
+        level = sandbox.level
+    prepared = level, None if level == "bubblewrap" else Nursery()  # bubblewrap starts places itself
 
 
 def stop() -> None:
@@ -52,5 +67,12 @@ def _opened(which: Callable[..., Sandbox], packages: Packages) -> Sandbox:
     key: Hashable = (which, packages) if packages else which
     with lock:
         if key not in opened:
-            opened[key] = probed_sandbox(settings["workers"], allow_unsafe=settings["allow_unsafe"], packages=packages)
+            opened[key] = _new(packages)
         return opened[key]
+
+
+def _new(packages: Packages) -> Sandbox:
+    if prepared is None:
+        return probed_sandbox(settings["workers"], allow_unsafe=settings["allow_unsafe"], packages=packages)
+    level, nursery = prepared
+    return Sandbox(settings["workers"], level, find_packages(packages), nursery)

@@ -68,6 +68,21 @@ class Loaded:
     def key(self) -> str:
         return "environment.name" if self.spec.builtin else "environment.path"
 
+    def prepare(self) -> None:
+        """Make ready what all episodes of a built-in environment share, before the first is forked. Raises UserError
+        where it cannot be had."""
+        prepare = getattr(self.make, "prepare", None) if self.spec.builtin else None
+        if prepare is None:
+            return
+        if problem := self._wrong_args():
+            raise UserError(problem)
+        try:
+            prepare(**self.spec.args)
+        except RuntimeError as why:  # no sandbox, or not with these packages; it says what to do
+            raise UserError(f"{self.key}: {why}") from None
+        except Exception as why:
+            raise UserError(f"environment.args: {user_code.stopped_at(why)}") from None
+
     def construct(self) -> Any:
         """An instance for one episode; None where there are tools alone."""
         return None if self.make is None else self.make(**self.spec.args)

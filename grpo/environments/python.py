@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rewards.code_workers import programs_of, start
+from rewards.code_workers import prepare, programs_of, start
 from rewards.sandbox import Limits, Session
 
 MAX_CALLS = 100  # as many times ``timeout`` of CPU time is all that a session gets
@@ -31,6 +31,11 @@ class Python:
         self.limits = Limits(timeout, memory_mb, max_output)
         self.packages, self.allow_unsafe = tuple(packages), allow_unsafe
         self.session: Session | None = None
+
+    @classmethod
+    def prepare(cls, *, packages: Sequence[str] = (), allow_unsafe: bool = False, **_: object) -> None:
+        """Try the sandbox, once for all episodes."""
+        prepare(allow_unsafe=allow_unsafe, packages=tuple(packages))
 
     def reset(self, **row: object) -> None:
         """A session of its own for each episode. It starts with the first call."""

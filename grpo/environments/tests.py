@@ -9,6 +9,7 @@ from typing import Any
 from rewards.code import judge_program, results_of, start
 from rewards.code_tests import BrokenTests, Check, parse_tests
 from rewards.code_tests import Tests as RowTests
+from rewards.code_workers import prepare
 from rewards.sandbox import Limits
 from rewards.verdict import Outcome, Verdict
 
@@ -51,6 +52,11 @@ class WithTests:
             "packages": tuple(packages),
         }
         self.partial_credit, self.allow_unsafe = partial_credit, allow_unsafe
+
+    @classmethod
+    def prepare(cls, *, packages: Sequence[str] = (), allow_unsafe: bool = False, **_: Any) -> None:
+        """Try the sandbox, once for all episodes."""
+        prepare(allow_unsafe=allow_unsafe, packages=tuple(packages))
 
     def reset(self, tests: Any = None, **row: Any) -> None:
         try:

@@ -63,6 +63,7 @@ def serve(control_fd: int, parent_pid: int) -> None:
             importlib.import_module(module)
     try:
         loaded = Loaded(spec)
+        loaded.prepare()
     except UserError as why:
         control.send(json.dumps({"refused": str(why)[:60000]}).encode())
         return

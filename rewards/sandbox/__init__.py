@@ -10,6 +10,8 @@
     packages.py   installed packages that they may import
     values.py     plain values over a pipe, with their exact types
     pool.py       the trainer's end: zygotes, deadlines, output limits, respawning
+    starting.py   how their processes are started
+    nursery.py    a process that forks them, where each serves for a short time
     probe.py      real attacks, tried before a level is trusted
 
 Expected outputs never enter it: a program returns values, and whoever asked compares them. So even a program that takes
@@ -17,8 +19,9 @@ over its whole process can only return values of its choice.
 """
 
 from rewards.sandbox.packages import PackageRefused
-from rewards.sandbox.pool import Ended, Limits, Run, Sandbox, SandboxUnavailable
+from rewards.sandbox.pool import Ended, Limits, Run, Sandbox
 from rewards.sandbox.probe import probed_sandbox
 from rewards.sandbox.session import Session
+from rewards.sandbox.starting import SandboxUnavailable
 
 __all__ = ["Ended", "Limits", "PackageRefused", "Run", "Sandbox", "SandboxUnavailable", "Session", "probed_sandbox"]

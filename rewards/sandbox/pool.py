@@ -9,40 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import queue
 import select
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
-from rewards.processes import kill, on_staying_thread
-from rewards.sandbox import confine, program
+from rewards.processes import kill
+from rewards.sandbox import program
+from rewards.sandbox.nursery import Nursery
 from rewards.sandbox.packages import PackageRefused, Packages
 from rewards.sandbox.program import Request
+from rewards.sandbox.starting import SandboxUnavailable, hello, start_place
 
 logger = logging.getLogger(__name__)
 
 LEVELS = ("namespaces", "landlock", "bubblewrap")  # in the order they are tried
-START_TIMEOUT = 60.0
 BURIAL = 10.0  # seconds for a zygote to reap a killed child, before its next run; freeing memory takes a while
-BOOT = "import sys; sys.path[:0] = [sys.argv[1]]; from rewards.sandbox.zygote import main, Packages; sys.path.pop(0); "
-BOOT += "from json import loads; main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], "
-BOOT += "Packages(*map(tuple, loads(sys.argv[5]))))"
 NO_PACKAGES = Packages()
-# A package's own threads would not be there after a fork.
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"}
-ENVIRONMENT |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-
-
-class SandboxUnavailable(RuntimeError):
-    """No level of isolation works here; the message says what was tried and what would help."""
 
 
 class Ended(str, Enum):
@@ -159,17 +146,19 @@ class Sandbox:
     """Runs model-written Python in ``workers`` zygotes at once, shut in at ``level``. Safe from several threads.
 
     ``probe.probed_sandbox`` chooses the level; ``"unsafe"`` has resource limits alone. ``packages`` are what programs
-    may import beside the standard library. Close it, or use ``with``.
+    may import beside the standard library. With a ``nursery``, zygotes are forked from it. Close it, or use ``with``.
 
     Raises:
         SandboxUnavailable: the level does not work here.
         PackageRefused: a package cannot be imported in it.
     """
 
-    def __init__(self, workers: int, level: str, packages: Packages = NO_PACKAGES) -> None:
+    def __init__(
+        self, workers: int, level: str, packages: Packages = NO_PACKAGES, nursery: Nursery | None = None
+    ) -> None:
         self.level = level
         self._free: queue.SimpleQueue[Place] = queue.SimpleQueue()
-        self._zygotes = [Place(level, packages) for _ in range(workers)]
+        self._zygotes = [Place(level, packages, nursery) for _ in range(workers)]
         try:
             for zygote in self._zygotes:
                 zygote.start()
@@ -180,7 +169,7 @@ class Sandbox:
 
     @property
     def pids(self) -> list[int]:
-        """The zygotes' process ids."""
+        """The zygotes' process ids, but for those of a nursery."""
         return [zygote.process.pid for zygote in self._zygotes if zygote.process is not None]
 
     @contextlib.contextmanager
@@ -213,10 +202,11 @@ class Sandbox:
 class Place:
     """A zygote seen from the trainer: one run at a time, ``run``."""
 
-    def __init__(self, level: str, packages: Packages) -> None:
+    def __init__(self, level: str, packages: Packages, nursery: Nursery | None) -> None:
         self.level = level
         self.packages = packages
-        self.process: subprocess.Popen[bytes] | None = None
+        self.nursery = nursery
+        self.process: subprocess.Popen[bytes] | None = None  # None for one that a nursery has forked: it ends with us
         self._control: socket.socket | None = None
         self._burying = False  # a child was killed, and the zygote has not yet said that it has reaped it
         self._closed = False
@@ -225,21 +215,38 @@ class Place:
         """Start the process, unless it runs, and wait until it has shut itself in."""
         if self._closed:
             raise SandboxUnavailable("the sandbox was closed")
-        if self.process is not None and self.process.poll() is None and self._is_ready():
+        if self._is_ready() and self._lives():
             return
         self._kill()  # the remains of one that has died
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.process = _start(_command(self.level, self.packages, theirs.fileno()), theirs.fileno())
-        ours.settimeout(START_TIMEOUT)
-        try:
-            hello = json.loads(ours.recv(1 << 16) or b'{"refused": "its process ended at once"}')
-        except (OSError, ValueError) as why:
-            hello = {"refused": f"no answer: {why}"}
+            self._begin(theirs)
+        said = hello(ours)
         self._control = ours
-        if "ready" not in hello:
+        if "ready" not in said:
             self._kill()
-            raise (PackageRefused if "package" in hello else SandboxUnavailable)(hello["refused"])
+            raise (PackageRefused if "package" in said else SandboxUnavailable)(said["refused"])
+
+    def _begin(self, theirs: socket.socket) -> None:
+        if self.nursery is not None:
+            try:
+                self.nursery.begin(self.level, self.packages, theirs)
+                return
+            except OSError as why:
+                logger.warning("the nursery of the sandbox has ended (%s); places start without it", why)
+                self.nursery = None
+        self.process = start_place(self.level, self.packages, theirs.fileno())
+
+    def _lives(self) -> bool:
+        """Whether the zygote's end of the control socket is open."""
+        if self._control is None:
+            return False
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        try:
+            return not poll.poll(0) or bool(self._control.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     @contextlib.contextmanager
     def run(self, request: Request, limits: Limits) -> Iterator[Run]:
@@ -254,10 +261,11 @@ class Place:
                 with theirs:
                     socket.send_fds(self._control, [json.dumps(order).encode()], [theirs.fileno()])
                 run.send(program.pack(request))
-                yield run
             except OSError as why:
                 logger.debug("a zygote was gone: %s", why)
                 run.ended = Ended.LOST
+            try:
+                yield run
             finally:
                 self._finish(run)
 
@@ -318,42 +326,3 @@ def _status(message: bytes) -> int:
     if not message:
         raise ConnectionError("its process has ended")
     return int(json.loads(message)["status"])
-
-
-def _command(level: str, packages: Packages, control_fd: int) -> list[str]:
-    """The zygote's command line. ``-S``: no site-packages; the environment is empty except for a fixed hash seed."""
-    source = str(Path(__file__).resolve().parents[2])
-    python = [os.path.realpath(sys.executable), "-S", "-c", BOOT, source, str(control_fd), str(os.getpid()), level]
-    python.append(json.dumps([packages.names, packages.paths, packages.roots]))
-    if level != "bubblewrap":
-        return python
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        raise SandboxUnavailable("bwrap is not installed")
-    own = [str(Path(__file__).resolve().parents[1]), os.path.realpath(sys.executable)]
-    binds = [argument for path in confine.readable_paths() for argument in ("--ro-bind", path, path)]
-    binds += [argument for path in confine.hidden_paths() for argument in ("--tmpfs", path)]
-    binds += [argument for path in packages.paths for argument in ("--ro-bind", path, path)]
-    binds += [argument for path in own for argument in ("--ro-bind", path, path)]
-    links = [argument for link, to in confine.library_links().items() for argument in ("--symlink", to, link)]
-    python[-3] = "0"  # as process 1 of its namespace the zygote sees no parent
-    isolation = ["--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session", "--dev", "/dev"]
-    return [bwrap, *isolation, *binds, *links, "--", *python]
-
-
-def _start(command: list[str], fd: int) -> subprocess.Popen[bytes]:
-    try:
-        return on_staying_thread(
-            lambda: subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(fd,),
-                env=ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,
-            )
-        )
-    except OSError as why:
-        raise SandboxUnavailable(str(why)) from why

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewards.sandbox.packages import find_packages
-from rewards.sandbox.pool import LEVELS, Limits, Sandbox, SandboxUnavailable
+from rewards.sandbox.pool import LEVELS, Limits, Sandbox
 from rewards.sandbox.program import Request
+from rewards.sandbox.starting import SandboxUnavailable
 
 logger = logging.getLogger(__name__)
 

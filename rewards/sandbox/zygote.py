@@ -1,10 +1,10 @@
-"""The process that the programs of a sandbox are forked from, one at a time.
+"""The process that the programs of a sandbox are forked from, one at a time: a *place*.
 
-A fresh interpreter, without CUDA, threads or anything of the trainer's, that has shut itself in (``confine.py``) and
-has imported what programs import most. For every run it is handed one end of a socket, the run's channel, and forks a
-child that takes on the run's limits and the system call filter and then serves the channel (``program.py``). The zygote
-reaps the child, holds it still or kills it when asked to, and reports how it ended; it reads nothing that a program
-writes.
+A fresh interpreter, or the fork of one (``nursery``), without CUDA, threads or anything of the trainer's, that has shut
+itself in (``confine.py``) and has imported what programs import most. For every run it is handed one end of a socket,
+the run's channel, and forks a child that takes on the run's limits and the system call filter and then serves the
+channel (``program.py``). The zygote reaps the child, holds it still or kills it when asked to, and reports how it
+ended; it reads nothing that a program writes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,57 @@ MAX_THREADS = 64
 MAX_STACK = 64 << 20  # bytes; recursion through C (a cached function, a sort's key) takes stack
 
 
-def main(control_fd: int, parent_pid: int, level: str, packages: Packages) -> None:
-    """Entry point: shut in, say so, then run what is asked for until the control socket closes. Programs may import
-    ``packages``; they are in memory, and their files can be read."""
-    die_with_parent(parent_pid)
-    control = socket.socket(fileno=control_fd)
+def main(control_fd: str, parent_pid: str, level: str, packages: str) -> None:
+    """Entry point of a place. ``packages`` is JSON: what programs may import, which is in memory, and whose files can
+    be read."""
+    die_with_parent(int(parent_pid))
+    _warm()
+    _serve(socket.socket(fileno=int(control_fd)), level, Packages(*map(tuple, json.loads(packages))))
+
+
+def nursery(control_fd: str, parent_pid: str) -> None:
+    """Entry point of a nursery: fork a place for each socket that is handed over, until the control socket closes."""
+    die_with_parent(int(parent_pid))
+    control = socket.socket(fileno=int(control_fd))
+    volunteer_for_death()
+    _warm()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries them
+    own_pid = os.getpid()
+    gc.collect()
+    gc.freeze()
+    control.send(json.dumps({"ready": own_pid}).encode())
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 1)
+        if not message:
+            os._exit(0)
+        try:
+            if os.fork() == 0:
+                _become_place(control, own_pid, json.loads(message), fds[0])
+        except OSError as why:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fds[0])) as refused:
+                refused.send(json.dumps({"refused": str(why)}).encode())
+        os.close(fds[0])
+
+
+def _become_place(control: socket.socket, nursery_pid: int, order: dict[str, Any], channel: int) -> None:
+    """The forked process. Ends in ``os._exit``, whatever happens."""
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        control.close()
+        die_with_parent(nursery_pid)
+        _serve(socket.socket(fileno=channel), order["level"], Packages(*map(tuple, order["packages"])))
+    finally:
+        os._exit(1)
+
+
+def _warm() -> None:
     for module in WARM.split():
         importlib.import_module(module)
+
+
+def _serve(control: socket.socket, level: str, packages: Packages) -> None:
+    """Shut in, say so, then run what is asked for until the control socket closes."""
     null = os.open(os.devnull, os.O_RDWR)
     try:
         volunteer_for_death()
