@@ -176,6 +176,11 @@ def test_a_chat_may_call_several_tools_in_one_turn(worlds: Worlds) -> None:
         f"{turn}<|im_end|>\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n3\n"
         "</tool_response><|im_end|>\n<|im_start|>assistant\n3<|im_end|>"
     )
+    told = {"template": "chat", "max_prompt_length": 5000}
+    cut = of(worlds, tokenizer, told, max_observation_length=1000, max_turns=1, max_turn_length=len(turn) + 3)
+    completion = only(played(cut, says(f"{turn} and so on")))
+    assert completion.episode is not None
+    assert (completion.status, completion.episode.turns[0].ended) == (Status.TURNS, "length")
     many = "\n".join(calls("add", number=1) for _ in range(30))
     completion = only(played(episodes, says(many, "so")))
     assert completion.episode is not None

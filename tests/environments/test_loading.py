@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from grpo.backends.base import Sampling
+from grpo.config import EnvironmentConfig
 from grpo.environments.episodes import Episodes, open_episodes, play
 from grpo.environments.find import spec_of
 from grpo.environments.loading import Loaded, Spec
@@ -222,6 +223,12 @@ def test_a_file_that_does_not_import(tmp_path: Path, text: str, says: str) -> No
     with pytest.raises(UserError) as why:
         opened(Spec("broken.py:Env", f"{file}:Env", []))
     assert says in str(why.value)
+
+
+def test_a_sandbox_that_cannot_be_had_is_said_at_start() -> None:
+    config = EnvironmentConfig(name="python", args={"packages": ["no_such_package"]})
+    with pytest.raises(UserError, match=r"environment\.name: .*no_such_package"):
+        Worlds(spec_of(config), timeout=10.0, memory_gb=1.0)
 
 
 def test_the_same_through_a_process(wrong: Path, tmp_path: Path) -> None:

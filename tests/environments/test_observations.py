@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo.config import Source
 from grpo.environments.observations import Observations
@@ -59,6 +63,30 @@ def test_tools_of_llama_whose_turn_may_end_in_two_ways() -> None:
     for end in ("<|eom_id|>", "<|eot_id|>"):
         assert of.tokenizer.decode(of.of_results([("add", "7")], token(of, end))) == rest
     assert of.tokenizer.decode(of.of_results([("add", "7")], token(of, "}"))) == f"<|eot_id|>{rest}"
+
+
+def spaced_tokenizer(template: str | None) -> Any:
+    """One token a character. As sentencepiece does, it puts a space before a text that is encoded alone."""
+    vocab = {char: i for i, char in enumerate(["▁", "\n", *map(chr, range(33, 127))])}
+    inner = Tokenizer(BPE(vocab, []))
+    inner.pre_tokenizer = Metaspace(prepend_scheme="first")
+    inner.decoder = MetaspaceDecoder(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", chat_template=template)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"]}
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [QWEN, None])
+def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_between_turns(template: str | None) -> None:
+    tokenizer = spaced_tokenizer(template)
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("7", add_special_tokens=False)) == ["▁", "7"]
+    of = observations(template, tokenizer=tokenizer)
+    for last in ("<|im_end|>", "a"):
+        found = tokenizer.convert_ids_to_tokens(of.of_results([("add", "7")], token(of, last)))
+        assert "▁" not in found
+        assert found[found.index("7") - 1] == "\n"
 
 
 def test_games_speak_as_the_user() -> None:
