@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpo.environments.living import EpisodeFailed
 from grpo.environments.loading import About
-from grpo.environments.warden import EpisodeFailed
 from grpo.environments.worlds import Worlds
 
 KNOWING, IDLE, BABBLING, LOOPING = "the script", "idle play", "babbling", "looping"

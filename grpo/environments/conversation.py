@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.environments.calls import Call, Refused, Schemas, find_calls
+from grpo.environments.living import EpisodeFailed
 from grpo.environments.observations import Observations
 from grpo.environments.process import error_text
-from grpo.environments.warden import EpisodeFailed
 from grpo.environments.worlds import World
 from grpo.types import Completion, Episode, Status, ToolCall, Turn, VersionSpan
 

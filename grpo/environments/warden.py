@@ -15,13 +15,12 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.environments import messages
+from grpo.environments.living import Call, EpisodeFailed, Living
 from grpo.environments.watch import too_much
 
 log = logging.getLogger(__name__)
@@ -32,44 +31,6 @@ CLOSING = 2.0  # seconds in which one that is over may tidy up
 WATCH = 0.25  # seconds between looks at what long calls have started
 MAX_MESSAGE = 1 << 17
 UNTOLD = "the episode's process"  # the message of a failure until it is known how the process ended
-
-
-class EpisodeFailed(Exception):
-    """An episode's process failed. ``cause`` is ``timeout``, ``crashed``, ``memory`` or ``error``; of one that could
-    not be loaded, ``refused``."""
-
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
-
-
-@dataclass
-class Call:
-    what: str
-    data: bytes
-    future: Future[Any] = field(default_factory=Future)
-
-
-@dataclass
-class Living:
-    """An episode's process as the warden knows it. ``calls`` are those not answered; the first one is under way.
-
-    ``deadline`` is when the call under way is late, or where ``failure`` or ``closing`` is set, when the process must
-    be gone.
-    """
-
-    number: int
-    channel: socket.socket
-    timeout: float
-    calls: deque[Call] = field(default_factory=deque)
-    deadline: float | None = None
-    began: float = 0.0
-    unsent: bytes = b""
-    received: bytearray = field(default_factory=bytearray)
-    guard: int | None = None
-    failure: EpisodeFailed | None = None
-    closing: bool = False
-    listens: bool = False
 
 
 class Warden:

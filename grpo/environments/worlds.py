@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from grpo.environments.living import EpisodeFailed, Living
 from grpo.environments.loading import About, Spec
-from grpo.environments.warden import MAX_MESSAGE, EpisodeFailed, Living, Warden
+from grpo.environments.warden import MAX_MESSAGE, Warden
 from grpo.errors import RunError, UserError
 from rewards.processes import how_it_ended, kill, many_files, start_python, worker_pid
 

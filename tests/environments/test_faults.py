@@ -17,8 +17,8 @@ import pytest
 from grpo.backends.base import Sampling
 from grpo.environments import worlds as worlds_module
 from grpo.environments.episodes import Episodes, open_episodes, play
+from grpo.environments.living import EpisodeFailed
 from grpo.environments.loading import Spec
-from grpo.environments.warden import EpisodeFailed
 from grpo.environments.worlds import Worlds
 from grpo.errors import RunError
 from grpo.types import Completion, Status
