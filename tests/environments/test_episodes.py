@@ -278,7 +278,10 @@ def test_draws_come_from_the_completions_key_and_hashes_are_fixed(worlds: Worlds
     with opened() as episodes:
         two = rolled(episodes, [6, 5, 2**64 - 1])
     assert one == [two[1], two[0], two[2]]
-    assert len(set(one)) == 3
+    dice, numbers, hashes = (
+        set(of_all) for of_all in zip(*(said.partition("/")[0].split() for said in one), strict=True)
+    )
+    assert (len(dice), len(numbers), len(hashes)) == (3, 3, 1)
 
 
 def test_the_models_tokens_are_not_tokenized_again() -> None:

@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+
 
 class Failing:
     """A tools environment whose methods do what they are told by the row or by the model."""
@@ -41,7 +43,7 @@ class Failing:
     def roll(self) -> str:
         """Roll three dice."""
         self.rolls.append(random.randint(1, 10**9))
-        return f"{self.rolls[-1]} {hash('text')}"
+        return f"{self.rolls[-1]} {np.random.randint(1, 10**9)} {hash('text')}"
 
     def fail(self, how: str) -> Any:
         """Fail.
