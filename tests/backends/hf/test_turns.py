@@ -96,6 +96,7 @@ def test_an_episode_is_what_one_forward_pass_computes(
         drawn[call.place] += of_turn
         assert call.last == (drawn[call.place] == LIMIT)
         assert (call.ended == "stop") == (call.tokens[-1] in policy.stop_token_ids)
+        assert of_turn <= 7
         assert call.ended == "stop" or of_turn == 7 or call.last
         completion = groups[call.place[0]][call.place[1]]
         if call.reply is None:
