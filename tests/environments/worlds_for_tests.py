@@ -231,6 +231,17 @@ class OddGame:
         }.get(text, text)
 
 
+class Counts:
+    """Says how many turns there were, three times, and pays for small digits, a turn at a time."""
+
+    def reset(self, **row: Any) -> None:
+        self.turns = 0
+
+    def step(self, text: str) -> tuple[str, float, bool]:
+        self.turns += 1
+        return f" {self.turns} ", sum(c in "0123" for c in text) / max(1, len(text)), self.turns == 3
+
+
 class Draws:
     """Its prompt depends on a draw."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import urllib.request
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ import torch
 from grpo.backends.base import Sampling
 from tests.answering import Answering, by_place
 from tests.conftest import make_policy
+from tests.launching import ROOT
 from tests.vllm_engine.conftest import TINY, ServerProcess
+from tests.vllm_engine.runs import metrics, on, recipe, rollouts, train
 from tests.vllm_engine.test_trust import connect, prompts, requests, shift, teacher_forced
 
 
@@ -50,3 +55,39 @@ def test_an_episode_is_what_one_forward_pass_computes(tiny_server: ServerProcess
             assert whole == completion.token_ids
             assert {span.version for span in completion.versions} == {1}
     assert {call.ended for call in turns.asked} == {"stop", "length"}
+
+
+def test_episodes_are_sampled_steps_ahead_and_resumed_with_what_was_in_flight(
+    tmp_path: Path, tiny_server: ServerProcess
+) -> None:
+    folder, again = tmp_path / "run", tmp_path / "again"
+    sections: dict[str, Any] = {
+        "rollout": on(tiny_server, max_staleness=1, max_completion_length=48),
+        "environment": {
+            "path": f"{ROOT}/tests/environments/worlds_for_tests.py:Counts",
+            "max_turn_length": 16,
+            "max_observation_length": 24,
+        },
+        "rewards": [],
+        "algorithm": {"credit": "turn"},
+        "training": {"max_steps": 5, "save_every": 3, "save_total_limit": 4},
+    }
+    done = train(recipe(folder, **sections))
+    assert done.returncode == 0, done.stderr
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 6))
+    assert max(row["sampling/staleness/max"] for row in rows) == 1
+    assert max(row["completions/mean_turns"] for row in rows) > 2
+    for row in rows:
+        of_step = rollouts(folder, row["step"])
+        assert {v for r in of_step for _, _, v in r["versions"]} <= {row["step"] - 2, row["step"] - 1}
+        assert all(r["versions"][-1][1] == r["num_tokens"] + r["environment_tokens"] for r in of_step)
+        assert row["grad_norm"] > 0
+
+    # The same run from its checkpoint on: the next step trains on the very episodes that were ahead.
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoints/step_000005")
+    done = train(recipe(again, **sections), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "is lost" not in done.stderr
+    assert rollouts(folder, 4) == rollouts(again, 4)
