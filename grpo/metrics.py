@@ -36,7 +36,8 @@ def completion_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def episode_metrics(groups: list[Group], *, tools: bool) -> dict[str, float]:
-    """What an environment made of completions. Its calls are counted where there are ``tools``: TRL's
+    """What an environment made of completions. ``environment/cut_frequency`` is the share of turns of whose answer the
+    model has read a part. Calls are counted where there are ``tools``: TRL's
     ``tools/call_frequency`` is calls a completion, ``tools/failure_frequency`` the share of calls that failed, and
     ``tools/errors/KIND`` how many did so in which way."""
     completions = [c for group in groups for c in group.completions]
@@ -55,6 +56,8 @@ def episode_metrics(groups: list[Group], *, tools: bool) -> dict[str, float]:
     }
     failures = Counter(episode.failure for episode in episodes if episode.failure)
     metrics |= {f"environment/failed/{cause}": float(n) for cause, n in failures.items()}
+    cut = sum(turn.cut for episode in episodes for turn in episode.turns)
+    metrics["environment/cut_frequency"] = cut / max(sum(turns), 1)
     if not tools:
         return metrics
     calls = [call for episode in episodes for turn in episode.turns for call in turn.calls]
@@ -184,29 +187,29 @@ def episode_row(completion: Completion, advantages: Sequence[float] | None = Non
     ``turns`` are those of both sides, in order: ``role`` is ``assistant`` or ``environment``, ``tokens`` how many they
     have. The model's say how they ``ended``, which ``calls`` they made and what came of these, and ``reward`` and
     ``advantage`` where turns have their own. Results of calls stand there, and not a second time as an environment's
-    ``text``.
+    ``text``. An environment's is ``cut`` where the model has read a part of what it says.
     """
     episode = completion.episode
     if episode is None:
         return {}
     turns: list[dict[str, Any]] = []
-    end, text = 0, episode.opening
+    end, text, cut = 0, episode.opening, False
     for place, turn in enumerate(episode.turns):
-        turns += [_of_environment(text, turn.start - end)] if text or turn.start > end else []
+        turns += [_of_environment(text, turn.start - end, cut)] if text or turn.start > end else []
         said = {"role": "assistant", "text": turn.text, "tokens": turn.end - turn.start, "ended": turn.ended}
         said |= {"calls": [asdict(call) for call in turn.calls]} if turn.calls else {}
         said |= {"reward": turn.reward} if turn.reward is not None else {}
         said |= {"advantage": advantages[place]} if advantages is not None else {}
         turns.append(said)
-        end, text = turn.end, turn.observation
+        end, text, cut = turn.end, turn.observation, turn.cut
     tokens = len(completion.token_ids)
-    turns += [_of_environment(text, tokens - end)] if text or tokens > end else []
+    turns += [_of_environment(text, tokens - end, cut)] if text or tokens > end else []
     failed = {"failure": episode.failure, "failure_message": episode.message} if episode.failure else {}
     return {"turns": turns, "environment_tokens": tokens - completion.num_model_tokens, **failed}
 
 
-def _of_environment(text: str, tokens: int) -> dict[str, Any]:
-    return {"role": "environment", "text": text, "tokens": tokens}
+def _of_environment(text: str, tokens: int, cut: bool) -> dict[str, Any]:
+    return {"role": "environment", "text": text, "tokens": tokens} | ({"cut": True} if cut else {})
 
 
 class Clock:

@@ -91,7 +91,8 @@ class Turn:
     ends turns), ``tool_call``, ``length`` (``environment.max_turn_length``, or what was left of the episode's).
     ``reward`` is what the environment paid for this turn alone; None where it pays by the episode. ``text`` is what the
     model wrote, special tokens removed; ``observation`` what the environment said to it, before the chat template,
-    where that is no result of ``calls``.
+    where that is no result of ``calls``. ``cut``: of what was said to it, the model has read a part, up to
+    ``environment.max_observation_length``.
     """
 
     start: int
@@ -101,6 +102,7 @@ class Turn:
     calls: tuple[ToolCall, ...] = ()
     text: str = ""
     observation: str = ""
+    cut: bool = False
 
 
 @dataclass

@@ -22,8 +22,8 @@ def groups() -> list[Group]:
     asks = Turn(2, 5, "tool_call", None, CALLS, "<tool_call>")
     tool = completion([asks, Turn(9, 10, "stop", 0.25, (), "3")], 10, Status.STOP, [], opening="it begins")
     game = completion(
-        [Turn(0, 2, "stop", 0.0, (), "31", "lower"), Turn(4, 6, "stop", 1.0, (), "7", "found")], 6, Status.ENVIRONMENT,
-        [VersionSpan(0, 3, 8), VersionSpan(3, 6, 10)],
+        [Turn(0, 2, "stop", 0.0, (), "31", "lower", True), Turn(4, 6, "stop", 1.0, (), "7", "found")],
+        6, Status.ENVIRONMENT, [VersionSpan(0, 3, 8), VersionSpan(3, 6, 10)],
     )  # fmt: skip
     late = completion([Turn(0, 4, "length", text="…")], 4, Status.LENGTH, [])
     failed = completion([], 0, Status.ERROR, [], failure="timeout", message="no answer within 10 s")
@@ -50,6 +50,7 @@ def test_turns_calls_and_how_episodes_ended() -> None:
         "completions/ended/environment": 0.25,
         "completions/ended/turns": 0.0,
         "environment/failed/timeout": 1.0,
+        "environment/cut_frequency": 1 / 5,
         "tools/call_frequency": 0.5,
         "tools/failure_frequency": 0.5,
         "tools/errors/malformed": 1.0,
@@ -94,6 +95,7 @@ def test_rows_show_a_conversation() -> None:
         ("assistant", "7", 2),
         ("environment", "found", 0),  # said when all was over: the model has not read it
     ]
+    assert [turn.get("cut") for turn in game["turns"]] == [None, True, None, None]
     assert len(late["turns"]) == 1
     assert (failed["failure"], failed["failure_message"]) == ("timeout", "no answer within 10 s")
     assert failed["turns"] == []

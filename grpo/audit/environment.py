@@ -15,7 +15,7 @@ from typing import Any
 
 from grpo import user_code
 from grpo.audit.plays import CHEATS, KNOWING, Played, Turn, cheats, played
-from grpo.config import Recipe
+from grpo.config import ENVIRONMENT, Recipe
 from grpo.environments.find import spec_of
 from grpo.environments.worlds import Worlds
 from grpo.errors import UserError
@@ -25,6 +25,7 @@ ANSWERS = ("answer", "solution", "completion", "target", "label", "secret", "gol
 SHARE = 0.25  # of what the script is paid, on average, that a cheat must stay below
 LEAKS = 0.3  # by which rows whose own answer is seen are more than those in which another's is
 ROWS = 40
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 Row = tuple[str, dict[str, Any]]  # its place, and its columns
 
 
@@ -49,7 +50,7 @@ def audit_environment(recipe: Recipe, rows: Sequence[Row], tell: Callable[[str],
             for name, turns in plays.items():
                 results[name].append(played(worlds, row, turns[: config.max_turns], seed=number))
     where = f"environment {config.name or config.path or ', '.join(config.tools)}"
-    return _report(where, chosen, results, has_script=script is not None, tell=tell)
+    return _report(where, recipe, chosen, results, has_script=script is not None, tell=tell)
 
 
 def _script(name: str | None, path: str | None) -> Callable[[dict[str, Any]], Any] | None:
@@ -79,18 +80,25 @@ def _is_call(turn: Any) -> bool:
 
 
 def _report(
-    where: str, rows: list[Row], results: dict[str, list[Played]], *, has_script: bool, tell: Callable[[str], Any]
+    where: str,
+    recipe: Recipe,
+    rows: list[Row],
+    results: dict[str, list[Played]],
+    *,
+    has_script: bool,
+    tell: Callable[[str], Any],
 ) -> list[str]:
     findings: list[str] = []
     lines = [f"{where}  (played on {len(rows)} rows)"]
     if not has_script:
-        lines.append("  the script     there is none: a function play(row) beside the class returns the turns of one")
-        lines.append("                 who does the task (docs/environments_built_in.md)")
+        lines.append("  the script     there is none: a function play(row) beside an environment's class returns the")
+        lines.append("                 turns of one who does the task (docs/environments.md)")
     means = {name: _mean(episodes) for name, episodes in results.items()}
     for name, episodes in results.items():
         if episodes:
             lines.append(f"  {name:<14} {_told(episodes)}")
             findings += _failures(name, episodes)
+    findings += _errors_of_script(results[KNOWING]) + _no_pay(results, recipe)
     findings += _of_pay(rows, results, means)
     leaking = _leak(rows, results)
     lines.append(f"  leaks          {leaking or 'what it says to those who do not try holds no answer of the row'}")
@@ -117,8 +125,32 @@ def _failures(name: str, episodes: list[Played]) -> list[str]:
     failed = [episode for episode in episodes if episode.failure]
     if not failed:
         return []
-    said = failed[0].message.strip().splitlines()[-1:] or [""]
-    return [f"{name} fails in {len(failed)} of {len(episodes)} rows, first by {failed[0].failure}: {said[0][:200]}"]
+    message = failed[0].message.strip()
+    said, places = message.splitlines()[-1:] or [""], FRAME.findall(message)
+    where = f" ({places[-1][0]}:{places[-1][1]})" if places else ""
+    return [
+        f"{name} fails in {len(failed)} of {len(episodes)} rows, first by {failed[0].failure}: {said[0][:200]}{where}"
+    ]
+
+
+def _errors_of_script(episodes: list[Played]) -> list[str]:
+    """One who does the task makes calls that can be answered."""
+    wrong = [episode.errors[0] for episode in episodes if episode.errors]
+    return (
+        [f"calls of the script raise in {len(wrong)} of {len(episodes)} rows, first {wrong[0][:200]}"] if wrong else []
+    )
+
+
+def _no_pay(results: dict[str, list[Played]], recipe: Recipe) -> list[str]:
+    """The environment's own reward is asked for, and it pays nothing, not even 0."""
+    own = any(reward.name == ENVIRONMENT for reward in recipe.functions())
+    played = [episode for episodes in results.values() for episode in episodes if not episode.failure]
+    if not own or not played or any(episode.paid is not None for episode in played):
+        return []
+    return [
+        "it pays nothing, not even 0, in any row: does get_reward return a number? A game without get_reward pays by "
+        "step, which then returns (observation, reward, done)"
+    ]
 
 
 def _of_pay(rows: list[Row], results: dict[str, list[Played]], means: dict[str, float | None]) -> list[str]:

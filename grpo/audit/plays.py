@@ -24,10 +24,12 @@ Turn = str | dict[str, Any]
 
 @dataclass
 class Played:
-    """What came of one episode: what was paid (None where nothing is), what was observed, and why it failed."""
+    """What came of one episode: what was paid (None where nothing is), what was observed, which calls were answered by
+    an error (the call and the answer), and why it failed."""
 
     paid: float | None = None
     observed: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     failure: str = ""
     message: str = ""
 
@@ -78,7 +80,9 @@ def played(worlds: Worlds, row: dict[str, Any], turns: Sequence[Turn], seed: int
             if not worlds.about.game:
                 assert isinstance(turn, dict)
                 calls = [(turn["name"], turn["arguments"])]
-                result.observed += [text for text, _ in world.ask("call", calls).result()]
+                ((text, error),) = world.ask("call", calls).result()
+                result.observed.append(text)
+                result.errors += [f"{turn['name']}: {text}"] if error else []
                 continue
             said = world.ask("step", str(turn)).result()
             result.observed.append(said["observation"])

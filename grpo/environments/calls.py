@@ -67,6 +67,20 @@ def shown_format(template: str) -> str:
     return "llama" if "ipython" in template or PYTHON_TAG in template else "hermes"
 
 
+EXAMPLES = {
+    "hermes": f'{OPENS}\n{{"name": "x", "arguments": {{}}}}\n{CLOSES}',
+    "llama": '{"name": "x", "parameters": {}}',
+    "python": "```python\n1\n```\n",
+}
+"""A call in each format."""
+
+
+def is_lost(form: str, text: str, tools: Schemas) -> bool:
+    """Whether ``EXAMPLES[form]``, which is now ``text``, is no call any more."""
+    found = find_calls(form, text, tools)
+    return not found or any(isinstance(call, Refused) and call.kind in ("unclosed", "broken_json") for call in found)
+
+
 def find_calls(form: str, text: str, tools: Schemas) -> list[Call | Refused]:
     """The calls in a turn's text, in their order. What the model has only thought of (before ``</think>``) is none."""
     text = text.rpartition(THOUGHT)[2]

@@ -44,6 +44,7 @@ class _Taken:
     calls: tuple[ToolCall, ...] = ()
     reward: float | None = None
     observation: str = ""
+    cut: bool = False
 
 
 class Conversation:
@@ -116,7 +117,8 @@ class Conversation:
                 self._end(reply)
             else:
                 assert self.observations is not None
-                reply.set_result(self.observations.of_text(turn.observation, last_token))
+                tokens, turn.cut = self.observations.of_text(turn.observation, last_token)
+                reply.set_result(tokens)
 
         self.world.ask("step", turn.text).add_done_callback(self._guarded(stepped, reply))
         if final:
@@ -144,7 +146,8 @@ class Conversation:
             else:
                 told = [(call.name or "unknown", call.result) for call in turn.calls[:most]]
                 assert self.observations is not None
-                reply.set_result(self.observations.of_results(told, last_token))
+                tokens, turn.cut = self.observations.of_results(told, last_token)
+                reply.set_result(tokens)
 
         made = [(call.name, call.arguments) for call in found[:most] if isinstance(call, Call)]
         asked: Future[Any]
@@ -217,7 +220,7 @@ class Conversation:
         lead = len(opening)
         length = 0 if sampled is None else len(sampled.token_ids)
         turns = [
-            Turn(t.start + lead, t.end + lead, t.ended, t.reward, t.calls, t.text, t.observation)
+            Turn(t.start + lead, t.end + lead, t.ended, t.reward, t.calls, t.text, t.observation, t.cut)
             for t in self.turns
             if t.end <= length
         ]

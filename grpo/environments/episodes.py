@@ -15,7 +15,7 @@ from typing import Any
 
 from grpo.backends.base import Backend, Request, Sampling, Turns
 from grpo.config import ENVIRONMENT, EnvironmentConfig, Recipe, Source
-from grpo.environments.calls import parameters_of
+from grpo.environments.calls import EXAMPLES, is_lost, parameters_of
 from grpo.environments.conversation import Conversation, Rules
 from grpo.environments.find import spec_of, tool_format
 from grpo.environments.observations import Observations
@@ -72,6 +72,7 @@ class Episodes:
             self.config.max_turns,
             CompletionText(tokenizer, stop_token_ids).of,
         )
+        self._check_calls()
         self._stop_token_ids = list(stop_token_ids)
         self._sources = {source.label: source for source in recipe.data.sources()}
         self._observations: dict[tuple[str, bool], Observations] = {}
@@ -79,6 +80,18 @@ class Episodes:
             self._observations_of(source, source.rows.template == "chat")
         plain = any(source.rows.template != "chat" for source in self._sources.values())
         self.stop = () if self.about.game else STOPS[self.form] if plain or self.form == "python" else ()
+
+    def _check_calls(self) -> None:
+        """Raise UserError where the tokenizer cannot write a call: what it makes of one is read as none."""
+        if self.about.game:
+            return
+        example = EXAMPLES[self.form]
+        text = self.rules.text_of(self.tokenizer.encode(example, add_special_tokens=False))
+        if is_lost(self.form, text, self.rules.tools):
+            raise UserError(
+                f"environment: with this tokenizer no tool can be called: {example!r} comes back from its tokens as "
+                f"{text!r}. Take another model, or another environment.tool_format (it is {self.form})"
+            )
 
     def check_columns(self, columns: Mapping[str, Collection[str]]) -> None:
         """Raise UserError where ``reset`` needs a column that rows do not have. ``columns`` are those of each source's
@@ -124,7 +137,7 @@ class Episodes:
                 conversation.fail(
                     "error",
                     f"with what reset says, the prompt has {len(own.token_ids)} tokens, more than "
-                    f"data.max_prompt_length = {self.max_prompt_length}",
+                    f"data.max_prompt_length = {self.max_prompt_length}; raise it, or let reset say less",
                 )
                 own = None
             chat = self._source(prompt.source).rows.template == "chat" or not isinstance(prompt.prompt, str)

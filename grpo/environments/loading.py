@@ -115,8 +115,23 @@ class Loaded:
             signature.bind(**self.spec.args)
         except TypeError as why:
             takes = ", ".join(map(str, signature.parameters.values())) or "none"
-            return f"environment.args: {self.spec.source}: {why} (it takes: {takes})"
+            said = f"environment.args: {self.spec.source}: {why} (it takes: {takes})"
+            tool = ". It is a function: if it is a tool, name it in environment.tools"
+            return said + (tool if inspect.isfunction(self.make) else "")
         return None
+
+    def _problems_of_game(self, environment: Any, where: str) -> Iterator[str]:
+        if self.functions:
+            yield f"environment.tools: {self.spec.source} has a step, which gets every turn; it has no tools"
+        _, *more = inspect.signature(environment.step).parameters.values()
+        methods = methods_of(environment)
+        others = [name for name, method in methods.items() if name != "step" and _could_be_tool(method)]
+        cure = "give a tool another name than step, and what is no tool a name that begins with _"
+        if more and all(parameter.default is not parameter.empty for parameter in more):
+            names = ", ".join(parameter.name for parameter in more)
+            yield f"{where}: {_line_of(environment.step)}step gets a turn's text alone, never {names}: {cure}"
+        elif others:
+            yield f"{where}: it has a step, which gets every turn, so {', '.join(others)} would be no tools: {cure}"
 
     def _problems(self, environment: Any) -> Iterator[str]:
         kind = type(environment)
@@ -131,8 +146,7 @@ class Loaded:
                 if hasattr(kind, name):
                     yield from _call_problems(getattr(environment, name), arguments, where)
             if hasattr(kind, "step"):
-                if self.functions:
-                    yield f"environment.tools: {self.spec.source} has a step, which gets every turn; it has no tools"
+                yield from self._problems_of_game(environment, where)
                 return
         named: dict[str, str] = {}
         for number, function in enumerate(self.functions):
@@ -151,6 +165,14 @@ class Loaded:
                 f"{where}: {_line_of(kind)}{kind.__name__} has neither a step(text) nor a public method that the model "
                 "could call"
             )
+
+
+def _could_be_tool(method: Callable[..., Any]) -> bool:
+    try:
+        schema_of(method)
+    except NoSchema:
+        return False
+    return True
 
 
 def methods_of(environment: Any) -> dict[str, Callable[..., Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo.config import Source
 from grpo.errors import UserError
@@ -24,6 +24,13 @@ Result = tuple[str, str]  # a tool's name, and what it says
 DUMMIES = ("qxzq", "vkjw")
 MARKS = ("\n[... {} characters left out ...]\n", " ... ", "")
 CHARACTERS = 16  # that a token has at most, or the search for the longest text that fits begins too low
+
+
+class Fitted(NamedTuple):
+    """The tokens of an answer, and whether something of it was left out."""
+
+    tokens: list[int]
+    cut: bool
 
 
 class Observations:
@@ -55,14 +62,14 @@ class Observations:
         need = len(empty(1)) + self._length(self.mark.format(1000)) + 1
         if need > limit:
             raise UserError(
-                f"environment.max_observation_length: {limit} tokens are too few, what stands around an answer takes "
-                f"{need - 1} with the mark of one that is cut"
+                f"environment.max_observation_length: {limit} tokens are too few: take {need} at least, since "
+                f"{need - 1} stand around an answer and mark one that is cut"
             )
         self.most_results = 1
         while not game and self.most_results < limit and len(empty(self.most_results + 1)) <= limit // 2:
             self.most_results += 1
 
-    def of_results(self, results: Sequence[Result], last_token: int) -> list[int]:
+    def of_results(self, results: Sequence[Result], last_token: int) -> Fitted:
         """The tokens behind a turn whose last one is ``last_token``, from what its calls came to."""
         names = [name for name, _ in results]
         return self._fitted(
@@ -70,7 +77,7 @@ class Observations:
             lambda texts: self._results(list(zip(names, texts, strict=True)), last_token),
         )
 
-    def of_text(self, text: str, last_token: int) -> list[int]:
+    def of_text(self, text: str, last_token: int) -> Fitted:
         """The tokens behind a turn of a game."""
         return self._fitted([text], lambda texts: self._text(texts[0], last_token))
 
@@ -86,7 +93,7 @@ class Observations:
             return self._chat.tokens([{"role": "user", "content": text}], ended=last_token in self._stops)
         return encode_behind(self.tokenizer, PLAIN.format(text))
 
-    def _fitted(self, texts: list[str], tokens_of: Callable[[list[str]], list[int]]) -> list[int]:
+    def _fitted(self, texts: list[str], tokens_of: Callable[[list[str]], list[int]]) -> Fitted:
         """The tokens of texts, each of which has its middle left out where they are too many: of all as many characters
         as fit."""
         texts = [self._harmless(text) for text in texts]
@@ -94,7 +101,7 @@ class Observations:
         if longest <= self.limit * CHARACTERS:
             found = tokens_of(texts)
             if len(found) <= self.limit:
-                return found
+                return Fitted(found, cut=False)
         low, high = 0, min(longest, self.limit * CHARACTERS)
         best = tokens_of([""] * len(texts))
         while low < high:
@@ -104,7 +111,7 @@ class Observations:
                 low, best = middle, found
             else:
                 high = middle - 1
-        return best
+        return Fitted(best, cut=True)
 
     def _cut(self, text: str, characters: int) -> str:
         """At most so many characters of a text, and the mark."""

@@ -25,10 +25,11 @@ class Rule:
 
 
 def _no_signal(history: History) -> str | None:
-    share = history.mean("frac_reward_zero_std")
-    if not share >= 0.95:
+    share, reward = history.mean("frac_reward_zero_std"), history.mean("reward")
+    if not (share >= 0.95 and reward == reward):  # without any reward, ``unscored`` speaks
         return None
-    return f"{share:.0%} of groups had no signal over {STEPS} steps (mean reward {history.mean('reward'):.3f})"
+    without = ", and no tool was called" if history.mean("tools/call_frequency") == 0 else ""
+    return f"{share:.0%} of groups had no signal over {STEPS} steps (mean reward {reward:.3f}){without}"
 
 
 def _all_alike(history: History) -> str | None:
@@ -119,7 +120,8 @@ RULES = (
         "no_signal",
         _no_signal,
         "all completions of a group are paid the same: the tasks are too hard or too easy for this model, or it never "
-        "finds the form that the reward asks for",
+        "finds the form that the reward asks for, or that of a tool's call (with data.template: none, the prompt must "
+        "tell it which tools there are)",
         "near a reward of 0, take easier tasks, a stronger or instructed model, or a supervised stage first; near the "
         "largest reward, harder tasks. `prompts.dynamic_sampling: true` draws on until groups differ",
     ),
@@ -200,7 +202,7 @@ RULES = (
     Rule(
         "unscored",
         _unscored,
-        "a reward function fails, takes longer than its timeout, or returns None",
+        "a reward function or an environment fails, takes longer than its timeout, or returns None",
         "the log counts the causes; scoring.timeout is how long a call may take",
     ),
 )

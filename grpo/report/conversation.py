@@ -58,7 +58,9 @@ def _of_model(turn: Mapping[str, Any], number: int) -> str:
 
 def _of_environment(turn: Mapping[str, Any]) -> str:
     """Results of calls stand with the calls, so such a turn has no text."""
-    return f'<div class="turn said"><pre>{e(cut(turn["text"]))}</pre></div>' if turn.get("text") else ""
+    note = f'<p class="note">the model read {turn.get("tokens", "?")} tokens of it</p>' if turn.get("cut") else ""
+    said = f"<pre>{e(cut(turn['text']))}</pre>" if turn.get("text") else ""
+    return f'<div class="turn said">{said}{note}</div>' if said or note else ""
 
 
 def _call(call: Mapping[str, Any]) -> str:

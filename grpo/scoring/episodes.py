@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from grpo.types import Completion, Status, ToolCall, Turn
+from grpo.types import Completion, Group, Status, ToolCall, Turn
 
 
 class Paid(NamedTuple):
@@ -36,6 +37,18 @@ def paid(completion: Completion) -> Paid:
     if not math.isfinite(reward):
         return Paid(None, "not_finite", f"the environment paid {reward}; expected a finite number, or None")
     return Paid(reward, "scored")
+
+
+def unpaid(groups: Sequence[Group]) -> str:
+    """What there is to say where the environment has paid nothing for any completion; else empty."""
+    found = [paid(completion) for group in groups for completion in group.completions if completion.episode]
+    played = [one for one in found if one.said in ("scored", "unscored")]
+    if not played or any(one.said == "scored" for one in played):
+        return ""
+    return (
+        f"the environment paid nothing, not even 0, for any of {len(played)} completions: its get_reward returned "
+        "None, or a game has no get_reward and its step returned (observation, done) without a reward"
+    )
 
 
 def messages_of(completion: Completion) -> list[dict[str, Any]]:

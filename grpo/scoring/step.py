@@ -19,7 +19,8 @@ from typing import Any
 
 from grpo.errors import RunError, UserError
 from grpo.scoring.call import FunctionSpec
-from grpo.scoring.episodes import messages_of, paid
+from grpo.scoring.episodes import messages_of, paid, unpaid
+from grpo.scoring.failures import Failures
 from grpo.scoring.messages import Answer, BrokenContract, Failure, Job, Outcome, Request, Signature
 from grpo.scoring.pool import Pool
 from grpo.scoring.process import WorkerFailed
@@ -28,6 +29,7 @@ from grpo.types import REWARD_KEYWORDS, Group, Status
 logger = logging.getLogger(__name__)
 
 NOTHING = Signature(is_async=False, wants_ids=False, needs=[])
+UNPAID = -1  # among what a run was told
 ASYNC_GRACE = 1.0  # seconds in which a worker gives up by itself on an async call that is late
 UNSCORABLE_VERDICTS = frozenset({"gold_unparseable", "error"})  # a function's own word for "not the completion's fault"
 
@@ -62,8 +64,8 @@ class StepScoring:
     """``add`` sends the calls of a group and returns at once. ``finish`` waits for the outcomes of all groups that were
     added since its last call, and fills them in. How many completions may fail is counted over the whole step.
 
-    ``told`` holds what a run has shown a first failure of already, the functions by their places; with None nothing is
-    shown. Failed episodes are counted as a function's failures are.
+    ``told`` holds what a run has shown a first failure of already, the functions by their places (and ``UNPAID``); with
+    None nothing is shown. Failed episodes are counted as a function's failures are.
 
     Those in ``left_out`` are not called. Errors are those of ``Scorer.score``.
     """
@@ -82,7 +84,7 @@ class StepScoring:
         self._pool = pool
         self._step = step
         who = [f"{function} could not score" for function in functions]
-        self._failures = _Failures([*who, "the environment failed in"], step, max_failure_rate)
+        self._failures = Failures([*who, "the environment failed in"], step, max_failure_rate)
         self._told = told
         self._groups: list[Group] = []
         self._rows: list[bytes] = []  # of each group: its pickled prompt and columns
@@ -130,9 +132,16 @@ class StepScoring:
             self._receive(pieces, outcomes)
         if self._told is not None:
             self._failures.warn(self._told)
+            self._warn_of_no_pay(self._told)
         for index in new:
             results_F = [self._results[place, index] for place in range(len(self._functions))]
             _fill(self._groups[index], self._functions, results_F)
+
+    def _warn_of_no_pay(self, told: set[int]) -> None:
+        pays = any(function.place is None for function in self._functions)
+        if pays and UNPAID not in told and (why := unpaid(self._groups)):
+            logger.warning("step %d: %s", self._step, why)
+            told.add(UNPAID)
 
     def _count_failed_episodes(self, group: Group) -> None:
         for sample, completion in enumerate(group.completions):
@@ -223,44 +232,6 @@ class StepScoring:
         prompt_id = self._groups[piece.group].prompt.id
         where = f"prompt {prompt_id}, completion {', '.join(map(str, piece.samples))}: {failure.message}"
         self._failures.add(piece.function, failure.cause, len(piece.samples), where)
-
-
-class _Failures:
-    """The completions of a step that could not be scored, by what failed (``who`` and did what) and cause."""
-
-    def __init__(self, who: Sequence[str], step: int, max_failure_rate: float) -> None:
-        self.completions = [0] * len(who)  # of the whole step, that each of them scores
-        self._who = who
-        self._step = step
-        self._max_failure_rate = max_failure_rate
-        self._causes: list[Counter[str]] = [Counter() for _ in who]
-        self._first = [""] * len(who)
-
-    def add(self, function: int, cause: str, completions: int, message: str) -> None:
-        """Count a failure. Raises RunError where they are more than ``scoring.max_failure_rate`` allows."""
-        self._causes[function][cause] += completions
-        self._first[function] = self._first[function] or message.strip()
-        if sum(self._causes[function].values()) > self._max_failure_rate * self.completions[function]:
-            raise RunError(
-                f"{self._counted(function)}, more than scoring.max_failure_rate = {self._max_failure_rate:g} allows. "
-                f"The first: {self._first[function]}"
-            )
-
-    def warn(self, told: set[int]) -> None:
-        """Log a line for each function that failed, with its first failure unless ``told`` has the function already."""
-        for function, causes in enumerate(self._causes):
-            if causes:
-                first = "" if function in told else f". The first: {self._first[function]}"
-                logger.warning("%s%s", self._counted(function), first)
-                told.add(function)
-
-    def _counted(self, function: int) -> str:
-        causes = self._causes[function]
-        counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
-        return (
-            f"step {self._step}: {self._who[function]} {sum(causes.values())} of "
-            f"{self.completions[function]} completions ({counts})"
-        )
 
 
 def check_columns(functions: Sequence[ScoredFunction], columns: Collection[str], source: str = "") -> None:

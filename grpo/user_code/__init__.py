@@ -210,5 +210,7 @@ def must_take(function: Callable[..., Any], arguments: tuple[str, ...], what: st
 
 def brief(value: Any) -> str:
     """A value's type, and its text cut to 60 characters."""
-    text = " ".join(repr(value).split())
-    return "None" if value is None else f"a {type(value).__name__}: {text if len(text) <= 60 else text[:57] + '...'}"
+    if value is None:
+        return "None"
+    text, kind = " ".join(repr(value).split()), type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}: {text if len(text) <= 60 else text[:57] + '...'}"

@@ -32,10 +32,22 @@ class Sound:
         """
         if word == "crash":
             raise SystemExit
+        if word == "raise":
+            raise KeyError(word)
         self.right = word == self.answer
         return "yes" if self.right else "no"
     def get_reward(self):
         return float(self.right)
+
+class Unpaid(Sound):
+    def get_reward(self):
+        float(self.right)
+
+class UnpaidGame:
+    def reset(self, **row):
+        pass
+    def step(self, text):
+        return "no", False
 
 def play(row):
     return row["turns"]
@@ -99,5 +111,16 @@ def test_a_script_that_is_not_paid_or_fails_is_found(tmp_path):
     assert findings[0].startswith(f"{where}the script fails in 1 of 3 rows, first by crashed: ")
     assert findings[1:] == [f"{where}the script is paid nothing in 1 of 3 rows, first row:1"]
     assert "fails in 1 rows (crashed)" in told
+    raising = row("apple", "apple") | {"turns": [*row("", "raise")["turns"], *row("", "apple")["turns"]]}
+    findings = audited(environment, [row("bread", "bread"), raising])[0]
+    assert findings == [
+        f"{where}calls of the script raise in 1 of 2 rows, first guess: " + '{"error": "KeyError: \'raise\'"}'
+    ]
+    for name in ("Unpaid", "UnpaidGame"):
+        findings = audited({"path": f"{file}:{name}"}, [{"answer": "apple", "turns": []}])[0]
+        assert len(findings) == 1
+        assert findings[0].startswith(
+            f"environment {file}:{name}: it pays nothing, not even 0, in any row: does get_re"
+        )
     with pytest.raises(UserError, match=r"play\(row\) returned a list: \['text'\] for row:0; expected calls"):
         audited(environment, [{"answer": "apple", "turns": ["text"]}])

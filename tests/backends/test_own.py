@@ -63,7 +63,7 @@ def test_it_is_made_of_the_policy_and_the_rollout_section(tmp_path, find):
         (RIGHT.replace("def sync", "def synch"), "Mine has no sync; a backend has generate, sync, close"),
         (RIGHT.replace("sampling, version, on_group=None", "sampling"), r"Mine: generate takes \(self, requests, .*"),
         (RIGHT.replace("policy, rollout", "policy"), r"Mine takes \(policy\); it is called with \(policy, rollout\)"),
-        ("Mine = 3", "Mine is a int: 3; expected a class with generate, sync, close"),
+        ("Mine = 3", "Mine is an int: 3; expected a class with generate, sync, close"),
         ("class Mine(:\n", r".*/my_backend.py:1: SyntaxError: invalid syntax"),
     ],
 )

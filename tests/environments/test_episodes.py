@@ -130,6 +130,15 @@ def test_malformed_calls_are_answered_and_counted(worlds: Worlds) -> None:
     assert episode.reward == 1.0
 
 
+def test_an_answer_that_is_read_in_part_is_marked(worlds: Worlds) -> None:
+    episodes = of(worlds, max_observation_length=120)
+    completion = only(played(episodes, says(calls("fail", how="long_reply"), calls("add", number=1), "so")))
+    assert completion.episode is not None
+    assert [turn.cut for turn in completion.episode.turns] == [True, False, False]
+    first, second, _ = completion.episode.turns
+    assert second.start - first.end <= 120
+
+
 def test_a_tool_that_raises_costs_nothing_but_the_answer(worlds: Worlds) -> None:
     episodes = of(worlds)
     completion = only(played(episodes, says(calls("fail", how="raises"), calls("add", number=2), "2")))

@@ -125,7 +125,7 @@ def test_it_is_answered(
     ("columns", "cause", "says"),
     [
         ({"in_reset": "raises"}, "error", "ValueError: of its own"),
-        ({"in_reset": "number"}, "error", "reset returned a int: 7; expected a str or None"),
+        ({"in_reset": "number"}, "error", "reset returned an int: 7; expected a str or None"),
         ({"in_reset": "os_exit"}, "crashed", "status 3"),
         ({"in_reward": "raises"}, "error", "ValueError: of its own"),
         ({"in_reward": "text"}, "error", "get_reward returned the reward a str: 'said'; expected a finite number"),
@@ -170,8 +170,8 @@ def test_steps_that_return_what_no_game_does() -> None:
         for what, says in [
             ("five", "step returned a tuple: (1, 2, 3, 4, 5); expected (observation, done) or"),
             ("text", "step returned a str: 'text'"),
-            ("number", "the observation a int: 7; expected a str or None"),
-            ("undone", "a int: 3 for done, expected a bool"),
+            ("number", "the observation an int: 7; expected a str or None"),
+            ("undone", "an int: 3 for done, expected a bool"),
             ("unpaid", "the reward a str: 'much'"),
             ("raises", "ValueError: odd"),
         ]:

@@ -48,7 +48,7 @@ def test_answers_in_plain_text_are_those_of_an_episode(rows, words, form, game):
             if message["role"] == "assistant":
                 continue
             said, before = message["content"], turns[place - 1][-1]
-            expected = of.of_text(said, before) if game else of.of_results([("tool", said)], before)
+            expected = of.of_text(said, before).tokens if game else of.of_results([("tool", said)], before).tokens
             assert turns[place] == expected
             answers += 1
     assert answers > 10
@@ -61,7 +61,7 @@ def test_an_answer_gets_no_space_before_it():
     said = (("assistant", "a"), ("tool", "4"), ("assistant", "b"))
     completion = [{"role": role, "content": text} for role, text in said]
     turn, answer, _ = imitated("none", tokenizer, completion)
-    assert answer == observations("none", tokenizer, "hermes").of_results([("tool", "4")], turn[-1])
+    assert answer == observations("none", tokenizer, "hermes").of_results([("tool", "4")], turn[-1]).tokens
     assert tokenizer.decode(answer) == "\n<tool_response>\n4\n</tool_response>\n"
 
 
@@ -75,6 +75,6 @@ def test_answers_of_a_chat_template_are_those_of_an_episode(role):
         {"role": "assistant", "content": "so 42"},
     ]
     turn, answer, _ = imitated("chat", tokenizer, completion)
-    expected = of.of_results([("tool", "42")], turn[-1]) if role == "tool" else of.of_text("42", turn[-1])
+    expected = of.of_results([("tool", "42")], turn[-1]).tokens if role == "tool" else of.of_text("42", turn[-1]).tokens
     assert turn == tokenizer.encode("a call<|im_end|>", add_special_tokens=False)
     assert answer == expected

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from grpo.backends.base import Sampling
 from grpo.config import EnvironmentConfig
@@ -22,6 +23,7 @@ from grpo.errors import UserError
 from tests.conftest import make_recipe
 from tests.environments.chat_templates import LLAMA, QWEN
 from tests.environments.playing import ScriptedBackend, bytes_tokenizer, calls, request, says
+from tests.launching import ROOT
 
 WRONG = '''
 """Environments with mistakes."""
@@ -112,6 +114,43 @@ class TwoArguments(Game):
         return scale
 
 
+class Says:
+    def reset(self):
+        pass
+
+    def say(self, text: str) -> str:
+        """Say something.
+
+        Args:
+            text: What.
+        """
+        return text
+
+
+class Grid(Game):
+    def step(self, direction: str, count: int = 1) -> str:
+        """Go.
+
+        Args:
+            direction: Where to.
+            count: How far.
+        """
+        return ""
+
+
+class Both(Game):
+    def look(self, at: str) -> str:
+        """Look at something.
+
+        Args:
+            at: What.
+        """
+        return at
+
+    def helper(self, at):
+        return at
+
+
 def make(size: int) -> Good:
     return Good(size)
 
@@ -149,7 +188,7 @@ def in_a_process(spec: Spec, timeout: float = 5.0) -> Any:
     [
         ("Nothing", {}, ["environment.path: ", "has no 'Nothing'"]),
         ("NoRest", {}, ["did you mean NoReset?"]),
-        ("THING", {}, ["is a int: 7; expected a class"]),
+        ("THING", {}, ["is an int: 7; expected a class"]),
         (
             "NoReset",
             {},
@@ -174,7 +213,9 @@ def in_a_process(spec: Spec, timeout: float = 5.0) -> Any:
                 "TwoArguments.step takes (text, image); it is called with (text)",
             ],
         ),
-        ("make", {}, ["environment.args: ", "missing a required argument: 'size'"]),
+        ("make", {}, ["environment.args: ", "missing a required argument: 'size'", "name it in environment.tools"]),
+        ("Grid", {}, ["step gets a turn's text alone, never count: give a tool another name than step"]),
+        ("Both", {}, ["it has a step, which gets every turn, so look would be no tools: "]),
     ],
 )
 def test_mistakes(wrong: Path, name: str, args: dict[str, Any], says: list[str]) -> None:
@@ -284,6 +325,15 @@ def test_what_does_not_fit_the_recipe(
     with pytest.raises(UserError) as why:
         fitted(recipe_of(environment, **sections), tokenizer)
     assert says in str(why.value)
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama", "python"])
+def test_a_tokenizer_that_cannot_write_a_call(wrong: Path, form: str) -> None:
+    """The tiny model's has few words, and puts spaces between them."""
+    recipe = recipe_of({"path": f"{wrong}:Says", "tool_format": form}, **PAID)
+    with pytest.raises(UserError, match=r"with this tokenizer no tool can be called: .* Take another model"):
+        fitted(recipe, AutoTokenizer.from_pretrained(ROOT / "data/tiny_base"))
+    fitted(recipe, bytes_tokenizer())
 
 
 def test_columns_that_reset_needs(wrong: Path) -> None:

@@ -67,7 +67,7 @@ PARTS = {
     "reduce=token_sum, denominator=by_tokens, measure=lambda tokens, options: {'x': 1}": (
         r"mine: measure: it returned a dict: \{'x': 1\}; expected a dict of tensors of one number each"
     ),
-    "reduce=token_sum, denominator=5": r"mine: denominator is a int: 5; expected a function of \(counts\)",
+    "reduce=token_sum, denominator=5": r"mine: denominator is an int: 5; expected a function of \(counts\)",
     "reduce=sum, denominator=by_tokens, level='word'": "mine: level must be token, sequence or .*, got 'word'",
     "reduce=lambda loss_BT: 0, denominator=by_tokens": (
         r"mine: reduce takes \(loss_BT\); it is called with \(loss_BT, mask_BT\)"

@@ -35,6 +35,11 @@ def test_each_turn_stands_apart_and_calls_are_folded() -> None:
     assert "<script>" not in said(EPISODE)
 
 
+def test_what_the_model_has_read_in_part_is_said() -> None:
+    turns = [{"role": "environment", "text": "a long story", "tokens": 9, "cut": True}]
+    assert Page(f"<main>{said(ROW | {'turns': turns})}</main>").all("note") == ["the model read 9 tokens of it"]
+
+
 def test_a_completion_without_turns_is_its_text() -> None:
     assert said(ROW | {"completion": "x < y"}) == "<pre>x &lt; y</pre>"
     assert notes_of(ROW) == []

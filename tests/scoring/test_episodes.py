@@ -50,6 +50,19 @@ def test_what_an_environment_paid_is_the_reward_and_needs_no_worker() -> None:
     assert made.verdicts == {"environment": {"scored": 3, "unscored": 1}}
 
 
+def test_an_environment_that_never_pays_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with scorer(PAYS) as s:
+        s.score([group(game(1.0), game(None, None))], step=1)
+        assert caplog.text == ""
+        for step in (2, 3):
+            s.score([group(game(None), game(None, None), game(failure="timeout"))], step=step)
+    told = [line for line in caplog.messages if "paid nothing" in line]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "step 2: the environment paid nothing, not even 0, for any of 2 completions: its get_reward"
+    )
+
+
 def test_failed_episodes_are_counted_by_cause_and_are_no_reward_of_0(caplog: pytest.LogCaptureFixture) -> None:
     with scorer(PAYS) as s:
         gave_up = Completion([], [], Status.ERROR, "", [])
