@@ -10,6 +10,10 @@ from grpo.config.base import LocalPath, NonNegativeInt, Positive, PositiveInt, P
 
 ENVIRONMENTS = ("calculator", "number_guess", "python", "tests", "wordle")
 """The built-in environments; ``grpo.environments`` has a module for each, which a test holds."""
+SECONDS_OF_A_CALL = {"python": (1, 5.0), "tests": (6, 4.0)}
+"""Of built-in environments with a time limit of their own (`args.timeout`): how many times that a call may take, and
+what it is by default. `tests` judges standard inputs in four times one's seconds, ends the last one and its checker."""
+MARGIN = 2.0  # seconds for all else in such a call
 TOOL_FORMATS = ("auto", "hermes", "llama", "python")
 
 
@@ -37,7 +41,8 @@ class EnvironmentConfig(Section):
     `parameters`), `python` (a fenced code block, for an environment with one tool that takes code). `auto` takes what
     the tokenizer's chat template shows, or `hermes`."""
     timeout: Positive = 10.0
-    """Seconds that one call of the environment may take. A later one costs its episode, which has no reward then."""
+    """Seconds that one call of the environment may take. A later one costs its episode, which has no reward then. Where
+    a built-in's own `args.timeout` asks for more, that is the default."""
     memory_limit_gb: Positive | None = 1.0
     """Memory (address space) that one episode's process may take beside what the imports of its code took; null sets no
     limit."""
@@ -52,6 +57,22 @@ class EnvironmentConfig(Section):
         if len(given) > 1 or not (given or self.tools):
             text = "give one of name, path, or tools alone" if not given else "give one of name, path, not both"
             refuse([Problem(("name", "path", "tools"), text)])
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_a_call(self) -> EnvironmentConfig:
+        times, default = SECONDS_OF_A_CALL.get(self.name or "", (0, 0.0))
+        own = self.args.get("timeout", default)
+        if not times or not isinstance(own, (int, float)):
+            return self
+        least = times * own + MARGIN
+        if "timeout" not in self.model_fields_set:
+            vars(self)["timeout"] = max(self.timeout, least)
+        elif self.timeout < least:
+            text = (
+                f"a call of {self.name} may take {least:g} s, by its args.timeout of {own:g}; raise it, or lower that"
+            )
+            refuse([Problem(("timeout",), text)])
         return self
 
     @property

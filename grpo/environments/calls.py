@@ -18,7 +18,7 @@ OPENS, CLOSES = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"
 FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python|py|python3)[ \t]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.M | re.S)
 CLOSED = re.compile(r"^[ \t]*```[ \t]*\Z", re.M)
-THOUGHT = "</think>"
+THINKS, THOUGHT = "<think>", "</think>"
 
 NAMES = {
     "integer": "an integer",
@@ -79,6 +79,12 @@ def is_lost(form: str, text: str, tools: Schemas) -> bool:
     """Whether ``EXAMPLES[form]``, which is now ``text``, is no call any more."""
     found = find_calls(form, text, tools)
     return not found or any(isinstance(call, Refused) and call.kind in ("unclosed", "broken_json") for call in found)
+
+
+def behind_thinking(text: str) -> str:
+    """What the model has said, not thought: all behind the last ``</think>``, and nothing of thinking that has not
+    ended."""
+    return text.rpartition(THOUGHT)[2].partition(THINKS)[0]
 
 
 def find_calls(form: str, text: str, tools: Schemas) -> list[Call | Refused]:

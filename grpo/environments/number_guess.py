@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from grpo.environments.calls import behind_thinking
+
 NUMBER = re.compile(r"(?<![\d.])-?\d{1,9}(?![\d.]*\d)")
 """An integer of a person's size; of 3.5 neither part is one."""
 
@@ -42,7 +44,7 @@ class NumberGuess:
 
     def step(self, text: str) -> tuple[str, bool] | tuple[str, float, bool]:
         self.turns += 1
-        said = NUMBER.findall(text.rpartition("</think>")[2])
+        said = NUMBER.findall(behind_thinking(text))
         guess = int(said[-1]) if said else None
         if guess is None or not self.low <= guess <= self.high:
             return self._answer(f"error: say a number from {self.low} to {self.high}", 0.0)

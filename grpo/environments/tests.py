@@ -23,8 +23,8 @@ class WithTests:
     what was put in, what was expected and what came. Of the others nothing is told.
 
     **Reward.** The last program that the model gave to the tool is its answer: 1 where it passes all tests of the row,
-    public and hidden, else 0; the share of tests with ``partial_credit``. 0 where it never called the tool. None where
-    the row's tests are broken. What the model writes beside its calls does not count.
+    public and hidden, else 0; with ``partial_credit`` the share of the hidden tests. 0 where it never called the tool.
+    None where the row's tests are broken. What the model writes beside its calls does not count.
 
     The other arguments are those of the reward ``code``; ``max_shown`` is in characters, for one value.
     """
@@ -102,8 +102,9 @@ class WithTests:
     def get_reward(self) -> float | None:
         if self.program is None:
             return 0.0
-        verdict = judge_program(self.tests, self.program, partial_credit=self.partial_credit, **self.how)
-        return verdict.reward
+        # What the public ones expect was told, so they are worth nothing by themselves.
+        judged = hidden_tests(self.tests, self.public) if self.partial_credit else self.tests
+        return judge_program(judged, self.program, partial_credit=self.partial_credit, **self.how).reward
 
 
 def first_tests(tests: RowTests, number: int) -> RowTests | None:
@@ -114,6 +115,16 @@ def first_tests(tests: RowTests, number: int) -> RowTests | None:
     kept = min(number, len(tests.inputs) - 1)
     shown: dict[str, Any] = {"inputs": tests.inputs[:kept], "outputs": tests.outputs[:kept]}
     return replace(tests, **shown) if kept > 0 else None
+
+
+def hidden_tests(tests: RowTests, number: int) -> RowTests:
+    """Those that ``first_tests`` leaves."""
+    shown = first_tests(tests, number)
+    if isinstance(tests, Check) or shown is None:
+        return tests
+    assert not isinstance(shown, Check)
+    left: dict[str, Any] = {"inputs": tests.inputs[len(shown.inputs) :], "outputs": tests.outputs[len(shown.inputs) :]}
+    return replace(tests, **left)
 
 
 def play(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from data.wordle import WORDS
+from grpo.environments.calls import behind_thinking
 
 RIGHT, ELSEWHERE, ABSENT = "G", "Y", "-"
 
@@ -36,7 +37,7 @@ class Wordle:
 
     def step(self, text: str) -> tuple[str, bool]:
         self.turns += 1
-        said = re.findall("(?<![a-z])[a-z]{5}(?![a-z])", text.rpartition("</think>")[2].lower())
+        said = re.findall("(?<![a-z])[a-z]{5}(?![a-z])", behind_thinking(text).lower())
         if not said:
             answer = "error: say a word of five letters"
         elif said[-1] not in self.words:

@@ -50,9 +50,12 @@ def test_late_turns_pay_less_and_none_pays_nothing():
 def test_a_guess_is_the_last_number_and_nonsense_costs_a_turn():
     game = NumberGuess()
     error = "error: say a number from 1 to 63"
-    turns = ["<think> 5 or 40 </think> I say 20", "seven", "64", "0", "3.5", "40 then 41", "1e1"]
+    turns = ["<think> 5 or 40 </think> I say 20", "seven", "<think> 41", "<think> 41 </think>", "64", "0", "3.5"]
     answers, done = played(game, {"secret": 41}, turns)
-    assert answers == ["higher", error, error, error, error, "found in 6 turns"]
+    assert answers == ["higher", *[error] * 6]
+    turns = ["64", "40 then 41", "1e1"]
+    answers, done = played(game, {"secret": 41}, turns)
+    assert answers == [error, "found in 2 turns"]
     assert done
 
 
@@ -97,7 +100,9 @@ def test_marks_follow_the_rule_for_repeated_letters(guess, secret, expected):
 
 def test_wordle_answers_errors_finds_and_ends():
     game = Wordle()
-    answers, done = played(game, {"secret": "crane"}, ["I try stage", "zzzzz", "no", "<think>crane</think> Crane!"])
+    answers, done = played(
+        game, {"secret": "crane"}, ["I try stage", "zzzzz", "no", "<think>crane", "<think>crane</think> Crane!"]
+    )
     assert answers[0] == "s t a g e\n- - G - G"
     assert answers[1:3] == ["error: zzzzz is not in the list of words", "error: say a word of five letters"]
     assert (answers[3], done, game.get_reward()) == ("c r a n e\nG G G G G", True, 1.0)

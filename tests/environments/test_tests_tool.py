@@ -43,7 +43,10 @@ def test_what_passes_the_public_tests_alone_is_not_paid_and_hidden_ones_are_neve
     known = "def add(a, b):\n    return {(1, 2): 3, (2, 2): 4}[a, b]"
     said, paid = episode(known)
     assert (said, paid) == (["All 2 public tests passed."], 0.0)
-    assert episode(known, partial_credit=True)[1] == 0.5
+    assert episode(known, partial_credit=True)[1] == 0.0
+    half = "def add(a, b):\n    return {(1, 2): 3, (2, 2): 4, (0, 9): 9}.get((a, b))"
+    assert episode(half, partial_credit=True)[1] == 0.5
+    assert episode(RIGHT, partial_credit=True)[1] == 1.0
     crashing = "def add(a, b):\n    raise ValueError(str(a))"
     (said,), paid = episode(crashing, public=3, max_shown=12)
     assert said.splitlines()[0] == "3 of 3 public tests failed."
