@@ -100,9 +100,8 @@ def test_marks_follow_the_rule_for_repeated_letters(guess, secret, expected):
 
 def test_wordle_answers_errors_finds_and_ends():
     game = Wordle()
-    answers, done = played(
-        game, {"secret": "crane"}, ["I try stage", "zzzzz", "no", "<think>crane", "<think>crane</think> Crane!"]
-    )
+    turns = ["I try stage", "zzzzz", "<think>crane", "<think>crane</think> Crane!"]
+    answers, done = played(game, {"secret": "crane"}, turns)
     assert answers[0] == "s t a g e\n- - G - G"
     assert answers[1:3] == ["error: zzzzz is not in the list of words", "error: say a word of five letters"]
     assert (answers[3], done, game.get_reward()) == ("c r a n e\nG G G G G", True, 1.0)
