@@ -54,7 +54,7 @@ r1: setup ## R1's stages in miniature, two seeds, a core each, and R1-Zero's pat
 test: setup ## run the tests
 	$(BIN)/python -m pytest
 
-test-fast: setup ## run the tests that take under a second each: 90 seconds in all on two cores
+test-fast: setup ## run the tests that take under a second each: three minutes in all on two cores
 	$(BIN)/python -m pytest -m "not slow"
 
 test-fake-cuda: setup ## run the tests of what a GPU would refuse or wait for: shapes, types and devices, without numbers
