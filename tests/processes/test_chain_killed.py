@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])  # other seeds kill at other moments; one takes 90 seconds
 def test_a_chain_killed_anywhere_ends_with_the_same_bytes(undisturbed: Path, tmp_path: Path, seed: int) -> None:
     folder, draw, interrupted = tmp_path / "killed", random.Random(seed), set()
     command = [sys.executable, "-m", "grpo", "run", "smoke_cpu", f"output_dir={folder}"]
