@@ -14,9 +14,8 @@ class Python:
     """One tool, ``python``, which runs code. Variables live on from call to call, and nothing of the row is in there.
     It pays nothing: the recipe's other rewards do.
 
-    ``timeout`` is in seconds for a call, ``memory_mb`` the session's address space (no more than
-    `environment.memory_limit_gb`), ``max_output`` in characters for a call. ``packages`` may be imported beside the
-    standard library. ``allow_unsafe`` runs even where nothing isolates.
+    ``timeout`` is in seconds for a call, ``memory_mb`` the session's address space, ``max_output`` in characters for a
+    call. ``packages`` may be imported beside the standard library. ``allow_unsafe`` runs even where nothing isolates.
     """
 
     def __init__(
