@@ -123,7 +123,7 @@ class Loaded:
     def _problems_of_game(self, environment: Any, where: str) -> Iterator[str]:
         if self.functions:
             yield f"environment.tools: {self.spec.source} has a step, which gets every turn; it has no tools"
-        _, *more = inspect.signature(environment.step).parameters.values()
+        more = list(inspect.signature(environment.step).parameters.values())[1:]
         methods = methods_of(environment)
         others = [name for name, method in methods.items() if name != "step" and _could_be_tool(method)]
         cure = "give a tool another name than step, and what is no tool a name that begins with _"

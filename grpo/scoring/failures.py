@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from grpo.errors import RunError
 
-logger = logging.getLogger("grpo.scoring.step")
+logger = logging.getLogger(__name__)
 
 
 class Failures:

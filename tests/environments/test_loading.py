@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,157 +12,17 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from grpo.backends.base import Sampling
 from grpo.config import EnvironmentConfig
-from grpo.environments.episodes import Episodes, open_episodes, play
+from grpo.environments.episodes import Episodes, open_episodes
 from grpo.environments.find import spec_of
 from grpo.environments.loading import Loaded, Spec
 from grpo.environments.worlds import Worlds
 from grpo.errors import UserError
 from tests.conftest import make_recipe
 from tests.environments.chat_templates import LLAMA, QWEN
-from tests.environments.playing import ScriptedBackend, bytes_tokenizer, calls, request, says
+from tests.environments.mistakes import RAISES, WRONG, line_of
+from tests.environments.playing import bytes_tokenizer
 from tests.launching import ROOT
-
-WRONG = '''
-"""Environments with mistakes."""
-
-def tool(a: int) -> int:
-    """A tool.
-
-    Args:
-        a: A number.
-    """
-    return a
-
-
-class NoReset:
-    def tool(self) -> None:
-        """Nothing."""
-
-
-class NoTools:
-    def reset(self, **row):
-        pass
-
-
-class NoDocs:
-    def reset(self, **row):
-        pass
-
-    def search(self, query: str) -> str:
-        return query
-
-    def find(self, query) -> str:
-        """Find.
-
-        Args:
-            query: What.
-        """
-        return query
-
-
-class Raises:
-    def __init__(self):
-        raise OSError("no such index")
-
-    def reset(self, **row):
-        pass
-
-
-class Exits(Raises):
-    def __init__(self):
-        raise SystemExit(1)
-
-
-class Hangs(Raises):
-    def __init__(self):
-        while True:
-            pass
-
-
-class Good:
-    def __init__(self, size: int = 3, *, name: str = "x"):
-        self.size = size
-
-    def reset(self, **row):
-        pass
-
-    def tool(self, a: int) -> int:
-        """A tool.
-
-        Args:
-            a: A number.
-        """
-        return a
-
-
-class Game:
-    def reset(self, word, length=5):
-        pass
-
-    def step(self, text):
-        return None, True
-
-
-class TwoArguments(Game):
-    def step(self, text, image):
-        return None, True
-
-    def get_reward(self, scale):
-        return scale
-
-
-class Says:
-    def reset(self):
-        pass
-
-    def say(self, text: str) -> str:
-        """Say something.
-
-        Args:
-            text: What.
-        """
-        return text
-
-
-class Grid(Game):
-    def step(self, direction: str, count: int = 1) -> str:
-        """Go.
-
-        Args:
-            direction: Where to.
-            count: How far.
-        """
-        return ""
-
-
-class Both(Game):
-    def look(self, at: str) -> str:
-        """Look at something.
-
-        Args:
-            at: What.
-        """
-        return at
-
-    def helper(self, at):
-        return at
-
-
-def make(size: int) -> Good:
-    return Good(size)
-
-
-THING = 7
-'''
-
-
-def line_of(text: str) -> int:
-    return WRONG.splitlines().index(text) + 1
-
-
-RAISES = line_of('        raise OSError("no such index")')
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +73,7 @@ def in_a_process(spec: Spec, timeout: float = 5.0) -> Any:
             ],
         ),
         ("make", {}, ["environment.args: ", "missing a required argument: 'size'", "name it in environment.tools"]),
+        ("NoText", {}, ["NoText.step takes (); it is called with (text)"]),
         ("Grid", {}, ["step gets a turn's text alone, never count: give a tool another name than step"]),
         ("Both", {}, ["it has a step, which gets every turn, so look would be no tools: "]),
     ],
@@ -376,111 +236,3 @@ def test_the_zygote_imports_no_torch() -> None:
     code = f"import sys, grpo.environments.zygote; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert found.stdout.strip() == "[]"
-
-
-TRL = '''
-"""Written from the docstrings of TRL's GRPOTrainer (tools, environment_factory) alone."""
-
-import asyncio
-
-
-class WordCounter:
-    """Counts words; the reward is how many were found."""
-
-    def __init__(self):
-        self.found = 0
-
-    def reset(self, **kwargs) -> str | None:
-        self.found = 0
-        self.words = kwargs["words"].split()
-        return f" The words: {kwargs['words']}."
-
-    def count(self, word: str, exact: bool = True) -> int:
-        """
-        Counts how often a word occurs.
-
-        Args:
-            word: The word to look for.
-            exact: Whether case counts.
-
-        Returns:
-            How often it occurs.
-        """
-        self.found += 1
-        words = self.words if exact else [w.lower() for w in self.words]
-        return words.count(word if exact else word.lower())
-
-    async def slow_length(self) -> int:
-        """
-        Counts all words, slowly.
-
-        Returns:
-            How many words there are.
-        """
-        await asyncio.sleep(0.01)
-        return len(self.words)
-
-    def get_reward(self) -> float:
-        return float(self.found)
-
-
-def multiply(a: int, b: int) -> int:
-    """
-    Multiplies two integers.
-
-    Args:
-        a: The first integer.
-        b: The second integer.
-
-    Returns:
-        The product of the two integers.
-    """
-    return a * b
-
-
-async def async_add(a: int, b: int) -> int:
-    """
-    Asynchronously adds two integers.
-
-    Args:
-        a: The first integer.
-        b: The second integer.
-
-    Returns:
-        The sum of the two integers.
-    """
-    await asyncio.sleep(0)
-    return a + b
-'''
-
-
-def test_what_was_written_for_trl_runs_unchanged(tmp_path: Path) -> None:
-    file = tmp_path / "for_trl.py"
-    file.write_text(TRL)
-    tokenizer = bytes_tokenizer(QWEN)
-    environment = {"path": f"{file}:WordCounter", "tools": [f"{file}:multiply", f"{file}:async_add"]}
-    environment["max_observation_length"] = 1000  # type: ignore[assignment]
-    recipe = recipe_of(environment, data={"template": "chat", "max_prompt_length": 4000})
-    turn = "\n".join(
-        [
-            calls("count", word="a", exact=False),
-            calls("multiply", a=6, b=7),
-            calls("async_add", a=1, b=2),
-            calls("slow_length"),
-            calls("missing"),
-        ]
-    )
-    with open_episodes(recipe, tokenizer, [tokenizer.eos_token_id]) as episodes:
-        assert episodes is not None
-        names = [tool["function"]["name"] for tool in episodes.tools]
-        assert names == ["multiply", "async_add", "count", "slow_length"]  # TRL's order
-        backend = ScriptedBackend(tokenizer, says(turn, calls("count", word="A"), "done"))
-        (group,) = play(episodes, backend, [request(tokenizer, words="a b A")], Sampling(10_000), 0)
-    (completion,) = group.completions
-    assert completion.episode is not None
-    results = [json.loads(call.result) if call.error else call.result for call in completion.episode.turns[0].calls]
-    assert results[:4] == ["2", "42", "3", "3"]
-    assert "no tool 'missing'" in results[4]["error"]
-    assert (completion.episode.reward, completion.status.value) == (2.0, "stop")
-    assert group.prompt.text.endswith("<|im_start|>user\nask The words: a b A.<|im_end|>\n<|im_start|>assistant\n")
-    assert "Multiplies two integers." in group.prompt.text

@@ -168,7 +168,8 @@ def _with_prompts(
     prompts: PromptGroups | None,
     scale: float,
 ) -> torch.Tensor:
-    """Outputs ``own`` (B, kv heads, queries, D) over completions, merged with those over the prompts."""
+    """Outputs ``own`` (B, kv heads, queries, D) over completions, whose log-sum-exps are ``own_lse`` (B, kv heads,
+    queries), merged with those of the same queries, ``grouped``, over the prompts."""
     if prompts is None:
         return own
     shared, shared_lse = _over_prompts(grouped, layer, prompts, scale)
