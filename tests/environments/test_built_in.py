@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 
 import pytest
 
 from data import number_guess, wordle
 from grpo.config import EnvironmentConfig
-from grpo.config.environment import ENVIRONMENTS
+from grpo.config.environment import ENVIRONMENTS, SECONDS_OF_A_CALL
 from grpo.environments.find import BUILT_IN, spec_of
 from grpo.environments.worlds import Worlds
 
@@ -36,6 +37,13 @@ def test_the_list_of_the_recipe_is_the_list_of_modules():
     assert all(
         hasattr(import_module(f"grpo.environments.{name}"), "play") for name in ("number_guess", "tests", "wordle")
     )
+
+
+def test_the_time_limits_that_the_recipe_knows_are_those_of_the_classes():
+    for name, place in BUILT_IN.items():
+        module, kind = place.split(":")
+        limit = signature(getattr(import_module(module), kind)).parameters.get("timeout")
+        assert SECONDS_OF_A_CALL.get(name, (0, None))[1] == (limit.default if limit else None), name
 
 
 @pytest.mark.slow
